@@ -1,0 +1,328 @@
+"""Questions about built-in scenes, each with its answer and what decides it.
+
+Answers are balanced inside every *stratum* (a family, and what its wording gives away, such as the shape
+that is asked for), so that the words of a question say next to nothing about its answer.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+from clipmapper.data.scene_captions import RELATION_MARGIN, describe, plural
+from clipmapper.data.scenes import COLOURS, HELD_OUT, SHAPES, Scene, SceneObject
+
+# Chance of a guess that knows the question's wording, in percent of questions: 1 / number of its answers.
+CHANCE = {
+    "colour": 1 / 6,
+    "shape": 1 / 4,
+    "existence": 1 / 2,
+    "counting": 1 / 4,
+    "relation_choose": 1 / 2,
+    "relation_open": 1 / 4,
+    "relation_yes_no": 1 / 2,
+    "comparison": 1 / 2,
+}
+FAMILIES = tuple(CHANCE)
+_DIRECTIONS = ("left", "right", "above", "below")
+ANSWERS = (*COLOURS, *SHAPES, "yes", "no", "0", "1", "2", "3", *_DIRECTIONS, "bigger", "smaller")
+
+# How far the most frequent answer of a stratum may run ahead of the rarest while questions are chosen.
+_SLACK = 2
+
+_TEMPLATES = {
+    "colour": (
+        "what colour is the {a}?",
+        "what is the colour of the {a}?",
+        "which colour does the {a} have?",
+        "what color is the {a}?",
+    ),
+    "shape": (
+        "what shape is the {a} thing?",
+        "what is the shape of the {a} object?",
+        "which shape does the {a} thing have?",
+        "what kind of shape is the {a} object?",
+    ),
+    "existence": (
+        "is there a {a}?",
+        "can you see a {a}?",
+        "does the image show a {a}?",
+        "is a {a} in the image?",
+    ),
+    "counting": (
+        "how many {a} are there?",
+        "how many {a} can you see?",
+        "how many {a} does the image show?",
+        "count the {a}: how many?",
+    ),
+    "relation_choose": (
+        "is the {a} {d} or {e} the {b}?",
+        "where is the {a}: {d} or {e} the {b}?",
+        "seen from the {b}, is the {a} {d} or {e} it?",
+    ),
+    "relation_open": (
+        "what is {d} the {a}?",
+        "which shape is {d} the {a}?",
+        "what shape do you see {d} the {a}?",
+    ),
+    "relation_yes_no": (
+        "is the {a} {d} the {b}?",
+        "is it true that the {a} is {d} the {b}?",
+        "does the {a} lie {d} the {b}?",
+    ),
+    "comparison": (
+        "is the {a} {d} or {e} than the {b}?",
+        "compared to the {b}, is the {a} {d} or {e}?",
+        "does the {a} look {d} or {e} than the {b}?",
+    ),
+}
+# The word of a template that asks: change it and the answer changes.
+_ASKING = {
+    "colour": ("colour", "color"),
+    "shape": ("shape",),
+    "existence": (),
+    "counting": ("many",),
+    "relation_choose": ("left", "right", "above", "below"),
+    "relation_open": ("left", "right", "above", "below"),
+    "relation_yes_no": ("left", "right", "above", "below"),
+    "comparison": ("bigger", "smaller"),
+}
+_PHRASE = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
+
+
+@dataclass(frozen=True)
+class SceneQuestion:
+    """A question, its answer, and the truth about what decides it.
+
+    ``deciding_objects``: positions in ``scene.objects`` of those whose pixels decide the answer (for "no"
+    and "0": the objects that share a property with what is asked for, or all of them where none does).
+    ``deciding_words``: the words whose change would change what is asked.
+    """
+
+    family: str
+    text: str
+    answer: str
+    deciding_objects: tuple[int, ...]
+    deciding_words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    stratum: tuple[str, ...]
+    answer: str
+    objects: tuple[int, ...]
+    slots: dict[str, str]
+    combinations: tuple[tuple[str, str], ...]  # colour–shape pairs that the question is about
+
+
+def balanced_questions(
+    scenes: Iterable[Scene], seed: int, *, families: Sequence[str] = FAMILIES, held_out: bool = False
+) -> Iterator[list[SceneQuestion]]:
+    """For each scene at most one question of every family, so that answers are balanced over the scenes.
+
+    Of the answers that a scene can give, the one that was asked for least is taken; where that one already
+    runs ahead of answers which this scene cannot give, no question of the family is asked. With
+    ``held_out`` only questions about colour–shape combinations that training never sees are asked,
+    otherwise only questions that mention none.
+    """
+    rng = random.Random(f"questions/{seed}/{held_out}")
+    used: dict[tuple[str, ...], Counter] = {}
+    for scene in scenes:
+        chosen = []
+        for family in families:
+            options = [c for c in _CANDIDATES[family](scene, rng) if _about_held_out(c) == held_out]
+            rng.shuffle(options)
+            options.sort(key=lambda c: used.setdefault(c.stratum, Counter())[c.answer])
+            for option in options:
+                counts = used[option.stratum]
+                possible = _possible_answers(family, option.stratum, held_out)
+                if counts[option.answer] <= min(counts[a] for a in possible) + _SLACK:
+                    counts[option.answer] += 1
+                    chosen.append(_word(family, option, rng))
+                    break
+        yield chosen
+
+
+def draw_presupposition(scene: Scene, rng: random.Random) -> str:
+    """A question that takes this scene for granted, without its answer (text for contrastive training)."""
+    families = list(FAMILIES)
+    rng.shuffle(families)
+    for family in families:
+        options = [c for c in _CANDIDATES[family](scene, rng) if c.answer not in ("no", "0")]
+        if options:
+            return _word(family, rng.choice(options), rng).text
+    return f"is there a {scene.objects[0].shape}?"
+
+
+def _about_held_out(candidate: _Candidate) -> bool:
+    return any(combination in HELD_OUT for combination in candidate.combinations)
+
+
+def _possible_answers(family: str, stratum: tuple[str, ...], held_out: bool) -> tuple[str, ...]:
+    if family == "colour":
+        return tuple(c for c in COLOURS if ((c, stratum[1]) in HELD_OUT) == held_out)
+    if family == "shape":
+        return tuple(s for s in SHAPES if ((stratum[1], s) in HELD_OUT) == held_out)
+    if family == "existence":
+        return ("yes", "no")
+    if family == "counting":
+        # Nothing that is counted as 0 has a combination, so held-out questions start at 1.
+        return ("1", "2", "3") if held_out else ("0", "1", "2", "3")
+    if family == "relation_choose":
+        return ("left", "right") if stratum[1] == "across" else ("above", "below")
+    if family == "relation_open":
+        return SHAPES
+    if family == "relation_yes_no":
+        return ("yes", "no")
+    return ("bigger", "smaller")
+
+
+def _word(family: str, candidate: _Candidate, rng: random.Random) -> SceneQuestion:
+    text = rng.choice(_TEMPLATES[family]).format(**candidate.slots)
+    words = set(text.replace("?", " ").replace(",", " ").replace(":", " ").split())
+    content = {w for slot in ("a", "b") for w in candidate.slots.get(slot, "").split()} - {"things"}
+    deciding = tuple(sorted(words & (content | set(_ASKING[family]))))
+    return SceneQuestion(family, text, candidate.answer, candidate.objects, deciding)
+
+
+def _unique(values: Sequence) -> list[int]:
+    return [i for i, value in enumerate(values) if values.count(value) == 1]
+
+
+def _colour(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
+    items = scene.objects
+    for i in _unique([o.shape for o in items]):
+        o = items[i]
+        yield _Candidate(("colour", o.shape, ""), o.colour, (i,), {"a": o.shape}, (o.combination,))
+    for i in _unique([(o.size, o.shape) for o in items]):
+        o = items[i]
+        name = describe(o, colour=False)
+        yield _Candidate(("colour", o.shape, o.size), o.colour, (i,), {"a": name}, (o.combination,))
+
+
+def _shape(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
+    items = scene.objects
+    for i in _unique([o.colour for o in items]):
+        o = items[i]
+        yield _Candidate(("shape", o.colour, ""), o.shape, (i,), {"a": o.colour}, (o.combination,))
+    for i in _unique([(o.size, o.colour) for o in items]):
+        o = items[i]
+        slots = {"a": f"{o.size} {o.colour}"}
+        yield _Candidate(("shape", o.colour, o.size), o.shape, (i,), slots, (o.combination,))
+
+
+def _existence(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
+    """Half of the negatives are hard: the colour is there and the shape is there, but not together."""
+    items = scene.objects
+    combinations = {o.combination for o in items}
+    colours, shapes = {o.colour for o in items}, {o.shape for o in items}
+    hard = rng.random() < 0.5 and len(items) > 1
+    for colour in COLOURS:
+        for shape in SHAPES:
+            together = (colour, shape) in combinations
+            if not together and (colour in colours and shape in shapes) != hard:
+                continue
+            matching = [i for i, o in enumerate(items) if o.combination == (colour, shape)]
+            near = [i for i, o in enumerate(items) if o.colour == colour or o.shape == shape]
+            objects = tuple(matching or near or range(len(items)))
+            # Balanced for each colour and shape asked for: no combination is a hint.
+            stratum = ("existence", colour, shape)
+            answer = "yes" if together else "no"
+            yield _Candidate(stratum, answer, objects, {"a": f"{colour} {shape}"}, ((colour, shape),))
+
+
+def _counting(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
+    items = scene.objects
+    for kind, values in (("colour", COLOURS), ("shape", SHAPES)):
+        for value in values:
+            counted = tuple(i for i, o in enumerate(items) if getattr(o, kind) == value)
+            if len(counted) > 3:
+                continue
+            name = plural(value) if kind == "shape" else f"{value} things"
+            about = tuple(items[i].combination for i in counted)
+            objects = counted or tuple(range(len(items)))
+            yield _Candidate(("counting", kind), str(len(counted)), objects, {"a": name}, about)
+
+
+def _pairs(scene: Scene) -> Iterator[tuple[int, int, SceneObject, SceneObject]]:
+    items = scene.objects
+    named = _unique([o.combination for o in items])
+    for i, j in permutations(named, 2):
+        yield i, j, items[i], items[j]
+
+
+def _names(a: SceneObject, b: SceneObject) -> dict[str, str]:
+    return {"a": describe(a, size=False), "b": describe(b, size=False)}
+
+
+def _lies(a: SceneObject, b: SceneObject, margin: float = RELATION_MARGIN) -> Iterator[str]:
+    """Where ``a`` is clearly found as seen from ``b``; may be two directions, one of each axis."""
+    if abs(a.x - b.x) >= margin:
+        yield "left" if a.x < b.x else "right"
+    if abs(a.y - b.y) >= margin:
+        yield "above" if a.y < b.y else "below"
+
+
+def _axis(direction: str) -> str:
+    return "across" if direction in ("left", "right") else "along"
+
+
+def _opposite(direction: str) -> str:
+    return {"left": "right", "right": "left", "above": "below", "below": "above"}[direction]
+
+
+def _relation_choose(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
+    for i, j, a, b in _pairs(scene):
+        for direction in _lies(a, b):
+            first, second = rng.sample((direction, _opposite(direction)), 2)
+            slots = _names(a, b) | {"d": _PHRASE[first], "e": _PHRASE[second]}
+            stratum = ("relation_choose", _axis(direction))
+            yield _Candidate(stratum, direction, (i, j), slots, (a.combination, b.combination))
+
+
+def _relation_open(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
+    """Only where one object is clearly in that direction and every other one is not at all."""
+    items = scene.objects
+    for i in _unique([o.combination for o in items]):
+        a = items[i]
+        for direction in _DIRECTIONS:
+            there = [j for j, o in enumerate(items) if j != i and direction in _lies(o, a)]
+            nearly = [j for j, o in enumerate(items) if j != i and direction in _lies(o, a, margin=0.0)]
+            if len(there) == 1 == len(nearly):
+                slots = {"a": describe(a, size=False), "d": _PHRASE[direction]}
+                found = items[there[0]]
+                about = (a.combination, found.combination)
+                stratum = ("relation_open", a.shape)
+                yield _Candidate(stratum, found.shape, (i, there[0]), slots, about)
+
+
+def _relation_yes_no(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
+    for i, j, a, b in _pairs(scene):
+        for direction in _lies(a, b):
+            for asked in (direction, _opposite(direction)):
+                slots = _names(a, b) | {"d": _PHRASE[asked]}
+                answer = "yes" if asked == direction else "no"
+                stratum = ("relation_yes_no", asked)
+                yield _Candidate(stratum, answer, (i, j), slots, (a.combination, b.combination))
+
+
+def _comparison(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
+    for i, j, a, b in _pairs(scene):
+        if a.size != b.size:
+            first, second = rng.sample(("bigger", "smaller"), 2)
+            slots = _names(a, b) | {"d": first, "e": second}
+            answer = "bigger" if a.size == "large" else "smaller"
+            yield _Candidate(("comparison",), answer, (i, j), slots, (a.combination, b.combination))
+
+
+_CANDIDATES = {
+    "colour": _colour,
+    "shape": _shape,
+    "existence": _existence,
+    "counting": _counting,
+    "relation_choose": _relation_choose,
+    "relation_open": _relation_open,
+    "relation_yes_no": _relation_yes_no,
+    "comparison": _comparison,
+}

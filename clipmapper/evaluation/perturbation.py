@@ -1,0 +1,432 @@
+"""The perturbation (deletion) test for VQA: remove tokens in the order of an explanation, watch the score.
+
+Protocol of WRA (arXiv 2308.10240) and of Chefer, Gur & Wolf (ICCV 2021, arXiv 2103.15679). *Positive* removes
+the most relevant tokens first: a faithful explanation makes the score fall at once, a low area is good.
+*Negative* removes the least relevant first: a high area is good. *Insertion* is not computed apart: keeping
+the most relevant share f is removing the least relevant 1 − f, so the insertion curve is the negative curve
+read from right to left, and its area is the same.
+
+The model is known only as a callable that scores a batch of variants, where a variant is one sample with some
+tokens removed. All methods, directions and fractions of a chunk of samples become one list of variants: equal
+ones are scored once, and those that keep equally many tokens share a forward.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from clipmapper.evaluation.statistics import Interval, bootstrap_intervals, trapezoid_area
+
+FRACTIONS = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.50, 0.75, 1.0)
+MODALITIES = ("image", "text")
+DIRECTIONS = ("positive", "negative")
+SCORES = ("accuracy", "probability")
+
+ScoreKept: TypeAlias = Callable[
+    [
+        Int[Tensor, "variants"],
+        Int[Tensor, "variants kept_patches"] | None,
+        Int[Tensor, "variants kept_tokens"] | None,
+    ],
+    Float[Tensor, "variants answers"],
+]
+"""`score_kept(sample, image_keep, text_keep)` → logits. `sample` are positions in the current chunk.
+
+`image_keep` holds the patches kept (0 … P−1, ascending; the class token is always kept and not listed),
+`text_keep` the text tokens kept *including* start and end tokens, ascending, filled up with −1 at the end.
+None means that nothing of that modality is removed. The indices are on the CPU; the logits may be anywhere.
+"""
+
+
+@dataclass(frozen=True)
+class ModalityRelevance:
+    """What one method says: relevance of every image patch and of every text token (padded as the text
+    is)."""
+
+    image: Float[Tensor, "samples patches"]
+    text: Float[Tensor, "samples tokens"]
+
+
+@dataclass(frozen=True)
+class AreaRow:
+    """Area under one method's mean curve, and how far it is from the reference method's (method − reference).
+
+    `difference` and `reference` are None without a reference, and for the reference itself.
+    """
+
+    modality: str
+    direction: str
+    score: str
+    method: str
+    area: Interval
+    difference: Interval | None
+    reference: str | None
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "modality": self.modality,
+            "direction": self.direction,
+            "score": self.score,
+            "method": self.method,
+            "area": self.area.as_dict(),
+            "difference": None if self.difference is None else self.difference.as_dict(),
+            "reference": self.reference,
+        }
+
+
+@dataclass(frozen=True)
+class PerturbationScores:
+    """Per-sample curves. Axis `directions` is (positive, negative); `fractions` are the shares removed.
+
+    `accuracy` is the soft accuracy of the answer given after removal; `probability` the softmax over answers
+    of the answer that the *unperturbed* model gave.
+    """
+
+    methods: tuple[str, ...]
+    modalities: tuple[str, ...]
+    fractions: Float[np.ndarray, "fractions"]
+    sample_ids: Int[np.ndarray, "samples"]
+    accuracy: Float[np.ndarray, "modalities directions methods samples fractions"]
+    probability: Float[np.ndarray, "modalities directions methods samples fractions"]
+
+    def score(self, score: str) -> Float[np.ndarray, "modalities directions methods samples fractions"]:
+        """The curves of "accuracy" or "probability"."""
+        if score not in SCORES:
+            raise ValueError(f"no score {score!r}: one of {', '.join(SCORES)}")
+        return self.accuracy if score == "accuracy" else self.probability
+
+    def areas(self, score: str) -> Float[np.ndarray, "modalities directions methods samples"]:
+        """Area under every sample's curve by the trapezoid rule over the fraction axis."""
+        return trapezoid_area(self.score(score), self.fractions)
+
+    def summary(
+        self, *, confidence: float = 0.95, seed: int = 0, reference: str | None = None
+    ) -> list[AreaRow]:
+        """One row per modality, direction, score and method, with bootstrap intervals over the samples.
+
+        `reference` is the method of the paired differences (default: "weighted" where it was run). Raises
+        ValueError for a reference that was not run.
+        """
+        if reference is None and "weighted" in self.methods:
+            reference = "weighted"
+        if reference is not None and reference not in self.methods:
+            raise ValueError(f"reference {reference!r} was not run: one of {', '.join(self.methods)}")
+        # [scores, modalities, directions, methods, samples]; all columns share one resampling of the samples.
+        areas = np.stack([self.areas(score) for score in SCORES])
+        columns = areas.reshape(-1, areas.shape[-1]).T
+        names = [
+            (score, modality, direction, method)
+            for score in SCORES
+            for modality in self.modalities
+            for direction in DIRECTIONS
+            for method in self.methods
+        ]
+        area = bootstrap_intervals(columns, confidence=confidence, seed=seed)
+        difference: list[Interval | None] = [None] * len(names)
+        if reference is not None:
+            at = self.methods.index(reference)
+            paired = (areas - areas[:, :, :, at : at + 1]).reshape(-1, areas.shape[-1]).T
+            difference = list(bootstrap_intervals(paired, confidence=confidence, seed=seed))
+        rows = []
+        for (score, modality, direction, method), its_area, its_difference in zip(
+            names, area, difference, strict=True
+        ):
+            compared = reference is not None and method != reference
+            against = (its_difference, reference) if compared else (None, None)
+            rows.append(AreaRow(modality, direction, score, method, its_area, *against))
+        return rows
+
+    def curves(
+        self, score: str, *, confidence: float = 0.95, seed: int = 0
+    ) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+        """Mean, low and high at each fraction, for plotting: `curves["image/positive"]["weighted"]`."""
+        values = np.moveaxis(self.score(score), 3, 0)  # samples first: all points share one resampling
+        points = bootstrap_intervals(values.reshape(len(values), -1), confidence=confidence, seed=seed)
+        ends = np.array([(point.mean, point.low, point.high) for point in points])
+        ends = ends.reshape(*values.shape[1:], 3)
+        return {
+            f"{modality}/{direction}": {
+                method: (ends[m, d, k, :, 0], ends[m, d, k, :, 1], ends[m, d, k, :, 2])
+                for k, method in enumerate(self.methods)
+            }
+            for m, modality in enumerate(self.modalities)
+            for d, direction in enumerate(DIRECTIONS)
+        }
+
+    @classmethod
+    def concatenate(cls, parts: "Sequence[PerturbationScores]") -> "PerturbationScores":
+        """The samples of all parts, in order; ValueError where methods, modalities or fractions differ."""
+        if not parts:
+            raise ValueError("nothing to concatenate")
+        first = parts[0]
+        for part in parts[1:]:
+            same = part.methods == first.methods and part.modalities == first.modalities
+            if not (same and np.array_equal(part.fractions, first.fractions)):
+                raise ValueError("parts differ in their methods, modalities or fractions")
+        return cls(
+            first.methods,
+            first.modalities,
+            first.fractions,
+            np.concatenate([part.sample_ids for part in parts]),
+            np.concatenate([part.accuracy for part in parts], axis=3),
+            np.concatenate([part.probability for part in parts], axis=3),
+        )
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Everything as arrays of numbers and text, which numpy stores without pickle."""
+        return {
+            "methods": np.array(self.methods, dtype=np.str_),
+            "modalities": np.array(self.modalities, dtype=np.str_),
+            "fractions": self.fractions,
+            "sample_ids": self.sample_ids,
+            "accuracy": self.accuracy,
+            "probability": self.probability,
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "PerturbationScores":
+        """The inverse of `to_arrays`; raises KeyError for a missing array."""
+        return cls(
+            tuple(str(name) for name in arrays["methods"]),
+            tuple(str(name) for name in arrays["modalities"]),
+            arrays["fractions"],
+            arrays["sample_ids"],
+            arrays["accuracy"],
+            arrays["probability"],
+        )
+
+    def save(self, path: Path) -> None:
+        """Write an .npz file; it appears complete or not at all."""
+        write_arrays(path, self.to_arrays())
+
+    @classmethod
+    def load(cls, path: Path) -> "PerturbationScores":
+        with np.load(path, allow_pickle=False) as stored:
+            return cls.from_arrays(stored)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write `arrays` as .npz under a temporary name, then rename: no half file after an interruption."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def number_removed(fraction: float, removable: Int[np.ndarray, "samples"]) -> Int[np.ndarray, "samples"]:
+    """fraction · removable, halves rounded up: 0 removes nothing, 1 everything."""
+    # The small addend: 0.29 · 50 is 14.5 on paper, and a last bit less in binary.
+    return np.floor(fraction * removable + 0.5 + 1e-9).astype(np.int64)
+
+
+def removal_order(
+    relevance: Float[np.ndarray, "*methods samples tokens"],
+    *,
+    seed: int,
+    positive: bool,
+    removable: Bool[np.ndarray, "samples tokens"] | None = None,
+    sample_ids: Int[np.ndarray, "samples"] | None = None,
+) -> Int[np.ndarray, "*methods samples tokens"]:
+    """Token indices in the order of their removal: most relevant first if `positive`, else least first.
+
+    Ties are broken by a random permutation of the sample's removable tokens, drawn from (seed, sample id) and
+    nothing else: not by index (which would favour the image's top rows), and not by what shares the chunk.
+    All methods get the same permutation, so that their difference is not in the luck of the draw, and the
+    negative order is the positive one reversed. Tokens that may not be removed come last, in no given order.
+    """
+    if not np.isfinite(relevance).all():
+        raise ValueError("relevance must be finite")
+    samples, tokens = relevance.shape[-2:]
+    if removable is None:
+        removable = np.ones((samples, tokens), dtype=bool)
+    if sample_ids is None:
+        sample_ids = np.arange(samples)
+    tie = np.zeros((samples, tokens))
+    for i, sample_id in enumerate(sample_ids):
+        generator = np.random.default_rng([seed, int(sample_id)])
+        tie[i, removable[i]] = generator.permutation(int(removable[i].sum()))
+    sign = -1.0 if positive else 1.0
+    keys = (sign * tie, sign * relevance, ~removable)  # the last key decides first
+    return np.lexsort(np.stack([np.broadcast_to(key, relevance.shape) for key in keys]), axis=-1)
+
+
+def _kept_sets(
+    relevance: Float[np.ndarray, "methods samples tokens"],
+    removable: Bool[np.ndarray, "samples tokens"],
+    valid: Bool[np.ndarray, "samples tokens"],
+    fractions: Sequence[float],
+    seed: int,
+    sample_ids: Int[np.ndarray, "samples"],
+) -> Bool[np.ndarray, "directions methods samples fractions tokens"]:
+    removed = np.stack([number_removed(f, removable.sum(axis=1)) for f in fractions], axis=1)
+    kept = []
+    for direction in DIRECTIONS:
+        order = removal_order(
+            relevance,
+            seed=seed,
+            positive=direction == "positive",
+            removable=removable,
+            sample_ids=sample_ids,
+        )
+        rank = np.argsort(order, axis=-1)  # the place of each token in the order
+        kept.append(valid[:, None] & (rank[:, :, None] >= removed[:, :, None]))
+    return np.stack(kept)
+
+
+def _unique_variants(
+    sample: Int[np.ndarray, "variants"], kept: Bool[np.ndarray, "variants tokens"]
+) -> tuple[Int[np.ndarray, "unique"], Int[np.ndarray, "variants"]]:
+    """Positions of one variant of each kind, and the kind of every variant.
+
+    Kinds are sorted by the number of tokens kept, most first (so that a forward too large for the memory
+    fails at once), then by sample.
+    """
+    gone = kept.shape[1] - kept.sum(axis=1)
+    # Equal bytes = equal variant; big-endian numbers, so that bytes sort as the numbers do.
+    fields = [x.astype(">u4").view(np.uint8).reshape(-1, 4) for x in (gone, sample)]
+    rows = np.ascontiguousarray(np.concatenate([*fields, np.packbits(kept, axis=1)], axis=1))
+    _, first, kind = np.unique(rows.view(f"V{rows.shape[1]}").ravel(), return_index=True, return_inverse=True)
+    return first, kind
+
+
+def _batches(count: Int[np.ndarray, "variants"], batch_size: int, *, equal_counts: bool) -> Iterator[slice]:
+    """Consecutive batches of variants sorted by count; with `equal_counts` no batch mixes two counts."""
+    ends = np.flatnonzero(np.diff(count)) + 1 if equal_counts else np.array([], dtype=np.int64)
+    for start, stop in zip([0, *ends], [*ends, len(count)], strict=True):
+        for begin in range(int(start), int(stop), batch_size):
+            yield slice(begin, min(begin + batch_size, int(stop)))
+
+
+def _indices(kept: Bool[np.ndarray, "variants tokens"]) -> Int[Tensor, "variants kept_tokens"]:
+    """The positions kept, ascending; rows that keep fewer are filled up with −1."""
+    count = kept.sum(axis=1)
+    width = int(count.max())
+    index = np.argsort(~kept, axis=1, kind="stable")[:, :width]
+    return torch.from_numpy(np.where(np.arange(width) < count[:, None], index, -1))
+
+
+class _Scorer:
+    """Soft accuracy and probability [variants, 2] from the model's logits."""
+
+    def __init__(self, score_kept: ScoreKept, targets: Float[Tensor, "samples answers"]) -> None:
+        self.score_kept = score_kept
+        self.targets = targets
+        self.original = torch.empty(len(targets), dtype=torch.int64)  # what the unperturbed model answers
+
+    def unperturbed(self, batch_size: int) -> Float[np.ndarray, "samples scores"]:
+        """Scores of the untouched samples; notes their answers, which `score` then explains."""
+        scores = []
+        for sample in np.split(
+            np.arange(len(self.targets)), range(batch_size, len(self.targets), batch_size)
+        ):
+            logits = self._logits(sample, None, None)
+            self.original[sample] = logits.argmax(dim=1).cpu()
+            scores.append(self._score(sample, logits))
+        return np.concatenate(scores)
+
+    def score(
+        self, sample: Int[np.ndarray, "variants"], image_keep: Tensor | None, text_keep: Tensor | None
+    ) -> Float[np.ndarray, "variants scores"]:
+        return self._score(sample, self._logits(sample, image_keep, text_keep))
+
+    def _logits(
+        self, sample: Int[np.ndarray, "variants"], image_keep: Tensor | None, text_keep: Tensor | None
+    ) -> Float[Tensor, "variants answers"]:
+        logits = self.score_kept(torch.from_numpy(sample), image_keep, text_keep)
+        if logits.shape != (len(sample), self.targets.shape[1]) or not logits.isfinite().all():
+            raise ValueError(f"score_kept must give finite logits [variants, answers]: {tuple(logits.shape)}")
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))  # no softmax in half precision
+
+    def _score(
+        self, sample: Int[np.ndarray, "variants"], logits: Float[Tensor, "variants answers"]
+    ) -> Float[np.ndarray, "variants scores"]:
+        accuracy = self.targets[torch.from_numpy(sample), logits.argmax(dim=1).cpu()]
+        explained = self.original[sample].to(logits.device)
+        probability = logits.softmax(dim=1).gather(1, explained[:, None])[:, 0].cpu()
+        return np.stack([accuracy.double().numpy(), probability.double().numpy()], axis=1)
+
+
+@torch.no_grad()
+def perturb(
+    score_kept: ScoreKept,
+    relevance: Mapping[str, ModalityRelevance],
+    removable_text: Bool[Tensor, "samples tokens"],
+    text_valid: Bool[Tensor, "samples tokens"],
+    targets: Float[Tensor, "samples answers"],
+    *,
+    sample_ids: Int[np.ndarray, "samples"],
+    fractions: Sequence[float] = FRACTIONS,
+    modalities: Sequence[str] = MODALITIES,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> PerturbationScores:
+    """Curves of every method on one chunk of samples, each modality perturbed while the other stays whole.
+
+    `relevance` maps method names to relevance. `removable_text` is false at start, end and padding tokens,
+    `text_valid` at padding; every image patch is removable. `targets[i, a]` is the soft accuracy of answer a
+    for sample i. `sample_ids` (not negative) and `seed` fix how ties are broken: a sample's curves do not
+    depend on the chunk or the batch it is in. Fraction 0 is the unperturbed model itself (`score_kept` with
+    None, None), and its answer is the "originally predicted" one. A text without removable tokens gets a flat
+    curve.
+
+    `batch_size` limits the variants of one forward. `progress` is told how many points of curves each forward
+    settled; in all samples × methods × modalities × 2 × fractions.
+    """
+    at = np.array(fractions, dtype=np.float64)
+    if not relevance:
+        raise ValueError("no method to score")
+    if not modalities or not set(modalities) <= set(MODALITIES):
+        raise ValueError(f"modalities must be among {', '.join(MODALITIES)}, not {tuple(modalities)}")
+    if len(at) < 2 or at[0] != 0 or at[-1] > 1 or (np.diff(at) <= 0).any():
+        raise ValueError(f"fractions must start at 0 and rise to at most 1, not {tuple(fractions)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+    if (removable_text & ~text_valid).any():
+        raise ValueError("padding cannot be removable")
+    if len(targets) == 0 or {len(sample_ids), len(text_valid)} != {len(targets)}:
+        raise ValueError("sample_ids, text masks and targets must belong to the same samples, at least one")
+
+    scorer = _Scorer(score_kept, targets.cpu())
+    whole = scorer.unperturbed(batch_size)
+    results = []
+    for modality in modalities:
+        values = np.stack([getattr(its, modality).double().cpu().numpy() for its in relevance.values()])
+        if modality == "text":
+            removable, valid = removable_text.cpu().numpy(), text_valid.cpu().numpy()
+        else:
+            removable = valid = np.ones(values.shape[1:], dtype=bool)
+        if values.shape[1:] != (len(targets), valid.shape[1]):
+            raise ValueError(f"relevance of the {modality} has shape {values.shape[1:]}, not {valid.shape}")
+        kept = _kept_sets(values, removable, valid, fractions, seed, sample_ids)
+        curve_shape = kept.shape[:-1]
+        sample = np.broadcast_to(np.arange(len(targets))[:, None], curve_shape).ravel()
+        kept = kept.reshape(len(sample), -1)
+
+        scores = whole[sample]
+        changed = np.flatnonzero((kept != valid[sample]).any(axis=1))
+        if progress is not None:
+            progress(len(sample) - len(changed))
+        first, kind = _unique_variants(sample[changed], kept[changed])
+        unique, points = changed[first], np.bincount(kind, minlength=len(first))
+        unique_scores = np.empty((len(unique), 2))
+        for batch in _batches(kept[unique].sum(axis=1), batch_size, equal_counts=modality == "image"):
+            keep = _indices(kept[unique[batch]])
+            keeps = (keep, None) if modality == "image" else (None, keep)
+            unique_scores[batch] = scorer.score(sample[unique[batch]], *keeps)
+            if progress is not None:
+                progress(int(points[batch].sum()))
+        scores[changed] = unique_scores[kind]
+        results.append(scores.reshape(*curve_shape, 2))
+    accuracy, probability = np.moveaxis(np.stack(results), -1, 0)
+    return PerturbationScores(tuple(relevance), tuple(modalities), at, sample_ids, accuracy, probability)

@@ -1,0 +1,106 @@
+"""Percentile bootstrap intervals over samples (Efron & Tibshirani 1993, chapter 13).
+
+Missing values are an error everywhere: a NaN means that a sample had no score, and whether it may be left out
+is for the caller to decide (and to report), not for an average.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+# Entries of the resampling matrix held at a time (8 MB a copy), so memory does not grow with resamples.
+_CHUNK_ENTRIES = 2**20
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over samples and the ends of its bootstrap confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def as_dict(self) -> dict[str, float]:
+        return {"mean": self.mean, "low": self.low, "high": self.high}
+
+
+def bootstrap_intervals(
+    values: Float[np.ndarray, "samples statistics"],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> list[Interval]:
+    """One `Interval` a column, all from the same resamples of the rows.
+
+    A row is one sample with all its statistics, so resampling rows keeps whatever pairing there is between
+    the columns. One sample gives an interval of width 0: it says nothing about the spread. Raises ValueError
+    without samples, for values that are not finite, and for a confidence outside (0, 1).
+    """
+    samples, statistics = values.shape
+    if samples == 0:
+        raise ValueError("an interval needs at least one sample")
+    if not np.isfinite(values).all():
+        raise ValueError("an interval needs finite values: leave out the samples without a score, and say so")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, not {resamples}")
+
+    generator = np.random.default_rng(seed)
+    # Relative to the first sample: rounding scales with the spread, and equal values give exactly width 0.
+    origin = values[0].astype(np.float64)
+    relative = values.astype(np.float64) - origin
+    means = np.empty((resamples, statistics))
+    chunk = max(1, _CHUNK_ENTRIES // samples)
+    for start in range(0, resamples, chunk):
+        rows = min(chunk, resamples - start)
+        drawn = generator.integers(0, samples, (rows, samples))
+        # How often each sample was drawn: then all statistics of a chunk are one matrix product.
+        flat = (drawn + samples * np.arange(rows)[:, None]).ravel()
+        times = np.bincount(flat, minlength=rows * samples).reshape(rows, samples)
+        means[start : start + rows] = times.astype(np.float64) @ relative / samples
+    tail = (1 - confidence) / 2
+    mean = origin + relative.mean(axis=0)
+    low, high = origin + np.quantile(means, [tail, 1 - tail], axis=0)
+    return [Interval(float(m), float(lo), float(hi)) for m, lo, hi in zip(mean, low, high, strict=True)]
+
+
+def bootstrap_interval(
+    values: Float[np.ndarray, "samples"],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The mean of `values` and its percentile bootstrap interval; errors as in `bootstrap_intervals`."""
+    (interval,) = bootstrap_intervals(values[:, None], confidence=confidence, resamples=resamples, seed=seed)
+    return interval
+
+
+def paired_difference(
+    a: Float[np.ndarray, "samples"],
+    b: Float[np.ndarray, "samples"],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """Interval of the mean of a − b, where entry i of both belongs to the same sample.
+
+    What the two share on a sample (an easy question, say) cancels before the bootstrap, so the interval is
+    narrower than the two separate ones suggest. Raises ValueError where the lengths differ.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"paired values must belong to the same samples: {len(a)} and {len(b)} given")
+    return bootstrap_interval(a - b, confidence=confidence, resamples=resamples, seed=seed)
+
+
+def trapezoid_area(
+    curves: Float[np.ndarray, "*curves points"], at: Float[np.ndarray, "points"] | Sequence[float]
+) -> Float[np.ndarray, "*curves"]:
+    """Area under each curve by the trapezoid rule, `curves` given at the positions `at`."""
+    # numpy's own is called trapz before version 2 and trapezoid after it.
+    return ((curves[..., 1:] + curves[..., :-1]) / 2 * np.diff(at)).sum(axis=-1)

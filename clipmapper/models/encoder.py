@@ -1,0 +1,138 @@
+"""Stage 1 of CLIPmapper: any CLIP of ``open_clip`` as two token sequences."""
+
+from pathlib import Path
+
+import open_clip
+import torch
+from jaxtyping import Bool, Float, Int
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor, nn
+
+from clipmapper.models.clip_weights import build_clip
+from clipmapper.models.image_towers import image_tower
+from clipmapper.models.text_tower import TextTower
+
+
+class ClipEncoder(nn.Module):
+    """A CLIP whose towers give tokens: all visual tokens and all text tokens after the final LayerNorm.
+
+    Parameters: ``architecture`` and ``pretrained`` as in :func:`clipmapper.models.clip_weights.build_clip`.
+    ``frozen``: its weights take no gradient and it stays in evaluation mode.
+    """
+
+    def __init__(self, architecture: str, pretrained: str | None = None, frozen: bool = True) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self.pretrained = pretrained
+        self.frozen = frozen
+        self.clip = build_clip(architecture, pretrained)
+        # Views on the modules of `clip`: kept out of the module tree so that no weight is listed twice.
+        self._towers = (image_tower(self.clip.visual, architecture), TextTower(self.clip, architecture))
+        if frozen:
+            self.clip.requires_grad_(False)
+
+    @property
+    def image_tower(self):
+        return self._towers[0]
+
+    @property
+    def text_tower(self):
+        return self._towers[1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of image patches."""
+        return self.image_tower.grid
+
+    @property
+    def prefix_tokens(self) -> int:
+        """How many image tokens come before the patches: 1 class token in CLIP, 0 in SigLIP."""
+        return self.image_tower.prefix_tokens
+
+    @property
+    def image_width(self) -> int:
+        return self.image_tower.width
+
+    @property
+    def text_width(self) -> int:
+        return self.text_tower.width
+
+    @property
+    def context_length(self) -> int:
+        return self.clip.context_length
+
+    def train(self, mode: bool = True) -> "ClipEncoder":
+        return super().train(mode and not self.frozen)
+
+    def preprocess(self):
+        """The image transform that belongs to the weights: PIL image → Float[3, height, width]."""
+        return image_transform_v2(PreprocessCfg(**self.clip.visual.preprocess_cfg), is_train=False)
+
+    def image_tokens(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        keep: Int[Tensor, "batch kept"] | None = None,
+        ignore: Bool[Tensor, "batch patches"] | None = None,
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Prefix tokens, then patches row by row, after the tower's final LayerNorm.
+
+        ``keep``: patches that stay (the others are physically removed); ``ignore``: patches that no
+        attention of the tower reads. See :meth:`clipmapper.models.image_towers.ImageTower.forward`.
+        """
+        return self.image_tower(images, keep=keep, ignore=ignore)
+
+    def text_tokens(
+        self,
+        ids: Int[Tensor, "batch tokens"],
+        valid: Bool[Tensor, "batch tokens"],
+        keep: Int[Tensor, "batch kept"] | None = None,
+        ignore: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch out width"]:
+        """All text tokens after the tower's final LayerNorm, with ``keep`` and ``ignore`` as for images.
+
+        ``valid`` is False at padding. Padding behind the longest text of the batch may have been cut off
+        (:func:`clipmapper.models.tokens.tokenize` does); a tower that reads its padding is given it back.
+        """
+        given = ids.shape[1]
+        if self.text_tower.padding_matters and given < self.context_length:
+            extra = self.context_length - given
+            ids = nn.functional.pad(ids, (0, extra), value=self.padding_id)
+            valid = nn.functional.pad(valid, (0, extra), value=False)
+            ignore = None if ignore is None else nn.functional.pad(ignore, (0, extra), value=False)
+        tokens = self.text_tower(ids, keep=keep, ignore=ignore, valid=valid)
+        if keep is None and not self.text_tower.appended_class_token:
+            return tokens[:, :given]
+        return tokens
+
+    @property
+    def padding_id(self) -> int:
+        """The id that this CLIP's tokenizer pads with."""
+        tokenizer = getattr(self.tokenizer, "tokenizer", None)
+        return 0 if tokenizer is None else int(tokenizer.pad_token_id)
+
+    @property
+    def tokenizer(self):
+        """CLIP's byte-pair tokenizer, or the one that the architecture names (read when first asked for)."""
+        if not hasattr(self, "_tokenizer"):
+            name = Path(self.architecture).stem if self.architecture.endswith(".json") else self.architecture
+            self._tokenizer = open_clip.get_tokenizer(name, context_length=self.context_length)
+        return self._tokenizer
+
+    def pool_image(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch embedding"]:
+        """open_clip's ``encode_image``, from the tokens."""
+        return self.image_tower.pool(tokens)
+
+    def pool_text(
+        self, tokens: Float[Tensor, "batch out width"], ids: Int[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch embedding"]:
+        """open_clip's ``encode_text``, from the tokens."""
+        return self.text_tower.pool(tokens, ids)
+
+    @torch.no_grad()
+    def embeddings(
+        self, images: Float[Tensor, "batch 3 height width"], ids: Int[Tensor, "texts tokens"]
+    ) -> tuple[Float[Tensor, "batch embedding"], Float[Tensor, "texts embedding"]]:
+        """Normalised pooled features of both towers, for retrieval."""
+        image = self.pool_image(self.image_tokens(images))
+        text = self.pool_text(self.text_tokens(ids, torch.ones_like(ids, dtype=torch.bool)), ids)
+        return nn.functional.normalize(image, dim=-1), nn.functional.normalize(text, dim=-1)

@@ -1,0 +1,179 @@
+"""Token sequences of the image towers that ``open_clip`` builds, without changing or copying them.
+
+Each class drives the tower's own modules step by step, so that patches can be masked out of every
+attention or removed before the first one, and the final tokens are at hand before they are pooled.
+"""
+
+from collections.abc import Sequence
+
+import timm.models.vision_transformer as timm_vit
+import torch
+from jaxtyping import Bool, Float, Int
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import CustomResidualAttentionBlock, VisionTransformer
+from torch import Tensor, nn
+
+from clipmapper.errors import UserError
+from clipmapper.models.masking import ignored_keys_mask, select_tokens
+
+
+class ImageTower(nn.Module):
+    """What the encoder needs from an image tower.
+
+    ``grid`` is (rows, columns) of patches, ``prefix_tokens`` how many tokens come before the patches (the
+    class token and, in some towers, registers), ``width`` that of the final tokens.
+    """
+
+    grid: tuple[int, int]
+    prefix_tokens: int
+    width: int
+    heads: int
+
+    def attention_blocks(self) -> Sequence[nn.Module]:
+        """The blocks in order, one attention sub-layer each."""
+        raise NotImplementedError
+
+    def embed(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens channels"]:
+        """Prefix tokens and patches as they enter the first block."""
+        raise NotImplementedError
+
+    def blocks(
+        self, tokens: Float[Tensor, "batch tokens channels"], mask: Float[Tensor, "..."] | None
+    ) -> Float[Tensor, "batch tokens channels"]:
+        """All blocks; ``mask`` is added to the attention scores, in the shape that ``mask_for`` gives."""
+        raise NotImplementedError
+
+    def mask_for(self, ignored: Bool[Tensor, "batch tokens"], dtype: torch.dtype) -> Float[Tensor, "..."]:
+        raise NotImplementedError
+
+    def finish(self, tokens: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens channels"]:
+        """The final LayerNorm, where the tower applies it token by token."""
+        raise NotImplementedError
+
+    def pool(self, tokens: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch embedding"]:
+        """The tower's own pooled and projected feature, from what ``forward`` returned."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        keep: Int[Tensor, "batch kept"] | None = None,
+        ignore: Bool[Tensor, "batch patches"] | None = None,
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Final tokens, prefix tokens first.
+
+        ``keep``: indices of the patches that stay; the others are removed before the first block.
+        ``ignore``: True for patches that no attention may read; they stay in the sequence.
+        Either leaves the remaining tokens as if the other patches had never been there.
+        """
+        tokens = self.embed(images)
+        prefix = self.prefix_tokens
+        if keep is not None:
+            tokens = torch.cat([tokens[:, :prefix], select_tokens(tokens[:, prefix:], keep)], dim=1)
+        mask = None
+        if ignore is not None:
+            always = ignore.new_zeros(ignore.shape[0], prefix)
+            mask = self.mask_for(torch.cat([always, ignore], dim=1), tokens.dtype)
+        return self.finish(self.blocks(tokens, mask))
+
+
+class OpenClipImageTower(ImageTower):
+    """open_clip's own ``VisionTransformer`` (OpenAI, LAION, DataComp, CLIPA, CoCa weights, ...)."""
+
+    def __init__(self, visual: VisionTransformer) -> None:
+        super().__init__()
+        if isinstance(visual.transformer.resblocks[0], CustomResidualAttentionBlock):
+            raise UserError(
+                "encoder: this open_clip architecture uses open_clip's custom attention blocks, which do not "
+                "run through scaled_dot_product_attention; use a standard ViT architecture, e.g. ViT-B-32"
+            )
+        self.visual = visual
+        self.grid = tuple(visual.grid_size)
+        self.prefix_tokens = 1
+        self.width = visual.conv1.out_channels
+        self.heads = visual.transformer.resblocks[0].attn.num_heads
+        # CLIPA normalises after pooling and CoCa pools by attention before it normalises: there the tokens
+        # are the last block's output, since the tower has no final LayerNorm over tokens.
+        self.norm_per_token = visual.attn_pool is None and not visual.final_ln_after_pool
+
+    def attention_blocks(self) -> Sequence[nn.Module]:
+        return list(self.visual.transformer.resblocks)
+
+    def embed(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens channels"]:
+        return self.visual._embeds(images)
+
+    def blocks(
+        self, tokens: Float[Tensor, "batch tokens channels"], mask: Float[Tensor, "..."] | None
+    ) -> Float[Tensor, "batch tokens channels"]:
+        return self.visual.transformer(tokens, attn_mask=mask)
+
+    def mask_for(self, ignored: Bool[Tensor, "batch tokens"], dtype: torch.dtype) -> Float[Tensor, "..."]:
+        return ignored_keys_mask(ignored, dtype).repeat_interleave(self.heads, dim=0)
+
+    def finish(self, tokens: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens channels"]:
+        return self.visual.ln_post(tokens) if self.norm_per_token else tokens
+
+    def pool(self, tokens: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch embedding"]:
+        if self.norm_per_token:
+            pooled, _ = self.visual._global_pool(tokens)
+        else:
+            pooled, _ = self.visual._pool(tokens)
+        return pooled if self.visual.proj is None else pooled @ self.visual.proj
+
+
+class TimmImageTower(ImageTower):
+    """A ``timm`` vision transformer inside open_clip's ``TimmModel`` (SigLIP, SigLIP 2, ...).
+
+    SigLIP has no class token (``prefix_tokens`` 0): its pooled feature comes from an attention pooling
+    head, which belongs to the pooled feature and not to the token sequence.
+    """
+
+    def __init__(self, visual: TimmModel) -> None:
+        super().__init__()
+        self.visual = visual
+        trunk = visual.trunk
+        self.grid = tuple(trunk.patch_embed.grid_size)
+        self.prefix_tokens = trunk.num_prefix_tokens
+        self.width = trunk.embed_dim
+        self.heads = trunk.blocks[0].attn.num_heads
+
+    def attention_blocks(self) -> Sequence[nn.Module]:
+        return list(self.visual.trunk.blocks)
+
+    def embed(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch tokens channels"]:
+        trunk = self.visual.trunk
+        return trunk.norm_pre(trunk.patch_drop(trunk._pos_embed(trunk.patch_embed(images))))
+
+    def blocks(
+        self, tokens: Float[Tensor, "batch tokens channels"], mask: Float[Tensor, "..."] | None
+    ) -> Float[Tensor, "batch tokens channels"]:
+        for block in self.visual.trunk.blocks:
+            tokens = block(tokens, attn_mask=mask)
+        return tokens
+
+    def mask_for(self, ignored: Bool[Tensor, "batch tokens"], dtype: torch.dtype) -> Float[Tensor, "..."]:
+        return ignored_keys_mask(ignored, dtype)[:, None]
+
+    def finish(self, tokens: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch tokens channels"]:
+        return self.visual.trunk.norm(tokens)
+
+    def pool(self, tokens: Float[Tensor, "batch tokens channels"]) -> Float[Tensor, "batch embedding"]:
+        return self.visual.head(self.visual.trunk.forward_head(tokens))
+
+
+def image_tower(visual: nn.Module, architecture: str) -> ImageTower:
+    """The image tower that fits ``visual``.
+
+    Raises ``UserError`` for a tower without a sequence of patch tokens, with the kinds that work.
+    """
+    if isinstance(visual, VisionTransformer):
+        return OpenClipImageTower(visual)
+    trunk = getattr(visual, "trunk", None)
+    if isinstance(trunk, timm_vit.VisionTransformer) and hasattr(trunk.patch_embed, "grid_size"):
+        return TimmImageTower(visual)
+    kind = type(visual if trunk is None else trunk).__name__
+    raise UserError(
+        f"encoder.architecture={architecture}: its image tower is a {kind}, which gives no sequence of patch "
+        "tokens that attention reads; use one with a vision transformer: open_clip's own (ViT-B-32, "
+        "ViT-B-16-quickgelu, ViT-L-14-336, coca_ViT-B-32, ...) or timm's (ViT-B-16-SigLIP, ...)"
+    )

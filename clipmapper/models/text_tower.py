@@ -1,0 +1,106 @@
+"""Token sequences of the text towers that ``open_clip`` builds, without changing or copying them."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.transformer import TextTransformer, text_global_pool
+from torch import Tensor, nn
+
+from clipmapper.errors import UserError
+from clipmapper.models.masking import ignored_keys_mask, select_tokens
+
+
+class TextTower(nn.Module):
+    """open_clip's text transformer, be it a module of its own or unpacked into ``CLIP``.
+
+    Final tokens are those after the final LayerNorm, one for each token id; CoCa's appended class token,
+    where there is one, comes last and is part of the sequence.
+    """
+
+    def __init__(self, clip: nn.Module, architecture: str) -> None:
+        super().__init__()
+        owner = getattr(clip, "text", None) if isinstance(clip, CustomTextCLIP) else clip
+        if not isinstance(owner, CLIP | TextTransformer):
+            kind = type(clip if owner is None else owner).__name__
+            raise UserError(
+                f"encoder.architecture={architecture}: its text tower is a {kind}; use an architecture whose "
+                "text tower is open_clip's own text transformer (ViT-B-32, ViT-B-16-SigLIP, ...)"
+            )
+        self.owner = owner
+        self.width = owner.ln_final.weight.shape[0]
+        self.heads = owner.transformer.resblocks[0].attn.num_heads
+        self.causal = owner.attn_mask is not None
+        self.appended_class_token = getattr(owner, "cls_emb", None) is not None
+        # Only a plain causal tower gives the same tokens when padding behind the text is cut off: SigLIP's
+        # words read the padding, and CoCa's class token comes behind it.
+        self.padding_matters = not self.causal or self.appended_class_token
+
+    def attention_blocks(self) -> Sequence[nn.Module]:
+        """The blocks in order, one attention sub-layer each."""
+        return list(self.owner.transformer.resblocks)
+
+    def embed(
+        self, ids: Int[Tensor, "batch tokens"]
+    ) -> tuple[Float[Tensor, "batch embedded width"], Float[Tensor, "..."] | None]:
+        """Embedded tokens with their positions, and the tower's own mask (added to attention scores)."""
+        owner = self.owner
+        if self.padding_matters and isinstance(owner, TextTransformer):
+            return owner._embeds(ids)
+        length = ids.shape[1]
+        dtype = owner.transformer.get_cast_dtype()
+        embedded = owner.token_embedding(ids).to(dtype) + owner.positional_embedding[:length].to(dtype)
+        mask = owner.attn_mask
+        return embedded, None if mask is None else mask[:length, :length]
+
+    def forward(
+        self,
+        ids: Int[Tensor, "batch tokens"],
+        keep: Int[Tensor, "batch kept"] | None = None,
+        ignore: Bool[Tensor, "batch tokens"] | None = None,
+        valid: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch out width"]:
+        """Final tokens.
+
+        ``keep``: ascending indices of the tokens that stay, padded behind with -1 (what stands there in the
+        result means nothing); the others are removed before the first block. ``ignore``: True for tokens
+        that no attention may read; they stay in the sequence. Either way the remaining tokens come out as
+        if the others had never been there; positions stay those of the whole text. ``valid`` (False at
+        padding) is needed with ``keep`` by towers whose words read the padding.
+        """
+        if keep is not None and self.padding_matters:
+            # Padding and the appended class token must stay, so the removed tokens are ignored instead.
+            if valid is None:
+                raise ValueError("this text tower reads its padding: removing tokens needs `valid`")
+            kept = torch.zeros_like(valid).scatter_reduce(1, keep.clamp(min=0), keep >= 0, "amax")
+            removed = valid & ~kept
+            tokens = self.forward(ids, ignore=removed if ignore is None else removed | ignore)
+            return select_tokens(tokens, keep)
+        embedded, mask = self.embed(ids)
+        if keep is not None:
+            embedded = select_tokens(embedded, keep)
+            mask = None if mask is None else mask[: keep.shape[1], : keep.shape[1]]
+        if ignore is not None:
+            if self.appended_class_token:
+                ignore = torch.cat([ignore, ignore.new_zeros(ignore.shape[0], 1)], dim=1)
+            ignored = ignored_keys_mask(ignore, embedded.dtype).repeat_interleave(self.heads, dim=0)
+            mask = ignored if mask is None else mask + ignored
+        return self.owner.ln_final(self.owner.transformer(embedded, attn_mask=mask))
+
+    def pool(
+        self, tokens: Float[Tensor, "batch out width"], ids: Int[Tensor, "batch tokens"]
+    ) -> Float[Tensor, "batch embedding"]:
+        """The tower's own pooled and projected feature, from what ``forward`` returned."""
+        owner = self.owner
+        if self.appended_class_token:
+            pooled = tokens[:, -1]
+        else:
+            kind = owner.text_pool_type if isinstance(owner, CLIP) else owner.pool_type
+            eos = owner.text_eos_id if isinstance(owner, CLIP) else owner.eos_id
+            pooled = text_global_pool(tokens, ids, pool_type=kind, eos_token_id=eos)
+        if owner.text_projection is None:
+            return pooled
+        if isinstance(owner.text_projection, nn.Linear):
+            return owner.text_projection(pooled)
+        return pooled @ owner.text_projection

@@ -1,0 +1,68 @@
+"""Methods that look at attention and at nothing else: no gradient is needed."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from clipmapper.relevance.propagation import mean_attention, propagate, rows_times
+from clipmapper.relevance.result import Relevance, as_relevance
+from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
+
+
+def rollout(trace: AttentionTrace) -> Relevance:
+    """Attention rollout (Abnar & Zuidema 2020, arXiv 2005.00928): ``Ã = rownorm(E_h A + I)``, multiplied up.
+
+    Across modalities the *last* cross-attention that the read stream makes is chained between the two
+    streams' rollouts: read row, rollout of its own stream after that cross-attention, mean attention of
+    the cross-attention, rollout of the other stream up to the state that was read. (Chefer et al.'s LXMERT
+    code puts the transposed rollout of the whole own stream there, which is no path through the network.)
+    """
+    crossed = False
+
+    def rule(step: Attention, row: Float[Tensor, "batch rows queries"]):
+        nonlocal crossed
+        to_keys, _ = rows_times(mean_attention, step, row, normalise=False)
+        if step.query_node.stream == step.key_node.stream:
+            # rownorm(A + I) = (A + I) / 2, since every row of A sums to 1.
+            return row / 2, to_keys / 2
+        if crossed or step.query_node.stream != read_stream:
+            return row, None
+        crossed = True
+        return row, to_keys
+
+    read_stream = trace.read[0].stream
+    rows = propagate(trace, trace.read_row(), rule)
+    return as_relevance(trace, {stream: row[:, 0] for stream, row in rows.items()})
+
+
+def raw_attention(trace: AttentionTrace) -> Relevance:
+    """Mean attention of the heads in the last sub-layer in which the read token reads each modality."""
+    return last_attention(trace, mean_attention)
+
+
+def last_attention(trace: AttentionTrace, matrix) -> Relevance:
+    """The read row of ``matrix(step)`` for the last sub-layer that reads each input stream.
+
+    ``matrix(step, queries)`` gives Float[batch, queries, keys].
+    """
+    node = trace.read[0]
+    row = trace.read_row()[node]
+    found: dict[str, Tensor] = {}
+    seen: set[str] = set()
+    for step in reversed(trace.attention):
+        source = step.key_node.stream
+        if step.query_node.stream == node.stream and source not in seen:
+            seen.add(source)
+            to_keys, _ = rows_times(matrix, step, row, normalise=False)
+            for stream, part in _split(trace, source, to_keys[:, 0]).items():
+                found.setdefault(stream, part)
+    return as_relevance(trace, found)
+
+
+def _split(trace: AttentionTrace, stream: str, row: Tensor) -> dict[str, Tensor]:
+    """A row over a stream's tokens, given to the input streams that the stream was joined from."""
+    join = next((s for s in trace.steps if isinstance(s, Join) and s.output == Node(stream, 0)), None)
+    if join is None:
+        return {stream: row}
+    sizes = [trace.lengths[part.stream] for part in join.parts]
+    pieces = zip(join.parts, row.split(sizes, dim=-1), strict=True)
+    return {part.stream: piece for part, piece in pieces}

@@ -1,0 +1,22 @@
+"""Methods that weigh the attention of one sub-layer by its gradient."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from clipmapper.relevance.attention_only import last_attention
+from clipmapper.relevance.result import Relevance
+from clipmapper.relevance.trace import Attention, AttentionTrace
+
+
+def grad_cam(trace: AttentionTrace) -> Relevance:
+    """Grad-CAM (Selvaraju et al. 2017) on attention, as Chefer et al. 2021 use it as a baseline.
+
+    ``relu(E_h[(mean_ij ∇A) · A])`` of the last sub-layer in which the read token reads each modality, on
+    the read row. Needs ``trace.backward(y)``.
+    """
+
+    def matrix(step: Attention, queries: slice) -> Float[Tensor, "batch queries keys"]:
+        weight = step.probability_gradient().mean(dim=(2, 3), keepdim=True)
+        return (weight * step.probabilities()).mean(dim=1).clamp(min=0)[:, queries]
+
+    return last_attention(trace, matrix)

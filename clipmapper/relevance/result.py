@@ -1,0 +1,51 @@
+"""What every explanation method returns."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clipmapper.relevance.trace import AttentionTrace
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """Relevance of every input token for the explained scalar, per input stream: Float[batch, tokens].
+
+    ``grid`` is (rows, columns) of the image patches; tokens before them (class token) are prefix tokens.
+    """
+
+    streams: Mapping[str, Float[Tensor, "batch tokens"]]
+    image_stream: str | None = None
+    text_stream: str | None = None
+    grid: tuple[int, int] | None = None
+
+    @property
+    def image(self) -> Float[Tensor, "batch rows columns"]:
+        """Relevance of the image patches, as a grid."""
+        if self.image_stream is None or self.grid is None:
+            raise ValueError("this trace has no image stream with a grid of patches")
+        rows, columns = self.grid
+        return self.streams[self.image_stream][:, -rows * columns :].unflatten(1, (rows, columns))
+
+    @property
+    def text(self) -> Float[Tensor, "batch tokens"]:
+        """Relevance of the text tokens, 0 at padding."""
+        if self.text_stream is None:
+            raise ValueError("this trace has no text stream")
+        return self.streams[self.text_stream]
+
+
+def as_relevance(trace: AttentionTrace, streams: Mapping[str, Tensor]) -> Relevance:
+    """Relevance with every input stream of the trace: what nothing was found for is 0, and so is padding."""
+    complete = {}
+    for stream in trace.inputs:
+        if stream in streams:
+            valid = trace.padding_free(stream)
+            complete[stream] = streams[stream] * valid
+        else:
+            shape = (trace.batch, trace.lengths[stream])
+            complete[stream] = torch.zeros(shape, dtype=trace.dtype, device=trace.device)
+    return Relevance(complete, trace.image_stream, trace.text_stream, trace.grid)

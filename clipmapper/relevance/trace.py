@@ -1,0 +1,171 @@
+"""The one data structure of the relevance library: what happened at every attention sub-layer.
+
+A trace is a small directed graph. Its nodes are *(stream, version)*: the tokens of a stream, in the state
+in which they are after so many attention sub-layers. Its edges are attention sub-layers (:class:`Attention`)
+and concatenations of streams (:class:`Join`). Every explanation method is a pure function of a trace.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Node(NamedTuple):
+    """A stream's tokens after ``version`` attention sub-layers of that stream (0: as they entered)."""
+
+    stream: str
+    version: int
+
+
+@dataclass
+class Attention:
+    """One attention sub-layer: the query stream reads the key stream and goes to its next version.
+
+    Shapes: B samples, H heads, N query tokens, M key tokens, D head width, C model width.
+    The gradients are those of the explained scalar and are there after :meth:`AttentionTrace.backward`;
+    a tensor that does not reach the scalar has a zero gradient.
+    """
+
+    name: str
+    query_node: Node
+    key_node: Node
+    output_node: Node
+    query: Float[Tensor, "batch heads queries channels"]
+    key: Float[Tensor, "batch heads keys channels"]
+    value: Float[Tensor, "batch heads keys channels"]
+    mixed: Float[Tensor, "batch heads queries channels"]  # o = A v, per head
+    mask: Tensor | None  # added to the scores, or boolean with True where a query may read a key
+    scale: float | None  # of the scores; None: 1 / √D
+    causal: bool
+    before: Float[Tensor, "batch queries width"]  # x: the query stream's tokens before the sub-layer
+    added: Float[Tensor, "batch queries width"]  # a: what the sub-layer adds to them
+    mixed_gradient: Tensor | None = None
+    before_gradient: Tensor | None = None
+    added_gradient: Tensor | None = None
+
+    @property
+    def is_self(self) -> bool:
+        return self.query_node == self.key_node
+
+    def probabilities(self) -> Float[Tensor, "batch heads queries keys"]:
+        """A, rebuilt from query, key and mask without autograd."""
+        with torch.no_grad():
+            scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
+            scores = (self.query.detach() * scale) @ self.key.detach().transpose(-2, -1)
+            if self.causal:
+                allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+                scores = scores.masked_fill(~allowed, float("-inf"))
+            if self.mask is not None:
+                if self.mask.dtype == torch.bool:
+                    scores = scores.masked_fill(~self.mask, float("-inf"))
+                else:
+                    scores = scores + self.mask
+            return scores.softmax(dim=-1)
+
+    def probability_gradient(self) -> Float[Tensor, "batch heads queries keys"]:
+        """∂y/∂A = ∂y/∂o · vᵀ: exact, since o = A v, and the same for any way of computing attention."""
+        with torch.no_grad():
+            return self._required("mixed_gradient") @ self.value.detach().transpose(-2, -1)
+
+    def _required(self, name: str) -> Tensor:
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"{self.name}: no gradient yet; call trace.backward(y) before a gradient method")
+        return value
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """(∂y/∂x, ∂y/∂a), each [batch, queries, width]."""
+        return self._required("before_gradient"), self._required("added_gradient")
+
+
+@dataclass(frozen=True)
+class Join:
+    """``output`` is the concatenation of ``parts`` along the token axis, in order."""
+
+    output: Node
+    parts: tuple[Node, ...]
+
+
+@dataclass
+class AttentionTrace:
+    """Everything an explanation method needs of one forward (and one backward) of a batch.
+
+    Attributes
+    ----------
+    steps : sub-layers and joins in the order in which they ran.
+    lengths : number of tokens of every stream.
+    valid : per stream, False at padding; a stream without padding may be left out.
+    inputs : the streams that are inputs (relevance is read at their version 0).
+    read : the node whose row is read, and for every sample the position of that row.
+    image_stream, text_stream : which inputs they are, where there are such.
+    grid : (rows, columns) of image patches; the tokens before them are prefix tokens (the class token).
+    samples : identity of every sample, which seeds what is random about it.
+    """
+
+    steps: list[Attention | Join] = field(default_factory=list)
+    lengths: dict[str, int] = field(default_factory=dict)
+    valid: dict[str, Bool[Tensor, "batch tokens"]] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+    read: tuple[Node, Int[Tensor, "batch"]] | None = None
+    image_stream: str | None = None
+    text_stream: str | None = None
+    grid: tuple[int, int] | None = None
+    samples: Sequence[int] | None = None
+
+    @property
+    def attention(self) -> list[Attention]:
+        return [step for step in self.steps if isinstance(step, Attention)]
+
+    @property
+    def batch(self) -> int:
+        return self.attention[0].query.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.attention[0].query.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.attention[0].before.dtype
+
+    def padding_free(self, stream: str) -> Bool[Tensor, "batch tokens"]:
+        """True at the tokens of a stream that are not padding."""
+        if stream in self.valid:
+            return self.valid[stream]
+        return torch.ones(self.batch, self.lengths[stream], dtype=torch.bool, device=self.device)
+
+    def backward(self, y: Float[Tensor, "batch"]) -> None:
+        """The one backward: gradients of ``y.sum()`` at every sub-layer (samples do not interact).
+
+        Raises ``ValueError`` when ``y`` depends on nothing that was recorded.
+        """
+        if not y.requires_grad:
+            raise ValueError("y does not depend on the recorded forward: run the model inside the recorder")
+        wanted = [t for step in self.attention for t in (step.mixed, step.before, step.added)]
+        found = torch.autograd.grad(y.sum(), wanted, allow_unused=True)
+        gradients: Iterator[Tensor] = (
+            torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)
+        )
+        for step in self.attention:
+            step.mixed_gradient = next(gradients)
+            step.before_gradient, step.added_gradient = next(gradients), next(gradients)
+        self.release_graph()
+
+    def release_graph(self) -> None:
+        """Let go of the autograd graph; what was recorded stays as plain tensors."""
+        for step in self.attention:
+            for name in ("query", "key", "value", "mixed", "before", "added"):
+                setattr(step, name, getattr(step, name).detach())
+
+    def read_row(self) -> Mapping[Node, Float[Tensor, "batch 1 tokens"]]:
+        """One-hot row at the read token: where relevance starts on its way back."""
+        if self.read is None:
+            raise ValueError("the trace does not say which token's row is read; set trace.read")
+        node, position = self.read
+        row = torch.zeros(self.batch, 1, self.lengths[node.stream], dtype=self.dtype, device=self.device)
+        row.scatter_(2, position.to(self.device)[:, None, None], 1.0)
+        return {node: row}

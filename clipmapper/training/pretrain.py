@@ -1,0 +1,72 @@
+"""The pretraining run behind ``scripts/pretrain_clip.py``."""
+
+import json
+import time
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from omegaconf import DictConfig
+
+from clipmapper.errors import UserError
+from clipmapper.models.clip_weights import save_clip_weights
+from clipmapper.models.encoder import ClipEncoder
+from clipmapper.training.contrastive import ContrastiveModule, contrastive_loader, retrieval_score
+
+
+def run_pretraining(config: DictConfig) -> dict[str, float]:
+    """Train, write the weights with their card, and return the retrieval scores on held-out scenes."""
+    lightning.seed_everything(config.seed, verbose=False)
+    encoder = ClipEncoder(config.architecture, frozen=False)
+    module = ContrastiveModule(
+        encoder, config.learning_rate, config.weight_decay, config.warmup_steps, config.max_steps
+    )
+    folder = Path("outputs/pretrain_clip")
+    last = folder / "last.ckpt"
+    if config.resume and not last.is_file():
+        raise UserError(f"resume=true: there is no {last} to go on from")
+    first_step = int(torch.load(last, weights_only=True)["global_step"]) if config.resume else 0
+    loader = contrastive_loader(
+        encoder, config.batch_size, config.variants, config.seed, first_step, config.workers
+    )
+    checkpoints = ModelCheckpoint(
+        dirpath=folder, save_last=True, every_n_train_steps=config.checkpoint_every, enable_version_counter=False
+    )
+    trainer = lightning.Trainer(
+        max_steps=config.max_steps,
+        accelerator="auto",
+        gradient_clip_val=1.0,
+        logger=False,
+        callbacks=[checkpoints, TQDMProgressBar(refresh_rate=10)],
+        enable_model_summary=False,
+    )
+    began = time.monotonic()
+    trainer.fit(module, loader, ckpt_path=last if config.resume else None, weights_only=True)
+    if trainer.interrupted:
+        raise UserError(f"interrupted; go on with resume=true (from {last})")
+    minutes = (time.monotonic() - began) / 60
+    easy = retrieval_score(encoder, config.seed)
+    hard = retrieval_score(encoder, config.seed, variants=4)
+    scores = easy | {f"hard_{name}": value for name, value in hard.items()}
+    card = {"config": dict(config), "minutes": round(minutes, 1), "retrieval": scores}
+    save_clip_weights(encoder.clip, Path(config.output), used_token_ids(encoder), {"card": json.dumps(card)})
+    return scores
+
+
+def used_token_ids(encoder: ClipEncoder) -> list[int]:
+    """The tokens of every word that captions and questions of the built-in world are made of."""
+    import random
+
+    from clipmapper.data.scene_captions import draw_caption
+    from clipmapper.data.scene_questions import draw_presupposition
+    from clipmapper.data.scenes import draw_scene
+
+    rng = random.Random("used tokens")
+    tokenizer = encoder.tokenizer
+    used = {tokenizer.sot_token_id, tokenizer.eot_token_id, 0}
+    for index in range(4000):
+        scene = draw_scene(0, "pretrain", index)
+        for text in (draw_caption(scene, rng), draw_presupposition(scene, rng)):
+            used.update(tokenizer.encode(text))
+    return sorted(used)

@@ -1,0 +1,86 @@
+"""One explained answer on one page: image, heat map, and the words of the question."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from matplotlib.figure import Figure
+
+from clipmapper.visual.header import Header
+from clipmapper.visual.heatmap import HEAT_LABEL, for_display, heat_scale, heatmap_overlay
+from clipmapper.visual.layout import CAPTION_SIZE, FAINT, axes_at, house_style, new_figure, write
+from clipmapper.visual.panels import (
+    check_mask,
+    colour_bar,
+    colour_key,
+    outline_region,
+    region_key,
+    show_image,
+)
+from clipmapper.visual.words import WORD_LABEL, draw_words, word_scale, words_height
+
+_MARGIN, _GAP = 0.28, 0.22
+_PANEL_WIDTH, _PANEL_HEIGHT = 3.1, 3.9  # a picture fills one of the two
+_LEAST_WIDTH, _LEAST_HEIGHT = 1.8, 1.3  # so that the captions and the colour bar's label have room
+_BAR = 0.62  # colour bar with its ticks and label
+_CAPTION = 0.26  # line above a picture
+_WORD_SIZE = 11.0
+
+
+@house_style()
+def plot_explanation(
+    image: UInt8[np.ndarray, "height width 3"],
+    relevance: Float[np.ndarray, "rows columns"],
+    words: Sequence[tuple[str, float]],
+    *,
+    question: str,
+    answer: str,
+    score: float,
+    method: str,
+    truth: str | None = None,
+    deciding_mask: Bool[np.ndarray, "height width"] | None = None,
+) -> Figure:
+    """The image, the relevance of its patches as a heat map over it, and the coloured words of the question.
+
+    `image` is the picture as the model saw it, `relevance` the patch grid, `words` (word, relevance) in the
+    order of the question. The heat map and the words are each divided by their own maximum. With `truth`
+    the title says whether the answer agrees with it (ignoring case); `deciding_mask` marks the pixels that
+    decide the answer, where they are known. Nothing is cut: long texts wrap and the figure grows.
+    """
+    check_mask(image, deciding_mask)
+    height, width = image.shape[:2]
+    scale = min(_PANEL_WIDTH / width, _PANEL_HEIGHT / height)
+    panel_width, panel_height = scale * width, scale * height
+    cell_width, cell_height = max(panel_width, _LEAST_WIDTH), max(panel_height, _LEAST_HEIGHT)
+    page_width = max(2 * cell_width + _GAP + _BAR, 5.4) + 2 * _MARGIN
+    text_width = page_width - 2 * _MARGIN
+
+    header = Header(text_width, question, answer, score, truth)
+    panels_top = _MARGIN + header.height + 0.10 + _CAPTION
+    words_top = panels_top + cell_height + 0.20 + _CAPTION
+    words_tall = words_height(words, text_width, _WORD_SIZE, values=True)
+    bottom = words_top + words_tall if words else panels_top + cell_height
+    figure = new_figure(page_width, bottom + _MARGIN)
+
+    header.write(figure, _MARGIN, _MARGIN - 0.04)
+    picture = for_display(image)
+    right = _MARGIN + cell_width + _GAP
+    plain = axes_at(figure, _MARGIN, panels_top, panel_width, panel_height)
+    heat = axes_at(figure, right, panels_top, panel_width, panel_height)
+    show_image(plain, picture)
+    show_image(heat, heatmap_overlay(picture, relevance))
+    write(figure, _MARGIN, panels_top - 0.07, "image", CAPTION_SIZE, colour=FAINT)
+    write(figure, right, panels_top - 0.07, f"relevance of patches: {method}", CAPTION_SIZE, colour=FAINT)
+    if deciding_mask is not None:
+        outline_region(plain, deciding_mask, picture.shape[:2], 1.3)
+        outline_region(heat, deciding_mask, picture.shape[:2], 0.8)
+        region_key(figure, _MARGIN + cell_width, panels_top - 0.07)
+    bar = axes_at(figure, right + panel_width + 0.09, panels_top, 0.11, cell_height)
+    colour_bar(bar, heat_scale(), HEAT_LABEL)
+
+    if words:
+        write(figure, _MARGIN, words_top - 0.10, "relevance of words", CAPTION_SIZE, colour=FAINT)
+        colour_key(figure, page_width - _MARGIN, words_top - 0.10, word_scale(), WORD_LABEL)
+        area = axes_at(figure, _MARGIN, words_top, text_width, words_tall)
+        draw_words(area, words, _WORD_SIZE, values=True)
+    return figure

@@ -1,0 +1,47 @@
+"""Figures to files and to arrays."""
+
+import os
+import uuid
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from clipmapper.errors import UserError
+from clipmapper.visual.layout import house_style
+
+# No dates and versions inside: the same figure gives the same bytes.
+_METADATA = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Producer": None, "Creator": None}}
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a figure as PNG (or PDF, for papers), by the path's suffix; folders are made as needed.
+
+    The file appears whole or not at all: it is written under a temporary name and then renamed.
+    Raises UserError for another suffix and where the path cannot be written.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in _METADATA:
+        raise UserError(f"cannot write a picture to '{path}': the name must end in .png or .pdf")
+    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with house_style():
+            figure.savefig(partial, format=suffix[1:], metadata=_METADATA[suffix])
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write a picture to '{path}': {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def figure_pixels(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:
+    """The figure as an RGB array, for loggers that take arrays."""
+    canvas = FigureCanvasAgg(figure)
+    with house_style():
+        canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]

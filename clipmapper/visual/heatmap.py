@@ -1,0 +1,101 @@
+"""Relevance of image patches as a heat map over the image.
+
+The image below the heat map is dimmed and partly greyed, and the opacity of the colour grows with relevance:
+what does not matter stays visible but recedes, what matters lights up. The colours are a section of
+matplotlib's perceptually uniform `inferno`, whose lightness rises steadily, so that the map also reads in
+grey print and with any colour vision.
+"""
+
+import math
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap
+from PIL import Image
+
+# inferno's dark third would only blacken the picture, its last hundredths would bleach it.
+_COLOURS = colormaps["inferno"](np.linspace(0.38, 0.97, 256))[:, :3]
+_GREYED = 0.65
+_DIMMED = 0.75
+_OPACITY_POWER = 0.8  # below 1, so that weak relevance is still seen as colour
+_SMALL, _LARGE = 512, 1024
+DEFAULT_ALPHA = 0.75
+HEAT_LABEL = "relevance ÷ maximum"
+
+
+def upscaled(image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "tall wide 3"]:
+    """Enlarge a small image by the least whole factor that brings its longer side to 512 pixels or more.
+
+    Whole factors and nearest neighbours keep every pixel a sharp square: nothing is drawn that the model did
+    not see.
+    """
+    factor = math.ceil(_SMALL / max(image.shape[:2]))
+    return image if factor == 1 else np.ascontiguousarray(image.repeat(factor, axis=0).repeat(factor, axis=1))
+
+
+def for_display(image: UInt8[np.ndarray, "height width 3"]) -> UInt8[np.ndarray, "tall wide 3"]:
+    """The image at a size fit for a figure panel: small ones enlarged, ones above 1024 pixels reduced."""
+    height, width = image.shape[:2]
+    scale = _LARGE / max(height, width)
+    if scale >= 1:
+        return upscaled(image)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+
+
+def relevance_at_pixels(
+    relevance: Float[np.ndarray, "rows columns"], height: int, width: int
+) -> Float[np.ndarray, "{height} {width}"]:
+    """Relevance divided by its maximum, interpolated (bicubic) from patch centres to pixels; in [0, 1].
+
+    Negative relevance counts as 0. The outer edges of the grid are the outer edges of the image. A map
+    without positive relevance gives zeros. Raises ValueError where relevance is not finite.
+    """
+    if not np.isfinite(relevance).all():
+        raise ValueError("relevance has entries that are not finite")
+    positive = np.maximum(relevance, 0).astype(np.float64)
+    peak = positive.max()
+    if peak == 0:
+        return np.zeros((height, width), dtype=np.float32)
+    grid = Image.fromarray((positive / peak).astype(np.float32))
+    # Bicubic curves overshoot beside a sharp peak: outside [0, 1] there is nothing to show.
+    return np.clip(np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC)), 0, 1)
+
+
+def _blend(
+    base: Float[np.ndarray, "*pixels 3"], strength: Float[np.ndarray, "*pixels"], alpha: float
+) -> Float[np.ndarray, "*pixels 3"]:
+    """Colour of the given strength in [0, 1] over a base picture in [0, 1]."""
+    grey = base @ np.array([0.299, 0.587, 0.114], dtype=base.dtype)
+    dimmed = _DIMMED * (base + _GREYED * (grey[..., None] - base))
+    colour = _COLOURS.astype(base.dtype)[np.rint(strength * 255).astype(np.intp)]
+    opacity = (alpha * strength**_OPACITY_POWER)[..., None].astype(base.dtype)
+    return dimmed + opacity * (colour - dimmed)
+
+
+def heatmap_overlay(
+    image: UInt8[np.ndarray, "height width 3"],
+    relevance: Float[np.ndarray, "rows columns"],
+    alpha: float = DEFAULT_ALPHA,
+) -> UInt8[np.ndarray, "tall wide 3"]:
+    """The patch grid as smooth colours over the image; the grid covers the entire image.
+
+    `image` is the picture as the model saw it (after cropping). Row 0 of the grid is its upper edge. `alpha`
+    in [0, 1] is the opacity of the most relevant patch. A small image comes back enlarged (see `upscaled`).
+    A map without positive relevance gives the dimmed image and no heat colours.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie in [0, 1], not {alpha}")
+    canvas = upscaled(image)
+    strength = relevance_at_pixels(relevance, canvas.shape[0], canvas.shape[1])
+    blended = _blend(canvas.astype(np.float32) / 255, strength, alpha)
+    return np.rint(255 * blended).astype(np.uint8)
+
+
+def heat_scale(alpha: float = DEFAULT_ALPHA) -> ScalarMappable:
+    """The colours of the overlay as they look over mid grey, for a colour bar from 0 to 1."""
+    strength = np.linspace(0, 1, 256, dtype=np.float32)
+    over_grey = _blend(np.full((256, 3), 0.6, dtype=np.float32), strength, alpha)
+    return ScalarMappable(cmap=ListedColormap(over_grey))

@@ -1,0 +1,114 @@
+"""Bootstrap intervals: against scipy, coverage, pairing, and what is refused."""
+
+import numpy as np
+import pytest
+
+from clipmapper.evaluation import statistics
+from clipmapper.evaluation.statistics import (
+    Interval,
+    bootstrap_interval,
+    bootstrap_intervals,
+    paired_difference,
+    trapezoid_area,
+)
+
+
+def test_agrees_with_scipys_percentile_bootstrap():
+    scipy_stats = pytest.importorskip("scipy.stats")
+    values = np.random.default_rng(1).gamma(2.0, size=60)
+    ours = bootstrap_interval(values, confidence=0.9, resamples=20_000, seed=2)
+    theirs = scipy_stats.bootstrap(
+        (values,),
+        np.mean,
+        confidence_level=0.9,
+        n_resamples=20_000,
+        method="percentile",
+        random_state=np.random.default_rng(3),
+    ).confidence_interval
+    width = theirs.high - theirs.low
+    assert ours.mean == pytest.approx(values.mean(), rel=1e-12)
+    assert abs(ours.low - theirs.low) < 0.03 * width  # Monte Carlo error of an end is about 1 % of the width
+    assert abs(ours.high - theirs.high) < 0.03 * width
+
+
+def test_equals_a_plain_loop_over_the_same_resamples():
+    values = np.random.default_rng(4).normal(size=13)
+    generator = np.random.default_rng(5)
+    means = [values[generator.integers(0, 13, 13)].mean() for _ in range(500)]
+    interval = bootstrap_interval(values, confidence=0.8, resamples=500, seed=5)
+    assert interval.low == pytest.approx(np.percentile(means, 10), abs=1e-12)
+    assert interval.high == pytest.approx(np.percentile(means, 90), abs=1e-12)
+
+
+def test_chunks_change_nothing_but_memory(monkeypatch):
+    values = np.random.default_rng(6).normal(size=(50, 3))
+    whole = bootstrap_intervals(values, resamples=301)
+    monkeypatch.setattr(statistics, "_CHUNK_ENTRIES", 50 * 7)
+    chunked = bootstrap_intervals(values, resamples=301)
+    for a, b in zip(whole, chunked, strict=True):
+        assert a.as_dict() == pytest.approx(b.as_dict(), abs=1e-12)
+
+
+def test_covers_the_true_mean_about_as_often_as_it_says():
+    generator = np.random.default_rng(7)
+    hits = 0
+    for trial in range(400):
+        interval = bootstrap_interval(generator.normal(0.3, 1.0, 60), resamples=400, seed=trial)
+        hits += interval.low <= 0.3 <= interval.high
+    assert 0.90 <= hits / 400 <= 0.98
+
+
+def test_columns_are_the_single_intervals():
+    values = np.random.default_rng(8).normal(size=(20, 4))
+    together = bootstrap_intervals(values, seed=9)
+    for column, interval in enumerate(together):
+        alone = bootstrap_interval(values[:, column], seed=9)
+        assert interval.as_dict() == pytest.approx(alone.as_dict(), abs=1e-12)
+
+
+def test_pairing_cancels_what_both_share():
+    generator = np.random.default_rng(10)
+    difficulty = generator.normal(0, 5, 100)
+    a = difficulty + 0.3 + generator.normal(0, 0.1, 100)
+    b = difficulty + generator.normal(0, 0.1, 100)
+    difference = paired_difference(a, b)
+    assert 0.2 < difference.low < difference.mean < difference.high < 0.4
+    assert bootstrap_interval(a).low < bootstrap_interval(b).high  # unpaired, they could not be told apart
+    flipped = paired_difference(b, a)
+    assert (flipped.mean, flipped.low, flipped.high) == pytest.approx(
+        (-difference.mean, -difference.high, -difference.low)
+    )
+
+
+def test_seed_decides_and_level_widens():
+    values = np.random.default_rng(11).normal(size=30)
+    assert bootstrap_interval(values, seed=1) == bootstrap_interval(values, seed=1)
+    assert bootstrap_interval(values, seed=1) != bootstrap_interval(values, seed=2)
+    narrow, wide = bootstrap_interval(values, confidence=0.5), bootstrap_interval(values, confidence=0.99)
+    assert wide.low < narrow.low < narrow.high < wide.high
+
+
+def test_constant_and_single_values_have_no_width():
+    assert bootstrap_interval(np.array([0.7])) == Interval(0.7, 0.7, 0.7)
+    for value, count in ((0.1, 3), (1 / 3, 7), (0.7, 20)):  # 0.1 + 0.1 + 0.1 is not 0.3 in binary
+        assert bootstrap_interval(np.full(count, value)) == Interval(value, value, value)
+    assert bootstrap_interval(np.zeros(5)).as_dict() == {"mean": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_refuses_what_has_no_answer():
+    with pytest.raises(ValueError, match="at least one sample"):
+        bootstrap_interval(np.array([], dtype=np.float64))
+    with pytest.raises(ValueError, match="finite"):
+        bootstrap_interval(np.array([1.0, np.nan]))
+    with pytest.raises(ValueError, match="confidence"):
+        bootstrap_interval(np.ones(3), confidence=95.0)
+    with pytest.raises(ValueError, match="resamples"):
+        bootstrap_interval(np.ones(3), resamples=0)
+    # The shapes in the signature refuse it in the tests, the function's own check everywhere else.
+    with pytest.raises((ValueError, TypeError), match="samples"):
+        paired_difference(np.ones(3), np.ones(1))
+
+
+def test_trapezoid_area_by_hand():
+    curves = np.array([[1.0, 0.5, 0.0], [1.0, 1.0, 1.0]])
+    assert trapezoid_area(curves, (0.0, 0.2, 1.0)) == pytest.approx([0.15 + 0.2, 1.0])
