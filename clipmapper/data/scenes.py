@@ -31,7 +31,7 @@ _RGB = {
     "purple": (150, 50, 185),
     "cyan": (60, 205, 215),
 }
-_RADIUS = {"small": (5.6, 7.0), "large": (10.2, 12.0)}  # pixels
+_RADIUS = {"small": (6.8, 8.0), "large": (11.0, 12.6)}  # pixels
 _WINDOW = 30  # pixels: side of the square that holds the largest object with its soft edge
 
 
@@ -140,23 +140,39 @@ def draw_scene(
 
 
 def confusable_scene(scene: Scene, rng: random.Random) -> Scene:
-    """The same things arranged otherwise: a hard negative for contrastive training.
+    """Almost the same scene: a hard negative for contrastive training.
 
-    Sizes, colours or places change hands between objects (a lone object moves or changes its size), so
-    that a caption tells the two apart only by what is bound to what and where it is.
+    One object gets another shape, colour or size, or two objects swap colours, or everything moves: a
+    caption tells the two apart only by knowing that one thing, what is bound to what, and where it is.
+    Shapes change most often, because they are what a contrastive model learns last.
     """
     while True:
         looks = [[o.colour, o.shape, o.size] for o in scene.objects]
-        change = rng.choice(("place", "colour", "size")) if len(looks) > 1 else rng.choice(("place", "size"))
-        if change == "size":
-            position = rng.randrange(len(looks))
-            looks[position][2] = SIZES[1 - SIZES.index(looks[position][2])]
-        elif change == "colour":
-            i, j = rng.sample(range(len(looks)), 2)
-            looks[i][0], looks[j][0] = looks[j][0], looks[i][0]
-        if not any((colour, shape) in HELD_OUT for colour, shape, _ in looks):
-            placed = place_objects(rng, [tuple(look) for look in looks])
-            return replace(scene, key=f"{scene.key}/{rng.random()}", objects=placed)
+        change = rng.choice(("shape", "shape", "colour", "size", "swap", "place"))
+        position = rng.randrange(len(looks))
+        if change == "swap":
+            other = rng.randrange(len(looks))
+            looks[position][0], looks[other][0] = looks[other][0], looks[position][0]
+        elif change != "place":
+            attribute = ("colour", "shape", "size").index(change)
+            values = (COLOURS, SHAPES, SIZES)[attribute]
+            looks[position][attribute] = rng.choice([v for v in values if v != looks[position][attribute]])
+        same = looks == [[o.colour, o.shape, o.size] for o in scene.objects]
+        allowed = not any((colour, shape) in HELD_OUT for colour, shape, _ in looks)
+        if allowed and (change == "place") == same:
+            # Unless it is the places that change they stay, but for what another size takes.
+            return _rearranged(scene, looks, rng, stay=change != "place")
+
+
+def _rearranged(scene: Scene, looks: Sequence[Sequence[str]], rng: random.Random, stay: bool) -> Scene:
+    key = f"{scene.key}/{rng.random()}"
+    if not stay:
+        return Scene(key, place_objects(rng, [tuple(look) for look in looks]))
+    objects = []
+    for before, (colour, shape, size) in zip(scene.objects, looks, strict=True):
+        radius = before.radius if size == before.size else rng.uniform(*_RADIUS[size])
+        objects.append(replace(before, colour=colour, shape=shape, size=size, radius=radius))
+    return Scene(key, tuple(objects))
 
 
 def render(scenes: Sequence[Scene]) -> RenderedScenes:

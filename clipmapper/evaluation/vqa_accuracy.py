@@ -7,6 +7,7 @@ them. LAVIS and OpenFlamingo normalise differently and give other numbers for th
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 # No colon and no apostrophe: the official list leaves them alone. Full stops have their own rule.
-_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_PUNCTUATION = frozenset(';/[]"{}()=+\\_-><@`,?!')
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 # Officially "(?!<=\d)(\.)(?!\d)". The first group is a mistyped look-behind that never fails (so "3." loses
 # its full stop too): leaving it out changes nothing.
@@ -38,7 +39,8 @@ must've mustn't needn't not've o'clock oughtn't shan't she'd've should've should
 somebody'll somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll
 that's there'd there'd've there're there's they'd they'd've they'll they're they've wasn't we'd've we've
 weren't what'll what're what's what've when's where'd where's where've who'd who'd've who'll who's who've
-why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
+why'll why're why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're
+you've
 """
 _CONTRACTION_OF = {
     full[:place] + full[place + 1 :]: full
@@ -66,7 +68,7 @@ def normalise_answer(answer: str) -> str:
     answer = _strip(answer)
     text = answer
     grouped_digits = _DIGIT_COMMA_DIGIT.search(answer) is not None
-    for mark in _PUNCTUATION:
+    for mark in _PUNCTUATION.intersection(answer):
         dropped = grouped_digits or f"{mark} " in answer or f" {mark}" in answer
         text = text.replace(mark, "" if dropped else " ")
     text = _FULL_STOP.sub("", text, count=_FULL_STOPS_REMOVED)
@@ -98,10 +100,10 @@ def vqa_soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
     annotators = len(answers)
     if annotators == 1:
         return float(normalise_answer(prediction) == normalise_answer(answers[0]))
-    stripped = [_strip(answer) for answer in answers]
-    process = _strip if len(set(stripped)) == 1 else normalise_answer
+    distinct = Counter(_strip(answer) for answer in answers)
+    process = _strip if len(distinct) == 1 else normalise_answer
     prediction = process(prediction)
-    matches = sum(process(answer) == prediction for answer in stripped)
+    matches = sum(times for answer, times in distinct.items() if process(answer) == prediction)
     # An annotator who matches is not among their own others: these have one match fewer.
     thirds = matches * min(matches - 1, 3) + (annotators - matches) * min(matches, 3)
     return thirds / (3 * annotators)

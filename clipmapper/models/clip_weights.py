@@ -1,14 +1,18 @@
 """Building a CLIP of ``open_clip`` and filling it with weights, from a tag or a local file."""
 
 import json
+import logging
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
+from textwrap import shorten
 
 import open_clip
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,92 +32,189 @@ def build_clip(architecture: str, pretrained: str | None) -> nn.Module:
     checkpoint (safetensors or torch format), or None for random weights. Local files are loaded without
     executing pickled code. Raises ``UserError`` for anything that is not there or does not fit.
     """
-    name = _registered_name(architecture)
+    name = registered_name(architecture)
+    if "hf_model_name" in open_clip.get_model_config(name)["text_cfg"]:
+        raise UserError(
+            f"encoder.architecture={architecture}: its text tower is a model of the Hugging Face hub; use an "
+            "architecture whose text tower is open_clip's own text transformer (ViT-B-32, ...)"
+        )
     tags = open_clip.list_pretrained_tags_by_model(name)
     tag = pretrained if pretrained in tags else None
+    path = None if pretrained is None or tag is not None else shipped_path(pretrained)
+    if path is not None and not path.is_file():
+        known = f"one of {', '.join(tags)}" if tags else "no tag is known for this architecture"
+        raise UserError(
+            f"encoder.pretrained={pretrained}: no such file, and not an open_clip tag of {name} ({known})"
+        )
     try:
-        # pretrained_text would fetch a text tower's own weights from a hub before ours replace them.
-        clip = open_clip.create_model(name, pretrained=tag, pretrained_text=False, weights_only=True)
+        with open_clip_log():
+            clip = open_clip.create_model(
+                name,
+                pretrained=tag,
+                # This would fetch a text tower's own weights from a hub before ours replace them.
+                pretrained_text=False,
+                # In training mode patches at random would be missing from the token sequence.
+                force_patch_dropout=0.0,
+                weights_only=True,
+            )
     except Exception as error:
         if tag is not None:
             raise UserError(
                 f"encoder.pretrained={pretrained}: open_clip could not fetch the weights of {name} "
-                f"({_first_line(error)}); give the path of a local checkpoint instead"
+                f"({_one_line(error)}); give the path of a local checkpoint instead"
             ) from error
-        raise UserError(f"encoder.architecture={architecture}: {_first_line(error)}") from error
-    if pretrained is not None and tag is None:
-        path = shipped_path(pretrained)
-        if not path.is_file():
-            known = f"one of {', '.join(tags)}" if tags else "no tag is known for this architecture"
-            raise UserError(
-                f"encoder.pretrained={pretrained}: no such file, and not an open_clip tag of {name} ({known})"
-            )
+        raise UserError(f"encoder.architecture={architecture}: {_one_line(error)}") from error
+    if path is not None:
         load_clip_weights(clip, path)
     return clip.eval()
 
 
-def load_clip_weights(clip: nn.Module, path: Path) -> None:
-    """Fill ``clip`` from a local checkpoint. Raises ``UserError`` when it is damaged or does not fit."""
+def build_tokenizer(architecture: str, context_length: int):
+    """The tokenizer that the architecture names, CLIP's byte-pair tokenizer unless it says otherwise.
+
+    Raises ``UserError`` when it is one of a hub that cannot be read.
+    """
+    name = registered_name(architecture)
     try:
-        if path.suffix == ".safetensors" and EMBEDDING_IDS in (state := load_file(path)):
-            clip.load_state_dict(_spread_embedding(state, clip))
-        else:
-            open_clip.load_checkpoint(clip, str(path), weights_only=True)
-    except (RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError, EOFError, StopIteration) as error:
+        with open_clip_log():
+            return open_clip.get_tokenizer(name, context_length=context_length)
+    except (OSError, ValueError) as error:
+        source = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name", "a hub's")
         raise UserError(
-            f"encoder.pretrained={path}: not a readable checkpoint of this architecture ({_first_line(error)})"
+            f"encoder.architecture={architecture}: its tokenizer ({source}) could not be read "
+            f"({_one_line(error)}); it is fetched once and needs a network then"
         ) from error
 
 
-def save_clip_weights(clip: nn.Module, path: Path, token_ids: Sequence[int], card: dict[str, str]) -> None:
+def load_clip_weights(clip: nn.Module, path: Path) -> None:
+    """Fill ``clip`` from a local checkpoint, in open_clip's formats or that of :func:`save_clip_weights`.
+
+    Position embeddings of another resolution or context length are interpolated, as open_clip does.
+    Raises ``UserError`` when the file is damaged, does not fit, or holds more than tensors.
+    """
+    try:
+        if path.suffix == ".safetensors" and EMBEDDING_IDS in _tensor_names(path):
+            clip.load_state_dict(_spread_embedding(load_file(path), clip))
+        else:
+            with open_clip_log():
+                open_clip.load_checkpoint(clip, str(path), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"encoder.pretrained={path}: not a checkpoint of plain tensors (it is damaged, or it holds "
+            "pickled objects, which are not loaded because that can run code)"
+        ) from error
+    # What a damaged or foreign file raises depends on where its reader happens to stumble over it.
+    except Exception as error:
+        raise UserError(
+            f"encoder.pretrained={path}: not a readable checkpoint of this architecture ({_one_line(error)})"
+        ) from error
+
+
+def save_clip_weights(clip: nn.Module, path: Path, token_ids: Sequence[int], card: Mapping[str, str]) -> None:
     """Write weights in half precision with only the embeddings of ``token_ids``, and ``card`` as metadata."""
     ids = torch.tensor(sorted(set(token_ids)))
     state = {name: value.detach().half().contiguous() for name, value in clip.state_dict().items()}
-    state[EMBEDDING] = state[EMBEDDING][ids].contiguous()
+    embedding = _embedding_name(state)
+    state[embedding] = state[embedding][ids].contiguous()
     state[EMBEDDING_IDS] = ids
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    save_file(state, temporary, metadata=card)
+    save_file(state, temporary, metadata=dict(card))
     temporary.replace(path)
 
 
 def trained_token_ids(path: Path) -> Int[Tensor, "rows"] | None:
     """The token ids that a checkpoint holds embeddings for, None when it holds all of them."""
-    if path.suffix != ".safetensors":
+    if path.suffix != ".safetensors" or EMBEDDING_IDS not in _tensor_names(path):
         return None
-    return load_file(path).get(EMBEDDING_IDS)
+    with safe_open(path, "pt") as tensors:
+        return tensors.get_tensor(EMBEDDING_IDS)
+
+
+def registered_name(architecture: str) -> str:
+    """The name by which open_clip knows an architecture, after telling it of a configuration file.
+
+    Raises ``UserError`` for an unknown name (with the nearest ones) and for a file that is no configuration.
+    """
+    if not architecture.endswith(".json"):
+        known = {name.lower(): name for name in open_clip.list_models()}
+        if architecture in known.values():
+            return architecture
+        near = [known[name] for name in get_close_matches(architecture.lower(), known, 3)]
+        raise UserError(
+            f"encoder.architecture={architecture}: open_clip knows no such architecture"
+            + (f"; did you mean {' or '.join(near)}?" if near else "; see open_clip.list_models()")
+        )
+    path = shipped_path(architecture)
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"encoder.architecture={architecture}: no such file") from error
+    except (OSError, ValueError) as error:
+        reason = _one_line(error)
+        raise UserError(f"encoder.architecture={architecture}: not readable JSON ({reason})") from error
+    parts = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
+    found = config if isinstance(config, dict) else {}
+    if not all(isinstance(found.get(part), kind) for part, kind in parts.items()):
+        raise UserError(
+            f"encoder.architecture={architecture}: needs the number embed_dim and the objects vision_cfg and "
+            "text_cfg, as open_clip's own model configurations have them"
+        )
+    if (Path(open_clip.__file__).parent / "model_configs" / path.name).exists():
+        raise UserError(
+            f"encoder.architecture={architecture}: open_clip has an architecture named {path.stem}; "
+            "give the file another name"
+        )
+    open_clip.add_model_config(path)
+    return path.stem
+
+
+@contextmanager
+def open_clip_log() -> Iterator[None]:
+    """Keep from the user what open_clip logs, on the root logger, without there being anything to do.
+
+    That is how far it has got, and that weights are random: they were asked for, or are loaded next.
+    """
+
+    def worth_reading(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING and "No pretrained weights loaded" not in record.getMessage()
+
+    root = logging.getLogger()
+    # Without any handler, logging.info() would configure the program's logging for good.
+    handler = None if root.handlers else logging.lastResort
+    root.addFilter(worth_reading)
+    if handler is not None:
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeFilter(worth_reading)
+        if handler is not None:
+            root.removeHandler(handler)
+
+
+def _tensor_names(path: Path) -> set[str]:
+    with safe_open(path, "pt") as tensors:
+        return set(tensors.keys())
+
+
+def _embedding_name(state: Mapping[str, Tensor]) -> str:
+    """``token_embedding.weight``, or ``text.token_embedding.weight`` where the text tower is a module."""
+    return next(name for name in state if name in (EMBEDDING, f"text.{EMBEDDING}"))
 
 
 def _spread_embedding(state: dict[str, Tensor], clip: nn.Module) -> dict[str, Tensor]:
     """Token embeddings at their places; a token that training never used embeds as zero."""
     ids = state.pop(EMBEDDING_IDS)
-    rows = state[EMBEDDING].float()
-    full = rows.new_zeros(clip.vocab_size, rows.shape[1])
+    name = _embedding_name(state)
+    rows = state[name].float()
+    full = rows.new_zeros(len(clip.get_parameter(name)), rows.shape[1])
     full[ids] = rows
-    return {**{name: value.float() for name, value in state.items()}, EMBEDDING: full}
+    return {**{name: value.float() for name, value in state.items()}, name: full}
 
 
-def _registered_name(architecture: str) -> str:
-    if not architecture.endswith(".json"):
-        if architecture not in open_clip.list_models():
-            from difflib import get_close_matches
-
-            near = get_close_matches(architecture, open_clip.list_models(), 3)
-            raise UserError(
-                f"encoder.architecture={architecture}: open_clip knows no such architecture"
-                + (f"; did you mean {' or '.join(near)}?" if near else "; see open_clip.list_models()")
-            )
-        return architecture
-    path = shipped_path(architecture)
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"encoder.architecture={architecture}: {_first_line(error)}") from error
-    if not all(key in config for key in ("embed_dim", "vision_cfg", "text_cfg")):
-        raise UserError(f"encoder.architecture={architecture}: needs embed_dim, vision_cfg and text_cfg")
-    open_clip.add_model_config(path)
-    return path.stem
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # torch says in the first line that something does not fit, and only then what.
+    torch_mismatch = lines[0].startswith("Error(s) in loading state_dict") and len(lines) > 1
+    return shorten(lines[1] if torch_mismatch else lines[0], 200, placeholder=" ...")

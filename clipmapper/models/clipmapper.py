@@ -87,6 +87,46 @@ class CLIPmapper(nn.Module):
         )
         return self.head(image[:, 0])
 
+    @torch.no_grad()
+    def kept_scorer(self, images: Float[Tensor, "samples 3 height width"], text: TokenizedText):
+        """A function that answers these samples with some of their tokens removed.
+
+        ``scorer(sample, image_keep, text_keep)`` → logits [variants, answers], where ``sample`` are positions
+        in this batch and the other two list what is kept, as in :meth:`forward` (None: everything). What a
+        variant leaves whole is encoded once and shared: the text tower is not run again when only the
+        image changes, nor the image tower when only the text does.
+        """
+        images, text = images.to(self.device), text.to(self.device)
+        image_tokens = self.encoder.image_tokens(images)
+        text_tokens = self.encoder.text_tokens(text.ids, text.valid)
+
+        @torch.no_grad()
+        def scorer(
+            sample: Int[Tensor, "variants"],
+            image_keep: Int[Tensor, "variants kept"] | None,
+            text_keep: Int[Tensor, "variants kept_text"] | None,
+        ) -> Float[Tensor, "variants answers"]:
+            sample = sample.to(self.device)
+            if image_keep is None:
+                image = image_tokens[sample]
+            else:
+                image_keep = image_keep.to(self.device)
+                image = self.encoder.image_tokens(images[sample], keep=image_keep)
+            if text_keep is None:
+                valid = text.valid[sample]
+                length = int(valid.sum(dim=1).max())
+                if text_tokens.shape[1] == text.valid.shape[1]:
+                    valid, words = valid[:, :length], text_tokens[sample, :length]
+                else:
+                    words = text_tokens[sample]
+            else:
+                text_keep = text_keep.to(self.device)
+                valid = text_keep >= 0
+                words = self.encoder.text_tokens(text.ids[sample], text.valid[sample], keep=text_keep)
+            return self.answer_logits(image, words, valid, keep=image_keep)
+
+        return scorer
+
     def answer_index(self, answer: str) -> int:
         """The position of an answer in the vocabulary. Raises ``UserError`` when it is not there."""
         if answer not in self._index:

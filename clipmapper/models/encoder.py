@@ -1,16 +1,14 @@
 """Stage 1 of CLIPmapper: any CLIP of ``open_clip`` as two token sequences."""
 
-from pathlib import Path
-
-import open_clip
 import torch
 from jaxtyping import Bool, Float, Int
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
-from clipmapper.models.clip_weights import build_clip
+from clipmapper.models.clip_weights import build_clip, build_tokenizer
 from clipmapper.models.image_towers import image_tower
 from clipmapper.models.text_tower import TextTower
+from clipmapper.models.tokens import padding_id
 
 
 class ClipEncoder(nn.Module):
@@ -90,32 +88,29 @@ class ClipEncoder(nn.Module):
     ) -> Float[Tensor, "batch out width"]:
         """All text tokens after the tower's final LayerNorm, with ``keep`` and ``ignore`` as for images.
 
+        One for each id, and behind them the class token that CoCa appends (with ``keep`` as well).
+
         ``valid`` is False at padding. Padding behind the longest text of the batch may have been cut off
         (:func:`clipmapper.models.tokens.tokenize` does); a tower that reads its padding is given it back.
         """
         given = ids.shape[1]
         if self.text_tower.padding_matters and given < self.context_length:
             extra = self.context_length - given
-            ids = nn.functional.pad(ids, (0, extra), value=self.padding_id)
+            ids = nn.functional.pad(ids, (0, extra), value=padding_id(self.tokenizer))
             valid = nn.functional.pad(valid, (0, extra), value=False)
             ignore = None if ignore is None else nn.functional.pad(ignore, (0, extra), value=False)
         tokens = self.text_tower(ids, keep=keep, ignore=ignore, valid=valid)
-        if keep is None and not self.text_tower.appended_class_token:
-            return tokens[:, :given]
-        return tokens
-
-    @property
-    def padding_id(self) -> int:
-        """The id that this CLIP's tokenizer pads with."""
-        tokenizer = getattr(self.tokenizer, "tokenizer", None)
-        return 0 if tokenizer is None else int(tokenizer.pad_token_id)
+        if keep is not None or tokens.shape[1] == given:
+            return tokens
+        if self.text_tower.appended_class_token:
+            return torch.cat([tokens[:, :given], tokens[:, -1:]], dim=1)
+        return tokens[:, :given]
 
     @property
     def tokenizer(self):
         """CLIP's byte-pair tokenizer, or the one that the architecture names (read when first asked for)."""
         if not hasattr(self, "_tokenizer"):
-            name = Path(self.architecture).stem if self.architecture.endswith(".json") else self.architecture
-            self._tokenizer = open_clip.get_tokenizer(name, context_length=self.context_length)
+            self._tokenizer = build_tokenizer(self.architecture, self.context_length)
         return self._tokenizer
 
     def pool_image(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch embedding"]:
@@ -134,5 +129,8 @@ class ClipEncoder(nn.Module):
     ) -> tuple[Float[Tensor, "batch embedding"], Float[Tensor, "texts embedding"]]:
         """Normalised pooled features of both towers, for retrieval."""
         image = self.pool_image(self.image_tokens(images))
+        if self.text_tower.padding_matters:  # and may be what is pooled
+            extra = self.context_length - ids.shape[1]
+            ids = nn.functional.pad(ids, (0, extra), value=padding_id(self.tokenizer))
         text = self.pool_text(self.text_tokens(ids, torch.ones_like(ids, dtype=torch.bool)), ids)
         return nn.functional.normalize(image, dim=-1), nn.functional.normalize(text, dim=-1)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
-from open_clip.model import CLIP, CustomTextCLIP
-from open_clip.transformer import TextTransformer, text_global_pool
+from open_clip.model import CLIP
+from open_clip.transformer import CustomResidualAttentionBlock, TextTransformer, text_global_pool
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
@@ -16,17 +16,21 @@ class TextTower(nn.Module):
     """open_clip's text transformer, be it a module of its own or unpacked into ``CLIP``.
 
     Final tokens are those after the final LayerNorm, one for each token id; CoCa's appended class token,
-    where there is one, comes last and is part of the sequence.
+    where there is one, always comes last and is part of the sequence.
     """
 
     def __init__(self, clip: nn.Module, architecture: str) -> None:
         super().__init__()
-        owner = getattr(clip, "text", None) if isinstance(clip, CustomTextCLIP) else clip
+        owner = getattr(clip, "text", clip)
         if not isinstance(owner, CLIP | TextTransformer):
-            kind = type(clip if owner is None else owner).__name__
             raise UserError(
-                f"encoder.architecture={architecture}: its text tower is a {kind}; use an architecture whose "
-                "text tower is open_clip's own text transformer (ViT-B-32, ViT-B-16-SigLIP, ...)"
+                f"encoder.architecture={architecture}: its text tower is a {type(owner).__name__}; use an "
+                "architecture whose text tower is open_clip's own text transformer (ViT-B-32, ...)"
+            )
+        if isinstance(owner.transformer.resblocks[0], CustomResidualAttentionBlock):
+            raise UserError(
+                f"encoder.architecture={architecture}: it has open_clip's custom attention blocks in its "
+                "text tower, which are not supported; use one with standard blocks, e.g. ViT-B-32"
             )
         self.owner = owner
         self.width = owner.ln_final.weight.shape[0]
@@ -61,7 +65,7 @@ class TextTower(nn.Module):
         ignore: Bool[Tensor, "batch tokens"] | None = None,
         valid: Bool[Tensor, "batch tokens"] | None = None,
     ) -> Float[Tensor, "batch out width"]:
-        """Final tokens.
+        """Final tokens, behind them the appended class token where there is one.
 
         ``keep``: ascending indices of the tokens that stay, padded behind with -1 (what stands there in the
         result means nothing); the others are removed before the first block. ``ignore``: True for tokens
@@ -76,12 +80,16 @@ class TextTower(nn.Module):
             kept = torch.zeros_like(valid).scatter_reduce(1, keep.clamp(min=0), keep >= 0, "amax")
             removed = valid & ~kept
             tokens = self.forward(ids, ignore=removed if ignore is None else removed | ignore)
-            return select_tokens(tokens, keep)
+            kept_tokens = select_tokens(tokens, keep)
+            if self.appended_class_token:
+                return torch.cat([kept_tokens, tokens[:, -1:]], dim=1)
+            return kept_tokens
         embedded, mask = self.embed(ids)
         if keep is not None:
             embedded = select_tokens(embedded, keep)
             mask = None if mask is None else mask[: keep.shape[1], : keep.shape[1]]
         if ignore is not None:
+            ignore = ignore if keep is None else ignore.gather(1, keep.clamp(min=0))
             if self.appended_class_token:
                 ignore = torch.cat([ignore, ignore.new_zeros(ignore.shape[0], 1)], dim=1)
             ignored = ignored_keys_mask(ignore, embedded.dtype).repeat_interleave(self.heads, dim=0)
@@ -91,12 +99,20 @@ class TextTower(nn.Module):
     def pool(
         self, tokens: Float[Tensor, "batch out width"], ids: Int[Tensor, "batch tokens"]
     ) -> Float[Tensor, "batch embedding"]:
-        """The tower's own pooled and projected feature, from what ``forward`` returned."""
+        """The tower's own pooled and projected feature, from what ``forward`` returned for whole texts.
+
+        Raises ``ValueError`` when the tower pools the last token of the context and the context was cut.
+        """
         owner = self.owner
         if self.appended_class_token:
             pooled = tokens[:, -1]
         else:
             kind = owner.text_pool_type if isinstance(owner, CLIP) else owner.pool_type
+            if kind == "last" and tokens.shape[1] < owner.context_length:
+                raise ValueError(
+                    f"this text tower pools token {owner.context_length} of its context, but only "
+                    f"{tokens.shape[1]} are given: tokenize with whole_context=True"
+                )
             eos = owner.text_eos_id if isinstance(owner, CLIP) else owner.eos_id
             pooled = text_global_pool(tokens, ids, pool_type=kind, eos_token_id=eos)
         if owner.text_projection is None:

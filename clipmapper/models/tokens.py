@@ -29,29 +29,26 @@ class TokenizedText:
         return TokenizedText(*(t.to(device) for t in (self.ids, self.valid, self.removable)))
 
 
-def tokenize(tokenizer, texts: Sequence[str]) -> TokenizedText:
-    """Token ids with start and end tokens; a text longer than the context is cut, with a warning."""
-    pieces = [_encode(tokenizer, text) for text in texts]
-    room = tokenizer.context_length - 2
-    for text, ids in zip(texts, pieces, strict=True):
-        if len(ids) > room:
-            warnings.warn(
-                f"text of {len(ids)} tokens is cut to the {room} that the context has room for: "
-                f"{text[:60]!r}...",
-                stacklevel=2,
-            )
-    pieces = [ids[:room] for ids in pieces]
-    start, end, padding = _special_ids(tokenizer)
-    lengths = torch.tensor([len(ids) + (start is not None) + (end is not None) for ids in pieces])
-    out = torch.full((len(pieces), int(lengths.max())), padding)
+def tokenize(tokenizer, texts: Sequence[str], whole_context: bool = False) -> TokenizedText:
+    """Token ids with start and end tokens; a text longer than the context is cut, with a warning.
+
+    ``whole_context``: as many ids as the context has, rather than as many as the longest text. For text
+    towers whose words read the padding (``TextTower.padding_matters``).
+    """
+    rows = [_encode(tokenizer, text) for text in texts]
+    lengths = torch.tensor([len(ids) for ids, _ in rows])
+    width = tokenizer.context_length if whole_context else int(lengths.max())
+    out = torch.full((len(rows), width), padding_id(tokenizer))
     removable = torch.zeros(out.shape, dtype=torch.bool)
-    for row, ids in enumerate(pieces):
-        first = int(start is not None)
-        whole = [start] * first + ids + ([] if end is None else [end])
-        out[row, : len(whole)] = torch.tensor(whole)
-        removable[row, first : first + len(ids)] = True
-    valid = torch.arange(out.shape[1]) < lengths[:, None]
-    return TokenizedText(out, valid, removable)
+    for row, (ids, of_text) in enumerate(rows):
+        out[row, : len(ids)] = torch.tensor(ids)
+        removable[row, : len(ids)] = torch.tensor(of_text)
+    return TokenizedText(out, torch.arange(width) < lengths[:, None], removable)
+
+
+def padding_id(tokenizer) -> int:
+    """The id that a CLIP's tokenizer pads with."""
+    return 0 if isinstance(tokenizer, SimpleTokenizer) else int(tokenizer.tokenizer.pad_token_id)
 
 
 def merge_words(
@@ -68,43 +65,66 @@ def word_positions(
     tokenizer, ids: Int[Tensor, "tokens"], removable: Bool[Tensor, "tokens"]
 ) -> list[tuple[str, list[int]]]:
     """Words of one text, each with the positions of the token pieces that it is written with."""
-    words: list[tuple[str, list[int]]] = []
-    open_word = False
-    for position in removable.nonzero().flatten().tolist():
-        text, starts, ends = _piece(tokenizer, int(ids[position]))
-        if open_word and not starts:
-            words[-1] = (words[-1][0] + text, [*words[-1][1], position])
-        else:
-            words.append((text, [position]))
-        open_word = not ends
-    return words
+    positions = removable.nonzero().flatten().tolist()
+    pieces = ids[removable].tolist()
+    words: list[tuple[list[int], list[int]]] = []
+    for position, piece, starts in zip(positions, pieces, _word_starts(tokenizer, pieces), strict=True):
+        if starts:
+            words.append(([], []))
+        words[-1][0].append(piece)
+        words[-1][1].append(position)
+    return [(_text(tokenizer, word), where) for word, where in words]
 
 
-def _encode(tokenizer, text: str) -> list[int]:
+def _encode(tokenizer, text: str) -> tuple[list[int], list[bool]]:
+    """Ids of one text with start and end tokens, and which of them are of the text itself."""
     if isinstance(tokenizer, SimpleTokenizer):
-        return tokenizer.encode(text)
-    return tokenizer.tokenizer(tokenizer.clean_fn(text), add_special_tokens=False)["input_ids"]
+        pieces = tokenizer.encode(text)
+        room = tokenizer.context_length - 2
+        if len(pieces) > room:
+            _warn_of_cut(text, len(pieces), room)
+        pieces = pieces[:room]
+        ids = [tokenizer.sot_token_id, *pieces, tokenizer.eot_token_id]
+        return ids, [False, *[True] * len(pieces), False]
+    # Which special tokens there are, and where, is for the tokenizer to say: SigLIP's has no start token.
+    inner, cleaned = tokenizer.tokenizer, tokenizer.clean_fn(text)
+    options = {"return_special_tokens_mask": True, "verbose": False}
+    whole = inner(cleaned, **options)
+    if len(whole["input_ids"]) > tokenizer.context_length:
+        cut = inner(cleaned, truncation=True, max_length=tokenizer.context_length, **options)
+        _warn_of_cut(text, *(encoded["special_tokens_mask"].count(0) for encoded in (whole, cut)))
+        whole = cut
+    encoded = zip(whole["input_ids"], whole["special_tokens_mask"], strict=True)
+    if tokenizer.strip_sep_token:  # CLIPA was trained without the end token of its tokenizer
+        encoded = [(token, special) for token, special in encoded if token != inner.sep_token_id]
+    ids, special = zip(*encoded, strict=True)
+    return list(ids), [not flag for flag in special]
 
 
-def _special_ids(tokenizer) -> tuple[int | None, int | None, int]:
-    """(start, end, padding); a tokenizer without a start token has None there."""
+def _warn_of_cut(text: str, tokens: int, room: int) -> None:
+    warnings.warn(
+        f"text of {tokens} tokens is cut to the {room} that the context has room for: {text[:60]!r}...",
+        stacklevel=4,
+    )
+
+
+def _word_starts(tokenizer, pieces: Sequence[int]) -> list[bool]:
+    """Whether each token piece is the first of a word."""
     if isinstance(tokenizer, SimpleTokenizer):
-        return tokenizer.sot_token_id, tokenizer.eot_token_id, 0
-    inner = tokenizer.tokenizer
-    start = inner.bos_token_id if inner.bos_token_id is not None else inner.cls_token_id
-    end = inner.eos_token_id if inner.eos_token_id is not None else inner.sep_token_id
-    return start, end, inner.pad_token_id
+        # CLIP marks where a word ends; what comes after an end starts the next word.
+        return [True, *(tokenizer.decoder[piece].endswith("</w>") for piece in pieces[:-1])][: len(pieces)]
+    names = tokenizer.tokenizer.convert_ids_to_tokens(list(pieces))
+    model = getattr(getattr(tokenizer.tokenizer, "backend_tokenizer", None), "model", None)
+    continues = getattr(model, "continuing_subword_prefix", None)
+    if continues:  # BERT's word pieces
+        return [i == 0 or not name.startswith(continues) for i, name in enumerate(names)]
+    # SentencePiece and byte-level pieces mark the space before a word.
+    return [i == 0 or name.startswith(("▁", "Ġ")) for i, name in enumerate(names)]
 
 
-def _piece(tokenizer, token: int) -> tuple[str, bool, bool]:
-    """(text, starts a word, ends a word) of one token piece."""
-    if isinstance(tokenizer, SimpleTokenizer):
-        piece = tokenizer.decoder[token]
-        ends = piece.endswith("</w>")
-        text = bytearray(tokenizer.byte_decoder[c] for c in piece.removesuffix("</w>"))
-        # CLIP marks where a word ends; a piece after an end starts the next word.
-        return text.decode("utf-8", errors="replace"), False, ends
-    piece = tokenizer.tokenizer.convert_ids_to_tokens(token)
-    # SentencePiece and byte-level BPE mark where a word starts, so no piece is known to end one.
-    starts = piece[:1] in ("▁", "Ġ")
-    return piece.lstrip("▁Ġ"), starts, False
+def _text(tokenizer, pieces: Sequence[int]) -> str:
+    """What the pieces of one word spell. Decoded together: a character may be spread over several."""
+    if not isinstance(tokenizer, SimpleTokenizer):
+        return tokenizer.tokenizer.decode(list(pieces)).strip()
+    spelled = "".join(tokenizer.decoder[piece] for piece in pieces).removesuffix("</w>")
+    return bytes(tokenizer.byte_decoder[c] for c in spelled).decode("utf-8", errors="replace")

@@ -31,9 +31,9 @@ def normalise_images(images: np.ndarray, mean: tuple[float, ...], std: tuple[flo
 class ContrastiveScenes(IterableDataset):
     """Endless batches of (image, text) pairs of fresh scenes.
 
-    A batch holds groups of scenes with the same objects arranged differently, so that telling them apart
-    takes knowing what is bound to what and where it is; scenes drawn independently would be told apart by
-    any one of their colours. One text in eight is a question that only such a scene raises (without its
+    A batch holds groups of scenes that differ in one thing, so that telling them apart takes knowing every
+    shape, what is bound to what, and where it is; scenes drawn independently would be told apart by any one
+    of their colours. One text in eight is a question that only such a scene raises (without its
     answer), so that the words of questions are not strangers to the text tower.
     """
 

@@ -2,20 +2,22 @@
 
 import json
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from omegaconf import DictConfig
 
+from clipmapper.config import PretrainConfig
 from clipmapper.errors import UserError
 from clipmapper.models.clip_weights import save_clip_weights
 from clipmapper.models.encoder import ClipEncoder
+from clipmapper.training.interruption import GracefulInterrupt
 from clipmapper.training.contrastive import ContrastiveModule, contrastive_loader, retrieval_score
 
 
-def run_pretraining(config: DictConfig) -> dict[str, float]:
+def run_pretraining(config: PretrainConfig) -> dict[str, float]:
     """Train, write the weights with their card, and return the retrieval scores on held-out scenes."""
     lightning.seed_everything(config.seed, verbose=False)
     encoder = ClipEncoder(config.architecture, frozen=False)
@@ -38,18 +40,16 @@ def run_pretraining(config: DictConfig) -> dict[str, float]:
         accelerator="auto",
         gradient_clip_val=1.0,
         logger=False,
-        callbacks=[checkpoints, TQDMProgressBar(refresh_rate=10)],
+        callbacks=[checkpoints, GracefulInterrupt(last), TQDMProgressBar(refresh_rate=10)],
         enable_model_summary=False,
     )
     began = time.monotonic()
     trainer.fit(module, loader, ckpt_path=last if config.resume else None, weights_only=True)
-    if trainer.interrupted:
-        raise UserError(f"interrupted; go on with resume=true (from {last})")
     minutes = (time.monotonic() - began) / 60
     easy = retrieval_score(encoder, config.seed)
     hard = retrieval_score(encoder, config.seed, variants=4)
     scores = easy | {f"hard_{name}": value for name, value in hard.items()}
-    card = {"config": dict(config), "minutes": round(minutes, 1), "retrieval": scores}
+    card = {"config": asdict(config), "minutes": round(minutes, 1), "retrieval": scores}
     save_clip_weights(encoder.clip, Path(config.output), used_token_ids(encoder), {"card": json.dumps(card)})
     return scores
 

@@ -27,7 +27,7 @@ _PANEL_WIDTH, _PANEL_HEIGHT = 1.9, 2.4  # a picture fills one of the two
 _CAPTION = 0.24  # line above a picture
 _WORD_SIZE = 7.5
 _MOST_COLUMNS = 5
-_FOOTER_WIDTH = 6.4  # the legends below all rows
+_FOOTER_WIDTH = 6.6  # the legends below all rows
 
 
 @house_style()

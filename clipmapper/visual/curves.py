@@ -189,7 +189,7 @@ def _legend(
             if method in areas[panel]:
                 best = areas[panel][method] == _best(areas[panel], panel)
                 weight = "bold" if best else "normal"
-                write(figure, end, baseline, f"{areas[panel][method]:.3f}", 8, weight=weight, align="right")
+                write(figure, end, baseline, f"{areas[panel][method]:.3f}", 8.0, weight=weight, align="right")
     below = top + 0.08 + (len(methods) + 1) * _legend_row()
     write(figure, left, below, _note(len(panels)), _NOTE_SIZE, colour=FAINT)
 

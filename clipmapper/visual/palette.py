@@ -1,7 +1,7 @@
 """One line style per explanation method, the same in every figure.
 
-Colours are from Okabe and Ito's palette and from Paul Tol's "muted", both made for any colour vision; dashes
-and markers tell apart what colour alone might not.
+Colours are from Okabe and Ito's palette and from Paul Tol's "muted" and "medium-contrast", all made for any
+colour vision; dashes and markers tell apart what colour alone might not.
 """
 
 import zlib
@@ -38,7 +38,7 @@ _STYLES = {
     "input_x_gradient": LineStyle("#999933", _DASHED, "p"),
     "random": LineStyle("#7A7A7A", _DOTTED, "x"),
 }
-_SPARE_COLOURS = ("#332288", "#117733", "#44AA99", "#999933", "#CC6677", "#882255", "#AA4499")
+_SPARE_COLOURS = ("#CC6677", "#6699CC", "#997700", "#994455", "#004488")
 _SPARE_DASHES = (_DASHED, _MIXED, _DOTTED)
 _SPARE_MARKERS = ("h", "p", "d", "<", "*")
 
@@ -50,5 +50,5 @@ def line_style(method: str) -> LineStyle:
     # Not hash(): that differs from one Python process to the next.
     number = zlib.crc32(method.encode())
     colour = _SPARE_COLOURS[number % len(_SPARE_COLOURS)]
-    dashes = _SPARE_DASHES[number // 7 % len(_SPARE_DASHES)]
-    return LineStyle(colour, dashes, _SPARE_MARKERS[number // 21 % len(_SPARE_MARKERS)])
+    dashes = _SPARE_DASHES[number // 5 % len(_SPARE_DASHES)]
+    return LineStyle(colour, dashes, _SPARE_MARKERS[number // 15 % len(_SPARE_MARKERS)])

@@ -1,0 +1,285 @@
+"""The typed schema of ``conf/``: what every setting is called, its type and its limits.
+
+The values and their reasons are in ``conf/*.yaml``; there is no second set of defaults here, so that each
+number can be changed in one place. Groups with several implementations (data, logger, callbacks) have one
+class for each, which the group's file names in its defaults list; ``_target_`` in the file is what is built.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+# The names of clipmapper.relevance.METHODS (a test compares them), known here without importing torch.
+METHODS = (
+    "weighted",
+    "weighted_token",
+    "weighted_half",
+    "gae",
+    "rollout",
+    "raw_attention",
+    "grad_cam",
+    "random",
+)
+_SEED_LIMIT = 2**32 - 1  # numpy's legacy generator, which Lightning seeds as well, takes no more
+
+
+def setting(**limits: Any) -> Any:
+    """A field whose value comes from YAML or the command line.
+
+    ``limits``: ``minimum``, ``maximum`` (allowed themselves), ``above``, ``below`` (not allowed themselves);
+    ``choices`` of a string or of a list's entries. Choices are strings rather than an ``Enum`` because they
+    end up in JSON, in W&B and in checkpoints that are loaded without unpickling classes. ``text``: free
+    text, taken from the command line as it is, without Hydra's grammar (commas, brackets, ``=``).
+    """
+    return field(default=MISSING, metadata=limits)
+
+
+class Section:
+    """A group of settings."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """(setting, what is wrong with it), for rules that one setting's limits cannot say."""
+        yield from ()
+
+
+@dataclass
+class EncoderConfig(Section):
+    """Stage 1. Parameters of :class:`clipmapper.models.encoder.ClipEncoder`."""
+
+    architecture: str = setting(text=True)
+    pretrained: str | None = setting(text=True)
+    frozen: bool = setting()
+
+
+@dataclass
+class ModelConfig(Section):
+    """Stage 2 and its head. Parameters of :class:`clipmapper.models.mapper.Mapper`."""
+
+    mapper: str = setting(choices=("dual_flow", "single_flow"))
+    width: int = setting(minimum=1)
+    depth: int = setting(minimum=1)
+    heads: int = setting(minimum=1)
+    mlp_ratio: float = setting(above=0)
+    head_width: int = setting(minimum=1)
+    image_position_embedding: bool = setting()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.width % self.heads:
+            yield "heads", f"{self.heads} heads do not divide the width of {self.width} evenly"
+
+
+@dataclass
+class DataConfig(Section):
+    """What every data set has."""
+
+    _target_: str = setting()
+
+
+@dataclass
+class ScenesVQAConfig(DataConfig):
+    """Parameters of :class:`clipmapper.data.scenes_vqa.ScenesVQA`."""
+
+    train_scenes: int = setting(minimum=1)
+    simple_scenes: int = setting(minimum=1)
+    validation_scenes: int = setting(minimum=1)
+    held_out_scenes: int = setting(minimum=1)
+    seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
+
+
+@dataclass
+class TrainingConfig(Section):
+    """The optimisation, in steps (batches)."""
+
+    batch_size: int = setting(minimum=1)
+    max_steps: int = setting(minimum=1)
+    learning_rate: float = setting(above=0)
+    weight_decay: float = setting(minimum=0)
+    warmup_steps: int = setting(minimum=0)
+    simple_share: float = setting(minimum=0, maximum=1)
+    blind_steps: int = setting(minimum=1)
+    token_cache: bool = setting()
+
+
+@dataclass
+class TrainerConfig(Section):
+    """What of Lightning's ``Trainer`` can be set; both intervals are in steps."""
+
+    accelerator: str = setting(choices=("auto", "cpu", "gpu", "cuda", "mps"))
+    devices: str = setting()  # Lightning reads "1" as 1; OmegaConf 2.3 cannot expand a missing `int | str`
+    precision: str = setting(choices=("32-true", "16-mixed", "bf16-mixed"))
+    gradient_clip_val: float = setting(minimum=0)
+    val_check_interval: int | None = setting(minimum=1)
+    checkpoint_interval: int = setting(minimum=1)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not re.fullmatch(r"auto|-1|[1-9]\d*|\d+(,\d+)+", self.devices):
+            yield "devices", f"{self.devices!r} is not a number of devices (1, 2 …), a list as '0,1', or auto"
+
+
+@dataclass
+class LoggerConfig(Section):
+    """What every logger has."""
+
+    _target_: str = setting()
+
+
+@dataclass
+class WandbLoggerConfig(LoggerConfig):
+    """Arguments of ``lightning.pytorch.loggers.WandbLogger``."""
+
+    project: str = setting(text=True)
+    mode: str = setting(choices=("offline", "online"))
+
+
+@dataclass
+class CSVLoggerConfig(LoggerConfig):
+    """``lightning.pytorch.loggers.CSVLogger`` needs nothing but the folder, which the run gives."""
+
+
+@dataclass
+class CallbacksConfig(Section):
+    """What every callback has."""
+
+    _target_: str = setting()
+
+
+@dataclass
+class RelevanceCallbackConfig(CallbacksConfig):
+    """Parameters of :class:`clipmapper.training.relevance_callback.RelevanceCallback`."""
+
+    methods: list[str] = setting(choices=METHODS)
+    every_n_validations: int = setting(minimum=1)
+    samples: int = setting(minimum=1)
+    pictures: int = setting(minimum=0)
+    batch_size: int = setting(minimum=1)
+    confidence: float = setting(above=0, below=1)
+    seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from _list_problems("methods", self.methods)
+        if self.pictures > self.samples:
+            yield "pictures", f"{self.pictures} pictures of {self.samples} samples"
+
+
+@dataclass
+class TrainConfig(Section):
+    """``clipmapper train``. A run writes to ``output/name/<time of its start>``."""
+
+    name: str = setting(text=True)
+    output: str = setting(text=True)
+    seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
+    resume: bool = setting()
+    encoder: EncoderConfig = setting()
+    model: ModelConfig = setting()
+    data: DataConfig = setting()
+    training: TrainingConfig = setting()
+    trainer: TrainerConfig = setting()
+    logger: LoggerConfig = setting()
+    callbacks: CallbacksConfig | None = setting()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from _empty_texts(self, "name", "output")
+
+
+@dataclass
+class ExplainConfig(Section):
+    """``clipmapper explain``. ``answer``: the answer to explain, null for the predicted one."""
+
+    checkpoint: str = setting(text=True)
+    image: str = setting(text=True)
+    question: str = setting(text=True)
+    method: str = setting(choices=METHODS)
+    answer: str | None = setting(text=True)
+    output: str = setting(text=True)
+    compare: bool = setting()
+    device: str = setting()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from _empty_texts(self, "checkpoint", "image", "question", "answer", "output")
+        yield from _device_problems(self.device)
+
+
+@dataclass
+class PerturbConfig(Section):
+    """``clipmapper perturb``. ``chunk``: how many samples are settled between two savings."""
+
+    checkpoint: str = setting(text=True)
+    methods: list[str] = setting(choices=METHODS)
+    samples: int = setting(minimum=1)
+    split: str = setting(choices=("validation", "held_out"))
+    output: str = setting(text=True)
+    resume: bool = setting()
+    batch_size: int = setting(minimum=1)
+    chunk: int = setting(minimum=1)
+    confidence: float = setting(above=0, below=1)
+    seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
+    device: str = setting()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from _empty_texts(self, "checkpoint", "output")
+        yield from _list_problems("methods", self.methods)
+        yield from _device_problems(self.device)
+
+
+@dataclass
+class PretrainConfig(Section):
+    """``clipmapper pretrain_clip``."""
+
+    architecture: str = setting(text=True)
+    output: str = setting(text=True)
+    seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
+    max_steps: int = setting(minimum=1)
+    batch_size: int = setting(minimum=1)
+    variants: int = setting(minimum=1)
+    learning_rate: float = setting(above=0)
+    weight_decay: float = setting(minimum=0)
+    warmup_steps: int = setting(minimum=0)
+    workers: int = setting(minimum=0)
+    checkpoint_every: int = setting(minimum=1)
+    resume: bool = setting()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from _empty_texts(self, "architecture", "output")
+        if self.batch_size % self.variants:
+            yield "batch_size", f"{self.batch_size} is not a multiple of the {self.variants} variants of a scene"
+
+
+def _empty_texts(section: Section, *keys: str) -> Iterator[tuple[str, str]]:
+    for key in keys:
+        value = getattr(section, key)
+        if value is not None and not value.strip():
+            yield key, "is empty"
+
+
+def _list_problems(key: str, values: list[str]) -> Iterator[tuple[str, str]]:
+    if not values:
+        yield key, "is an empty list"
+    twice = [value for i, value in enumerate(values) if value in values[:i]]
+    if twice:
+        yield key, f"{twice[0]!r} is listed twice"
+
+
+def _device_problems(device: str) -> Iterator[tuple[str, str]]:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        yield "device", f"{device!r} is not one of auto, cpu, cuda, cuda:0 (and so on), mps"
+
+
+def register() -> None:
+    """Make the schema known to Hydra, under the names that the files of ``conf/`` have in their defaults lists."""
+    store = ConfigStore.instance()
+    schemas = {
+        "train_schema": TrainConfig,
+        "explain_schema": ExplainConfig,
+        "perturb_schema": PerturbConfig,
+        "pretrain_clip_schema": PretrainConfig,
+        "scenes_vqa_schema": ScenesVQAConfig,
+        "wandb_logger_schema": WandbLoggerConfig,
+        "csv_logger_schema": CSVLoggerConfig,
+        "relevance_callback_schema": RelevanceCallbackConfig,
+    }
+    for name, schema in schemas.items():
+        store.store(name=name, node=schema)

@@ -1,0 +1,79 @@
+"""Which questions are explained, and what is known about them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from clipmapper.data.scenes_vqa import VQASplit
+from clipmapper.models.clipmapper import CLIPmapper
+from clipmapper.models.tokens import TokenizedText, tokenize, word_positions
+from clipmapper.training.scene_batches import preprocess_uint8
+
+
+@dataclass(frozen=True)
+class ExplainedSamples:
+    """Questions to be explained, in a fixed order.
+
+    ``masks`` (pixels that decide the answer) and ``deciding`` (words that do, per word of the question) are
+    None for data that does not know them. ``targets`` are the soft accuracies of every answer.
+    """
+
+    ids: Sequence[int]
+    pictures: UInt8[np.ndarray, "samples height width 3"]
+    images: Float[Tensor, "samples 3 model_height model_width"]
+    text: TokenizedText
+    questions: Sequence[str]
+    truths: Sequence[str]
+    families: Sequence[str]
+    targets: Float[Tensor, "samples answers"]
+    masks: Bool[np.ndarray, "samples height width"] | None
+    deciding: Sequence[Sequence[bool]] | None
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+
+def choose_samples(model: CLIPmapper, split: VQASplit, count: int, seed: int) -> ExplainedSamples:
+    """``count`` questions of a split, the families in equal shares, drawn by ``seed``.
+
+    Questions whose deciding objects are hidden completely behind others are left out.
+    """
+    rng = np.random.default_rng((seed, 0xE8))
+    by_family: dict[str, list[int]] = {}
+    for number in rng.permutation(len(split)):
+        by_family.setdefault(split.questions[number].family, []).append(int(number))
+    chosen: list[int] = []
+    queues = [by_family[family] for family in sorted(by_family)]
+    while len(chosen) < count and any(queues):
+        for queue in queues:
+            while queue and not split.mask(queue[0]).any():
+                queue.pop(0)
+            if queue and len(chosen) < count:
+                chosen.append(queue.pop(0))
+    asked = [split.questions[number] for number in chosen]
+    pictures = split.images[split.image_of[chosen]]
+    index = {answer: i for i, answer in enumerate(model.answers)}
+    targets = torch.zeros(len(asked), len(model.answers))
+    targets[torch.arange(len(asked)), [index[q.answer] for q in asked]] = 1.0
+    tokenizer = model.encoder.tokenizer
+    text = tokenize(tokenizer, [q.text for q in asked])
+    deciding = []
+    for row, question in enumerate(asked):
+        words = word_positions(tokenizer, text.ids[row], text.removable[row])
+        deciding.append([word in question.deciding_words for word, _ in words])
+    return ExplainedSamples(
+        ids=chosen,
+        pictures=pictures,
+        images=preprocess_uint8(model, pictures),
+        text=text,
+        questions=[q.text for q in asked],
+        truths=[q.answer for q in asked],
+        families=[q.family for q in asked],
+        targets=targets,
+        masks=np.stack([split.mask(number) for number in chosen]),
+        deciding=deciding,
+    )

@@ -1,0 +1,210 @@
+"""The run behind ``scripts/train.py``: train, validate, explain, and say what came out."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import lightning
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from torch.utils.data import DataLoader, IterableDataset
+
+from clipmapper.config import TrainConfig
+from clipmapper.data.scenes_vqa import ScenesVQA
+from clipmapper.models.build import build_clipmapper
+from clipmapper.models.clipmapper import CLIPmapper
+from clipmapper.training.blind import blind_accuracy
+from clipmapper.training.explained_samples import choose_samples
+from clipmapper.training.interruption import GracefulInterrupt
+from clipmapper.training.relevance_callback import RelevanceCallback
+from clipmapper.training.run_folder import CHECKPOINT, RESULTS, folder_to_resume, new_run_folder, write_json
+from clipmapper.training.scene_batches import SplitBatches, scene_splits, training_batches
+from clipmapper.training.tables import (
+    accuracy_table,
+    console,
+    files_table,
+    localisation_table,
+    perturbation_table,
+)
+from clipmapper.training.vqa import StepBatches, VQAModule
+
+VALIDATION_SPLITS = ("validation", "held_out")
+_VALIDATION_BATCH = 500
+
+
+class Labelled(IterableDataset):
+    """A split in order, in batches."""
+
+    def __init__(self, split: SplitBatches) -> None:
+        self.split = split
+
+    def __iter__(self) -> Iterator[dict]:
+        return self.split.labelled(_VALIDATION_BATCH)
+
+
+def train(config: TrainConfig) -> Path:
+    """Train with these settings; returns the run's folder. See the README for what is in it.
+
+    Raises ``UserError`` for settings that cannot work, before anything long begins, and
+    :class:`~clipmapper.training.interruption.RunInterrupted` when the user stops the run.
+    """
+    began = time.monotonic()
+    settings = {key: value for key, value in asdict(config).items() if key != "resume"}
+    explainer = None if config.callbacks is None else instantiate(asdict(config.callbacks))
+    resumed = folder_to_resume(config.output, config.name, settings) if config.resume else None
+    lightning.seed_everything(config.seed, verbose=False)
+    data: ScenesVQA = instantiate(asdict(config.data))
+    model = build_clipmapper(asdict(config.encoder), asdict(config.model), data.answers)
+    model.description["data"] = asdict(config.data)
+    folder = resumed or new_run_folder(config.output, config.name, settings)
+    out = console()
+    out.print(f"{'Resuming' if resumed else 'Run'} {folder}")
+
+    trainer_device = _device(config)
+    model.to(trainer_device)
+    splits = scene_splits(model, data, cached=config.training.token_cache and config.encoder.frozen)
+    if explainer is not None:
+        explainer.prepare(
+            choose_samples(model, data.validation, explainer.samples, explainer.seed), folder / "pictures"
+        )
+    module, trainer = _fit(config, model, data, splits, explainer, folder, resumed is not None)
+    trainer.save_checkpoint(folder / CHECKPOINT)
+    model.to(trainer_device)
+
+    out.print("question-only baseline ...")
+    blind = blind_accuracy(
+        model,
+        asdict(config.model),
+        splits["train"],
+        splits["validation"],
+        steps=config.training.blind_steps,
+        batch_size=config.training.batch_size,
+        learning_rate=config.training.learning_rate,
+        weight_decay=config.training.weight_decay,
+        seed=config.seed,
+    )
+    accuracy = _accuracy(trainer, data, blind)
+    results: dict = {"name": config.name, "settings": settings, "accuracy": accuracy}
+    files = {"checkpoint": folder / CHECKPOINT, "results": folder / RESULTS}
+    out.print(accuracy_table(accuracy))
+    if explainer is not None and explainer.report is not None:
+        results["explanations"] = explainer.report.numbers(explainer.confidence, explainer.seed)
+        for table in (perturbation_table(results["explanations"]), localisation_table(results["explanations"])):
+            if table is not None:
+                out.print(table)
+        files |= {"heat maps": folder / "pictures", "methods": folder / "pictures" / "methods.png"}
+        files["perturbation curves"] = folder / "pictures" / "perturbation_accuracy.png"
+    files |= _logged_files(trainer)
+    results["files"] = {what: str(path) for what, path in files.items()}
+    results["seconds"] = round(time.monotonic() - began, 1)
+    write_json(folder / RESULTS, results)
+    out.print(files_table(files))
+    out.print(f"{results['seconds']:.0f} s in all")
+    return folder
+
+
+def _fit(
+    config: TrainConfig,
+    model: CLIPmapper,
+    data: ScenesVQA,
+    splits: dict[str, SplitBatches],
+    explainer: RelevanceCallback | None,
+    folder: Path,
+    resume: bool,
+) -> tuple[VQAModule, lightning.Trainer]:
+    training = config.training
+    module = VQAModule(
+        model,
+        training.learning_rate,
+        training.weight_decay,
+        training.warmup_steps,
+        training.max_steps,
+        data.families,
+        VALIDATION_SPLITS,
+    )
+    checkpoint = folder / CHECKPOINT
+    first_step = int(torch.load(checkpoint, weights_only=True)["global_step"]) if resume else 0
+    batch_at = training_batches(
+        splits["simple"],
+        splits["train"],
+        batch_size=training.batch_size,
+        simple_steps=round(training.simple_share * training.max_steps),
+        seed=config.seed,
+    )
+    callbacks: list[Callback] = [
+        ModelCheckpoint(
+            dirpath=checkpoint.parent,
+            filename=checkpoint.stem,
+            every_n_train_steps=config.trainer.checkpoint_interval,
+            enable_version_counter=False,
+        ),
+        GracefulInterrupt(checkpoint),
+        TQDMProgressBar(refresh_rate=20),
+    ]
+    if explainer is not None:
+        callbacks.append(explainer)
+    trainer = lightning.Trainer(
+        accelerator=config.trainer.accelerator,
+        devices=config.trainer.devices,
+        precision=config.trainer.precision,
+        gradient_clip_val=config.trainer.gradient_clip_val,
+        max_steps=training.max_steps,
+        val_check_interval=min(config.trainer.val_check_interval or training.max_steps, training.max_steps),
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=20,
+        logger=_logger(config, folder),
+        callbacks=callbacks,
+        default_root_dir=folder,
+        enable_model_summary=False,
+    )
+    batches = DataLoader(StepBatches(batch_at, first_step, training.max_steps), batch_size=None)
+    validation = [DataLoader(Labelled(splits[name]), batch_size=None) for name in VALIDATION_SPLITS]
+    trainer.fit(
+        module, batches, validation, ckpt_path=checkpoint if resume else None, weights_only=True
+    )
+    if training.max_steps % trainer.val_check_interval:
+        trainer.validate(module, validation, verbose=False)
+    return module, trainer
+
+
+def _logger(config: TrainConfig, folder: Path):
+    settings = asdict(config.logger)
+    if settings["_target_"].endswith("WandbLogger"):
+        return instantiate(settings, save_dir=str(folder), name=config.name)
+    return instantiate(settings, save_dir=str(folder), name="csv")
+
+
+def _logged_files(trainer: lightning.Trainer) -> dict[str, Path]:
+    from lightning.pytorch.loggers import WandbLogger
+
+    if isinstance(trainer.logger, WandbLogger):
+        directory = Path(trainer.logger.experiment.dir).parent
+        trainer.logger.experiment.finish(quiet=True)
+        return {"W&B run": directory}
+    return {"metrics": Path(trainer.logger.log_dir) / "metrics.csv"}
+
+
+def _accuracy(trainer: lightning.Trainer, data: ScenesVQA, blind: dict[str, float]) -> dict:
+    """Per family: how many validation questions, accuracy of both splits, of the blind baseline, chance."""
+    asked = [q.family for q in data.validation.questions]
+    table = {}
+    for family in (*data.families, "overall"):
+        row = {"questions": len(asked) if family == "overall" else asked.count(family)}
+        for split in VALIDATION_SPLITS:
+            row[split] = float(trainer.callback_metrics[f"{split}/accuracy/{family}"])
+        row["blind"] = blind[family]
+        row["chance"] = None if family == "overall" else data.chance[family]
+        table[family] = row
+    return table
+
+
+def _device(config: TrainConfig) -> torch.device:
+    accelerator = config.trainer.accelerator
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda")
+    if accelerator in ("auto", "mps") and torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")

@@ -1,0 +1,65 @@
+"""Where a run puts what it writes, and how it finds it again."""
+
+import json
+import os
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+
+import yaml
+
+from clipmapper.errors import UserError
+
+CHECKPOINT = Path("checkpoints") / "last.ckpt"
+CONFIG = "config.yaml"
+RESULTS = "results.json"
+
+
+def new_run_folder(output: str, name: str, settings: Mapping) -> Path:
+    """``output/name/date_time`` with the run's settings in it."""
+    folder = Path(output) / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = folder.with_name(f"{folder.name.split('+')[0]}+{number}")
+    (folder / CHECKPOINT.parent).mkdir(parents=True)
+    (folder / CONFIG).write_text(yaml.safe_dump(dict(settings), sort_keys=False))
+    return folder
+
+
+def folder_to_resume(output: str, name: str, settings: Mapping) -> Path:
+    """The newest run of that name that left a checkpoint. Raises ``UserError`` where resuming makes no sense.
+
+    A run goes on with the settings that it was started with; others need a run of their own.
+    """
+    runs = sorted((path.parent.parent for path in Path(output, name).glob(f"*/{CHECKPOINT}")), reverse=True)
+    if not runs:
+        raise UserError(f"resume=true: no run with a checkpoint in {Path(output, name)}; start one without it")
+    folder = runs[0]
+    if (folder / RESULTS).exists():
+        raise UserError(f"resume=true: the newest run, {folder}, is finished; start a new one without it")
+    before = yaml.safe_load((folder / CONFIG).read_text())
+    changed = [key for key, value in _flat(settings).items() if _flat(before).get(key) != value]
+    if changed:
+        raise UserError(
+            f"resume=true: {changed[0]} is not what {folder} was started with "
+            f"({_flat(before).get(changed[0])}); resume with the same settings or start a new run"
+        )
+    return folder
+
+
+def write_json(path: Path, content: Mapping) -> None:
+    """Complete or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+    os.replace(temporary, path)
+
+
+def _flat(settings: Mapping, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,106 @@
+"""Batches of the built-in VQA data, from cached tokens or from pixels."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from clipmapper.data.scenes_vqa import ScenesVQA, VQASplit
+from clipmapper.data.token_cache import TokenCache, build_token_cache
+from clipmapper.models.clipmapper import CLIPmapper
+from clipmapper.models.tokens import tokenize
+
+
+class SplitBatches:
+    """Batches of one split. With ``cached`` the encoder runs once over the split, otherwise in every step."""
+
+    def __init__(self, model: CLIPmapper, split: VQASplit, name: str, cached: bool) -> None:
+        self.model, self.split, self.name = model, split, name
+        index = {answer: i for i, answer in enumerate(model.answers)}
+        self.answer = torch.tensor([index[q.answer] for q in split.questions])
+        self.cache: TokenCache | None = self._build() if cached else None
+
+    def batch(self, questions: Tensor) -> dict:
+        """A training batch of these questions (see :class:`clipmapper.training.vqa.VQAModule`)."""
+        batch = self.questions_only(questions)
+        if self.cache is not None:
+            batch["image_tokens"] = self.cache.images(questions)
+        else:
+            images = self.split.images[self.split.image_of[questions.numpy()]]
+            batch["images"] = preprocess_uint8(self.model, images)
+        return batch
+
+    def questions_only(self, questions: Tensor) -> dict:
+        """The same batch without its images."""
+        targets = torch.zeros(len(questions), len(self.model.answers))
+        targets[torch.arange(len(questions)), self.answer[questions]] = 1.0
+        if self.cache is not None:
+            return {"targets": targets} | self.cache.texts(questions)
+        texts = [self.split.questions[int(q)].text for q in questions]
+        return {"targets": targets, "text": tokenize(self.model.encoder.tokenizer, texts)}
+
+    def labelled(self, batch_size: int) -> Iterator[dict]:
+        """All questions in order, with what validation needs."""
+        for start in range(0, len(self.split), batch_size):
+            numbers = torch.arange(start, min(start + batch_size, len(self.split)))
+            asked = [self.split.questions[int(n)] for n in numbers]
+            # Ten annotators who agree: the official accuracy is then 1 or 0.
+            extra = {"answers": [[q.answer] * 10 for q in asked], "families": [q.family for q in asked]}
+            yield self.batch(numbers) | extra
+
+    def _build(self) -> TokenCache:
+        encoder = self.model.encoder
+        encoder.eval()
+        texts = [q.text for q in self.split.questions]
+
+        def encode_texts(some):
+            text = tokenize(encoder.tokenizer, some).to(self.model.device)
+            return encoder.text_tokens(text.ids, text.valid), text.valid
+
+        with Progress(transient=True) as progress:
+            total = len(self.split.images) + len(set(texts))
+            task = progress.add_task(f"CLIP tokens, {self.name} split", total=total)
+            return build_token_cache(
+                lambda images: encoder.image_tokens(preprocess_uint8(self.model, images).to(self.model.device)),
+                encode_texts,
+                self.split.images,
+                texts,
+                self.split.image_of,
+                progress=lambda done: progress.advance(task, done),
+            )
+
+
+def preprocess_uint8(model: CLIPmapper, images: np.ndarray) -> Tensor:
+    """uint8 [n, height, width, 3] → Float[n, 3, height, width], resized as the encoder's transform does."""
+    from clipmapper.training.contrastive import normalise_images
+
+    visual = model.encoder.clip.visual
+    side = visual.image_size if isinstance(visual.image_size, tuple) else (visual.image_size,) * 2
+    if images.shape[1:3] != tuple(side):
+        from PIL import Image
+
+        transform = model.encoder.preprocess()
+        return torch.stack([transform(Image.fromarray(image)) for image in images])
+    return normalise_images(images, visual.image_mean, visual.image_std)
+
+
+def training_batches(
+    simple: SplitBatches, full: SplitBatches, *, batch_size: int, simple_steps: int, seed: int
+) -> Callable[[int], dict]:
+    """The batch of every step: simple scenes in the first steps, then all; each drawn by (seed, step)."""
+
+    def batch_at(step: int) -> dict:
+        source = simple if step < simple_steps else full
+        rng = np.random.default_rng((seed, step))
+        numbers = rng.choice(len(source.split), size=min(batch_size, len(source.split)), replace=False)
+        return source.batch(torch.from_numpy(numbers))
+
+    return batch_at
+
+
+def scene_splits(
+    model: CLIPmapper, data: ScenesVQA, cached: bool, names=("simple", "train", "validation", "held_out")
+) -> dict[str, SplitBatches]:
+    return {name: SplitBatches(model, getattr(data, name), name, cached) for name in names}

@@ -1,0 +1,105 @@
+"""Training CLIPmapper for visual question answering."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import lightning
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from clipmapper.evaluation.vqa_accuracy import VQASoftAccuracy
+from clipmapper.models.build import DESCRIPTION
+from clipmapper.models.clipmapper import CLIPmapper
+from clipmapper.models.tokens import TokenizedText
+from clipmapper.training.optimisation import adamw, warmup_cosine
+
+
+class VQAModule(lightning.LightningModule):
+    """Binary cross-entropy on soft answer targets; AdamW, warm-up, cosine.
+
+    A batch is a dictionary with ``targets`` Float[batch, answers] (soft accuracy of each answer) and either
+    ``image_tokens``, ``text_tokens``, ``text_valid`` (of a frozen encoder, cached) or ``images`` and ``text``
+    (:class:`~clipmapper.models.tokens.TokenizedText`). For validation also ``answers`` (those that people
+    gave, a list for each question) and ``families``.
+    """
+
+    def __init__(
+        self,
+        model: CLIPmapper,
+        learning_rate: float,
+        weight_decay: float,
+        warmup_steps: int,
+        max_steps: int,
+        families: Sequence[str],
+        splits: Sequence[str] = ("validation",),
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.warmup_steps, self.max_steps = warmup_steps, max_steps
+        self.splits = tuple(splits)
+        self.accuracy = torch.nn.ModuleDict(
+            {split: MulticlassAccuracy(len(model.answers), average="micro") for split in splits}
+        )
+        self.soft_accuracy = torch.nn.ModuleDict({split: VQASoftAccuracy(tuple(families)) for split in splits})
+
+    def logits(self, batch: Mapping) -> Float[Tensor, "batch answers"]:
+        if "image_tokens" in batch:
+            return self.model.answer_logits(batch["image_tokens"], batch["text_tokens"], batch["text_valid"])
+        return self.model(batch["images"], batch["text"])
+
+    def training_step(self, batch: Mapping, index: int) -> Tensor:
+        loss = answer_loss(self.logits(batch), batch["targets"])
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["targets"]))
+        return loss
+
+    def validation_step(self, batch: Mapping, index: int, dataloader_idx: int = 0) -> None:
+        logits = self.logits(batch)
+        split = self.splits[dataloader_idx]
+        self.accuracy[split].update(logits, batch["targets"].argmax(dim=1))
+        predictions = [self.model.answers[i] for i in logits.argmax(dim=1).tolist()]
+        self.soft_accuracy[split].update(predictions, batch["answers"], batch["families"])
+        loss = answer_loss(logits, batch["targets"])
+        self.log(f"{split}/loss", loss, batch_size=len(logits), add_dataloader_idx=False)
+
+    def on_validation_epoch_end(self) -> None:
+        for split in self.splits:
+            if self.accuracy[split].update_called:
+                self.log(f"{split}/top1", self.accuracy[split].compute())
+                for group, value in self.soft_accuracy[split].compute().items():
+                    self.log(f"{split}/accuracy/{group}", value)
+            self.accuracy[split].reset()
+            self.soft_accuracy[split].reset()
+
+    def configure_optimizers(self) -> dict:
+        optimiser = adamw(self.model, self.learning_rate, self.weight_decay)
+        schedule = warmup_cosine(optimiser, self.warmup_steps, self.max_steps)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint[DESCRIPTION] = self.model.description
+
+    def transfer_batch_to_device(self, batch, device: torch.device, dataloader_idx: int):
+        return {k: v.to(device) if isinstance(v, Tensor | TokenizedText) else v for k, v in batch.items()}
+
+
+def answer_loss(logits: Float[Tensor, "batch answers"], targets: Float[Tensor, "batch answers"]) -> Tensor:
+    """Binary cross-entropy summed over answers, mean over the batch (the usual loss on VQA v2)."""
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+    return loss / len(logits)
+
+
+class StepBatches(IterableDataset):
+    """Training batches as a function of the step: a resumed run sees what an uninterrupted one would.
+
+    ``batch_at(step)`` makes one batch.
+    """
+
+    def __init__(self, batch_at, first_step: int, max_steps: int) -> None:
+        self.batch_at, self.first_step, self.max_steps = batch_at, first_step, max_steps
+
+    def __iter__(self) -> Iterator[dict]:
+        for step in range(self.first_step, self.max_steps):
+            yield self.batch_at(step)

@@ -1,0 +1,6 @@
+"""Explain an answer: ``python scripts/explain.py checkpoint=… image=… question="…"``."""
+
+from clipmapper.cli import explain
+
+if __name__ == "__main__":
+    explain()

@@ -1,0 +1,460 @@
+"""The methods against a naive second implementation on whole models, and what must hold of them."""
+
+from dataclasses import replace
+
+import naive_relevance
+import pytest
+import tiny_models
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipmapper.relevance import METHODS, Attention, AttentionTrace, Node, record
+from clipmapper.relevance import propagation as propagation_module
+from clipmapper.relevance.control import random
+from clipmapper.relevance.propagation import mean_attention, positive_attention, propagate, rows_times
+from clipmapper.relevance.weighted import weighted, weighted_half_rule, weighted_rule, weighted_token_rule
+
+# Each kind of mapper with and without a class token of its own (and with place embeddings once), other
+# weights, other texts; texts of different lengths, so that all but the longest are padded.
+MODELS = [
+    ("dual_flow", False, 2, 0, (7, 4, 9)),
+    ("dual_flow", False, 3, 1, (5, 11, 8)),
+    ("dual_flow", True, 2, 2, (3, 10, 6)),
+    ("single_flow", False, 2, 3, (7, 4, 9)),
+    ("single_flow", True, 3, 4, (12, 5, 8)),
+]
+RULES = {"weighted": weighted_rule, "weighted_token": weighted_token_rule, "weighted_half": weighted_half_rule}
+GRADIENT_FREE = ("weighted_half", "rollout", "raw_attention", "random")
+
+
+class Case:
+    """A model, a batch, its trace after the backward, and the explained answers."""
+
+    def __init__(self, folder, kind, class_token, depth, seed, lengths):
+        self.model = tiny_models.clipmapper(
+            folder, kind, class_token, depth, seed, image_position_embedding=seed % 2 == 1
+        )
+        self.images, self.text = tiny_models.images(len(lengths), seed), tiny_models.texts(lengths, seed)
+        self.lengths = lengths
+        self.answers = torch.arange(len(lengths)) + seed
+        self.answers %= len(tiny_models.ANSWERS)
+        self.logits, self.trace = self.traced()
+
+    def traced(self, rows=slice(None), factor=1.0, samples=None, **ignored):
+        text = self.text[rows]
+        text = text if ignored else type(text)(*(t[:, : int(text.valid.sum(1).max())] for t in vars(text).values()))
+        with record(self.model, samples) as trace:
+            logits = self.model(self.images[rows], text, only_class_token=False, **ignored)
+        trace.backward(factor * logits.gather(1, self.answers[rows][:, None])[:, 0])
+        return logits.detach(), trace
+
+    def naive(self, row, **kept):
+        run = naive_relevance.Run(self.model, self.images[row], self.text.ids[row, : self.lengths[row]], **kept)
+        return run.differentiate(int(self.answers[row]))
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    made = {}
+
+    def case(model):
+        if model not in made:
+            made[model] = Case(tmp_path_factory.mktemp("clip"), *model)
+        return made[model]
+
+    return case
+
+
+@pytest.fixture(params=MODELS, ids=lambda m: f"{m[0]}{'-class_token' if m[1] else ''}-{m[2]}-blocks")
+def case(request, cases):
+    return cases(request.param)
+
+
+def expected_streams(run, naive, lengths):
+    """The naive result [all tokens], as streams padded to ``lengths``."""
+    expected = {}
+    if len(run.visual) > len(run.image):
+        expected["class_token"] = naive[:1]
+    for stream, places in (("image", run.image), ("text", run.text)):
+        row = naive[places]
+        expected[stream] = torch.cat([row, row.new_zeros(lengths[stream] - len(row))])
+    return expected
+
+
+def assert_same(relevance, expected, row, message):
+    assert set(relevance.streams) == set(expected)
+    for stream, values in expected.items():
+        torch.testing.assert_close(
+            relevance.streams[stream][row], values, rtol=0, atol=1e-8, msg=lambda m: f"{message}, {stream}: {m}"
+        )
+
+
+def test_every_method_equals_the_naive_implementation(case):
+    relevances = {name: METHODS[name](case.trace) for name in naive_relevance.METHODS}
+    for row in range(len(case.lengths)):
+        run = case.naive(row)
+        torch.testing.assert_close(case.logits[row], run.logits.detach(), rtol=0, atol=1e-10)
+        for name, method in naive_relevance.METHODS.items():
+            values = method(run)
+            assert (values > 1e-4).sum() >= 5, "an example in which nothing is relevant proves nothing"
+            expected = expected_streams(run, values, case.trace.lengths)
+            assert_same(relevances[name], expected, row, f"{name}, sample {row}")
+
+
+@pytest.mark.parametrize("model", [MODELS[0], MODELS[4]], ids=["dual_flow", "single_flow"])
+def test_ignored_tokens_are_as_if_they_had_never_been_there(cases, model):
+    """Patches and words masked out of every attention; the naive run has them removed."""
+    case = cases(model)
+    generator = torch.Generator().manual_seed(5)
+    image_ignore = torch.rand(len(case.lengths), tiny_models.PATCHES, generator=generator) < 0.4
+    text_ignore = (torch.rand(case.text.ids.shape, generator=generator) < 0.4) & case.text.removable
+    assert image_ignore.any() and text_ignore.any()
+    _, trace = case.traced(image_ignore=image_ignore, text_ignore=text_ignore)
+    relevances = {name: METHODS[name](trace) for name in naive_relevance.METHODS}
+    for row, length in enumerate(case.lengths):
+        patches = (~image_ignore[row]).nonzero().flatten().tolist()
+        words = (~text_ignore[row, :length]).nonzero().flatten().tolist()
+        run = case.naive(row, patches=patches, words=words)
+        at = {"class_token": [0], "image": [0, *(1 + p for p in patches)], "text": words}
+        for name, method in naive_relevance.METHODS.items():
+            expected = {}
+            for stream, values in expected_streams(run, method(run), {"image": 0, "text": 0} | {
+                "image": len(run.image), "text": len(run.text)
+            }).items():
+                whole = torch.zeros(trace.lengths[stream], dtype=values.dtype)
+                whole[at[stream]] = values
+                expected[stream] = whole
+            assert_same(relevances[name], expected, row, f"{name}, sample {row}")
+
+
+def last_node(trace, stream):
+    return max((s.output_node for s in trace.attention if s.output_node.stream == stream), key=lambda n: n.version)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_every_row_of_the_relevance_matrix_sums_to_one(case, name):
+    """Rows of all final tokens (padding as well), not of the read one alone: C is row-stochastic."""
+    trace = case.trace
+    streams = {step.output_node.stream for step in trace.attention if "mapper" in step.name}
+    for stream in streams:
+        length = trace.lengths[stream]
+        rows = torch.eye(length, dtype=trace.dtype).expand(trace.batch, -1, -1)
+        with_nothing_lost = propagate(trace, {last_node(trace, stream): rows}, RULES[name](trace))
+        total = sum(part.sum(-1) for part in with_nothing_lost.values())
+        torch.testing.assert_close(total, torch.ones(trace.batch, length, dtype=trace.dtype))
+        assert all((part >= 0).all() for part in with_nothing_lost.values())
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_relevance_of_a_sample_sums_to_one_and_none_is_on_padding(case, name):
+    relevance = METHODS[name](case.trace)
+    total = sum(part.sum(-1) for part in relevance.streams.values())
+    torch.testing.assert_close(total, torch.ones_like(total))
+
+
+def test_padding_has_no_relevance_in_any_method(case):
+    padding = ~case.text.valid
+    assert padding.any()
+    for name, method in METHODS.items():
+        assert (method(case.trace).text[padding] == 0).all(), name
+        assert method(case.trace).text.shape == case.text.ids.shape
+        assert method(case.trace).image.shape == (len(case.lengths), *tiny_models.GRID)
+
+
+def test_weighted_does_not_depend_on_the_scale_of_y(case):
+    _, scaled = case.traced(factor=7.0)
+    for name in ("weighted", "weighted_token"):
+        once, again = METHODS[name](case.trace), METHODS[name](scaled)
+        for stream, values in once.streams.items():
+            torch.testing.assert_close(again.streams[stream], values, rtol=0, atol=1e-12)
+    difference = METHODS["gae"](scaled).image - METHODS["gae"](case.trace).image
+    assert difference.abs().max() > 1e-3, "gae does depend on the scale; is y scaled at all?"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_batch_gives_what_its_samples_give_alone(case, name):
+    samples = [31, 7, 64]
+    _, trace = case.traced(samples=samples)
+    together = METHODS[name](trace)
+    for row, length in enumerate(case.lengths):
+        _, alone = case.traced(rows=slice(row, row + 1), samples=samples[row : row + 1])
+        for stream, values in METHODS[name](alone).streams.items():
+            whole = together.streams[stream][row]
+            cut = whole[: length if stream == "text" else None]
+            torch.testing.assert_close(
+                cut, values[0], rtol=0, atol=1e-10, msg=lambda m, s=stream, r=row: f"sample {r}, {s}: {m}"
+            )
+
+
+def test_methods_differ_from_one_another(case):
+    """All but rollout and weighted_half of one stream, which are the same by definition."""
+    maps = {
+        name: torch.cat([*method(case.trace).streams.values()], dim=1) for name, method in METHODS.items()
+    }
+    same = {
+        (a, b)
+        for a in maps
+        for b in maps
+        if a < b and torch.allclose(F.normalize(maps[a], dim=1), F.normalize(maps[b], dim=1), atol=1e-4)
+    }
+    single = not any(s.query_node.stream != s.key_node.stream for s in case.trace.attention)
+    assert same == ({("rollout", "weighted_half")} if single else set())
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(GRADIENT_FREE)))
+def test_a_gradient_method_before_the_backward_says_so(cases, name):
+    case = cases(MODELS[0])
+    with record(case.model) as trace:
+        case.model(case.images, case.text, only_class_token=False)
+    with pytest.raises(ValueError, match=r"call trace\.backward\(y\)"):
+        METHODS[name](trace)
+
+
+@pytest.mark.parametrize("name", GRADIENT_FREE)
+def test_other_methods_need_no_backward(cases, name):
+    case = cases(MODELS[0])
+    with record(case.model) as trace:
+        case.model(case.images, case.text, only_class_token=False)
+    assert not METHODS[name](trace).image.requires_grad
+    torch.testing.assert_close(METHODS[name](trace).image, METHODS[name](case.trace).image)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(GRADIENT_FREE)))
+def test_a_scalar_that_attention_does_not_change_leaves_no_nan(cases, name):
+    """y = 0 · logit: every gradient is 0, no row has positive evidence, α = 1 everywhere."""
+    _, trace = cases(MODELS[0]).traced(factor=0.0)
+    relevance = METHODS[name](trace)
+    read = {"weighted": 1.0, "weighted_token": 1.0, "gae": 1.0, "grad_cam": 0.0}[name]
+    for stream, values in relevance.streams.items():
+        expected = torch.zeros_like(values)
+        expected[:, 0] = read if stream == "image" else 0
+        torch.testing.assert_close(values, expected, rtol=0, atol=0)
+
+
+def test_the_last_text_side_does_not_reach_the_answer(cases):
+    """The last block's text sub-layers: gradients 0, α = 1, and the text's rows pass them unchanged."""
+    trace = cases(MODELS[0]).trace
+    text_side = [s for s in trace.attention if s.name.startswith("mapper, block 1, text")]
+    assert len(text_side) == 2
+    for step in text_side:
+        assert not step.before_gradient.any() and not step.added_gradient.any()
+        row = torch.rand(trace.batch, 2, trace.lengths["text"], dtype=trace.dtype)
+        for rule in (weighted_rule(trace), weighted_token_rule(trace)):
+            own, to_keys = rule(step, row)
+            assert torch.equal(own, row) and not to_keys.any()
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rows_without_positive_evidence_keep_their_relevance(cases, name):
+    """∇o made to point away from every value in half of the query rows of every sub-layer."""
+    _, trace = cases(MODELS[0]).traced()
+    for step in trace.attention:
+        # Values all positive and ∇o negative: ∇A = ∇o · vᵀ < 0 in these rows, for every key and head.
+        step.value = step.value.abs() + 0.1
+        step.mixed_gradient[:, :, ::2] = -step.mixed_gradient[:, :, ::2].abs() - 0.1
+        assert (positive_attention(step)[:, ::2] == 0).all()
+    rows = torch.eye(trace.lengths["image"], dtype=trace.dtype).expand(trace.batch, -1, -1)
+    parts = propagate(trace, {last_node(trace, "image"): rows}, RULES[name](trace))
+    total = sum(part.sum(-1) for part in parts.values())
+    torch.testing.assert_close(total, torch.ones_like(total))
+    if name != "weighted_half":
+        # Rows of even tokens meet nothing positive anywhere: they stay where they are.
+        torch.testing.assert_close(parts["image"][:, ::2], rows[:, ::2])
+        assert not torch.allclose(parts["image"][:, 1::2], rows[:, 1::2], atol=1e-2)
+
+
+# ---------------------------------------------------------------------------------------------------------
+def test_random_is_a_function_of_the_seed_and_the_sample(cases):
+    case = cases(MODELS[2])
+    trace = replace(case.trace, samples=[11, 12, 13])
+    one = random(trace, seed=3)
+    assert all(torch.equal(one.streams[s], random(trace, seed=3).streams[s]) for s in one.streams)
+    for other in (random(trace, seed=4), random(replace(trace, samples=[14, 15, 16]), seed=3)):
+        assert not any(torch.allclose(one.streams[s], other.streams[s]) for s in one.streams)
+    permuted = random(replace(trace, samples=[13, 11, 12]), seed=3)
+    assert torch.equal(permuted.image, one.image[[2, 0, 1]])
+    for values in one.streams.values():
+        assert ((values >= 0) & (values < 1)).all()
+    assert not torch.allclose(one.image[0], one.image[1])
+
+
+def test_random_does_not_depend_on_how_far_the_batch_is_padded(cases):
+    """Text comes last, longer than a vector register or not."""
+    trace = replace(cases(MODELS[0]).trace, samples=[1, 2, 3], valid={})
+    scores = {n: random(replace(trace, lengths={**trace.lengths, "text": n})) for n in (5, 16, 77)}
+    for n in (5, 16):
+        assert torch.equal(scores[n].text, scores[77].text[:, :n])
+        assert torch.equal(scores[n].image, scores[77].image)
+
+
+# ---------------------------------------------------------------------------------------------------------
+def attention(mask_kind, seed=0, batch=2, heads=3, queries=7, keys=7, channels=4):
+    """A sub-layer with a mask of some kind, and A and ∇A from autograd through a plain softmax."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    q, k, v = normal(batch, heads, queries, channels), normal(batch, heads, keys, channels), None
+    v, weight = normal(batch, heads, keys, channels), normal(batch, heads, queries, channels)
+    allowed = torch.ones(queries, keys, dtype=torch.bool)
+    mask, causal, scale = None, False, None
+    if mask_kind == "causal":
+        causal, allowed = True, allowed.tril()
+    elif mask_kind == "full boolean":
+        mask = normal(queries, keys) > -0.5
+        mask[:, 0] = True
+        allowed = mask
+    elif mask_kind == "full additive":
+        mask = normal(batch, heads, queries, keys)
+    elif mask_kind == "additive with -inf":
+        mask = torch.zeros(queries, keys, dtype=torch.float64).masked_fill(~allowed.tril(), float("-inf"))
+    elif mask_kind == "padding":
+        mask = (torch.arange(keys) < torch.tensor([keys, keys - 3])[:, None])[:, None, None]
+        allowed = mask
+    elif mask_kind == "scale":
+        scale = 0.9
+    scores = q @ k.transpose(2, 3) * (channels**-0.5 if scale is None else scale)
+    if mask is not None and mask.dtype != torch.bool:
+        scores = scores + mask
+    scores = scores.masked_fill(~allowed, float("-inf"))
+    A = scores.softmax(-1).requires_grad_()
+    mixed = A @ v
+    fused = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+    torch.testing.assert_close(fused, mixed, msg="the test's own attention is wrong")
+    gradient = torch.autograd.grad((mixed * weight).sum(), A)[0]
+    width = torch.zeros(batch, queries, 1, dtype=torch.float64)
+    step = Attention(
+        "test", Node("q", 0), Node("k", 0), Node("q", 1), q, k, v, mixed.detach(), mask, scale, causal, width, width
+    )
+    step.mixed_gradient = weight
+    return step, A.detach(), gradient
+
+
+MASKS = ["none", "causal", "full boolean", "full additive", "additive with -inf", "padding", "scale"]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_attention_and_its_gradient_are_rebuilt_exactly(mask):
+    step, A, gradient = attention(mask)
+    torch.testing.assert_close(step.probabilities(), A)
+    torch.testing.assert_close(step.probability_gradient(), gradient)
+    torch.testing.assert_close(positive_attention(step), (A * gradient).clamp(min=0).mean(1))
+    torch.testing.assert_close(mean_attention(step), A.mean(1))
+
+
+@pytest.mark.parametrize("block", [1, 3, 7])
+@pytest.mark.parametrize("mask", MASKS)
+def test_blocks_of_query_rows_change_nothing(monkeypatch, mask, block):
+    step, A, gradient = attention(mask)
+    step.mixed_gradient[0, :, 2] = 0  # one row of one sample without evidence
+    positive = (A * (step.mixed_gradient @ step.value.transpose(2, 3))).clamp(min=0).mean(1)
+    row = torch.rand(2, 3, 7, dtype=torch.float64)
+    sums = positive.sum(-1, keepdim=True)
+    monkeypatch.setattr(propagation_module, "_QUERY_BLOCK", block)
+    moved, stuck = rows_times(positive_attention, step, row, normalise=True)
+    torch.testing.assert_close(moved, row @ (positive / sums.where(sums > 0, 1.0)))
+    torch.testing.assert_close(stuck, row * (sums == 0)[..., 0][:, None])
+    assert stuck.count_nonzero() >= 3
+    moved, stuck = rows_times(mean_attention, step, row, normalise=False)
+    torch.testing.assert_close(moved, row @ A.mean(1))
+    assert not stuck.any()
+
+
+def test_blocks_of_query_rows_change_no_method(cases, monkeypatch):
+    for model in (MODELS[0], MODELS[3]):
+        case = cases(model)
+        monkeypatch.setattr(propagation_module, "_QUERY_BLOCK", 1024)
+        whole = {name: METHODS[name](case.trace) for name in METHODS}
+        monkeypatch.setattr(propagation_module, "_QUERY_BLOCK", 4)
+        for name, relevance in whole.items():
+            for stream, values in METHODS[name](case.trace).streams.items():
+                torch.testing.assert_close(values, relevance.streams[stream], rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------
+class RandomRun:
+    """A made-up run in the form of naive_relevance.Run, and the trace that says the same.
+
+    Two streams; sub-layers in any order; keys of the other stream in any state that they have had.
+    """
+
+    def __init__(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        def choose(n):
+            return int(torch.randint(n, (1,), generator=generator))
+
+        sizes = {"image": 1 + choose(4), "text": 1 + choose(4)}
+        self.image = list(range(sizes["image"]))
+        self.text = [sizes["image"] + i for i in range(sizes["text"])]
+        self.size, self.read = sum(sizes.values()), choose(sizes["image"])
+        places = {"image": self.image, "text": self.text}
+        self.logits, self.sublayers = torch.zeros(1, dtype=torch.float64), []
+        steps, versions = [], {"image": [0], "text": [0]}  # per version: the number of sub-layers before it
+        for number in range(1 + choose(6)):
+            stream = ("image", "text")[choose(2)]
+            source = stream if choose(2) else {"image": "text", "text": "image"}[stream]
+            own = len(versions[stream]) - 1
+            version = own if source == stream else choose(len(versions[source]))
+            n, m, heads, channels = sizes[stream], sizes[source], 2, 3
+            q, k, v = normal(heads, n, channels), normal(heads, m, channels), normal(heads, m, channels)
+            A, do = (q @ k.transpose(1, 2) / channels**0.5).softmax(-1), normal(heads, n, channels)
+            if choose(3) == 0:
+                do[:, choose(n)] = 0
+            x, a, dx, da = (normal(n, 2) for _ in range(4))
+            if choose(4) == 0:
+                dx, da = torch.zeros_like(dx), torch.zeros_like(da)
+            # The state that version had: after its sub-layer and whatever came until the next of its stream
+            # nothing of it changed, so any of these counts would do.
+            state = versions[source][version]
+            self.sublayers.append(
+                naive_relevance.Sublayer(
+                    places[stream], places[source], state, x, a, A, dx, da, do @ v.transpose(1, 2)
+                )
+            )
+            steps.append(
+                Attention(
+                    f"{number}", Node(stream, own), Node(source, version), Node(stream, own + 1),
+                    *(t[None] for t in (q, k, v, A @ v)), None, None, False, x[None], a[None],
+                    do[None], dx[None], da[None],
+                )
+            )  # fmt: skip
+            versions[stream].append(number + 1)
+        self.trace = AttentionTrace(
+            steps, sizes, {}, ("image", "text"),
+            (Node("image", len(versions["image"]) - 1), torch.tensor([self.read])),
+        )  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 2**31))
+def test_any_graph_of_two_streams_equals_the_naive_implementation(seed):
+    run = RandomRun(seed)
+    for name in ("weighted", "weighted_token", "weighted_half", "gae", "raw_attention", "grad_cam"):
+        values, relevance = naive_relevance.METHODS[name](run), METHODS[name](run.trace)
+        for stream, places in (("image", run.image), ("text", run.text)):
+            torch.testing.assert_close(
+                relevance.streams[stream][0], values[places], rtol=1e-9, atol=1e-9,
+                msg=lambda m, n=name, s=stream: f"{n}, {s}: {m}",
+            )  # fmt: skip
+    rows = torch.eye(len(run.image), dtype=torch.float64)[None]
+    for rule in RULES.values():
+        parts = propagate(run.trace, {run.trace.read[0]: rows}, rule(run.trace))
+        torch.testing.assert_close(sum(p.sum(-1) for p in parts.values()), torch.ones(1, len(run.image)).double())
+
+
+def test_relevance_says_what_a_trace_does_not_have():
+    run = RandomRun(1)
+    relevance = weighted(run.trace)
+    with pytest.raises(ValueError, match="no image stream"):
+        _ = relevance.image
+    with pytest.raises(ValueError, match="no text stream"):
+        _ = relevance.text
+    with pytest.raises(ValueError, match=r"set trace\.read"):
+        weighted(replace(run.trace, read=None))

@@ -1,0 +1,94 @@
+"""Small CLIPmapper models with random weights, in float64, for tests."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from clipmapper.models.clipmapper import CLIPmapper
+from clipmapper.models.encoder import ClipEncoder
+from clipmapper.models.heads import VQAHead
+from clipmapper.models.mapper import MAPPERS
+from clipmapper.models.tokens import TokenizedText
+
+ANSWERS = ("yes", "no", "red", "blue", "two")
+IMAGE_SIZE, PATCH_SIZE = 12, 4
+GRID = (IMAGE_SIZE // PATCH_SIZE, IMAGE_SIZE // PATCH_SIZE)
+PATCHES = GRID[0] * GRID[1]
+CONTEXT_LENGTH, VOCABULARY = 12, 40
+
+
+def clip_config(folder: Path) -> str:
+    """The path of a tiny CLIP's configuration: 2 + 2 layers, 9 patches, towers of different widths.
+
+    The image tower scales what its attention adds (LayerScale), so that the contribution to the residual
+    stream is not the output of the attention module.
+    """
+    path = Path(folder) / "tiny-clip-for-tests.json"
+    vision = {
+        "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "layers": 2, "width": 16, "head_width": 8,
+        "ls_init_value": 0.5,
+    }  # fmt: skip
+    text = {
+        "context_length": CONTEXT_LENGTH, "vocab_size": VOCABULARY, "width": 12, "heads": 3, "layers": 2,
+    }  # fmt: skip
+    path.write_text(json.dumps({"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}))
+    return str(path)
+
+
+def clipmapper(
+    folder: Path,
+    kind: str = "dual_flow",
+    class_token: bool = False,
+    depth: int = 2,
+    seed: int = 0,
+    frozen: bool = True,
+    image_position_embedding: bool = False,
+) -> CLIPmapper:
+    """A float64 CLIPmapper in evaluation mode; every weight, bias and norm is random and matters."""
+    encoder = ClipEncoder(clip_config(folder), frozen=frozen)
+    mapper = MAPPERS[kind](
+        encoder.image_width,
+        encoder.text_width,
+        encoder.grid,
+        width=16,
+        depth=depth,
+        heads=4,
+        mlp_ratio=2.0,
+        class_token=class_token,
+        image_position_embedding=image_position_embedding,
+    )
+    model = CLIPmapper(encoder, mapper, VQAHead(16, 10, len(ANSWERS)), ANSWERS).double().eval()
+    randomise(model, seed)
+    return model
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int) -> None:
+    """Random weights that give attention with contrast: what is uniform everywhere would hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in model.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+        is_scale = weight.ndim == 1 and (name.endswith("weight") or name.endswith("gamma"))
+        if is_scale:
+            weight.copy_(1 + 0.2 * noise)
+        elif weight.ndim == 1:
+            weight.copy_(0.2 * noise)
+        else:
+            weight.copy_(1.6 * noise * weight[0].numel() ** -0.5)
+
+
+def images(count: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator, dtype=torch.float64)
+
+
+def texts(lengths: Sequence[int], seed: int = 0) -> TokenizedText:
+    """Texts of these lengths (start and end included), padded with id 0 to the longest."""
+    generator = torch.Generator().manual_seed(2000 + seed)
+    ids = torch.randint(1, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
+    place, length = torch.arange(max(lengths)), torch.tensor(list(lengths))[:, None]
+    valid = place < length
+    return TokenizedText(ids * valid, valid, valid & (place > 0) & (place < length - 1))
