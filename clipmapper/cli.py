@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from typing import NoReturn, TypeVar
@@ -11,7 +12,7 @@ import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException, InstantiationException
-from omegaconf import DictConfig
+from omegaconf import Container
 from omegaconf.errors import OmegaConfBaseException
 
 from clipmapper.config import (
@@ -112,7 +113,7 @@ def _run(
     """
     original, composing = sys.argv, True
 
-    def task(config: DictConfig) -> None:
+    def task(config: Container) -> None:
         nonlocal composing
         composing = False
         # Lightning starts further processes (several devices) by the command line as it was given.
@@ -128,18 +129,22 @@ def _run(
     # Hydra prints errors itself, on several lines and with exit status 1, unless told to let them through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     conf = shipped_root() / "conf"
-    groups = [folder.name for folder in conf.iterdir() if folder.is_dir()] if schema is TrainConfig else []
+    # The groups are those of training; the other commands have none.
+    folders = [path for path in conf.iterdir() if path.is_dir()] if schema is TrainConfig else []
+    groups = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
     try:
         given = list(original[1:] if arguments is None else arguments)
         if "--version" in given:
             print(f"clipmapper {version('clipmapper')}")
             return
-        sys.argv = [original[0], *_quoted(given, schema)]
-        check_overrides(_overrides(sys.argv[1:]), schema, groups)
+        flags = _parsed(given)
+        sys.argv = [original[0], *(given if flags.multirun else _quoted(given, schema))]
+        check_overrides(_parsed(sys.argv[1:]).overrides, schema, groups, sweep=flags.multirun)
         hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(task)()
     except UserError as error:
         _fail(str(error))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        # Of errors within a run, only a mistyped _target_ is a mistake in the configuration.
         if not composing and not _is_unknown_target(error):
             raise
         _fail(describe_failure(error, schema, groups))
@@ -158,21 +163,22 @@ def _is_unknown_target(error: Exception) -> bool:
     return isinstance(error, InstantiationException) and str(error).startswith("Error locating target")
 
 
-def _overrides(arguments: Sequence[str]) -> list[str]:
-    """What is left of the command line without Hydra's flags."""
+def _parsed(arguments: Sequence[str]) -> Namespace:
+    """Hydra's flags, and the overrides."""
 
     def refuse(message: str) -> NoReturn:
         raise UserError(f"{message}; settings are given as key=value, without dashes")
 
     parser = get_args_parser()
     parser.error = refuse  # argparse's own error is preceded by many lines of usage
-    return parser.parse_args(arguments).overrides
+    return parser.parse_args(arguments)
 
 
 def _quoted(arguments: Sequence[str], schema: type[Section]) -> list[str]:
-    """Free text (a question, a path) in the quotes of Hydra's grammar, which would trip over its commas."""
-    if not {"-m", "--multirun"}.isdisjoint(arguments):
-        return list(arguments)  # there, a comma separates the values of a sweep
+    """Free text (a question, a path) in the quotes of Hydra's grammar, which would trip over its commas.
+
+    Not for a sweep, where a comma separates values.
+    """
     quoted = []
     for argument in arguments:
         key, equals, value = argument.partition("=")

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF009 (setting() is dataclasses.field)
 """The typed schema of ``conf/``: what every setting is called, its type and its limits.
 
 The values and their reasons are in ``conf/*.yaml``; there is no second set of defaults here, so that each
@@ -142,15 +143,14 @@ class CSVLoggerConfig(LoggerConfig):
 
 @dataclass
 class CallbacksConfig(Section):
-    """What every callback has."""
-
-    _target_: str = setting()
+    """What happens at validation; itself it stands for nothing (``callbacks=none``)."""
 
 
 @dataclass
 class RelevanceCallbackConfig(CallbacksConfig):
     """Parameters of :class:`clipmapper.training.relevance_callback.RelevanceCallback`."""
 
+    _target_: str = setting()
     methods: list[str] = setting(choices=METHODS)
     every_n_validations: int = setting(minimum=1)
     samples: int = setting(minimum=1)
@@ -167,7 +167,7 @@ class RelevanceCallbackConfig(CallbacksConfig):
 
 @dataclass
 class TrainConfig(Section):
-    """``clipmapper train``. A run writes to ``output/name/<time of its start>``."""
+    """``clipmapper train``. A run writes to ``output/name/<start>``; ``callbacks`` may be None."""
 
     name: str = setting(text=True)
     output: str = setting(text=True)
@@ -180,6 +180,10 @@ class TrainConfig(Section):
     trainer: TrainerConfig = setting()
     logger: LoggerConfig = setting()
     callbacks: CallbacksConfig | None = setting()
+
+    def __post_init__(self) -> None:
+        if type(self.callbacks) is CallbacksConfig:
+            self.callbacks = None
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from _empty_texts(self, "name", "output")
@@ -245,7 +249,10 @@ class PretrainConfig(Section):
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from _empty_texts(self, "architecture", "output")
         if self.batch_size % self.variants:
-            yield "batch_size", f"{self.batch_size} is not a multiple of the {self.variants} variants of a scene"
+            yield (
+                "batch_size",
+                f"{self.batch_size} is no multiple of the {self.variants} variants of a scene",
+            )
 
 
 def _empty_texts(section: Section, *keys: str) -> Iterator[tuple[str, str]]:
@@ -269,7 +276,7 @@ def _device_problems(device: str) -> Iterator[tuple[str, str]]:
 
 
 def register() -> None:
-    """Make the schema known to Hydra, under the names that the files of ``conf/`` have in their defaults lists."""
+    """Make the schema known to Hydra, under the names in the defaults lists of ``conf/``."""
     store = ConfigStore.instance()
     schemas = {
         "train_schema": TrainConfig,
@@ -279,6 +286,7 @@ def register() -> None:
         "scenes_vqa_schema": ScenesVQAConfig,
         "wandb_logger_schema": WandbLoggerConfig,
         "csv_logger_schema": CSVLoggerConfig,
+        "no_callbacks_schema": CallbacksConfig,
         "relevance_callback_schema": RelevanceCallbackConfig,
     }
     for name, schema in schemas.items():

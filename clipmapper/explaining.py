@@ -89,11 +89,11 @@ def explain_methods(
     explanations = []
     for name, function in zip(methods, functions, strict=True):
         relevance: Relevance = function(traced.trace)
-        words = merge_words(model.encoder.tokenizer, text.ids[0], text.removable[0], relevance.text[0].float())
-        patches = relevance.image[0].float().cpu().numpy()
-        explanations.append(
-            Explanation(question, model.answers[chosen], score, patches, words, seen, name)
+        words = merge_words(
+            model.encoder.tokenizer, text.ids[0], text.removable[0], relevance.text[0].float()
         )
+        patches = relevance.image[0].float().cpu().numpy()
+        explanations.append(Explanation(question, model.answers[chosen], score, patches, words, seen, name))
     return explanations
 
 
@@ -126,6 +126,8 @@ def displayed_image(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Undo the encoder's normalisation: the image as the model saw it."""
     visual = model.encoder.clip.visual
-    mean, std = (torch.tensor(v, device=pixels.device)[:, None, None] for v in (visual.image_mean, visual.image_std))
+    mean, std = (
+        torch.tensor(v, device=pixels.device)[:, None, None] for v in (visual.image_mean, visual.image_std)
+    )
     image = (pixels[0] * std + mean).clamp(0, 1) * 255
     return image.round().byte().permute(1, 2, 0).cpu().numpy()

@@ -102,9 +102,7 @@ class Run:
             entered = len(self.sublayers)
             seen = self._mapper_attention(block.text_self, text, self.text, text, self.text)
             new_text = text + seen
-            seen = self._mapper_attention(
-                block.text_cross, new_text, self.text, image, self.visual, entered
-            )
+            seen = self._mapper_attention(block.text_cross, new_text, self.text, image, self.visual, entered)
             new_text = new_text + seen
             new_text = new_text + block.text_mlp(new_text[None])[0]
             new_image = image + self._mapper_attention(
@@ -153,7 +151,7 @@ def positive(s: Sublayer) -> Tensor:
     return torch.relu(s.dA * s.A).mean(0)
 
 
-def rownorm_or_identity(matrix: Tensor, queries: list[int], keys: list[int], size: int):
+def rownorm(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Rows divided by their sums, and which rows have nothing to divide."""
     sums = matrix.sum(-1)
     normed = torch.stack([row / total if total > 0 else row for row, total in zip(matrix, sums, strict=True)])
@@ -166,7 +164,7 @@ def accumulate(run: Run, alpha_of, matrix_of) -> Tensor:
     for s in run.sublayers:
         C, read = states[-1], states[s.keys_state]
         alpha = alpha_of(s)[:, None]
-        normed, empty = rownorm_or_identity(matrix_of(s), s.queries, s.keys, run.size)
+        normed, empty = rownorm(matrix_of(s))
         moved = normed @ read[s.keys]
         moved[empty] = C[s.queries][empty]  # an empty row keeps its relevance where it is
         new = C.clone()
@@ -195,7 +193,10 @@ def weighted_token(run: Run) -> Tensor:
 
 
 def weighted_half(run: Run) -> Tensor:
-    return accumulate(run, lambda s: torch.full((len(s.queries),), 0.5).to(s.A), lambda s: s.A.mean(0))[run.read]
+    def half(s):
+        return torch.full((len(s.queries),), 0.5, dtype=s.A.dtype)
+
+    return accumulate(run, half, lambda s: s.A.mean(0))[run.read]
 
 
 def gae(run: Run) -> Tensor:
@@ -269,4 +270,5 @@ def grad_cam(run: Run) -> Tensor:
     return _last_reading(run, lambda s: torch.relu((s.dA.mean(dim=(1, 2), keepdim=True) * s.A).mean(0)))
 
 
-METHODS = {f.__name__: f for f in (weighted, weighted_token, weighted_half, gae, rollout, raw_attention, grad_cam)}
+_ALL = (weighted, weighted_token, weighted_half, gae, rollout, raw_attention, grad_cam)
+METHODS = {method.__name__: method for method in _ALL}

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import randomise
 
 from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
@@ -42,7 +41,7 @@ SMALL = {
         multimodal_cfg={"context_length": CONTEXT_LENGTH, "vocab_size": END + 1, "width": 24, "layers": 1},
         custom_text=True,
     ),
-    "timm-registers-like-siglip": own(
+    "timm-registers-bidirectional": own(
         timm_tower("test_vit3", 160, "map", "none"), BIDIRECTIONAL, custom_text=True, embed_dim=96
     ),
     "timm-average-pool": own(timm_tower("test_vit2", 160, "avg", "linear")),
@@ -59,8 +58,21 @@ def build(name: str, folder, **options) -> ClipEncoder:
     path = folder / f"{name}.json"
     path.write_text(json.dumps(SMALL[name]))
     encoder = ClipEncoder(str(path), **options)
-    randomise(encoder, seed=1)
+    roughen(encoder)
     return encoder
+
+
+@torch.no_grad()
+def roughen(encoder: ClipEncoder) -> None:
+    """Weights that give attention with contrast: where it is near uniform, mistakes would hardly show."""
+    for name, weight in encoder.named_parameters():
+        noise = torch.randn(weight.shape)
+        if weight.ndim > 1:
+            weight.copy_(1.4 * noise / weight[0].numel() ** 0.5)
+        elif "bias" in name or "cls_emb" in name or "class_embedding" in name:
+            weight.copy_(0.2 * noise)
+        else:  # norms and layer scales, which timm starts at 1e-5
+            weight.copy_(1 + 0.2 * noise)
 
 
 @pytest.fixture(scope="module", params=[*SMALL, *REAL])
@@ -91,7 +103,9 @@ def texts_for(encoder: ClipEncoder) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    # Tokens that a tower normalises only after pooling may be large.
+    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    torch.testing.assert_close(actual, expected, atol=1e-5 * max(1.0, largest), rtol=0)
 
 
 @torch.no_grad()
@@ -162,9 +176,7 @@ def without_tokens(encoder: ClipEncoder, ids: torch.Tensor, gone: torch.Tensor) 
 @torch.no_grad()
 def test_masked_words_are_as_good_as_removed(encoder):
     ids, valid = texts_for(encoder)
-    generator = torch.Generator().manual_seed(5)
-    gone = valid & (torch.rand(ids.shape, generator=generator) < 0.5)
-    gone[:, 0] = False
+    gone = valid & (torch.arange(ids.shape[1]) % torch.tensor([[3], [2]]) == 1)
     kept = valid & ~gone
     assert kept[0].sum() != kept[1].sum()
     keep = torch.full((2, int(kept.sum(1).max())), -1)
@@ -264,7 +276,7 @@ CUSTOM = {"qk_norm": True}
 @pytest.mark.parametrize(
     ("config", "what"),
     [
-        (own({"layers": [1, 1, 1, 1], "width": 8}), "ModifiedResNet"),
+        (own({"image_size": 64, "layers": [1, 1, 1, 1], "width": 8}), "ModifiedResNet"),
         (own(timm_tower("test_convnext", 160, "avg", "linear")), "ConvNeXt"),
         (own(timm_tower("test_vit_relpos", 160, "avg", "linear")), "VisionTransformerRelPos"),
         (own(CUSTOM), "custom attention blocks in its image tower"),

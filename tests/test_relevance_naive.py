@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clipmapper.models.tokens import TokenizedText
 from clipmapper.relevance import METHODS, Attention, AttentionTrace, Node, record
 from clipmapper.relevance import propagation as propagation_module
 from clipmapper.relevance.control import random
@@ -25,7 +26,11 @@ MODELS = [
     ("single_flow", False, 2, 3, (7, 4, 9)),
     ("single_flow", True, 3, 4, (12, 5, 8)),
 ]
-RULES = {"weighted": weighted_rule, "weighted_token": weighted_token_rule, "weighted_half": weighted_half_rule}
+RULES = {
+    "weighted": weighted_rule,
+    "weighted_token": weighted_token_rule,
+    "weighted_half": weighted_half_rule,
+}
 GRADIENT_FREE = ("weighted_half", "rollout", "raw_attention", "random")
 
 
@@ -43,15 +48,16 @@ class Case:
         self.logits, self.trace = self.traced()
 
     def traced(self, rows=slice(None), factor=1.0, samples=None, **ignored):
-        text = self.text[rows]
-        text = text if ignored else type(text)(*(t[:, : int(text.valid.sum(1).max())] for t in vars(text).values()))
+        longest = max(self.lengths[rows])
+        text = TokenizedText(*(t[rows, :longest] for t in vars(self.text).values()))
         with record(self.model, samples) as trace:
             logits = self.model(self.images[rows], text, only_class_token=False, **ignored)
         trace.backward(factor * logits.gather(1, self.answers[rows][:, None])[:, 0])
         return logits.detach(), trace
 
     def naive(self, row, **kept):
-        run = naive_relevance.Run(self.model, self.images[row], self.text.ids[row, : self.lengths[row]], **kept)
+        ids = self.text.ids[row, : self.lengths[row]]
+        run = naive_relevance.Run(self.model, self.images[row], ids, **kept)
         return run.differentiate(int(self.answers[row]))
 
 
@@ -87,20 +93,23 @@ def assert_same(relevance, expected, row, message):
     assert set(relevance.streams) == set(expected)
     for stream, values in expected.items():
         torch.testing.assert_close(
-            relevance.streams[stream][row], values, rtol=0, atol=1e-8, msg=lambda m: f"{message}, {stream}: {m}"
-        )
+            relevance.streams[stream][row], values, rtol=1e-8, atol=1e-12,
+            msg=lambda m, stream=stream: f"{message}, {stream}: {m}",
+        )  # fmt: skip
 
 
 def test_every_method_equals_the_naive_implementation(case):
     relevances = {name: METHODS[name](case.trace) for name in naive_relevance.METHODS}
+    spread = dict.fromkeys(relevances, 0)
     for row in range(len(case.lengths)):
         run = case.naive(row)
         torch.testing.assert_close(case.logits[row], run.logits.detach(), rtol=0, atol=1e-10)
         for name, method in naive_relevance.METHODS.items():
             values = method(run)
-            assert (values > 1e-4).sum() >= 5, "an example in which nothing is relevant proves nothing"
+            spread[name] = max(spread[name], int((values > 0.01 * values.max()).sum()))
             expected = expected_streams(run, values, case.trace.lengths)
             assert_same(relevances[name], expected, row, f"{name}, sample {row}")
+    assert min(spread.values()) >= 5, "an example in which next to nothing is relevant proves nothing"
 
 
 @pytest.mark.parametrize("model", [MODELS[0], MODELS[4]], ids=["dual_flow", "single_flow"])
@@ -120,9 +129,8 @@ def test_ignored_tokens_are_as_if_they_had_never_been_there(cases, model):
         at = {"class_token": [0], "image": [0, *(1 + p for p in patches)], "text": words}
         for name, method in naive_relevance.METHODS.items():
             expected = {}
-            for stream, values in expected_streams(run, method(run), {"image": 0, "text": 0} | {
-                "image": len(run.image), "text": len(run.text)
-            }).items():
+            unpadded = {"image": len(run.image), "text": len(run.text)}
+            for stream, values in expected_streams(run, method(run), unpadded).items():
                 whole = torch.zeros(trace.lengths[stream], dtype=values.dtype)
                 whole[at[stream]] = values
                 expected[stream] = whole
@@ -130,7 +138,8 @@ def test_ignored_tokens_are_as_if_they_had_never_been_there(cases, model):
 
 
 def last_node(trace, stream):
-    return max((s.output_node for s in trace.attention if s.output_node.stream == stream), key=lambda n: n.version)
+    nodes = [step.output_node for step in trace.attention if step.output_node.stream == stream]
+    return max(nodes, key=lambda node: node.version)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -234,12 +243,16 @@ def test_a_scalar_that_attention_does_not_change_leaves_no_nan(cases, name):
 
 
 def test_the_last_text_side_does_not_reach_the_answer(cases):
-    """The last block's text sub-layers: gradients 0, α = 1, and the text's rows pass them unchanged."""
+    """The last block's text sub-layers: ∇a = 0, so α = 1, and the text's rows pass them unchanged.
+
+    (What enters the block is read by the image's cross-attention, so ∇x of the first is not 0.)
+    """
     trace = cases(MODELS[0]).trace
     text_side = [s for s in trace.attention if s.name.startswith("mapper, block 1, text")]
     assert len(text_side) == 2
     for step in text_side:
-        assert not step.before_gradient.any() and not step.added_gradient.any()
+        assert not step.added_gradient.any()
+        assert step.before_gradient.any() == step.is_self
         row = torch.rand(trace.batch, 2, trace.lengths["text"], dtype=trace.dtype)
         for rule in (weighted_rule(trace), weighted_token_rule(trace)):
             own, to_keys = rule(step, row)
@@ -297,7 +310,7 @@ def attention(mask_kind, seed=0, batch=2, heads=3, queries=7, keys=7, channels=4
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    q, k, v = normal(batch, heads, queries, channels), normal(batch, heads, keys, channels), None
+    q, k = normal(batch, heads, queries, channels), normal(batch, heads, keys, channels)
     v, weight = normal(batch, heads, keys, channels), normal(batch, heads, queries, channels)
     allowed = torch.ones(queries, keys, dtype=torch.bool)
     mask, causal, scale = None, False, None
@@ -326,10 +339,8 @@ def attention(mask_kind, seed=0, batch=2, heads=3, queries=7, keys=7, channels=4
     torch.testing.assert_close(fused, mixed, msg="the test's own attention is wrong")
     gradient = torch.autograd.grad((mixed * weight).sum(), A)[0]
     width = torch.zeros(batch, queries, 1, dtype=torch.float64)
-    step = Attention(
-        "test", Node("q", 0), Node("k", 0), Node("q", 1), q, k, v, mixed.detach(), mask, scale, causal, width, width
-    )
-    step.mixed_gradient = weight
+    nodes = Node("q", 0), Node("k", 0), Node("q", 1)
+    step = Attention("test", *nodes, q, k, v, mixed.detach(), mask, scale, causal, width, width, weight)
     return step, A.detach(), gradient
 
 
@@ -348,7 +359,7 @@ def test_attention_and_its_gradient_are_rebuilt_exactly(mask):
 @pytest.mark.parametrize("block", [1, 3, 7])
 @pytest.mark.parametrize("mask", MASKS)
 def test_blocks_of_query_rows_change_nothing(monkeypatch, mask, block):
-    step, A, gradient = attention(mask)
+    step, A, _ = attention(mask)
     step.mixed_gradient[0, :, 2] = 0  # one row of one sample without evidence
     positive = (A * (step.mixed_gradient @ step.value.transpose(2, 3))).clamp(min=0).mean(1)
     row = torch.rand(2, 3, 7, dtype=torch.float64)
@@ -432,7 +443,7 @@ class RandomRun:
         )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(0, 2**31))
 def test_any_graph_of_two_streams_equals_the_naive_implementation(seed):
     run = RandomRun(seed)
@@ -446,7 +457,8 @@ def test_any_graph_of_two_streams_equals_the_naive_implementation(seed):
     rows = torch.eye(len(run.image), dtype=torch.float64)[None]
     for rule in RULES.values():
         parts = propagate(run.trace, {run.trace.read[0]: rows}, rule(run.trace))
-        torch.testing.assert_close(sum(p.sum(-1) for p in parts.values()), torch.ones(1, len(run.image)).double())
+        total = sum(part.sum(-1) for part in parts.values())
+        torch.testing.assert_close(total, torch.ones_like(total))
 
 
 def test_relevance_says_what_a_trace_does_not_have():

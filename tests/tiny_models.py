@@ -76,7 +76,7 @@ def randomise(model: nn.Module, seed: int) -> None:
             weight.copy_(1 + 0.2 * noise)
         elif weight.ndim == 1:
             weight.copy_(0.2 * noise)
-        else:
+        elif weight.ndim > 1:  # CLIP's logit scale has no dimension and no part in this
             weight.copy_(1.6 * noise * weight[0].numel() ** -0.5)
 
 

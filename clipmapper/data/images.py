@@ -26,7 +26,13 @@ def as_pil(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
         try:
             opened = Image.open(path)
             opened.load()
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except (
+            UnidentifiedImageError,
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+        ) as error:
             raise UserError(f"image={image}: not a readable image ({error})") from error
         image = opened
     return ImageOps.exif_transpose(image).convert("RGB")

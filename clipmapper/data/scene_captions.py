@@ -80,7 +80,8 @@ def _places(items: Sequence[SceneObject], rng: random.Random) -> str:
 def _relations(items: Sequence[SceneObject], rng: random.Random) -> str:
     """Each object to the one before it; a pair too close to say is told side by side."""
     if len(items) == 1:
-        return f"{rng.choice(('only', 'just', 'nothing but'))} {_article(describe(items[0]))} at the {place_name(items[0])}"
+        opening = rng.choice(("only", "just", "nothing but"))
+        return f"{opening} {_article(describe(items[0]))} at the {place_name(items[0])}"
     size = rng.random() < 0.5
     pairs = list(zip(items[::2], items[1::2], strict=False))
     verb = rng.choice(("", "is "))

@@ -81,7 +81,8 @@ class ScenesVQA:
         held_out = name == "held_out"
         objects = (1, 2) if name == "simple" else (1, MAX_OBJECTS)
         scenes = [
-            draw_scene(self.seed, name, i, objects=objects, held_out=held_out) for i in range(self.sizes[name])
+            draw_scene(self.seed, name, i, objects=objects, held_out=held_out)
+            for i in range(self.sizes[name])
         ]
         asked = list(balanced_questions(scenes, self.seed, held_out=held_out))
         image_of = np.repeat(np.arange(len(scenes)), [len(a) for a in asked])

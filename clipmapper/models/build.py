@@ -83,7 +83,15 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> CLIPmapper:
         }
         model = _empty(description)
         model.load_state_dict(state)
-    except (RuntimeError, KeyError, TypeError, EOFError, OSError, pickle.UnpicklingError, BadZipFile) as error:
+    except (
+        RuntimeError,
+        KeyError,
+        TypeError,
+        EOFError,
+        OSError,
+        pickle.UnpicklingError,
+        BadZipFile,
+    ) as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"checkpoint={path}: not a readable checkpoint of clipmapper ({line})") from error
     return model.to(device).eval()

@@ -133,8 +133,12 @@ class CLIPmapper(nn.Module):
             from difflib import get_close_matches
 
             near = get_close_matches(answer, self.answers, 3, cutoff=0.5)
-            hint = f"did you mean {', '.join(near)}?" if near else f"for example {', '.join(self.answers[:5])}"
-            raise UserError(f"answer {answer!r} is not one of the model's {len(self.answers)} answers; {hint}")
+            hint = (
+                f"did you mean {', '.join(near)}?" if near else f"for example {', '.join(self.answers[:5])}"
+            )
+            raise UserError(
+                f"answer {answer!r} is not one of the model's {len(self.answers)} answers; {hint}"
+            )
         return self._index[answer]
 
     def tokenize(self, questions: str | Sequence[str]) -> TokenizedText:
@@ -145,7 +149,7 @@ class CLIPmapper(nn.Module):
         return tokenize(self.encoder.tokenizer, texts).to(self.device)
 
     def load_image(self, image) -> Float[Tensor, "1 3 height width"]:
-        """A path, PIL image, uint8 array [height, width, 3] or preprocessed tensor, as the encoder takes it."""
+        """A path, PIL image, uint8 array [height, width, 3] or preprocessed tensor, for the encoder."""
         from clipmapper.data.images import as_pil
 
         if isinstance(image, Tensor):

@@ -71,7 +71,7 @@ class ClipEncoder(nn.Module):
         images: Float[Tensor, "batch 3 height width"],
         keep: Int[Tensor, "batch kept"] | None = None,
         ignore: Bool[Tensor, "batch patches"] | None = None,
-    ) -> Float[Tensor, "batch tokens width"]:
+    ) -> Float[Tensor, "batch tokens channels"]:
         """Prefix tokens, then patches row by row, after the tower's final LayerNorm.
 
         ``keep``: patches that stay (the others are physically removed); ``ignore``: patches that no
@@ -129,8 +129,8 @@ class ClipEncoder(nn.Module):
     ) -> tuple[Float[Tensor, "batch embedding"], Float[Tensor, "texts embedding"]]:
         """Normalised pooled features of both towers, for retrieval."""
         image = self.pool_image(self.image_tokens(images))
-        if self.text_tower.padding_matters:  # and may be what is pooled
-            extra = self.context_length - ids.shape[1]
+        extra = self.context_length - ids.shape[1]
+        if extra and self.text_tower.padding_matters:  # SigLIP even pools a token of the padding
             ids = nn.functional.pad(ids, (0, extra), value=padding_id(self.tokenizer))
         text = self.pool_text(self.text_tokens(ids, torch.ones_like(ids, dtype=torch.bool)), ids)
         return nn.functional.normalize(image, dim=-1), nn.functional.normalize(text, dim=-1)

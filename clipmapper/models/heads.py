@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class VQAHead(nn.Module):
-    """Linear → LayerNorm → GELU → Linear on the mapper's image class token (512 → 1024 → 3129 in the paper)."""
+    """Linear → LayerNorm → GELU → Linear on the mapper's image class token (512 → 1024 → 3129: WRA)."""
 
     def __init__(self, width: int, hidden: int, answers: int) -> None:
         super().__init__()

@@ -73,7 +73,7 @@ class ImageTower(nn.Module):
         images: Float[Tensor, "batch 3 height width"],
         keep: Int[Tensor, "batch kept"] | None = None,
         ignore: Bool[Tensor, "batch patches"] | None = None,
-    ) -> Float[Tensor, "batch tokens width"]:
+    ) -> Float[Tensor, "batch tokens channels"]:
         """Final tokens, prefix tokens first.
 
         ``keep``: indices of the patches that stay, equally many in every image; the others are removed

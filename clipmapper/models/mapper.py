@@ -100,7 +100,9 @@ class Mapper(nn.Module):
         scale = width**-0.5
         self.class_token = nn.Parameter(scale * torch.randn(width)) if class_token else None
         places = 1 + grid[0] * grid[1]
-        self.positions = nn.Parameter(scale * torch.randn(places, width)) if image_position_embedding else None
+        self.positions = (
+            nn.Parameter(scale * torch.randn(places, width)) if image_position_embedding else None
+        )
         self.blocks = nn.ModuleList(self._block(width, heads, mlp_ratio) for _ in range(depth))
 
     def _block(self, width: int, heads: int, mlp_ratio: float) -> nn.Module:
@@ -202,7 +204,9 @@ class SingleFlowMapper(Mapper):
         size = image.shape[1]
         valid = None
         if image_valid is not None or text_valid is not None:
-            everything = torch.ones(image.shape[0], size + text.shape[1], dtype=torch.bool, device=image.device)
+            everything = torch.ones(
+                image.shape[0], size + text.shape[1], dtype=torch.bool, device=image.device
+            )
             image_valid = everything[:, :size] if image_valid is None else image_valid
             text_valid = everything[:, size:] if text_valid is None else text_valid
             valid = torch.cat([image_valid, text_valid], dim=1)

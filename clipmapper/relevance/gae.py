@@ -1,4 +1,4 @@
-"""Generic attention explainability (Chefer, Gur, Wolf, ICCV 2021, arXiv 2103.15679), the full bi-modal rule."""
+"""Generic attention explainability (Chefer, Gur, Wolf, ICCV 2021), the full bi-modal rule."""
 
 import torch
 from jaxtyping import Float

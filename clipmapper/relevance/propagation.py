@@ -49,9 +49,7 @@ def _add(at: dict[Node, Tensor], node: Node, row: Tensor) -> None:
     at[node] = at[node] + row if node in at else row
 
 
-def positive_attention(
-    step: Attention, queries: slice = slice(None)
-) -> Float[Tensor, "batch queries keys"]:
+def positive_attention(step: Attention, queries: slice = slice(None)) -> Float[Tensor, "batch queries keys"]:
     """Ā = mean over heads of relu(∇A ⊙ A) (Chefer et al. 2021, eq. 5), for some of the query rows."""
     part = _rows(step, queries)
     return (part.probability_gradient() * part.probabilities()).clamp(min=0).mean(dim=1)

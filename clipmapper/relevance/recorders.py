@@ -75,7 +75,7 @@ class _Recorder:
         self.current.remove(sublayer)
         if not sublayer.call:
             raise RuntimeError(
-                f"{sublayer.name}: no call of torch.nn.functional.scaled_dot_product_attention was seen in it; "
+                f"{sublayer.name}: no call of torch.nn.functional.scaled_dot_product_attention was seen; "
                 "a trace needs attention that runs through it (in timm: set TIMM_FUSED_ATTN=1)"
             )
         stream, source = sublayer.query_stream, sublayer.key_stream
@@ -101,7 +101,14 @@ class _Recorder:
 
         def recorded(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **more):
             mixed = original(
-                query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **more
+                query,
+                key,
+                value,
+                attn_mask=attn_mask,
+                dropout_p=dropout_p,
+                is_causal=is_causal,
+                scale=scale,
+                **more,
             )
             if self.current and not self.current[-1].call:
                 self.current[-1].call = {
@@ -143,8 +150,8 @@ def record(model: CLIPmapper, samples: Sequence[int] | None = None) -> Iterator[
     trace = recorder.trace
     if len(trace.attention) != len(sublayers):
         raise RuntimeError(
-            f"recorded {len(trace.attention)} attention sub-layers of {len(sublayers)}: make exactly one whole "
-            "forward, model(images, text, only_class_token=False), inside `with record(model)`"
+            f"recorded {len(trace.attention)} attention sub-layers of {len(sublayers)}: make exactly one "
+            "whole forward, model(images, text, only_class_token=False), inside `with record(model)`"
         )
     trace.grid, trace.samples = model.encoder.grid, samples
     trace.image_stream, trace.text_stream = "image", "text"

@@ -13,10 +13,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipmapper.data.scene_captions import draw_caption
 from clipmapper.data.scene_questions import draw_presupposition
-from clipmapper.data.scenes import confusable_scene, draw_scene, render
+from clipmapper.data.scenes import MAX_OBJECTS, confusable_scene, draw_scene, render
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.tokens import tokenize
 from clipmapper.training.optimisation import adamw, warmup_cosine
+
+# Most objects of a scene, and up to which share of the steps. A lone object first: with several, their
+# colours alone tell most scenes of a batch apart, and shapes are hardly learnt.
+_CURRICULUM = ((0.35, 1), (0.55, 2), (1.0, MAX_OBJECTS))
 
 # CLIP's own bound on the logit scale (Radford et al. 2021, §2.5).
 _MAX_LOGIT_SCALE = float(np.log(100))
@@ -34,13 +38,20 @@ class ContrastiveScenes(IterableDataset):
     A batch holds groups of scenes that differ in one thing, so that telling them apart takes knowing every
     shape, what is bound to what, and where it is; scenes drawn independently would be told apart by any one
     of their colours. One text in eight is a question that only such a scene raises (without its
-    answer), so that the words of questions are not strangers to the text tower.
+    answer), so that the words of questions are not strangers to the text tower. Scenes grow from one object
+    to four (``_CURRICULUM``).
     """
 
     def __init__(
-        self, encoder: ClipEncoder, batch_size: int, variants: int, seed: int, first_step: int = 0
+        self,
+        encoder: ClipEncoder,
+        batch_size: int,
+        variants: int,
+        seed: int,
+        max_steps: int,
+        first_step: int = 0,
     ) -> None:
-        self.first_step = first_step
+        self.first_step, self.max_steps = first_step, max_steps
         self.tokenizer = encoder.tokenizer
         self.mean, self.std = encoder.clip.visual.image_mean, encoder.clip.visual.image_std
         self.batch_size, self.variants, self.seed = batch_size, variants, seed
@@ -55,9 +66,10 @@ class ContrastiveScenes(IterableDataset):
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         rng = random.Random(f"contrastive/{self.seed}/{step}")
+        most = next((n for share, n in _CURRICULUM if step < share * self.max_steps), MAX_OBJECTS)
         scenes, texts = [], []
         for group in range(self.batch_size // self.variants):
-            scene = draw_scene(self.seed, "pretrain", step * self.batch_size + group)
+            scene = draw_scene(self.seed, "pretrain", step * self.batch_size + group, objects=(1, most))
             family = [scene, *(confusable_scene(scene, rng) for _ in range(self.variants - 1))]
             scenes += family
             for member in family:
@@ -71,7 +83,12 @@ class ContrastiveModule(lightning.LightningModule):
     """CLIP's symmetric cross-entropy (Radford et al. 2021), by ``open_clip``'s own loss."""
 
     def __init__(
-        self, encoder: ClipEncoder, learning_rate: float, weight_decay: float, warmup_steps: int, max_steps: int
+        self,
+        encoder: ClipEncoder,
+        learning_rate: float,
+        weight_decay: float,
+        warmup_steps: int,
+        max_steps: int,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -103,24 +120,32 @@ class ContrastiveModule(lightning.LightningModule):
 
 
 def contrastive_loader(
-    encoder: ClipEncoder, batch_size: int, variants: int, seed: int, first_step: int, workers: int
+    encoder: ClipEncoder,
+    batch_size: int,
+    variants: int,
+    seed: int,
+    max_steps: int,
+    first_step: int,
+    workers: int,
 ) -> DataLoader:
     """Batches from ``first_step`` on (0, or where a run that is resumed had stopped)."""
-    dataset = ContrastiveScenes(encoder, batch_size, variants, seed, first_step)
+    dataset = ContrastiveScenes(encoder, batch_size, variants, seed, max_steps, first_step)
     return DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
 
 
 @torch.no_grad()
-def retrieval_score(encoder: ClipEncoder, seed: int, scenes: int = 1000, variants: int = 1) -> dict[str, float]:
+def retrieval_score(
+    encoder: ClipEncoder, seed: int, scenes: int = 1000, variants: int = 1
+) -> dict[str, float]:
     """Share of held-out scenes whose own caption is the nearest of all (and the reverse), in a pool."""
     encoder.eval()
-    pool = ContrastiveScenes(encoder, scenes, variants, seed)
+    visual = encoder.clip.visual
     rng = random.Random(f"retrieval/{seed}")
     drawn = []
     for group in range(scenes // variants):
         scene = draw_scene(seed, "retrieval", group)
         drawn += [scene, *(confusable_scene(scene, rng) for _ in range(variants - 1))]
-    images = normalise_images(render(drawn).images, pool.mean, pool.std)
+    images = normalise_images(render(drawn).images, visual.image_mean, visual.image_std)
     ids = tokenize(encoder.tokenizer, [draw_caption(s, rng) for s in drawn]).ids
     image, text = encoder.embeddings(images, ids)
     similarity = image @ text.T

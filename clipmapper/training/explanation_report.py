@@ -88,7 +88,9 @@ def explanation_report(
             _relevance(model, samples, range(start, min(start + chunk, len(samples))), methods, seed)
             for start in range(0, len(samples), chunk)
         ]
-        patches, tokens = ({m: np.concatenate([part[k][m] for part in traced]) for m in methods} for k in (0, 1))
+        patches, tokens = (
+            {m: np.concatenate([part[k][m] for part in traced]) for m in methods} for k in (0, 1)
+        )
         logits = torch.cat([part[2] for part in traced])
 
         def compute(positions: range) -> PerturbationScores:

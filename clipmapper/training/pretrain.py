@@ -13,8 +13,8 @@ from clipmapper.config import PretrainConfig
 from clipmapper.errors import UserError
 from clipmapper.models.clip_weights import save_clip_weights
 from clipmapper.models.encoder import ClipEncoder
-from clipmapper.training.interruption import GracefulInterrupt
 from clipmapper.training.contrastive import ContrastiveModule, contrastive_loader, retrieval_score
+from clipmapper.training.interruption import GracefulInterrupt
 
 
 def run_pretraining(config: PretrainConfig) -> dict[str, float]:
@@ -30,10 +30,13 @@ def run_pretraining(config: PretrainConfig) -> dict[str, float]:
         raise UserError(f"resume=true: there is no {last} to go on from")
     first_step = int(torch.load(last, weights_only=True)["global_step"]) if config.resume else 0
     loader = contrastive_loader(
-        encoder, config.batch_size, config.variants, config.seed, first_step, config.workers
+        encoder, config.batch_size, config.variants, config.seed, config.max_steps, first_step, config.workers
     )
     checkpoints = ModelCheckpoint(
-        dirpath=folder, save_last=True, every_n_train_steps=config.checkpoint_every, enable_version_counter=False
+        dirpath=folder,
+        save_last=True,
+        every_n_train_steps=config.checkpoint_every,
+        enable_version_counter=False,
     )
     trainer = lightning.Trainer(
         max_steps=config.max_steps,

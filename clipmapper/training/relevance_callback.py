@@ -70,7 +70,9 @@ class RelevanceCallback(lightning.Callback):
                 seed=self.seed,
                 progress=bar.update,
             )
-        self.written = write_pictures(self.report, self._folder, count=self.pictures, confidence=self.confidence)
+        self.written = write_pictures(
+            self.report, self._folder, count=self.pictures, confidence=self.confidence
+        )
         scalars = report_scalars(self.report)
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)

@@ -1,14 +1,19 @@
 """The run behind ``scripts/train.py``: train, validate, explain, and say what came out."""
 
+import logging
 import time
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import lightning
 import torch
+import wandb
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch.utils.data import DataLoader, IterableDataset
 
 from clipmapper.config import TrainConfig
@@ -69,8 +74,9 @@ def train(config: TrainConfig) -> Path:
         explainer.prepare(
             choose_samples(model, data.validation, explainer.samples, explainer.seed), folder / "pictures"
         )
-    module, trainer = _fit(config, model, data, splits, explainer, folder, resumed is not None)
-    trainer.save_checkpoint(folder / CHECKPOINT)
+    with _less_noise():
+        trainer = _fit(config, model, data, splits, explainer, folder, resumed is not None)
+        trainer.save_checkpoint(folder / CHECKPOINT)
     model.to(trainer_device)
 
     out.print("question-only baseline ...")
@@ -91,7 +97,10 @@ def train(config: TrainConfig) -> Path:
     out.print(accuracy_table(accuracy))
     if explainer is not None and explainer.report is not None:
         results["explanations"] = explainer.report.numbers(explainer.confidence, explainer.seed)
-        for table in (perturbation_table(results["explanations"]), localisation_table(results["explanations"])):
+        for table in (
+            perturbation_table(results["explanations"]),
+            localisation_table(results["explanations"]),
+        ):
             if table is not None:
                 out.print(table)
         files |= {"heat maps": folder / "pictures", "methods": folder / "pictures" / "methods.png"}
@@ -113,7 +122,7 @@ def _fit(
     explainer: RelevanceCallback | None,
     folder: Path,
     resume: bool,
-) -> tuple[VQAModule, lightning.Trainer]:
+) -> lightning.Trainer:
     training = config.training
     module = VQAModule(
         model,
@@ -162,29 +171,47 @@ def _fit(
     )
     batches = DataLoader(StepBatches(batch_at, first_step, training.max_steps), batch_size=None)
     validation = [DataLoader(Labelled(splits[name]), batch_size=None) for name in VALIDATION_SPLITS]
-    trainer.fit(
-        module, batches, validation, ckpt_path=checkpoint if resume else None, weights_only=True
-    )
+    trainer.fit(module, batches, validation, ckpt_path=checkpoint if resume else None, weights_only=True)
     if training.max_steps % trainer.val_check_interval:
         trainer.validate(module, validation, verbose=False)
-    return module, trainer
+    return trainer
 
 
-def _logger(config: TrainConfig, folder: Path):
+def _logger(config: TrainConfig, folder: Path) -> WandbLogger | CSVLogger:
     settings = asdict(config.logger)
-    if settings["_target_"].endswith("WandbLogger"):
-        return instantiate(settings, save_dir=str(folder), name=config.name)
-    return instantiate(settings, save_dir=str(folder), name="csv")
+    if settings.pop("_target_").endswith("WandbLogger"):
+        # Offline runs stay silent: wandb's own lines about syncing would stand between our tables, the last
+        # of which has the folder. Online, wandb says where the run is.
+        quiet = wandb.Settings(silent=settings["mode"] == "offline")
+        return WandbLogger(experiment=wandb.init(**settings, dir=folder, name=config.name, settings=quiet))
+    return CSVLogger(save_dir=folder, name="csv", **settings)
 
 
 def _logged_files(trainer: lightning.Trainer) -> dict[str, Path]:
-    from lightning.pytorch.loggers import WandbLogger
-
     if isinstance(trainer.logger, WandbLogger):
         directory = Path(trainer.logger.experiment.dir).parent
-        trainer.logger.experiment.finish(quiet=True)
+        trainer.logger.experiment.finish()
         return {"W&B run": directory}
     return {"metrics": Path(trainer.logger.log_dir) / "metrics.csv"}
+
+
+@contextmanager
+def _less_noise() -> Iterator[None]:
+    """Keep away what Lightning says at every start and a user can do nothing about."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for expected in (
+            "Found .* module.* in eval mode",  # the frozen encoder is meant to be
+            ".*does not have many workers",  # batches are rows of a cache: a worker would only copy them
+            ".*isinstance.treespec, LeafSpec.. is deprecated",  # Lightning's own use of torch
+        ):
+            warnings.filterwarnings("ignore", expected)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def _accuracy(trainer: lightning.Trainer, data: ScenesVQA, blind: dict[str, float]) -> dict:

@@ -16,7 +16,7 @@ from clipmapper.visual.files import save_figure
 
 
 def chosen_device(name: str) -> torch.device:
-    """"auto", "cpu", "cuda", "cuda:1", "mps". Raises ``UserError`` for one that is not there."""
+    """ "auto", "cpu", "cuda", "cuda:1", "mps". Raises ``UserError`` for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)

@@ -34,7 +34,9 @@ def folder_to_resume(output: str, name: str, settings: Mapping) -> Path:
     """
     runs = sorted((path.parent.parent for path in Path(output, name).glob(f"*/{CHECKPOINT}")), reverse=True)
     if not runs:
-        raise UserError(f"resume=true: no run with a checkpoint in {Path(output, name)}; start one without it")
+        raise UserError(
+            f"resume=true: no run with a checkpoint in {Path(output, name)}; start one without it"
+        )
     folder = runs[0]
     if (folder / RESULTS).exists():
         raise UserError(f"resume=true: the newest run, {folder}, is finished; start a new one without it")

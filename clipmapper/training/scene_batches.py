@@ -63,7 +63,9 @@ class SplitBatches:
             total = len(self.split.images) + len(set(texts))
             task = progress.add_task(f"CLIP tokens, {self.name} split", total=total)
             return build_token_cache(
-                lambda images: encoder.image_tokens(preprocess_uint8(self.model, images).to(self.model.device)),
+                lambda images: encoder.image_tokens(
+                    preprocess_uint8(self.model, images).to(self.model.device)
+                ),
                 encode_texts,
                 self.split.images,
                 texts,

@@ -43,7 +43,9 @@ class VQAModule(lightning.LightningModule):
         self.accuracy = torch.nn.ModuleDict(
             {split: MulticlassAccuracy(len(model.answers), average="micro") for split in splits}
         )
-        self.soft_accuracy = torch.nn.ModuleDict({split: VQASoftAccuracy(tuple(families)) for split in splits})
+        self.soft_accuracy = torch.nn.ModuleDict(
+            {split: VQASoftAccuracy(tuple(families)) for split in splits}
+        )
 
     def logits(self, batch: Mapping) -> Float[Tensor, "batch answers"]:
         if "image_tokens" in batch:

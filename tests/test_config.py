@@ -1,0 +1,429 @@
+"""Every file of ``conf/`` composes and fits its schema; every mistake is one line that names the setting."""
+
+import importlib
+import inspect
+import os
+import subprocess
+import sys
+import types
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clipmapper import cli, config
+from clipmapper.config_keys import setting_named
+from clipmapper.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+CONF = ROOT / "conf"
+COMMANDS = {
+    "train": ("clipmapper.training.run", "train", config.TrainConfig, []),
+    "explain": (
+        "clipmapper.training.run_explain",
+        "explain_file",
+        config.ExplainConfig,
+        ["checkpoint=model.ckpt", "image=photo.png", "question=what colour is the circle?"],
+    ),
+    "perturb": (
+        "clipmapper.training.run_perturb",
+        "perturb_checkpoint",
+        config.PerturbConfig,
+        ["checkpoint=model.ckpt"],
+    ),
+    "pretrain_clip": ("clipmapper.training.pretrain", "run_pretraining", config.PretrainConfig, []),
+}
+CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
+
+
+class Runs:
+    """Runs ``clipmapper …`` in this process, with the work itself replaced by taking note of the settings."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+        self.monkeypatch, self.capsys = monkeypatch, capsys
+        self.configs: list = []
+        self.raises: BaseException | None = None
+        for home, name, _, _ in COMMANDS.values():
+            module = types.ModuleType(home)
+            setattr(module, name, self._work)
+            monkeypatch.setitem(sys.modules, home, module)
+
+    def _work(self, given: config.Section) -> dict:
+        self.configs.append(given)
+        if self.raises is not None:
+            raise self.raises
+        return {"score": 0.5}
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        """Exit status, standard output, standard error."""
+        self.monkeypatch.setattr(sys, "argv", ["clipmapper", *arguments])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as leaving:
+            status = leaving.code or 0
+        printed = self.capsys.readouterr()
+        return status, printed.out, printed.err
+
+    def config(self, *arguments: str):
+        """The settings that the work was given."""
+        self.configs.clear()
+        status, _, errors = self(*arguments)
+        assert (status, errors) == (0, "")
+        return self.configs[0]
+
+    def error(self, *arguments: str) -> str:
+        """The one line of a mistake."""
+        status, printed, errors = self(*arguments)
+        assert status == 2
+        assert not self.configs
+        assert printed == ""
+        assert errors.startswith("error: ") and errors.endswith("\n") and errors.count("\n") == 1
+        return errors.removeprefix("error: ").rstrip("\n")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path) -> Runs:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it: put back what was there
+    return Runs(monkeypatch, capsys)
+
+
+# Compositions
+
+
+def test_every_file_is_covered():
+    assert {path.stem for path in CONF.glob("*.yaml")} == {*COMMANDS, "plain_hydra"}
+    groups = {choice.partition("=")[0] for choice in CHOICES}
+    assert groups == {"model", "encoder", "data", "trainer", "logger", "callbacks", "experiment"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_gets_its_typed_settings(run, command, tmp_path):
+    _, _, schema, required = COMMANDS[command]
+    given = run.config(command, *required)
+    assert type(given) is schema
+    assert [f.name for f in fields(schema) if getattr(given, f.name) == "???"] == []
+    # Nothing is left behind, and nobody has gone elsewhere: runs make their own folders.
+    assert list(tmp_path.iterdir()) == [] and Path.cwd() == tmp_path
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_composes_and_validates(run, choice):
+    given = run.config("train", choice)
+    group, _, name = choice.partition("=")
+    if group == "experiment":
+        assert given.name == name
+        text = (CONF / "experiment" / f"{name}.yaml").read_text()
+        command = "scripts/train.py\n" if name == "vqa_scenes" else f"scripts/train.py experiment={name}\n"
+        assert f"# Command:   python {command}" in text
+        assert all(f"# {heading}:" in text for heading in ("Hardware", "Time", "Expected"))
+    elif name == "none":
+        assert getattr(given, group) is None
+    else:
+        assert isinstance(getattr(given, group), config.Section)
+
+
+def test_experiment_is_overridden_by_the_command_line(run):
+    given = run.config("train", "experiment=vqa_b32_dual_flow", "model=paper_single_flow", "seed=3")
+    assert (given.model.mapper, given.model.depth, given.model.width) == ("single_flow", 8, 512)
+    assert given.encoder.architecture == "ViT-B-32-quickgelu" and given.encoder.frozen is True
+    assert given.trainer.precision == "bf16-mixed" and given.seed == 3
+
+
+def test_mapper_switches_by_one_setting(run):
+    both = [run.config("train", *more).model for more in ([], ["model.mapper=single_flow"])]
+    assert [m.mapper for m in both] == ["dual_flow", "single_flow"]
+    assert both[0].width == both[1].width and both[1].width % both[1].heads == 0
+
+
+def test_groups_have_one_class_per_implementation(run):
+    given = run.config("train")
+    assert type(given.logger) is config.WandbLoggerConfig and given.logger.mode == "offline"
+    assert type(given.data) is config.ScenesVQAConfig
+    assert type(given.callbacks) is config.RelevanceCallbackConfig
+    assert type(run.config("train", "logger=csv").logger) is config.CSVLoggerConfig
+
+
+def test_values_have_their_types(run):
+    given = run.config(
+        "train", "training.learning_rate=1", "encoder.pretrained=null", "trainer.devices=2", "resume=yes"
+    )
+    assert given.training.learning_rate == 1.0 and type(given.training.learning_rate) is float
+    assert given.encoder.pretrained is None and given.trainer.devices == "2" and given.resume is True
+
+
+def test_sweep_runs_every_value(run, tmp_path):
+    status, _, errors = run("train", "--multirun", "seed=3,5")
+    assert (status, errors) == (0, "") and [c.seed for c in run.configs] == [3, 5]
+    assert [p.name for p in tmp_path.iterdir()] == ["outputs"]
+    assert [p.name for p in (tmp_path / "outputs").iterdir()] == ["multirun"]
+
+
+def test_scores_of_pretraining_are_printed(run):
+    assert run("pretrain_clip") == (0, "score: 0.500\n", "")
+
+
+# The schema against what it stands for
+
+
+def test_methods_are_those_that_exist():
+    from clipmapper.relevance import METHODS
+
+    assert tuple(METHODS) == config.METHODS
+
+
+@pytest.mark.parametrize("choice", [c for c in CHOICES if c.split("=")[0] in ("data", "callbacks")])
+def test_target_takes_exactly_these_settings(run, choice):
+    section = getattr(run.config("train", choice), choice.partition("=")[0])
+    if section is None:
+        return
+    module, _, name = section._target_.rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as missing:
+        pytest.skip(str(missing))
+    settings = {f.name for f in fields(section)} - {"_target_"}
+    assert settings == set(inspect.signature(target).parameters)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "says"),
+    [
+        # a key that does not exist: changed, added, forced, in a section given whole, in a sweep
+        (["training.max_step=3"], "training.max_step", "did you mean training.max_steps?"),
+        (["+training.max_step=3"], "training.max_step", "did you mean training.max_steps?"),
+        (["++training.max_step=3"], "training.max_step", "did you mean training.max_steps?"),
+        (["+trainng.max_steps=3"], "trainng.max_steps", "did you mean training.max_steps?"),
+        (["training={max_step: 3}"], "training.max_step", "did you mean training.max_steps?"),
+        (["+training={max_step: 3}"], "training.max_step", "did you mean training.max_steps?"),
+        (["--multirun", "training.max_step=3,4"], "training.max_step", "did you mean training.max_steps?"),
+        (["max_steps=3"], "max_steps", "did you mean training.max_steps?"),
+        (["+sede=3"], "sede", "did you mean seed?"),
+        (["+zzz=3"], "zzz", "there are callbacks, data, encoder, experiment, logger, model, name"),
+        (["training.zzz.yyy=3"], "training.zzz.yyy", "no such setting"),
+        (["training.max_steps.zzz=3"], "training.max_steps.zzz", "no such setting"),
+        (["logger=csv", "logger.mode=online"], "logger.mode", "the logger that is chosen"),
+        (["logger=csv", "+logger.mode=online"], "logger.mode", "the logger that is chosen"),
+        (["callbacks=none", "callbacks.samples=3"], "callbacks.samples", "the callbacks that is chosen"),
+        (["hydra.job.nmae=x"], "hydra.job.nmae", "no such setting"),
+        # groups
+        (["logger=wanbd"], "logger", "'wanbd' is not one of csv, wandb; did you mean wandb?"),
+        (["loger=wandb"], "loger", "did you mean logger?"),
+        (["+loger=wandb"], "loger", "did you mean logger?"),
+        (["experimnt=vqa_scenes"], "experimnt", "did you mean experiment?"),
+        (["experiment=vqa_scene"], "experiment", "did you mean vqa_scenes?"),
+        (["logger=null"], "logger", "csv, wandb"),
+        (["model=3"], "model", "paper_dual_flow"),
+        (["~logger"], "~logger", "cannot be deleted"),
+        # values of a wrong type
+        (["training.max_steps=abc"], "training.max_steps", "'abc' is not an int"),
+        (["training.max_steps=1.5"], "training.max_steps", "1.5 is not an int"),
+        (["training.max_steps=null"], "training.max_steps", "null is not an int"),
+        (["training.learning_rate=x"], "training.learning_rate", "'x' is not a number"),
+        (["trainer.val_check_interval=x"], "trainer.val_check_interval", "'x' is not an int or null"),
+        (["encoder.frozen=maybe"], "encoder.frozen", "'maybe' is not true or false"),
+        (["encoder.frozen=2"], "encoder.frozen", "2 is not true or false"),
+        (["seed=true"], "seed", "true is not an int"),
+        (["callbacks.methods=gae"], "callbacks.methods", "'gae' is not a list"),
+        (["training=5"], "training", "5 is not a section"),
+        (["training.max_steps=${nope}"], "training.max_steps", "'nope' not found"),
+        # values that are not allowed
+        (["model.mapper=dual"], "model.mapper", "not one of dual_flow, single_flow; did you mean dual_flow?"),
+        (["callbacks.methods=[gae,weigthed]"], "callbacks.methods", "did you mean weighted?"),
+        (["callbacks.methods=[gae,gae]"], "callbacks.methods", "'gae' is listed twice"),
+        (["callbacks.methods=[]"], "callbacks.methods", "empty"),
+        (["callbacks.pictures=9", "callbacks.samples=8"], "callbacks.pictures", "9 pictures of 8 samples"),
+        (["callbacks.confidence=1"], "callbacks.confidence", "1.0 is not below 1"),
+        (["model.heads=5"], "model.heads", "5 heads do not divide the width of 128"),
+        (["training.max_steps=0"], "training.max_steps", "0 is less than 1"),
+        (["training.simple_share=1.1"], "training.simple_share", "1.1 is more than 1"),
+        (["training.learning_rate=0"], "training.learning_rate", "0.0 is not above 0"),
+        (["training.learning_rate=nan"], "training.learning_rate", "not a finite number"),
+        (["seed=-1"], "seed", "-1 is less than 0"),
+        (["trainer.devices=all"], "trainer.devices", "'all' is not a number of devices"),
+        (["trainer.precision=bf16"], "trainer.precision", "not one of 32-true, 16-mixed, bf16-mixed"),
+        (["name="], "name", "empty"),
+        # grammar
+        (["=3"], "cannot read '=3'", "key=value"),
+        (["a b"], "cannot read 'a b'", "key=value"),
+        (["seed=1,2"], "seed=1,2", "--multirun"),
+        (["--seed=3"], "unrecognized arguments", "key=value, without dashes"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistake_in_the_settings_of_training(run, arguments, key, says):
+    line = run.error("train", *arguments)
+    assert line.startswith(f"{key}:") or line.startswith(key)
+    assert says in line
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "says"),
+    [
+        (
+            "explain",
+            [],
+            "checkpoint, image, question: no value; give them as checkpoint=… image=… question=…",
+        ),
+        ("explain", ["checkpoint=a", "image=b"], "question: no value; give it as question=…"),
+        ("explain", ["checkpoint=a", "image=b", "question="], "question: is empty"),
+        ("explain", ["checkpoint=a", "image=b", "question=c", "method=gea"], "method: 'gea' is not one of"),
+        ("explain", ["checkpoint=a", "image=b", "question=c", "device=gpu"], "device: 'gpu' is not one of"),
+        ("explain", ["model=scenes"], "model: there is no such setting; there are answer, checkpoint"),
+        ("perturb", ["checkpoint=a", "split=heldout"], "split: 'heldout' is not one of validation, held_out"),
+        ("pretrain_clip", ["variants=7"], "batch_size: "),
+        ("pretrain_clip", ["stepz=7"], "stepz: there is no such setting; did you mean max_steps?"),
+    ],
+)
+def test_mistake_in_the_settings_of_other_commands(run, command, arguments, says):
+    assert says in run.error(command, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("training:\n  max_steps: many\n", "experiment/mine.yaml: training.max_steps: 'many' is not an int"),
+        ("training:\n  max_step: 3\n", "experiment/mine.yaml: training.max_step: there is no such setting"),
+        ("trainng:\n  max_steps: 3\n", "experiment/mine.yaml: trainng: there is no such setting"),
+        ("training: [1\n", "mine.yaml"),
+        ("defaults:\n  - override /model: big\n", "model: 'big' is not one of paper_dual_flow"),
+    ],
+)
+def test_mistake_in_a_file_of_ones_own(run, tmp_path, content, says):
+    folder = tmp_path / "mine" / "experiment"
+    folder.mkdir(parents=True)
+    (folder / "mine.yaml").write_text(f"# @package _global_\n{content}")
+    assert says in run.error("train", "--config-dir", "mine", "experiment=mine")
+
+
+# The run
+
+
+def test_user_error_of_the_run_is_one_line(run):
+    run.raises = UserError("checkpoint=x: no such file")
+    assert run("train") == (2, "", "error: checkpoint=x: no such file\n")
+
+
+def test_other_errors_keep_their_traceback(run):
+    run.raises = ZeroDivisionError("a bug")
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        run("train")
+    run.raises = KeyError("a bug of the kind that a mistyped setting would be too")
+    with pytest.raises(KeyError):
+        run("train")
+
+
+def test_interruption_is_one_line(run):
+    from clipmapper.training.interruption import RunInterrupted
+
+    run.raises = KeyboardInterrupt()
+    assert run("train") == (130, "", "interrupted; the same command with resume=true goes on\n")
+    assert run("explain", *COMMANDS["explain"][3]) == (130, "", "interrupted\n")
+    run.raises = RunInterrupted("stopped after step 7")
+    for command in ("train", "pretrain_clip"):
+        line = "interrupted: stopped after step 7; the same command with resume=true goes on\n"
+        assert run(command) == (130, "", line)
+
+
+def test_interruption_as_lightning_reports_it(run, monkeypatch):
+    def work(given: config.TrainConfig) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    monkeypatch.setattr(sys.modules["clipmapper.training.run"], "train", work)
+    assert run("train")[0] == 130
+
+
+def test_the_command_line_is_as_given_during_the_run(run, monkeypatch):
+    """Lightning starts the processes of further devices with it."""
+    seen = []
+    monkeypatch.setattr(sys.modules["clipmapper.training.run"], "train", lambda given: seen.append(sys.argv))
+    run("train", "seed=3", "name=it's")
+    assert seen == [["clipmapper", "train", "seed=3", "name=it's"]]
+
+
+# The command
+
+
+def test_help_and_version(run):
+    status, printed, _ = run("--help")
+    assert status == 0 and all(f"  {command}" in printed for command in COMMANDS)
+    assert run("--version") == run("train", "--version") == (0, "clipmapper 0.1.0\n", "")
+    status, printed, _ = run("train", "--help")
+    assert status == 0 and "experiment: vqa_b32_dual_flow" in printed and "max_steps: " in printed
+    status, printed, _ = run("train", "--cfg", "job", "seed=9")
+    assert status == 0 and "seed: 9\n" in printed and not run.configs
+
+
+@pytest.mark.parametrize(("arguments", "says"), [([], "no command"), (["trian"], "unknown command 'trian'")])
+def test_unknown_command(run, arguments, says):
+    line = run.error(*arguments)
+    assert says in line and "usage: clipmapper train|explain|perturb|pretrain_clip" in line
+
+
+@given(st.text(min_size=1).filter(lambda text: text != "null" and text[0] not in "'\""))
+def test_free_text_reaches_its_setting_as_it_is(text):
+    (argument,) = cli._quoted([f"question={text}"], config.ExplainConfig)
+    (override,) = OverridesParser.create().parse_overrides([argument])
+    assert override.key_or_group == "question" and override.value() == text
+
+
+def test_free_text_of_a_whole_run(run):
+    question, checkpoint = 'what\'s left of "it", [the ball], (x)=y', "runs/epoch=3,step=4 (1).ckpt"
+    given = run.config(
+        "explain", f"checkpoint={checkpoint}", "image=b", "answer=null", f"question={question}"
+    )
+    assert (given.question, given.checkpoint, given.answer) == (question, checkpoint, None)
+
+
+def test_settings_are_found_by_their_key():
+    field, hint = setting_named("callbacks.methods[0]", config.TrainConfig)
+    assert field.name == "methods" and hint is str
+    assert setting_named("logger.mode", config.TrainConfig)[1] is str
+    assert setting_named("encoder.pretrained", config.TrainConfig)[1] == str | None
+    for key in ("training.nope", "nope", "seed.nope", "training.max_steps.nope"):
+        assert setting_named(key, config.TrainConfig) is None
+
+
+# In a process of its own
+
+
+@pytest.mark.parametrize(
+    ("argument", "says"),
+    [
+        (
+            "+training.max_step=3",
+            "error: training.max_step: there is no such setting; did you mean training.max_steps?\n",
+        ),
+        ("training.max_steps=abc", "error: training.max_steps: 'abc' is not an int\n"),
+    ],
+)
+def test_script_in_a_process_of_its_own(tmp_path, argument, says):
+    """Also: the mistake is reported before anything as slow as torch is imported."""
+    code = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: print({'torch', 'lightning'} & set(sys.modules)))\n"
+        f"sys.argv = ['train.py', {argument!r}]\n"
+        f"runpy.run_path({str(ROOT / 'scripts' / 'train.py')!r}, run_name='__main__')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("HYDRA_FULL_ERROR", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+        timeout=120,
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (2, says, "set()\n")
+    assert list(tmp_path.iterdir()) == []
