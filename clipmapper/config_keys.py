@@ -55,7 +55,7 @@ def unknown_setting(key: str, schema: type[Section], groups: Collection[str] = (
 def nearest_choice(value: str, choices: Collection[str]) -> str | None:
     """The choice that was probably meant."""
     best = max(choices, key=lambda choice: _likeness(value, choice), default="")
-    return best if best and _likeness(value, best) >= 0.5 else None
+    return best if best and _likeness(value, best) >= 0.6 else None
 
 
 def described(hint: Any) -> str:
@@ -76,7 +76,7 @@ def _nearest(key: str, known: Collection[str]) -> list[str]:
     for candidate in known:
         its_parent, _, its_last = candidate.rpartition(".")
         likeness = _likeness(last, its_last)
-        if likeness >= 0.5:
+        if likeness >= 0.6:
             # The right name in another section (batch_size for training.batch_size) is a near miss as well.
             scores[candidate] = likeness + 0.3 * _likeness(parent, its_parent)
     best = sorted(scores, key=lambda candidate: (-scores[candidate], candidate))

@@ -55,7 +55,7 @@ def one_line(architecture: str, pretrained: str | None) -> str:
     with pytest.raises(UserError) as error:
         build_clip(architecture, pretrained)
     message = str(error.value)
-    assert "\n" not in message and len(message) < 500
+    assert "\n" not in message and len(message) < 700
     return message
 
 
@@ -161,9 +161,7 @@ def test_damaged_checkpoint(tmp_path, architecture, clip, kind):
 
 
 def test_checkpoint_of_another_architecture(tmp_path, architecture, clip):
-    wider = write_config(
-        tmp_path / "wider-test.json", vision_cfg=CONFIG["vision_cfg"] | {"width": 24}, init_logit_bias=-10
-    )
+    wider = write_config(tmp_path / "wider-test.json", vision_cfg=CONFIG["vision_cfg"] | {"width": 24})
     deeper = write_config(tmp_path / "deeper-test.json", text_cfg=CONFIG["text_cfg"] | {"layers": 2})
     other_words = write_config(tmp_path / "words-test.json", text_cfg=CONFIG["text_cfg"] | {"vocab_size": 20})
     whole, sparse = tmp_path / "whole.pt", tmp_path / "sparse.safetensors"
@@ -173,9 +171,9 @@ def test_checkpoint_of_another_architecture(tmp_path, architecture, clip):
         assert "visual." in one_line(wider, str(path))
         assert "transformer.resblocks.1" in one_line(deeper, str(path))
         one_line(other_words, str(path))
-    # A logit bias that this architecture does not have.
-    torch.save(build_clip(wider, None).state_dict(), tmp_path / "wider.pt")
-    one_line(architecture, str(tmp_path / "wider.pt"))
+    biased = build_clip(write_config(tmp_path / "biased-test.json", init_logit_bias=-10), None)
+    torch.save(biased.state_dict(), tmp_path / "biased.pt")
+    one_line(architecture, str(tmp_path / "biased.pt"))
 
 
 class Harmful:
@@ -195,8 +193,8 @@ def test_pickled_code_is_not_run(tmp_path, architecture, clip):
     (tmp_path / "named.safetensors").write_bytes(pickle.dumps(Harmful(marker)))
     for name in ("torch.pt", "plain.pt", "named.safetensors"):
         message = one_line(architecture, str(tmp_path / name))
-        assert name.endswith("safetensors") or "pickled objects" in message
-        assert not marker.exists()
+        assert name in message and not marker.exists()
+        assert name != "torch.pt" or "pickled objects" in message
     pickle.loads((tmp_path / "plain.pt").read_bytes())
     assert marker.exists(), "the file is harmless, so the test shows nothing"
 

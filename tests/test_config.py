@@ -279,7 +279,7 @@ def test_mistake_in_the_settings_of_training(run, arguments, key, says):
         ("explain", ["model=scenes"], "model: there is no such setting; there are answer, checkpoint"),
         ("perturb", ["checkpoint=a", "split=heldout"], "split: 'heldout' is not one of validation, held_out"),
         ("pretrain_clip", ["variants=7"], "batch_size: "),
-        ("pretrain_clip", ["stepz=7"], "stepz: there is no such setting; did you mean max_steps?"),
+        ("pretrain_clip", ["steps=7"], "steps: there is no such setting; did you mean max_steps"),
     ],
 )
 def test_mistake_in_the_settings_of_other_commands(run, command, arguments, says):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from clipmapper.models.tokens import TokenizedText
 from clipmapper.relevance import METHODS, Join, Node, record
 
 KINDS = [("dual_flow", False), ("dual_flow", True), ("single_flow", False), ("single_flow", True)]
@@ -204,9 +205,9 @@ def test_nothing_is_left_behind_by_an_error_in_the_middle_of_a_forward(dual):
     assert torch.equal(METHODS["weighted"](explained(dual)).image, expected)
 
 
-def explained(model):
+def explained(model, images=IMAGES, text=TEXT):
     with record(model) as trace:
-        y = model(IMAGES, TEXT, only_class_token=False)[:, 0]
+        y = model(images, text, only_class_token=False)[:, 0]
     trace.backward(y)
     return trace
 
@@ -312,3 +313,23 @@ def test_ignored_patches_are_not_valid(dual):
         dual(IMAGES, TEXT, image_ignore=ignored, only_class_token=False)
     expected = torch.cat([torch.ones(3, 1, dtype=torch.bool), ~ignored], dim=1)
     assert torch.equal(trace.padding_free("image"), expected)
+
+
+@pytest.mark.parametrize("text_tower", ["unmasked", "class_token"])
+@pytest.mark.parametrize("kind", ["dual_flow", "single_flow"])
+def test_text_towers_that_are_given_their_padding_back(folder, kind, text_tower):
+    """SigLIP's and CoCa's text towers run on the whole context; the mapper gets what was given."""
+    model = tiny_models.clipmapper(folder, kind, text_tower=text_tower)
+    trace = explained(model)
+    alone = TokenizedText(*(t[1:2, : LENGTHS[1]] for t in (TEXT.ids, TEXT.valid, TEXT.removable)))
+    trace_alone = explained(model, IMAGES[1:2], alone)
+    for name, method in METHODS.items():
+        together, by_itself = method(trace), method(trace_alone)
+        assert together.text.isfinite().all()
+        assert not together.text[:, : max(LENGTHS)][~TEXT.valid].any()
+        if name != "random":  # seeded by the place in the batch where no samples are named
+            torch.testing.assert_close(together.image[1:2], by_itself.image, rtol=0, atol=1e-10)
+            first = slice(LENGTHS[1])
+            torch.testing.assert_close(
+                together.text[1:2, first], by_itself.text[:, first], rtol=0, atol=1e-10
+            )

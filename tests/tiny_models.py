@@ -20,21 +20,27 @@ PATCHES = GRID[0] * GRID[1]
 CONTEXT_LENGTH, VOCABULARY = 12, 40
 
 
-def clip_config(folder: Path) -> str:
+# As in OpenAI's CLIP; as in SigLIP, whose words read the padding; as in CoCa, with a class token behind it.
+TEXT_TOWERS = {"causal": {}, "unmasked": {"no_causal_mask": True}, "class_token": {"embed_cls": True}}
+
+
+def clip_config(folder: Path, text_tower: str = "causal") -> str:
     """The path of a tiny CLIP's configuration: 2 + 2 layers, 9 patches, towers of different widths.
 
     The image tower scales what its attention adds (LayerScale), so that the contribution to the residual
     stream is not the output of the attention module.
     """
-    path = Path(folder) / "tiny-clip-for-tests.json"
+    path = Path(folder) / f"tiny-clip-for-tests-{text_tower}.json"
     vision = {
         "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "layers": 2, "width": 16, "head_width": 8,
         "ls_init_value": 0.5,
     }  # fmt: skip
     text = {
         "context_length": CONTEXT_LENGTH, "vocab_size": VOCABULARY, "width": 12, "heads": 3, "layers": 2,
+        **TEXT_TOWERS[text_tower],
     }  # fmt: skip
-    path.write_text(json.dumps({"embed_dim": 8, "vision_cfg": vision, "text_cfg": text}))
+    config = {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text, "custom_text": text_tower != "causal"}
+    path.write_text(json.dumps(config))
     return str(path)
 
 
@@ -46,9 +52,10 @@ def clipmapper(
     seed: int = 0,
     frozen: bool = True,
     image_position_embedding: bool = False,
+    text_tower: str = "causal",
 ) -> CLIPmapper:
     """A float64 CLIPmapper in evaluation mode; every weight, bias and norm is random and matters."""
-    encoder = ClipEncoder(clip_config(folder), frozen=frozen)
+    encoder = ClipEncoder(clip_config(folder, text_tower), frozen=frozen)
     mapper = MAPPERS[kind](
         encoder.image_width,
         encoder.text_width,

@@ -15,7 +15,7 @@ _NUMBERS = ("no", "one", "two", "three", "four")
 
 
 def describe(item: SceneObject, *, size: bool = True, colour: bool = True) -> str:
-    """For example "small red circle", without what is not asked for."""
+    """For example "small red ring", without what is not asked for."""
     return " ".join([item.size] * size + [item.colour] * colour + [item.shape])
 
 

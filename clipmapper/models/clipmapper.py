@@ -145,7 +145,7 @@ class CLIPmapper(nn.Module):
         """Token ids of one or more questions. Raises ``UserError`` for an empty question."""
         texts = [questions] if isinstance(questions, str) else list(questions)
         if not texts or any(not text.strip() for text in texts):
-            raise UserError("the question is empty; ask for example 'what colour is the circle?'")
+            raise UserError("the question is empty; ask for example 'what colour is the ring?'")
         return tokenize(self.encoder.tokenizer, texts).to(self.device)
 
     def load_image(self, image) -> Float[Tensor, "1 3 height width"]:

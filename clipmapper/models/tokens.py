@@ -35,7 +35,16 @@ def tokenize(tokenizer, texts: Sequence[str], whole_context: bool = False) -> To
     ``whole_context``: as many ids as the context has, rather than as many as the longest text. For text
     towers whose words read the padding (``TextTower.padding_matters``).
     """
-    rows = [_encode(tokenizer, text) for text in texts]
+    rows = []
+    for text in texts:
+        ids, of_text, wanted = _encode(tokenizer, text)
+        if wanted > sum(of_text):
+            warnings.warn(
+                f"text of {wanted} tokens is cut to the {sum(of_text)} that the context has room for: "
+                f"{text[:60]!r}...",
+                stacklevel=2,
+            )
+        rows.append((ids, of_text))
     lengths = torch.tensor([len(ids) for ids, _ in rows])
     width = tokenizer.context_length if whole_context else int(lengths.max())
     out = torch.full((len(rows), width), padding_id(tokenizer))
@@ -76,36 +85,24 @@ def word_positions(
     return [(_text(tokenizer, word), where) for word, where in words]
 
 
-def _encode(tokenizer, text: str) -> tuple[list[int], list[bool]]:
-    """Ids of one text with start and end tokens, and which of them are of the text itself."""
+def _encode(tokenizer, text: str) -> tuple[list[int], list[bool], int]:
+    """Ids of one text with start and end tokens, which are of the text itself, how many it has uncut."""
     if isinstance(tokenizer, SimpleTokenizer):
         pieces = tokenizer.encode(text)
-        room = tokenizer.context_length - 2
-        if len(pieces) > room:
-            _warn_of_cut(text, len(pieces), room)
-        pieces = pieces[:room]
-        ids = [tokenizer.sot_token_id, *pieces, tokenizer.eot_token_id]
-        return ids, [False, *[True] * len(pieces), False]
+        kept = pieces[: tokenizer.context_length - 2]
+        ids = [tokenizer.sot_token_id, *kept, tokenizer.eot_token_id]
+        return ids, [False, *[True] * len(kept), False], len(pieces)
     # Which special tokens there are, and where, is for the tokenizer to say: SigLIP's has no start token.
     inner, cleaned = tokenizer.tokenizer, tokenizer.clean_fn(text)
     options = {"return_special_tokens_mask": True, "verbose": False}
-    whole = inner(cleaned, **options)
-    if len(whole["input_ids"]) > tokenizer.context_length:
-        cut = inner(cleaned, truncation=True, max_length=tokenizer.context_length, **options)
-        _warn_of_cut(text, *(encoded["special_tokens_mask"].count(0) for encoded in (whole, cut)))
-        whole = cut
-    encoded = zip(whole["input_ids"], whole["special_tokens_mask"], strict=True)
-    if tokenizer.strip_sep_token:  # CLIPA was trained without the end token of its tokenizer
-        encoded = [(token, special) for token, special in encoded if token != inner.sep_token_id]
-    ids, special = zip(*encoded, strict=True)
-    return list(ids), [not flag for flag in special]
-
-
-def _warn_of_cut(text: str, tokens: int, room: int) -> None:
-    warnings.warn(
-        f"text of {tokens} tokens is cut to the {room} that the context has room for: {text[:60]!r}...",
-        stacklevel=4,
-    )
+    encoded = inner(cleaned, **options)
+    wanted = encoded["special_tokens_mask"].count(0)
+    if len(encoded["input_ids"]) > tokenizer.context_length:
+        encoded = inner(cleaned, truncation=True, max_length=tokenizer.context_length, **options)
+    ids, special = encoded["input_ids"], encoded["special_tokens_mask"]
+    if tokenizer.strip_sep_token and ids[-1] == inner.sep_token_id:
+        ids, special = ids[:-1], special[:-1]  # CLIPA was trained without its tokenizer's end token
+    return ids, [not flag for flag in special], wanted
 
 
 def _word_starts(tokenizer, pieces: Sequence[int]) -> list[bool]:
