@@ -123,6 +123,11 @@ def _run(
         except UserError as error:
             # Here and not below: Hydra would print a line of its own before it lets the exception through.
             _fail(str(error))
+        except InstantiationException as error:
+            # Of errors of Hydra's within a run, only a mistyped _target_ is a mistake in the settings.
+            if not str(error).startswith("Error locating target"):
+                raise
+            _fail(str(error).partition(", set env")[0])
         composing = True  # the next of a sweep
 
     register()
@@ -144,8 +149,7 @@ def _run(
     except UserError as error:
         _fail(str(error))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        # Of errors within a run, only a mistyped _target_ is a mistake in the configuration.
-        if not composing and not _is_unknown_target(error):
+        if not composing:
             raise
         _fail(describe_failure(error, schema, groups))
     except KeyboardInterrupt as stop:
@@ -157,10 +161,6 @@ def _run(
         raise
     finally:
         sys.argv = original
-
-
-def _is_unknown_target(error: Exception) -> bool:
-    return isinstance(error, InstantiationException) and str(error).startswith("Error locating target")
 
 
 def _parsed(arguments: Sequence[str]) -> Namespace:

@@ -6,11 +6,12 @@ import os
 import subprocess
 import sys
 import types
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -309,6 +310,12 @@ def test_mistake_in_a_file_of_ones_own(run, tmp_path, content, says):
 def test_user_error_of_the_run_is_one_line(run):
     run.raises = UserError("checkpoint=x: no such file")
     assert run("train") == (2, "", "error: checkpoint=x: no such file\n")
+
+
+def test_target_that_does_not_exist_is_one_line(run, monkeypatch):
+    work = sys.modules["clipmapper.training.run"]
+    monkeypatch.setattr(work, "train", lambda given: instantiate(asdict(given.data)))
+    assert run.error("train", "data._target_=no.such.Data") == "Error locating target 'no.such.Data'"
 
 
 def test_other_errors_keep_their_traceback(run):

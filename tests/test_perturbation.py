@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from clipmapper.evaluation.perturbation import (
-    DIRECTIONS,
     FRACTIONS,
     ModalityRelevance,
-    PerturbationScores,
     number_removed,
     perturb,
     removal_order,
 )
 from clipmapper.evaluation.perturbation_run import run_in_chunks
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS, PerturbationScores
 
 
 class BagOfTokens:

@@ -14,8 +14,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 IMAGE_SIZE = 72  # pixels: 6 × 6 patches of 12 pixels, about one small object a patch
-# Four that differ in local detail too (a hole, corners, slants, thin bars). A disc and a square differ in little
-# but their corners, and telling them apart takes a small vision transformer several times longer.
+# Four that differ in local detail too (a hole, corners, slants, thin bars). A disc and a square differ in
+# little but their corners, and telling them apart takes a small vision transformer several times longer.
 SHAPES = ("ring", "square", "triangle", "cross")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan")
 SIZES = ("small", "large")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clipmapper.evaluation.perturbation import PerturbationScores, write_arrays
+from clipmapper.evaluation.perturbation_scores import PerturbationScores, write_arrays
 
 _log = logging.getLogger(__name__)
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -12,7 +13,7 @@ from textwrap import shorten
 import open_clip
 import torch
 from jaxtyping import Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -96,7 +97,9 @@ def load_clip_weights(clip: nn.Module, path: Path) -> None:
         if path.suffix == ".safetensors" and EMBEDDING_IDS in _tensor_names(path):
             clip.load_state_dict(_spread_embedding(load_file(path), clip))
         else:
-            with open_clip_log():
+            with open_clip_log(), warnings.catch_warnings():
+                # torch asks to report the pickle protocol of a file that it is then right to refuse.
+                warnings.filterwarnings("ignore", message="Detected pickle protocol")
                 open_clip.load_checkpoint(clip, str(path), weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
@@ -105,8 +108,10 @@ def load_clip_weights(clip: nn.Module, path: Path) -> None:
         ) from error
     # What a damaged or foreign file raises depends on where its reader happens to stumble over it.
     except Exception as error:
+        kind = "" if isinstance(error, RuntimeError | SafetensorError) else f"{type(error).__name__}: "
         raise UserError(
-            f"encoder.pretrained={path}: not a readable checkpoint of this architecture ({_one_line(error)})"
+            f"encoder.pretrained={path}: damaged, or not a checkpoint of this architecture "
+            f"({kind}{_one_line(error)})"
         ) from error
 
 
@@ -214,7 +219,7 @@ def _spread_embedding(state: dict[str, Tensor], clip: nn.Module) -> dict[str, Te
 
 
 def _one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no more is known"]
     # torch says in the first line that something does not fit, and only then what.
     torch_mismatch = lines[0].startswith("Error(s) in loading state_dict") and len(lines) > 1
     return shorten(lines[1] if torch_mismatch else lines[0], 200, placeholder=" ...")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
+from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
@@ -18,7 +19,12 @@ from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
 # Where an attention sub-layer of a known kind of module is found: its first argument is the residual
 # stream before the sub-layer, and the output of the named submodule ("" = of the module itself) is what
 # the sub-layer adds to it.
-CONTRIBUTION = {ResidualAttentionBlock: "ls_1", TimmBlock: "drop_path1", AttentionSublayer: ""}
+CONTRIBUTION = {
+    ResidualAttentionBlock: "ls_1",
+    TimmBlock: "drop_path1",
+    EvaBlock: "drop_path1",
+    AttentionSublayer: "",
+}
 
 
 @dataclass

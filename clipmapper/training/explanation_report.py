@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 
 from clipmapper.evaluation.localisation import Localisation, image_localisation, word_localisation
-from clipmapper.evaluation.perturbation import ModalityRelevance, PerturbationScores, perturb
+from clipmapper.evaluation.perturbation import ModalityRelevance, perturb
 from clipmapper.evaluation.perturbation_run import run_in_chunks
+from clipmapper.evaluation.perturbation_scores import PerturbationScores
 from clipmapper.evaluation.statistics import bootstrap_interval
 from clipmapper.explaining import trace_answers
 from clipmapper.models.clipmapper import CLIPmapper

@@ -8,7 +8,8 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from tqdm import tqdm
 
-from clipmapper.evaluation.perturbation import DIRECTIONS, FRACTIONS, MODALITIES
+from clipmapper.evaluation.perturbation import FRACTIONS
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
 from clipmapper.relevance import method_named
 from clipmapper.training.explained_samples import ExplainedSamples
 from clipmapper.training.explanation_report import LOCALISATION_SCORES, ExplanationReport, explanation_report

@@ -67,6 +67,11 @@ def train(config: TrainConfig) -> Path:
     out = console()
     out.print(f"{'Resuming' if resumed else 'Run'} {folder}")
 
+    rendering = time.monotonic()
+    images = sum(len(getattr(data, name).images) for name in data.sizes)
+    rendering = time.monotonic() - rendering
+    out.print(f"{images} scenes rendered in {rendering:.0f} s ({images / rendering:.0f} images/s)")
+
     trainer_device = _device(config)
     model.to(trainer_device)
     splits = scene_splits(model, data, cached=config.training.token_cache and config.encoder.frozen)

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from clipmapper.config import PerturbConfig
 from clipmapper.errors import UserError
-from clipmapper.evaluation.perturbation import DIRECTIONS, FRACTIONS, MODALITIES
+from clipmapper.evaluation.perturbation import FRACTIONS
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
 from clipmapper.models.build import load
 from clipmapper.training.explained_samples import choose_samples
 from clipmapper.training.explanation_report import explanation_report

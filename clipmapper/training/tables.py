@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from clipmapper.evaluation.perturbation import DIRECTIONS, MODALITIES
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
 
 _WIDTH = 110  # columns, where the output is no terminal
 

@@ -1,0 +1,184 @@
+"""What a perturbation test gives: curves, areas, intervals, and files of them."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from clipmapper.evaluation.statistics import Interval, bootstrap_intervals, trapezoid_area
+
+MODALITIES = ("image", "text")
+DIRECTIONS = ("positive", "negative")
+SCORES = ("accuracy", "probability")
+
+
+@dataclass(frozen=True)
+class AreaRow:
+    """Area under one method's mean curve, and how far it is from the reference method's (method − reference).
+
+    `difference` and `reference` are None without a reference, and for the reference itself.
+    """
+
+    modality: str
+    direction: str
+    score: str
+    method: str
+    area: Interval
+    difference: Interval | None
+    reference: str | None
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "modality": self.modality,
+            "direction": self.direction,
+            "score": self.score,
+            "method": self.method,
+            "area": self.area.as_dict(),
+            "difference": None if self.difference is None else self.difference.as_dict(),
+            "reference": self.reference,
+        }
+
+
+@dataclass(frozen=True)
+class PerturbationScores:
+    """Per-sample curves. Axis `directions` is (positive, negative); `fractions` are the shares removed.
+
+    `accuracy` is the soft accuracy of the answer given after removal; `probability` the softmax over answers
+    of the answer that the *unperturbed* model gave.
+    """
+
+    methods: tuple[str, ...]
+    modalities: tuple[str, ...]
+    fractions: Float[np.ndarray, "fractions"]
+    sample_ids: Int[np.ndarray, "samples"]
+    accuracy: Float[np.ndarray, "modalities directions methods samples fractions"]
+    probability: Float[np.ndarray, "modalities directions methods samples fractions"]
+
+    def score(self, score: str) -> Float[np.ndarray, "modalities directions methods samples fractions"]:
+        """The curves of "accuracy" or "probability"."""
+        if score not in SCORES:
+            raise ValueError(f"no score {score!r}: one of {', '.join(SCORES)}")
+        return self.accuracy if score == "accuracy" else self.probability
+
+    def areas(self, score: str) -> Float[np.ndarray, "modalities directions methods samples"]:
+        """Area under every sample's curve by the trapezoid rule over the fraction axis."""
+        return trapezoid_area(self.score(score), self.fractions)
+
+    def summary(
+        self, *, confidence: float = 0.95, seed: int = 0, reference: str | None = None
+    ) -> list[AreaRow]:
+        """One row per modality, direction, score and method, with bootstrap intervals over the samples.
+
+        `reference` is the method of the paired differences (default: "weighted" where it was run). Raises
+        ValueError for a reference that was not run.
+        """
+        if reference is None and "weighted" in self.methods:
+            reference = "weighted"
+        if reference is not None and reference not in self.methods:
+            raise ValueError(f"reference {reference!r} was not run: one of {', '.join(self.methods)}")
+        # [scores, modalities, directions, methods, samples]; all columns share one resampling of the samples.
+        areas = np.stack([self.areas(score) for score in SCORES])
+        columns = areas.reshape(-1, areas.shape[-1]).T
+        names = [
+            (score, modality, direction, method)
+            for score in SCORES
+            for modality in self.modalities
+            for direction in DIRECTIONS
+            for method in self.methods
+        ]
+        area = bootstrap_intervals(columns, confidence=confidence, seed=seed)
+        difference: list[Interval | None] = [None] * len(names)
+        if reference is not None:
+            at = self.methods.index(reference)
+            paired = (areas - areas[:, :, :, at : at + 1]).reshape(-1, areas.shape[-1]).T
+            difference = list(bootstrap_intervals(paired, confidence=confidence, seed=seed))
+        rows = []
+        for (score, modality, direction, method), its_area, its_difference in zip(
+            names, area, difference, strict=True
+        ):
+            compared = reference is not None and method != reference
+            against = (its_difference, reference) if compared else (None, None)
+            rows.append(AreaRow(modality, direction, score, method, its_area, *against))
+        return rows
+
+    def curves(
+        self, score: str, *, confidence: float = 0.95, seed: int = 0
+    ) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+        """Mean, low and high at each fraction, for plotting: `curves["image/positive"]["weighted"]`."""
+        values = np.moveaxis(self.score(score), 3, 0)  # samples first: all points share one resampling
+        points = bootstrap_intervals(values.reshape(len(values), -1), confidence=confidence, seed=seed)
+        ends = np.array([(point.mean, point.low, point.high) for point in points])
+        ends = ends.reshape(*values.shape[1:], 3)
+        return {
+            f"{modality}/{direction}": {
+                method: (ends[m, d, k, :, 0], ends[m, d, k, :, 1], ends[m, d, k, :, 2])
+                for k, method in enumerate(self.methods)
+            }
+            for m, modality in enumerate(self.modalities)
+            for d, direction in enumerate(DIRECTIONS)
+        }
+
+    @classmethod
+    def concatenate(cls, parts: "Sequence[PerturbationScores]") -> "PerturbationScores":
+        """The samples of all parts, in order; ValueError where methods, modalities or fractions differ."""
+        if not parts:
+            raise ValueError("nothing to concatenate")
+        first = parts[0]
+        for part in parts[1:]:
+            same = part.methods == first.methods and part.modalities == first.modalities
+            if not (same and np.array_equal(part.fractions, first.fractions)):
+                raise ValueError("parts differ in their methods, modalities or fractions")
+        return cls(
+            first.methods,
+            first.modalities,
+            first.fractions,
+            np.concatenate([part.sample_ids for part in parts]),
+            np.concatenate([part.accuracy for part in parts], axis=3),
+            np.concatenate([part.probability for part in parts], axis=3),
+        )
+
+    def to_arrays(self) -> dict[str, np.ndarray]:
+        """Everything as arrays of numbers and text, which numpy stores without pickle."""
+        return {
+            "methods": np.array(self.methods, dtype=np.str_),
+            "modalities": np.array(self.modalities, dtype=np.str_),
+            "fractions": self.fractions,
+            "sample_ids": self.sample_ids,
+            "accuracy": self.accuracy,
+            "probability": self.probability,
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "PerturbationScores":
+        """The inverse of `to_arrays`; raises KeyError for a missing array."""
+        return cls(
+            tuple(str(name) for name in arrays["methods"]),
+            tuple(str(name) for name in arrays["modalities"]),
+            arrays["fractions"],
+            arrays["sample_ids"],
+            arrays["accuracy"],
+            arrays["probability"],
+        )
+
+    def save(self, path: Path) -> None:
+        """Write an .npz file; it appears complete or not at all."""
+        write_arrays(path, self.to_arrays())
+
+    @classmethod
+    def load(cls, path: Path) -> "PerturbationScores":
+        with np.load(path, allow_pickle=False) as stored:
+            return cls.from_arrays(stored)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write `arrays` as .npz under a temporary name, then rename: no half file after an interruption."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
