@@ -343,7 +343,7 @@ def test_joined_streams_are_taken_apart_again():
 
 
 def test_padding_counts_in_no_mean_and_has_no_relevance():
-    """Token 2 is padding, with large values, which would make α 3/103 instead of 3/4.
+    """Token 2 is padding with large values: counted in, α would be 10/110, 10/11 or 3/103 instead of 3/4.
 
     Ā row 0 = [1, 3, 0]: C0 = 3/4 e0 + 1/4 [1/4, 3/4, 0] = [13, 3, 0]/16.
     """
@@ -351,7 +351,7 @@ def test_padding_counts_in_no_mean_and_has_no_relevance():
         Node("tokens", 0), Node("tokens", 0),
         [[[1 / 4, 1 / 2, 1 / 4], [1 / 4, 1 / 2, 1 / 4], [1 / 4, 1 / 2, 1 / 4]]],
         [[[1, 3, 0], [1, 1, 0], [1, 1, 0]]],
-        before=[[2], [1], [0]], added=[[0], [1], [99]],
+        before=[[2], [1], [7]], added=[[0], [1], [99]],
     )  # fmt: skip
     trace = AttentionTrace(
         steps=[step],

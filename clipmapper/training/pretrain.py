@@ -52,7 +52,8 @@ def run_pretraining(config: PretrainConfig) -> dict[str, float]:
     easy = retrieval_score(encoder, config.seed)
     hard = retrieval_score(encoder, config.seed, variants=4)
     scores = easy | {f"hard_{name}": value for name, value in hard.items()}
-    card = {"config": asdict(config), "minutes": round(minutes, 1), "retrieval": scores}
+    settings = {key: value for key, value in asdict(config).items() if key not in ("output", "resume")}
+    card = {"config": settings, "minutes": round(minutes, 1), "retrieval": scores}
     save_clip_weights(encoder.clip, Path(config.output), used_token_ids(encoder), {"card": json.dumps(card)})
     return scores
 
