@@ -231,9 +231,10 @@ class PerturbConfig(Section):
 
 @dataclass
 class PretrainConfig(Section):
-    """``clipmapper pretrain_clip``."""
+    """``clipmapper pretrain_clip``. ``pretrained``: weights to go on from, null for random ones."""
 
     architecture: str = setting(text=True)
+    pretrained: str | None = setting(text=True)
     output: str = setting(text=True)
     seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
     max_steps: int = setting(minimum=1)

@@ -39,7 +39,7 @@ class ContrastiveScenes(IterableDataset):
     shape, what is bound to what, and where it is; scenes drawn independently would be told apart by any one
     of their colours. One text in eight is a question that only such a scene raises (without its
     answer), so that the words of questions are not strangers to the text tower. Scenes grow from one object
-    to four (``_CURRICULUM``).
+    to four over ``curriculum_steps``.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class ContrastiveScenes(IterableDataset):
         batch_size: int,
         variants: int,
         seed: int,
-        max_steps: int,
+        curriculum_steps: int,
         first_step: int = 0,
     ) -> None:
-        self.first_step, self.max_steps = first_step, max_steps
+        self.first_step, self.curriculum_steps = first_step, curriculum_steps
         self.tokenizer = encoder.tokenizer
         self.mean, self.std = encoder.clip.visual.image_mean, encoder.clip.visual.image_std
         self.batch_size, self.variants, self.seed = batch_size, variants, seed
@@ -66,7 +66,7 @@ class ContrastiveScenes(IterableDataset):
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         rng = random.Random(f"contrastive/{self.seed}/{step}")
-        most = next((n for share, n in _CURRICULUM if step < share * self.max_steps), MAX_OBJECTS)
+        most = next((n for share, n in _CURRICULUM if step < share * self.curriculum_steps), MAX_OBJECTS)
         scenes, texts = [], []
         for group in range(self.batch_size // self.variants):
             scene = draw_scene(self.seed, "pretrain", step * self.batch_size + group, objects=(1, most))
@@ -121,15 +121,16 @@ class ContrastiveModule(lightning.LightningModule):
 
 def contrastive_loader(
     encoder: ClipEncoder,
+    *,
     batch_size: int,
     variants: int,
     seed: int,
-    max_steps: int,
+    curriculum_steps: int,
     first_step: int,
     workers: int,
 ) -> DataLoader:
     """Batches from ``first_step`` on (0, or where a run that is resumed had stopped)."""
-    dataset = ContrastiveScenes(encoder, batch_size, variants, seed, max_steps, first_step)
+    dataset = ContrastiveScenes(encoder, batch_size, variants, seed, curriculum_steps, first_step)
     return DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
 
 

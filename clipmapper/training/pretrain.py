@@ -20,7 +20,7 @@ from clipmapper.training.interruption import GracefulInterrupt
 def run_pretraining(config: PretrainConfig) -> dict[str, float]:
     """Train, write the weights with their card, and return the retrieval scores on held-out scenes."""
     lightning.seed_everything(config.seed, verbose=False)
-    encoder = ClipEncoder(config.architecture, frozen=False)
+    encoder = ClipEncoder(config.architecture, config.pretrained, frozen=False)
     module = ContrastiveModule(
         encoder, config.learning_rate, config.weight_decay, config.warmup_steps, config.max_steps
     )
@@ -30,7 +30,14 @@ def run_pretraining(config: PretrainConfig) -> dict[str, float]:
         raise UserError(f"resume=true: there is no {last} to go on from")
     first_step = int(torch.load(last, weights_only=True)["global_step"]) if config.resume else 0
     loader = contrastive_loader(
-        encoder, config.batch_size, config.variants, config.seed, config.max_steps, first_step, config.workers
+        encoder,
+        batch_size=config.batch_size,
+        variants=config.variants,
+        seed=config.seed,
+        # Weights that have seen lone objects need them no more.
+        curriculum_steps=0 if config.pretrained else config.max_steps,
+        first_step=first_step,
+        workers=config.workers,
     )
     checkpoints = ModelCheckpoint(
         dirpath=folder,
