@@ -90,7 +90,7 @@ def explain_methods(
     for name, function in zip(methods, functions, strict=True):
         relevance: Relevance = function(traced.trace)
         words = merge_words(
-            model.encoder.tokenizer, text.ids[0], text.removable[0], relevance.text[0].float()
+            model.encoder.tokenizer, text.ids[0], text.removable[0], relevance.text[0, : text.ids.shape[1]].float()
         )
         patches = relevance.image[0].float().cpu().numpy()
         explanations.append(Explanation(question, model.answers[chosen], score, patches, words, seen, name))

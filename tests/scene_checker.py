@@ -23,46 +23,52 @@ _DIRECTION = "left of|right of|above|below"
 _NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
 
 # a, b: things; d, e: directions or comparisons.
+_A, _B = f"(?P<a>{_THING})", f"(?P<b>{_THING})"
+_D = f"(?P<d>{_DIRECTION})"
+_D_OR_E = f"{_D} or (?P<e>{_DIRECTION})"
+_BIGGER_OR_SMALLER = "(?P<d>bigger|smaller) or (?P<e>bigger|smaller)"
+_COLOURLESS = f"(?P<a>(?:{_SIZE} )?{_SHAPE})"
+_SHAPELESS = f"(?P<a>(?:{_SIZE} )?{_COLOUR})"
+_MANY = f"(?P<a>{'|'.join(_PLURALS)}|{_COLOUR} things)"
+
 _QUESTIONS = {
     "colour": (
-        rf"what colou?r is the (?P<a>(?:{_SIZE} )?{_SHAPE})\?",
-        rf"what is the colour of the (?P<a>(?:{_SIZE} )?{_SHAPE})\?",
-        rf"which colour does the (?P<a>(?:{_SIZE} )?{_SHAPE}) have\?",
+        rf"what colou?r is the {_COLOURLESS}\?",
+        rf"what is the colour of the {_COLOURLESS}\?",
+        rf"which colour does the {_COLOURLESS} have\?",
     ),
     "shape": (
-        rf"what shape is the (?P<a>(?:{_SIZE} )?{_COLOUR}) thing\?",
-        rf"what is the shape of the (?P<a>(?:{_SIZE} )?{_COLOUR}) object\?",
-        rf"which shape does the (?P<a>(?:{_SIZE} )?{_COLOUR}) thing have\?",
-        rf"what kind of shape is the (?P<a>(?:{_SIZE} )?{_COLOUR}) object\?",
+        rf"what shape is the {_SHAPELESS} thing\?",
+        rf"what is the shape of the {_SHAPELESS} object\?",
+        rf"which shape does the {_SHAPELESS} thing have\?",
+        rf"what kind of shape is the {_SHAPELESS} object\?",
     ),
     "existence": (
-        rf"is there a (?P<a>{_THING})\?",
-        rf"can you see a (?P<a>{_THING})\?",
-        rf"does the image show a (?P<a>{_THING})\?",
-        rf"is a (?P<a>{_THING}) in the image\?",
+        rf"is there a {_A}\?",
+        rf"can you see a {_A}\?",
+        rf"does the image show a {_A}\?",
+        rf"is a {_A} in the image\?",
     ),
     "counting": (
-        rf"how many (?P<a>{'|'.join(_PLURALS)}|{_COLOUR} things) (?:are there|can you see)\?",
-        rf"how many (?P<a>{'|'.join(_PLURALS)}|{_COLOUR} things) does the image show\?",
-        rf"count the (?P<a>{'|'.join(_PLURALS)}|{_COLOUR} things): how many\?",
+        rf"how many {_MANY} (?:are there|can you see)\?",
+        rf"how many {_MANY} does the image show\?",
+        rf"count the {_MANY}: how many\?",
     ),
     "relation_choose": (
-        rf"is the (?P<a>{_THING}) (?P<d>{_DIRECTION}) or (?P<e>{_DIRECTION}) the (?P<b>{_THING})\?",
-        rf"where is the (?P<a>{_THING}): (?P<d>{_DIRECTION}) or (?P<e>{_DIRECTION}) the (?P<b>{_THING})\?",
-        rf"seen from the (?P<b>{_THING}), is the (?P<a>{_THING}) (?P<d>{_DIRECTION}) or (?P<e>{_DIRECTION}) it\?",
+        rf"is the {_A} {_D_OR_E} the {_B}\?",
+        rf"where is the {_A}: {_D_OR_E} the {_B}\?",
+        rf"seen from the {_B}, is the {_A} {_D_OR_E} it\?",
     ),
-    "relation_open": (
-        rf"(?:what|which shape|what shape do you see) (?:is )?(?P<d>{_DIRECTION}) the (?P<a>{_THING})\?",
-    ),
+    "relation_open": (rf"(?:what|which shape|what shape do you see) (?:is )?{_D} the {_A}\?",),
     "relation_yes_no": (
-        rf"is the (?P<a>{_THING}) (?P<d>{_DIRECTION}) the (?P<b>{_THING})\?",
-        rf"is it true that the (?P<a>{_THING}) is (?P<d>{_DIRECTION}) the (?P<b>{_THING})\?",
-        rf"does the (?P<a>{_THING}) lie (?P<d>{_DIRECTION}) the (?P<b>{_THING})\?",
+        rf"is the {_A} {_D} the {_B}\?",
+        rf"is it true that the {_A} is {_D} the {_B}\?",
+        rf"does the {_A} lie {_D} the {_B}\?",
     ),
     "comparison": (
-        rf"is the (?P<a>{_THING}) (?P<d>bigger|smaller) or (?P<e>bigger|smaller) than the (?P<b>{_THING})\?",
-        rf"compared to the (?P<b>{_THING}), is the (?P<a>{_THING}) (?P<d>bigger|smaller) or (?P<e>bigger|smaller)\?",
-        rf"does the (?P<a>{_THING}) look (?P<d>bigger|smaller) or (?P<e>bigger|smaller) than the (?P<b>{_THING})\?",
+        rf"is the {_A} {_BIGGER_OR_SMALLER} than the {_B}\?",
+        rf"compared to the {_B}, is the {_A} {_BIGGER_OR_SMALLER}\?",
+        rf"does the {_A} look {_BIGGER_OR_SMALLER} than the {_B}\?",
     ),
 }
 
@@ -209,9 +215,9 @@ _OPENING = re.compile(
 )
 _PLACE = "(?:top|bottom)(?: left| right)?|left|right|centre"
 _CLAUSES = {
-    "thing": rf"a (?P<a>{_THING})",
-    "place": rf"a (?P<a>{_THING}) (?:at|near|in) the (?P<place>{_PLACE})",
-    "relation": rf"a (?P<a>{_THING}) (?:is )?(?P<how>{_DIRECTION}|next to) (?P<article>a|the) (?P<b>{_THING})",
+    "thing": rf"a {_A}",
+    "place": rf"a {_A} (?:at|near|in) the (?P<place>{_PLACE})",
+    "relation": rf"a {_A} (?:is )?(?P<how>{_DIRECTION}|next to) (?P<article>a|the) {_B}",
     "tally": rf"(?P<number>one|two|three|four) (?P<a>{_SHAPE}|{'|'.join(_PLURALS)}|{_COLOUR} things?)",
 }
 

@@ -1,8 +1,12 @@
 """Training: the optimiser, the loss, the metrics, both mappers, interruption, and what a checkpoint holds."""
 
+import json
 import math
 import os
+import pickle
 import signal
+import zipfile
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import lightning
@@ -10,21 +14,22 @@ import numpy as np
 import pytest
 import torch
 import training_models
-import yaml
 from lightning.pytorch.callbacks import Callback
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 from training_models import same_bits
 
 import clipmapper
+from clipmapper.data.scene_questions import ANSWERS
 from clipmapper.errors import UserError
 from clipmapper.models.build import build_clipmapper
-from clipmapper.training import run
+from clipmapper.training import explanation_report, run
 from clipmapper.training.blind import blind_accuracy
 from clipmapper.training.interruption import RunInterrupted
 from clipmapper.training.optimisation import adamw, warmup_cosine
 from clipmapper.training.run import VALIDATION_SPLITS, Labelled, train
-from clipmapper.training.run_folder import CHECKPOINT, RESULTS
+from clipmapper.training.run_folder import CHECKPOINT, RESULTS, folder_to_resume, new_run_folder
 from clipmapper.training.scene_batches import scene_splits
 from clipmapper.training.vqa import StepBatches, VQAModule, answer_loss
 
@@ -35,7 +40,6 @@ TINY_RUN = (
     "training.max_steps=7",
     "training.warmup_steps=3",
     "training.blind_steps=1",
-    "callbacks.samples=4",
     "logger=csv",
     "model.width=16",
     "model.depth=1",
@@ -137,17 +141,19 @@ class Losses(Callback):
 class Fitted:
     """A model that was trained on 40 questions until it knew most of them, and how."""
 
-    def __init__(self, architecture: str, mapper: str, folder: Path) -> None:
+    def __init__(self, mapper: str, folder: Path) -> None:
         data = training_models.small_scenes()
-        self.model = training_models.tiny_model(
-            architecture, mapper=mapper, width=32, depth=2, head_width=32
-        )
+        architecture = training_models.tiny_clip(folder)
+        self.model = training_models.tiny_model(architecture, mapper=mapper, width=32, depth=2, head_width=32)
         self.splits = scene_splits(self.model, data, cached=True)
         self.module = VQAModule(self.model, 1e-2, 0.0, 5, 80, data.families, VALIDATION_SPLITS)
         losses = Losses()
         self.trainer = lightning.Trainer(
             accelerator="cpu",
             max_steps=80,
+            val_check_interval=80,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
             gradient_clip_val=1.0,
             logger=False,
             enable_checkpointing=False,
@@ -156,17 +162,20 @@ class Fitted:
             callbacks=[losses],
         )
         few = torch.arange(40)
-        batches = DataLoader(StepBatches(lambda step: self.splits["train"].batch(few), 0, 80), batch_size=None)
+        batches = StepBatches(lambda step: self.splits["train"].batch(few), 0, 80)
+        validation = [Labelled(self.splits[name]) for name in VALIDATION_SPLITS]
+        loaders = [DataLoader(dataset, batch_size=None) for dataset in (batches, *validation)]
         with run._less_noise():
-            self.trainer.fit(self.module, batches)
+            self.trainer.fit(self.module, loaders[0], loaders[1:])
         self.losses = losses.values
         self.checkpoint = folder / f"{mapper}.ckpt"
         self.trainer.save_checkpoint(self.checkpoint)
+        Path(architecture).unlink()
 
 
 @pytest.fixture(scope="module", params=["dual_flow", "single_flow"])
-def fitted(request, architecture, tmp_path_factory):
-    return Fitted(architecture, request.param, tmp_path_factory.mktemp("fitted"))
+def fitted(request, tmp_path_factory):
+    return Fitted(request.param, tmp_path_factory.mktemp("fitted"))
 
 
 def test_mapper_learns_a_few_questions_by_heart(fitted):
@@ -182,9 +191,6 @@ def test_mapper_learns_a_few_questions_by_heart(fitted):
 
 
 def test_validation_accuracy_is_a_count_by_hand(fitted):
-    loaders = [DataLoader(Labelled(fitted.splits[name]), batch_size=None) for name in VALIDATION_SPLITS]
-    with run._less_noise():
-        fitted.trainer.validate(fitted.module, loaders, verbose=False)
     logged = fitted.trainer.callback_metrics
     for name in VALIDATION_SPLITS:
         split = fitted.splits[name].split
@@ -210,7 +216,6 @@ def test_blind_baseline_sees_no_image(architecture, cached):
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     def accuracy() -> dict:
-        torch.manual_seed(int(torch.randint(1000, (1,))))  # its own seed is all it depends on
         return blind_accuracy(
             model,
             training_models.TINY_MAPPER,
@@ -223,17 +228,14 @@ def test_blind_baseline_sees_no_image(architecture, cached):
             seed=5,
         )
 
+    torch.manual_seed(1)
     first = accuracy()
     for split in splits.values():
         if cached:
             split.cache.image_tokens.fill_(torch.nan)
         else:
-            split.split = type(split.split)(
-                np.zeros((0, 72, 72, 3), dtype=np.uint8),
-                split.split.questions,
-                split.split.image_of,
-                split.split.instances,
-            )
+            split.split = replace(split.split, images=np.zeros((0, 72, 72, 3), dtype=np.uint8))
+    torch.manual_seed(2)  # its own seed is all that it depends on
     assert accuracy() == first
     assert set(first) == {*data.families, "overall"} and 0 < first["overall"] < 1
     asked = [q.family for q in data.validation.questions]
@@ -242,12 +244,118 @@ def test_blind_baseline_sees_no_image(architecture, cached):
     assert same_bits(before, dict(model.state_dict()))
 
 
+# Checkpoints
+
+
+def test_loaded_model_answers_as_the_trained_one(fitted):
+    """Nothing but the file is needed: the configuration of CLIP that was given as a file is gone."""
+    assert not Path(fitted.model.encoder.architecture).exists()
+    loaded = clipmapper.load(fitted.checkpoint)
+    assert not loaded.training
+    split = fitted.splits["validation"].split
+    answers = set()
+    for number, question in list(enumerate(split.questions))[::9]:
+        image = split.images[split.image_of[number]]
+        with torch.no_grad():
+            logits = fitted.module.logits(fitted.splits["validation"].batch(torch.tensor([number])))
+        assert loaded.answer(image, question.text) == fitted.model.answers[int(logits.argmax())]
+        answers.add(loaded.answer(image, question.text))
+    assert len(answers) > 2
+    weights = fitted.model.state_dict()
+    assert same_bits(dict(weights), dict(loaded.state_dict()))
+
+
+def test_checkpoint_says_everything_but_the_weights(fitted):
+    described = torch.load(fitted.checkpoint, weights_only=True)["clipmapper"]
+    assert described["answers"] == list(fitted.model.answers)
+    assert described["tokenizer"] == "tiny-scenes-clip-for-tests"
+    assert described["encoder"]["config"]["vision_cfg"]["patch_size"] == 24
+    assert described["model"]["mapper"] in ("dual_flow", "single_flow") and described["model"]["width"] == 32
+
+
+class WritesAFile:
+    """What a pickle can do to whoever loads it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def damaged(path: Path, good: Path, kind: str) -> None:
+    """Write a file that is no checkpoint of ours, in one of the ways in which files are not."""
+    content = good.read_bytes()
+    state = torch.load(good, weights_only=True)
+    described = state["clipmapper"]
+    objects = {
+        "of another model": {"state_dict": {"weight": torch.zeros(2)}, "epoch": 3},
+        "a tensor": torch.zeros(3),
+        "a list": [1, 2],
+        "nothing": None,
+        "description of another kind": state | {"clipmapper": "v2"},
+        "description without encoder": state | {"clipmapper": {"answers": ["yes"]}},
+        "description without model": state | {"clipmapper": described | {"model": {}}},
+        "weights of another width": state | {"clipmapper": described | {"answers": ["yes", "no"]}},
+        "no weights": state | {"state_dict": {}},
+        "weights that are none": state | {"state_dict": [1]},
+        "pickled code": state | {"extra": WritesAFile(path.with_name("written"))},
+    }
+    if kind in objects:
+        torch.save(objects[kind], path)
+    elif kind == "pickled code, old format":
+        torch.save(objects["pickled code"], path, _use_new_zipfile_serialization=False)
+    elif kind == "plain pickle":
+        path.write_bytes(pickle.dumps(WritesAFile(path.with_name("written"))))
+    elif kind == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif kind == "cut short":
+        path.write_bytes(content[:100])
+    elif kind == "overwritten":
+        path.write_bytes(content[:5000] + bytes(len(content) - 10_000) + content[-5000:])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("accuracy: 97 %\n")
+    elif kind == "picture":
+        Image.new("RGB", (8, 8)).save(path, format="png")
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("readme.txt", "nothing")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        assert kind == "missing"
+
+
+KINDS_OF_DAMAGE = [
+    "missing", "folder", "empty", "text", "picture", "zip", "cut", "cut short", "overwritten",
+    "of another model", "a tensor", "a list", "nothing", "description of another kind",
+    "description without encoder", "description without model", "weights of another width", "no weights",
+    "weights that are none", "pickled code", "pickled code, old format", "plain pickle",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fitted", ["dual_flow"], indirect=True)
+@pytest.mark.parametrize("kind", KINDS_OF_DAMAGE)
+def test_bad_checkpoint_is_one_line(fitted, tmp_path, kind):
+    path = tmp_path / "bad.ckpt"
+    damaged(path, fitted.checkpoint, kind)
+    with pytest.raises(UserError) as caught:
+        clipmapper.load(path)
+    line = str(caught.value)
+    assert line.startswith(f"checkpoint={path}: ") and len(line.splitlines()) == 1
+    # torch's own advice in this case is to load the file with everything that it may do.
+    assert "weights_only" not in line and "\x1b" not in line
+    assert not (tmp_path / "written").exists()
+
+
 # Whole runs
 
 
 @pytest.fixture(scope="module")
 def whole_run(settings):
-    """An uninterrupted run with each way of training: ``whole_run(*overrides)``, made once."""
+    """A run that nothing interrupted, made once for each way of training: ``whole_run(*overrides)``."""
     made: dict[tuple[str, ...], Path] = {}
 
     def run_of(*overrides: str) -> Path:
@@ -258,11 +366,11 @@ def whole_run(settings):
     return run_of
 
 
-CACHED = ("callbacks=relevance", "trainer.val_check_interval=3", "callbacks.pictures=0", *TINY_RUN[-7:-6])
-TUNED = ("callbacks=none", "encoder.frozen=false", "model.mapper=single_flow")
+CACHED = ("callbacks.pictures=0", "trainer.val_check_interval=3")
+TUNED = ("encoder.frozen=false", "model.mapper=single_flow", "callbacks=none")
 
 
-def interrupt_in_step(step: int, monkeypatch, action) -> None:
+def during_step(step: int, monkeypatch, action) -> None:
     """``action`` happens in the middle of that step (counted from 0), before its gradients."""
     original = VQAModule.training_step
 
@@ -278,20 +386,163 @@ def ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def power_cut() -> None:
+    raise RuntimeError("power cut")
+
+
+def assert_same_end(folder: Path, whole: Path) -> None:
+    assert checkpoint(folder)["global_step"] == 7
+    assert same_bits(state_of_training(folder), state_of_training(whole))
+    results = [json.loads((path / RESULTS).read_text()) for path in (folder, whole)]
+    assert results[0]["accuracy"] == results[1]["accuracy"]
+    assert results[0].get("explanations") == results[1].get("explanations")
+    assert len(list(folder.parent.iterdir())) == 1  # the run went on in its own folder
+
+
 @pytest.mark.parametrize(
     ("way", "step"), [(CACHED, 2), (TUNED, 4)], ids=["frozen, before a validation", "tuned"]
 )
 def test_interrupted_and_resumed_is_as_if_never_interrupted(settings, whole_run, monkeypatch, way, step):
     whole = whole_run(*way)
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    stopped = settings(f"name=stopped in step {step}", *way)
     with monkeypatch.context() as patched:
-        interrupt_in_step(step, patched, ctrl_c)
+        during_step(step, patched, ctrl_c)
         with pytest.raises(RunInterrupted, match=f"after step {step + 1}"):
-            train(settings("name=stopped", *way))
+            train(stopped)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
-    folder = train(settings("name=stopped", "resume=true", *way))
-    assert checkpoint(folder)["global_step"] == 7
-    assert same_bits(state_of_training(folder), state_of_training(whole))
-    assert len(list(folder.parent.iterdir())) == 1
-    accuracies = [yaml.safe_load((path / RESULTS).read_text())["accuracy"] for path in (folder, whole)]
-    assert accuracies[0] == accuracies[1]
+    assert_same_end(train(replace(stopped, resume=True)), whole)
+
+
+def test_killed_run_goes_on_from_its_last_saving(settings, whole_run, monkeypatch):
+    whole = whole_run(*CACHED)
+    # How often a run saves does not change what comes out.
+    killed = settings("name=killed", "trainer.checkpoint_interval=2", *CACHED)
+    with monkeypatch.context() as patched:
+        during_step(5, patched, power_cut)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train(killed)
+    assert_same_end(train(replace(killed, resume=True)), whole)
+
+
+@pytest.mark.parametrize("moment", ["last step", "last validation", "baseline"])
+def test_stopped_at_the_end_and_resumed(settings, whole_run, monkeypatch, moment):
+    whole = whole_run(*CACHED)
+    stopped = settings(f"name=stopped in {moment}", "trainer.checkpoint_interval=7", *CACHED)
+    with monkeypatch.context() as patched:
+        if moment == "last step":
+            during_step(6, patched, ctrl_c)
+        elif moment == "last validation":
+            original = explanation_report.perturb
+
+            def perturb(*args, **kwargs):
+                if checkpoint(newest(stopped))["global_step"] == 7:
+                    ctrl_c()
+                return original(*args, **kwargs)
+
+            patched.setattr(explanation_report, "perturb", perturb)
+        else:
+            patched.setattr(run, "blind_accuracy", lambda *args, **kwargs: ctrl_c())
+        with pytest.raises((RunInterrupted, KeyboardInterrupt)):
+            train(stopped)
+    assert_same_end(train(replace(stopped, resume=True)), whole)
+
+
+def test_callback_leaves_training_as_it_is(settings, monkeypatch):
+    """With dropout, so that weights depend on the random state and on training mode; all weights train."""
+
+    def with_dropout(*args):
+        built = build_clipmapper(*args)
+        built.head = nn.Sequential(nn.Dropout(0.5), built.head)
+        return built
+
+    monkeypatch.setattr(run, "build_clipmapper", with_dropout)
+    common = ("encoder.frozen=false", "trainer.val_check_interval=2")
+    without = train(settings("name=without", "callbacks=none", *common))
+    explained = train(settings("name=explained", *common))
+    assert same_bits(state_of_training(explained), state_of_training(without))
+    results = [json.loads((folder / RESULTS).read_text()) for folder in (explained, without)]
+    assert results[0]["accuracy"] == results[1]["accuracy"]
+    assert "explanations" in results[0] and "explanations" not in results[1]
+
+
+def changed_weights(settings, whole_run, way: tuple[str, ...]) -> dict[str, bool]:
+    """For every weight, whether training has changed any bit of it."""
+    config = settings(*way)
+    lightning.seed_everything(config.seed, verbose=False)
+    fresh = build_clipmapper(asdict(config.encoder), asdict(config.model), ANSWERS).state_dict()
+    trained = checkpoint(whole_run(*way))["state_dict"]
+    return {name: not torch.equal(value, trained[f"model.{name}"]) for name, value in fresh.items()}
+
+
+def test_frozen_encoder_keeps_every_bit(settings, whole_run):
+    changed = changed_weights(settings, whole_run, CACHED)
+    of_encoder = [changed[name] for name in changed if name.startswith("encoder.")]
+    assert of_encoder and not any(of_encoder)
+    assert changed["mapper.project_image.weight"] and changed["mapper.project_text.weight"]
+
+
+def test_encoder_that_is_not_frozen_learns(settings, whole_run):
+    changed = changed_weights(settings, whole_run, TUNED)
+    for name in ("visual.conv1.weight", "visual.class_embedding", "token_embedding.weight", "ln_final.bias"):
+        assert changed[f"encoder.clip.{name}"]
+
+
+# What cannot be resumed
+
+
+def unfinished(settings, *overrides: str) -> tuple[Path, dict]:
+    config = asdict(settings(*overrides))
+    del config["resume"]
+    folder = new_run_folder(config["output"], config["name"], config)
+    (folder / CHECKPOINT).touch()
+    return folder, config
+
+
+def test_newest_run_that_left_a_checkpoint_is_resumed(settings):
+    unfinished(settings, "name=several")
+    newest_run, config = unfinished(settings, "name=several")
+    new_run_folder(config["output"], "several", config)  # stopped before its first saving
+    assert folder_to_resume(config["output"], "several", config) == newest_run
+
+
+def test_nothing_to_resume(settings):
+    with pytest.raises(UserError, match=r"resume=true: no run with a checkpoint in .*nobody"):
+        train(settings("name=nobody", "resume=true"))
+
+
+def test_finished_run_cannot_be_resumed(settings, whole_run):
+    name = whole_run(*CACHED).parent.name
+    with pytest.raises(UserError, match=f"resume=true: .*{name}.* is finished"):
+        train(settings(f"name={name}", *CACHED, "resume=true"))
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("training.learning_rate=0.5", "training.learning_rate"),
+        ("seed=4", "seed"),
+        ("data.train_scenes=25", "data.train_scenes"),
+        ("model.mapper=single_flow", "model.mapper"),
+        ("encoder.pretrained=openai", "encoder.pretrained"),
+        ("callbacks.methods=[gae]", "callbacks.methods"),
+        ("callbacks=none", "callbacks"),
+        ("logger=wandb", "logger"),
+    ],
+)
+def test_run_is_not_resumed_with_other_settings(settings, change, key):
+    name = f"name=changed {key}"
+    folder, config = unfinished(settings, name)
+    assert folder_to_resume(config["output"], config["name"], config) == folder
+    with pytest.raises(UserError, match=rf"resume=true: {key}\S* is not what .* was started with"):
+        train(settings(name, change, "resume=true"))
+
+
+def test_run_without_callbacks_is_not_resumed_with_them(settings):
+    unfinished(settings, "name=added", "callbacks=none")
+    with pytest.raises(UserError, match=r"resume=true: callbacks\S* is not what"):
+        train(settings("name=added", "resume=true"))
+
+
+def newest(config) -> Path:
+    return max(Path(config.output, config.name).iterdir())

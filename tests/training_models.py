@@ -1,4 +1,4 @@
-"""Small training runs for tests: settings, models and data that take seconds, and runs of the real scripts."""
+"""Small training runs for tests: settings, models and data of seconds, and runs of the real scripts."""
 
 import functools
 import json
@@ -44,7 +44,7 @@ SMALL_RUN = (
     "training.max_steps=6",
     "training.batch_size=16",
     "training.blind_steps=5",
-    "callbacks.samples=10",
+    "callbacks.samples=8",
     "callbacks.pictures=1",
 )
 

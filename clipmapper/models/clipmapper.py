@@ -10,7 +10,7 @@ from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.heads import VQAHead
 from clipmapper.models.mapper import Mapper
-from clipmapper.models.tokens import TokenizedText, tokenize
+from clipmapper.models.tokens import TokenizedText, padding_id, tokenize
 
 
 class CLIPmapper(nn.Module):
@@ -49,6 +49,12 @@ class CLIPmapper(nn.Module):
         (``text_keep`` padded behind with -1). ``only_class_token=False`` computes the last block for every
         token, as tracing needs; the logits are the same.
         """
+        if self.encoder.text_tower.padding_matters and text.ids.shape[1] < self.encoder.context_length:
+            # Words read the padding there, so it is part of the text stream from end to end.
+            text = text.padded(self.encoder.context_length, padding_id(self.encoder.tokenizer))
+            if text_ignore is not None:
+                extra = text.ids.shape[1] - text_ignore.shape[1]
+                text_ignore = nn.functional.pad(text_ignore, (0, extra), value=False)
         image_tokens = self.encoder.image_tokens(images, keep=image_keep, ignore=image_ignore)
         text_tokens = self.encoder.text_tokens(text.ids, text.valid, keep=text_keep, ignore=text_ignore)
         valid = text.valid if text_keep is None else text_keep >= 0

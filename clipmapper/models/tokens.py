@@ -25,6 +25,14 @@ class TokenizedText:
     def __getitem__(self, index) -> "TokenizedText":
         return TokenizedText(self.ids[index], self.valid[index], self.removable[index])
 
+    def padded(self, length: int, padding_id: int) -> "TokenizedText":
+        """The same texts with padding up to ``length`` tokens."""
+        extra = (0, max(0, length - self.ids.shape[1]))
+        pad = torch.nn.functional.pad
+        return TokenizedText(
+            pad(self.ids, extra, value=padding_id), pad(self.valid, extra), pad(self.removable, extra)
+        )
+
     def to(self, device: torch.device | str) -> "TokenizedText":
         return TokenizedText(*(t.to(device) for t in (self.ids, self.valid, self.removable)))
 

@@ -6,6 +6,7 @@ price of a vector–matrix product a sub-layer, and the result is identical to t
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -24,8 +25,8 @@ _QUERY_BLOCK = 1024
 
 
 def propagate(
-    trace: AttentionTrace, rows: Mapping[Node, Float[Tensor, "batch rows tokens"]], rule: Rule
-) -> dict[str, Float[Tensor, "batch rows tokens"]]:
+    trace: AttentionTrace, rows: Mapping[Node, Float[Tensor, "batch rows _tokens"]], rule: Rule
+) -> dict[str, Float[Tensor, "batch rows _tokens"]]:
     """Take rows (one-hot at the tokens to be read) back to the inputs; returns them per input stream."""
     at: dict[Node, Tensor] = dict(rows)
     for step in reversed(trace.steps):
@@ -91,8 +92,6 @@ def _rows(step: Attention, queries: slice) -> Attention:
     count = step.query.shape[2]
     if range(count)[queries] == range(count):
         return step
-    from dataclasses import replace
-
     mask, causal = step.mask, step.causal
     if causal:
         positions = torch.arange(count, device=step.query.device)
@@ -101,4 +100,15 @@ def _rows(step: Attention, queries: slice) -> Attention:
     elif mask is not None and mask.shape[-2] > 1:
         mask = mask[..., queries, :]
     gradient = None if step.mixed_gradient is None else step.mixed_gradient[:, :, queries]
-    return replace(step, query=step.query[:, :, queries], mixed_gradient=gradient, mask=mask, causal=causal)
+    return replace(
+        step,
+        query=step.query[:, :, queries],
+        mixed=step.mixed[:, :, queries],
+        before=step.before[:, queries],
+        added=step.added[:, queries],
+        mask=mask,
+        causal=causal,
+        mixed_gradient=gradient,
+        before_gradient=None,
+        added_gradient=None,
+    )

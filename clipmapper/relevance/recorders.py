@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import ResidualAttentionBlock
-from timm.models.eva import EvaBlock
+from timm.models.eva import EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ CONTRIBUTION = {
     ResidualAttentionBlock: "ls_1",
     TimmBlock: "drop_path1",
     EvaBlock: "drop_path1",
+    EvaBlockPostNorm: "drop_path1",
     AttentionSublayer: "",
 }
 
@@ -154,7 +155,8 @@ def record(model: CLIPmapper, samples: Sequence[int] | None = None) -> Iterator[
         stack.callback(setattr, F, "scaled_dot_product_attention", original)
         yield recorder.trace
     trace = recorder.trace
-    if len(trace.attention) != len(sublayers):
+    whole = all(s.before.shape[1] == trace.lengths[s.query_node.stream] for s in trace.attention)
+    if len(trace.attention) != len(sublayers) or not whole:
         raise RuntimeError(
             f"recorded {len(trace.attention)} attention sub-layers of {len(sublayers)}: make exactly one "
             "whole forward, model(images, text, only_class_token=False), inside `with record(model)`"

@@ -17,7 +17,7 @@ class Relevance:
     ``grid`` is (rows, columns) of the image patches; tokens before them (class token) are prefix tokens.
     """
 
-    streams: Mapping[str, Float[Tensor, "batch tokens"]]
+    streams: Mapping[str, Float[Tensor, "batch _tokens"]]
     image_stream: str | None = None
     text_stream: str | None = None
     grid: tuple[int, int] | None = None

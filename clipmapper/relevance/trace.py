@@ -108,7 +108,7 @@ class AttentionTrace:
 
     steps: list[Attention | Join] = field(default_factory=list)
     lengths: dict[str, int] = field(default_factory=dict)
-    valid: dict[str, Bool[Tensor, "batch tokens"]] = field(default_factory=dict)
+    valid: dict[str, Bool[Tensor, "batch _tokens"]] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
     read: tuple[Node, Int[Tensor, "batch"]] | None = None
     image_stream: str | None = None
@@ -146,7 +146,9 @@ class AttentionTrace:
         if not y.requires_grad:
             raise ValueError("y does not depend on the recorded forward: run the model inside the recorder")
         wanted = [t for step in self.attention for t in (step.mixed, step.before, step.added)]
-        found = torch.autograd.grad(y.sum(), wanted, allow_unused=True)
+        with torch.enable_grad():
+            total = y.sum()
+        found = torch.autograd.grad(total, wanted, allow_unused=True)
         gradients: Iterator[Tensor] = (
             torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)
         )
@@ -161,7 +163,7 @@ class AttentionTrace:
             for name in ("query", "key", "value", "mixed", "before", "added"):
                 setattr(step, name, getattr(step, name).detach())
 
-    def read_row(self) -> Mapping[Node, Float[Tensor, "batch 1 tokens"]]:
+    def read_row(self) -> Mapping[Node, Float[Tensor, "batch 1 _tokens"]]:
         """One-hot row at the read token: where relevance starts on its way back."""
         if self.read is None:
             raise ValueError("the trace does not say which token's row is read; set trace.read")

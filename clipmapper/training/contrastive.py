@@ -53,6 +53,7 @@ class ContrastiveScenes(IterableDataset):
     ) -> None:
         self.first_step, self.curriculum_steps = first_step, curriculum_steps
         self.tokenizer = encoder.tokenizer
+        self.whole_context = encoder.text_tower.padding_matters
         self.mean, self.std = encoder.clip.visual.image_mean, encoder.clip.visual.image_std
         self.batch_size, self.variants, self.seed = batch_size, variants, seed
 
@@ -76,7 +77,7 @@ class ContrastiveScenes(IterableDataset):
                 draw_text = draw_presupposition if rng.random() < 1 / 8 else draw_caption
                 texts.append(draw_text(member, rng))
         images = normalise_images(render(scenes).images, self.mean, self.std)
-        return images, tokenize(self.tokenizer, texts).ids
+        return images, tokenize(self.tokenizer, texts, whole_context=self.whole_context).ids
 
 
 class ContrastiveModule(lightning.LightningModule):
@@ -147,7 +148,8 @@ def retrieval_score(
         scene = draw_scene(seed, "retrieval", group)
         drawn += [scene, *(confusable_scene(scene, rng) for _ in range(variants - 1))]
     images = normalise_images(render(drawn).images, visual.image_mean, visual.image_std)
-    ids = tokenize(encoder.tokenizer, [draw_caption(s, rng) for s in drawn]).ids
+    captions = [draw_caption(s, rng) for s in drawn]
+    ids = tokenize(encoder.tokenizer, captions, whole_context=encoder.text_tower.padding_matters).ids
     image, text = encoder.embeddings(images, ids)
     similarity = image @ text.T
     truth = torch.arange(len(drawn))

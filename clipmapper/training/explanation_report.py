@@ -44,7 +44,12 @@ class ExplanationReport:
 
     def numbers(self, confidence: float, seed: int) -> dict:
         """All results by name, for ``results.json``: areas, paired differences, localisation."""
-        out: dict = {"samples": len(self.samples), "perturbation": {}, "localisation": {}}
+        out: dict = {
+            "samples": len(self.samples),
+            "confidence": confidence,
+            "perturbation": {},
+            "localisation": {},
+        }
         for row in self.perturbation.summary(confidence=confidence, seed=seed):
             entry: dict = {"area": row.area.as_dict()}
             if row.difference is not None:
@@ -148,7 +153,8 @@ def _relevance(
         method = method_named(name)
         found = method(traced.trace, seed=seed) if name == "random" else method(traced.trace)
         patches[name] = found.image.float().cpu().numpy()
-        tokens[name] = found.text.float().cpu().numpy()
+        # A text tower that reads its padding was given more of it: the words come first.
+        tokens[name] = found.text[:, : samples.text.ids.shape[1]].float().cpu().numpy()
     return patches, tokens, traced.logits.float().cpu()
 
 

@@ -2,6 +2,7 @@
 
 import signal
 from pathlib import Path
+from typing import NoReturn
 
 import lightning
 
@@ -37,11 +38,16 @@ class GracefulInterrupt(lightning.Callback):
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module, outputs, batch, index: int) -> None:
         if self.interrupted:
-            trainer.save_checkpoint(self.path)
-            raise RunInterrupted(f"stopped after step {trainer.global_step}")
+            self._stop(trainer)
+
+    def _stop(self, trainer: lightning.Trainer) -> NoReturn:
+        trainer.save_checkpoint(self.path)
+        raise RunInterrupted(f"stopped after step {trainer.global_step}")
 
     def on_fit_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self._restore()
+        if self.interrupted:  # in the validation behind the last step: the run has more to do than to fit
+            self._stop(trainer)
 
     def on_exception(self, trainer: lightning.Trainer, module, exception: BaseException) -> None:
         self._restore()

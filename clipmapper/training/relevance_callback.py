@@ -53,6 +53,13 @@ class RelevanceCallback(lightning.Callback):
         """Say which questions are explained and where pictures go, before ``fit``."""
         self._explained, self._folder = samples, folder
 
+    def state_dict(self) -> dict[str, int]:
+        """So that a resumed run explains at the same validations as an uninterrupted one."""
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.validations = state_dict["validations"]
+
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self.validations += 1
         if self.validations % self.every_n_validations and trainer.global_step < trainer.max_steps:

@@ -74,7 +74,9 @@ def train(config: TrainConfig) -> Path:
 
     trainer_device = _device(config)
     model.to(trainer_device)
-    splits = scene_splits(model, data, cached=config.training.token_cache and config.encoder.frozen)
+    # The class token that CoCa's text tower appends would be cut off with a cached text's padding.
+    cached = config.training.token_cache and not model.encoder.text_tower.appended_class_token
+    splits = scene_splits(model, data, cached=cached and config.encoder.frozen)
     if explainer is not None:
         explainer.prepare(
             choose_samples(model, data.validation, explainer.samples, explainer.seed), folder / "pictures"

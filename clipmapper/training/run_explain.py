@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import torch
+from rich.markup import escape
 
 from clipmapper.config import ExplainConfig
 from clipmapper.errors import UserError
@@ -39,11 +40,11 @@ def explain_file(config: ExplainConfig) -> list[Path]:
         files["methods"] = folder / f"{stem}_methods.png"
         save_figure(_comparison(explanations), files["methods"])
     out = console()
-    out.print(f"question: {config.question}")
+    out.print(f"question: {escape(config.question)}")
     what = "explained answer" if config.answer is not None else "answer"
-    out.print(f"{what}: [bold]{first.answer}[/bold] (probability {first.score:.3f})")
+    out.print(f"{what}: [bold]{escape(first.answer)}[/bold] (probability {first.score:.3f})")
     words = "  ".join(f"{word} {score:.3f}" for word, score in first.words)
-    out.print(f"relevance of words ({first.method}): {words}")
+    out.print(f"relevance of words ({first.method}): {escape(words)}")
     out.print(files_table(files))
     return list(files.values())
 

@@ -40,12 +40,14 @@ def folder_to_resume(output: str, name: str, settings: Mapping) -> Path:
     folder = runs[0]
     if (folder / RESULTS).exists():
         raise UserError(f"resume=true: the newest run, {folder}, is finished; start a new one without it")
-    before = yaml.safe_load((folder / CONFIG).read_text())
-    changed = [key for key, value in _flat(settings).items() if _flat(before).get(key) != value]
+    before, now = _flat(yaml.safe_load((folder / CONFIG).read_text())), _flat(settings)
+    missing = object()  # None is a value: callbacks=none turns a section into one
+    changed = [key for key in now | before if before.get(key, missing) != now.get(key, missing)]
     if changed:
+        was = f" ({json.dumps(before[changed[0]])})" if changed[0] in before else ""
         raise UserError(
-            f"resume=true: {changed[0]} is not what {folder} was started with "
-            f"({_flat(before).get(changed[0])}); resume with the same settings or start a new run"
+            f"resume=true: {changed[0]} is not what {folder} was started with{was}; "
+            "resume with the same settings or start a new run"
         )
     return folder
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
@@ -12,8 +13,8 @@ _WIDTH = 110  # columns, where the output is no terminal
 
 
 def console() -> Console:
-    plain = Console()
-    return plain if plain.is_terminal else Console(width=_WIDTH)
+    plain = Console(emoji=False)  # a path or a question may hold what rich reads as one
+    return plain if plain.is_terminal else Console(width=_WIDTH, emoji=False)
 
 
 def accuracy_table(accuracy: Mapping) -> Table:
@@ -32,7 +33,8 @@ def accuracy_table(accuracy: Mapping) -> Table:
 def perturbation_table(results: Mapping, score: str = "accuracy") -> Table:
     """Areas with intervals, the best of each column in bold, and paired differences to ``weighted``."""
     names = {"accuracy": "soft accuracy", "probability": "probability of the predicted answer"}
-    table = Table(title=f"Perturbation: area under {names[score]} (%), 95 % interval", title_justify="left")
+    title = f"Perturbation: area under {names[score]} (%), {_interval(results)}"
+    table = Table(title=title, title_justify="left")
     table.add_column("method")
     panels = [(m, d) for m in MODALITIES for d in DIRECTIONS if m in results["perturbation"]]
     for modality, direction in panels:
@@ -48,7 +50,7 @@ def perturbation_table(results: Mapping, score: str = "accuracy") -> Table:
             difference = column[method].get("difference_to_weighted")
             if difference is not None and difference["low"] <= 0 <= difference["high"]:
                 text += " ="
-            cells.append(f"[bold]{_escaped(text)}[/bold]" if area["mean"] == best else _escaped(text))
+            cells.append(f"[bold]{escape(text)}[/bold]" if area["mean"] == best else escape(text))
         table.add_row(method, *cells)
     table.caption = "bold: best; = : not significantly different from weighted (paired interval holds 0)"
     table.caption_justify = "left"
@@ -60,7 +62,7 @@ def localisation_table(results: Mapping) -> Table | None:
     found = results["localisation"]
     if not found:
         return None
-    table = Table(title="Localisation against the truth (%), 95 % interval", title_justify="left")
+    table = Table(title=f"Localisation against the truth (%), {_interval(results)}", title_justify="left")
     table.add_column("method")
     for modality in found:
         for score in ("mass", "rank", "pointing"):
@@ -84,9 +86,9 @@ def files_table(files: Mapping[str, str | Path]) -> Table:
     table.add_column("what")
     table.add_column("path", overflow="fold")
     for what, path in files.items():
-        table.add_row(what, str(path))
+        table.add_row(what, escape(str(path)))
     return table
 
 
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
+def _interval(results: Mapping) -> str:
+    return f"{100 * results['confidence']:g} % interval"

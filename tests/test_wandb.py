@@ -1,0 +1,197 @@
+"""What a run leaves for W&B, read back from the file of the offline run; and the same numbers in CSV."""
+
+import csv
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import training_models
+from PIL import Image
+from wandb.proto import wandb_internal_pb2
+
+from clipmapper.config import METHODS
+from clipmapper.data.scene_questions import FAMILIES
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
+from clipmapper.training.run import train
+
+_BLOCK, _HEADER = 32768, 7  # bytes
+_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
+COLUMNS = ["image", "heat map", "question", "family", "answer", "truth", "probability", "curves"]
+
+
+def records(path: Path) -> Iterator[wandb_internal_pb2.Record]:
+    """The records of a ``.wandb`` file: LevelDB's log format behind a header of seven bytes.
+
+    Blocks of 32 KiB hold pieces of records, each with checksum, length and whether more pieces follow. wandb
+    itself has no reader in Python since it writes these files in Go.
+    """
+    raw = path.read_bytes()
+    assert raw[:4] == b":W&B"
+    at, parts = _HEADER, []
+    while at < len(raw):
+        left = _BLOCK - at % _BLOCK
+        if left < _HEADER:  # too little for a piece: filled up
+            at += left
+            continue
+        _, length, kind = struct.unpack("<IHB", raw[at : at + _HEADER])
+        parts.append(raw[at + _HEADER : at + _HEADER + length])
+        at += _HEADER + length
+        assert (kind in (_FULL, _FIRST)) == (len(parts) == 1) and kind in (_FULL, _FIRST, _MIDDLE, _LAST)
+        if kind in (_FULL, _LAST):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(b"".join(parts))
+            yield record
+            parts = []
+    assert not parts
+
+
+class OfflineRun:
+    """History (one dictionary a step, keys joined by "."), artifacts and files of an offline run."""
+
+    def __init__(self, folder: Path) -> None:
+        (path,) = folder.glob("run-*.wandb")
+        self.folder, self.history, self.artifacts, self.files = folder, [], [], []
+        for record in records(path):
+            kind = record.WhichOneof("record_type")
+            if kind == "history":
+                items = record.history.item
+                row = {".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+                self.history.append(row)
+            elif kind == "artifact":
+                self.artifacts.append(record.artifact)
+            elif kind == "files":
+                self.files += [file.path for file in record.files.files]
+            elif kind == "run":
+                self.run = record.run
+        self.ended = kind == "exit"
+
+    def logged(self, key: str) -> list:
+        return [row[key] for row in self.history if key in row]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return training_models.trained_by_script(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def results(trained) -> dict:
+    return json.loads((trained.run_folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def offline(trained, results) -> OfflineRun:
+    folder = trained.folder / results["files"]["W&B run"]
+    assert folder.parent == trained.run_folder / "wandb" and folder.name.startswith("offline-run-")
+    return OfflineRun(folder)
+
+
+def scalar_names() -> list[str]:
+    perturbation = [f"perturbation/{m}/{d}/{x}" for m in MODALITIES for d in DIRECTIONS for x in METHODS]
+    localisation = [
+        f"localisation/{m}/{score}/{x}"
+        for m in MODALITIES
+        for score in ("mass", "rank", "pointing")
+        for x in METHODS
+    ]
+    return [*perturbation, *(f"{name}/probability" for name in perturbation), *localisation]
+
+
+def in_results(explanations: dict, name: str) -> float:
+    what, modality, kind, method, *probability = name.split("/")
+    if what == "localisation":
+        return explanations[what][modality]["methods"][method][kind]["mean"]
+    return explanations[what][modality][kind]["probability" if probability else "accuracy"][method]["area"][
+        "mean"
+    ]
+
+
+def test_run_is_complete_and_asked_for_nothing(offline, trained):
+    assert offline.ended
+    assert (offline.run.project, offline.run.display_name) == ("clipmapper", "vqa_scenes")
+    assert "wandb" not in trained.errors.lower()
+
+
+def test_scalars_of_training_and_validation(offline, results):
+    assert offline.logged("trainer/global_step")[-1] == 6
+    for family in (*FAMILIES, "overall"):
+        for split in ("validation", "held_out"):
+            (logged,) = offline.logged(f"{split}/accuracy/{family}")
+            assert logged == pytest.approx(results["accuracy"][family][split])
+
+
+def test_scalars_of_the_explanations(offline, results):
+    assert "perturbation/image/positive/weighted" in scalar_names()
+    for name in scalar_names():
+        (logged,) = offline.logged(name)
+        assert logged == pytest.approx(in_results(results["explanations"], name)), name
+
+
+def test_pictures(offline):
+    for name in ("methods", "perturbation_accuracy", "perturbation_probability"):
+        (path,) = offline.logged(f"pictures/{name}.path")
+        assert offline.logged(f"pictures/{name}._type") == ["image-file"]
+        assert path in offline.files
+        with Image.open(offline.folder / "files" / path) as image:
+            image.load()
+            assert min(image.size) > 400
+
+
+def test_table_of_explanations(offline, trained):
+    assert offline.logged("explanations._type") == ["table-file"]
+    assert offline.logged("explanations.nrows") == [1]
+    (artifact,) = offline.artifacts
+    assert artifact.type == "run_table"
+    # A table's pictures are kept where wandb stages what it is going to upload.
+    contents = {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
+    table = json.loads(contents["explanations.table.json"].read_text())
+    assert table["columns"] == COLUMNS
+    (row,) = table["data"]
+    cells = dict(zip(COLUMNS, row, strict=True))
+
+    with Image.open(contents[cells["image"]["path"]]) as image:
+        assert image.size == (72, 72)
+    pictures = trained.run_folder / "pictures"
+    (drawn,) = pictures.glob("explanation_00_*.png")
+    assert contents[cells["heat map"]["path"]].read_bytes() == drawn.read_bytes()
+    curves = (pictures / "curves" / drawn.name).read_bytes()
+    assert contents[cells["curves"]["path"]].read_bytes() == curves
+
+    question = contents[cells["question"]["path"]].read_text()
+    assert question.count("background") > 2 and "?" in question
+    assert cells["family"] in FAMILIES and drawn.stem.endswith(cells["family"])
+    assert isinstance(cells["answer"], str) and isinstance(cells["truth"], str)
+    assert 0 < cells["probability"] < 1
+
+
+def test_csv_holds_the_same_numbers(tmp_path):
+    """With a validation in the middle of training, one at the end, and one behind the last whole interval."""
+    architecture = training_models.tiny_clip(tmp_path)
+    folder = train(
+        training_models.train_settings(
+            *training_models.SMALL_RUN,
+            f"encoder.architecture={architecture}",
+            f"output={tmp_path}",
+            "logger=csv",
+            "trainer.val_check_interval=4",
+            "callbacks.pictures=0",
+        )
+    )
+    results = json.loads((folder / "results.json").read_text())
+    assert not (folder / "wandb").exists() and "W&B run" not in results["files"]
+    with Path(results["files"]["metrics"]).open() as file:
+        rows = list(csv.DictReader(file))
+
+    def column(name: str) -> dict[int, float]:
+        return {int(row["step"]): float(row[name]) for row in rows if row[name]}
+
+    for name in scalar_names():
+        values = column(name)
+        assert list(values) == [4, 6]
+        assert values[6] == pytest.approx(in_results(results["explanations"], name))
+    for family in FAMILIES:
+        values = list(column(f"validation/accuracy/{family}").values())
+        assert len(values) == 2
+        assert values[-1] == pytest.approx(results["accuracy"][family]["validation"])
