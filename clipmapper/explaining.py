@@ -89,9 +89,8 @@ def explain_methods(
     explanations = []
     for name, function in zip(methods, functions, strict=True):
         relevance: Relevance = function(traced.trace)
-        words = merge_words(
-            model.encoder.tokenizer, text.ids[0], text.removable[0], relevance.text[0, : text.ids.shape[1]].float()
-        )
+        scores = relevance.text[0, : text.ids.shape[1]].float()
+        words = merge_words(model.encoder.tokenizer, text.ids[0], text.removable[0], scores)
         patches = relevance.image[0].float().cpu().numpy()
         explanations.append(Explanation(question, model.answers[chosen], score, patches, words, seen, name))
     return explanations
