@@ -112,8 +112,9 @@ def trace_answers(
     try:
         with record(model, samples) as trace:
             logits = model(images, text, only_class_token=False)
-        explained = logits.argmax(dim=1).tolist() if answers is None else list(answers)
-        chosen = logits[torch.arange(len(logits)), torch.tensor(explained, device=logits.device)]
+            explained = logits.argmax(dim=1).tolist() if answers is None else list(answers)
+            # Inside, because here gradients are on whatever the caller has set.
+            chosen = logits[torch.arange(len(logits)), torch.tensor(explained, device=logits.device)]
         trace.backward(chosen)
     finally:
         model.train(was_training)

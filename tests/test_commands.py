@@ -340,7 +340,7 @@ def test_bad_image(mistake, tmp_path, picture):
         ("explain", "method=lime", "method: 'lime' is not one of weighted, "),
         ("perturb", "methods=[weighted,lime]", "methods: 'lime' is not one of weighted, "),
         ("train", "callbacks.methods=[lime]", "callbacks.methods: 'lime' is not one of weighted, "),
-        ("explain", "answer=gren", "answer 'gren' is not one of the model's 20 answers; did you mean green"),
+        ("explain", "answer=gren", "answer 'gren' is not one of the model's 22 answers; did you mean green"),
         ("explain", "compair=true", "compair: there is no such setting; did you mean compare?"),
         ("perturb", "+sample=3", "sample: there is no such setting; did you mean samples?"),
         ("perturb", "samples=many", "samples: 'many' is not an int"),

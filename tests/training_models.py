@@ -85,7 +85,9 @@ def small_scenes() -> ScenesVQA:
 
 
 def train_settings(*overrides: str) -> TrainConfig:
-    """The settings of ``clipmapper train`` as the command line would compose them."""
+    """The settings of ``clipmapper train`` as the command line would compose them; a later one wins."""
+    if "callbacks=none" in overrides:
+        overrides = tuple(one for one in overrides if not one.startswith("callbacks."))
     register()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return checked(compose("train", list(overrides)), TrainConfig)
@@ -137,9 +139,12 @@ def _process(command: list[str], folder: Path) -> Finished:
     return Finished(done.returncode, done.stdout, done.stderr, folder)
 
 
-@functools.cache
+_trained: list[Finished] = []
+
+
 def trained_by_script(folders: pytest.TempPathFactory) -> Finished:
-    """One run of ``scripts/train.py`` that all tests share."""
-    finished = script("train", *SMALL_RUN, folder=folders.mktemp("trained"))
-    assert finished.status == 0, finished.errors
-    return finished
+    """One run of ``scripts/train.py`` that all tests share (a factory of folders is no key of a cache)."""
+    if not _trained:
+        _trained.append(script("train", *SMALL_RUN, folder=folders.mktemp("trained")))
+    assert _trained[0].status == 0, _trained[0].errors
+    return _trained[0]

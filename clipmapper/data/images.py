@@ -1,9 +1,10 @@
 """Opening images that users give."""
 
+import struct
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from clipmapper.errors import UserError
 
@@ -24,15 +25,19 @@ def as_pil(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
         if not path.is_file():
             raise UserError(f"image={image}: no such file")
         try:
-            opened = Image.open(path)
-            opened.load()
-        except (
-            UnidentifiedImageError,
-            OSError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-        ) as error:
+            with Image.open(path) as opened:
+                return _upright_rgb(opened)
+        except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
             raise UserError(f"image={image}: not a readable image ({error})") from error
-        image = opened
-    return ImageOps.exif_transpose(image).convert("RGB")
+    return _upright_rgb(image)
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):
+        # Pillow cuts 16-bit grey off at 255 where it should scale it.
+        grey = np.asarray(upright).astype(np.float64) / 257
+        return Image.fromarray(grey.clip(0, 255).round().astype(np.uint8)).convert("RGB")
+    if upright.mode == "P" and "transparency" in upright.info:
+        upright = upright.convert("RGBA")
+    return upright.convert("RGB")

@@ -213,7 +213,9 @@ def _shape(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
 
 
 def _existence(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
-    """Half of the negatives are hard: the colour is there and the shape is there, but not together."""
+    """Hard negatives (the colour is there and the shape is there, but not together) are offered every second
+    time; what balancing then takes of them is less than half.
+    """
     items = scene.objects
     combinations = {o.combination for o in items}
     colours, shapes = {o.colour for o in items}, {o.shape for o in items}

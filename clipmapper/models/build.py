@@ -3,9 +3,9 @@
 import json
 import pickle
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from zipfile import BadZipFile
 
 import torch
 
@@ -74,7 +74,10 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> CLIPmapper:
     if not path.is_file():
         raise UserError(f"checkpoint={path}: no such file")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # What torch says about pickles of other programs helps nobody: the line below says enough.
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         description = checkpoint[DESCRIPTION]
         state = {
             name.removeprefix("model."): value
@@ -83,15 +86,10 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> CLIPmapper:
         }
         model = _empty(description)
         model.load_state_dict(state)
-    except (
-        RuntimeError,
-        KeyError,
-        TypeError,
-        EOFError,
-        OSError,
-        pickle.UnpicklingError,
-        BadZipFile,
-    ) as error:
+    except pickle.UnpicklingError as error:
+        # torch's own text advises to execute what is in the file.
+        raise UserError(f"checkpoint={path}: damaged, or holds more than weights") from error
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError, OSError) as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"checkpoint={path}: not a readable checkpoint of clipmapper ({line})") from error
     return model.to(device).eval()
@@ -107,6 +105,8 @@ def _empty(description: Mapping) -> CLIPmapper:
             file.write_text(json.dumps(config))
             encoder["architecture"] = str(file)
         model = build_clipmapper(encoder | {"pretrained": None}, description["model"], description["answers"])
+        if config is not None:
+            _ = model.encoder.tokenizer  # which is read by the file, while it is there
     model.encoder.architecture = description["encoder"]["architecture"]
     model.description = dict(description)
     return model

@@ -23,7 +23,8 @@ class GracefulInterrupt(lightning.Callback):
         self.interrupted = False
         self._previous: dict = {}
 
-    def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    # Not earlier: when fit ends, Lightning puts back the handlers that it found before training started.
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._previous[number] = signal.signal(number, self._ask)

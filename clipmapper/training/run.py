@@ -211,6 +211,7 @@ def _less_noise() -> Iterator[None]:
     with warnings.catch_warnings():
         for expected in (
             "Found .* module.* in eval mode",  # the frozen encoder is meant to be
+            "Checkpoint directory .* exists and is not empty",  # of a run that is resumed
             ".*does not have many workers",  # batches are rows of a cache: a worker would only copy them
             ".*isinstance.treespec, LeafSpec.. is deprecated",  # Lightning's own use of torch
         ):
