@@ -344,7 +344,7 @@ def test_bad_image(mistake, tmp_path, picture):
         ("explain", "compair=true", "compair: there is no such setting; did you mean compare?"),
         ("perturb", "+sample=3", "sample: there is no such setting; did you mean samples?"),
         ("perturb", "samples=many", "samples: 'many' is not an int"),
-        ("train", "training.learning_rate=fast", "training.learning_rate: 'fast' is not a float"),
+        ("train", "training.learning_rate=fast", "training.learning_rate: 'fast' is not a number"),
         ("explain", "output=gone.png/x", "gone.png"),
     ],
 )

@@ -425,14 +425,18 @@ def test_killed_run_goes_on_from_its_last_saving(settings, whole_run, monkeypatc
     assert_same_end(train(replace(killed, resume=True)), whole)
 
 
-@pytest.mark.parametrize("moment", ["last step", "last validation", "baseline"])
-def test_stopped_at_the_end_and_resumed(settings, whole_run, monkeypatch, moment):
+@pytest.mark.parametrize(
+    ("moment", "interval"),
+    [("last step", 3), ("last validation", "null"), ("validation behind fit", 3), ("baseline", 3)],
+)
+def test_stopped_at_the_end_and_resumed(settings, whole_run, monkeypatch, moment, interval):
     whole = whole_run(*CACHED)
-    stopped = settings(f"name=stopped in {moment}", "trainer.checkpoint_interval=7", *CACHED)
+    intervals = (f"trainer.val_check_interval={interval}", "trainer.checkpoint_interval=7")
+    stopped = settings(f"name=stopped in {moment}", *CACHED, *intervals)
     with monkeypatch.context() as patched:
         if moment == "last step":
             during_step(6, patched, ctrl_c)
-        elif moment == "last validation":
+        elif "validation" in moment:
             original = explanation_report.perturb
 
             def perturb(*args, **kwargs):
@@ -464,6 +468,16 @@ def test_callback_leaves_training_as_it_is(settings, monkeypatch):
     results = [json.loads((folder / RESULTS).read_text()) for folder in (explained, without)]
     assert results[0]["accuracy"] == results[1]["accuracy"]
     assert "explanations" in results[0] and "explanations" not in results[1]
+
+
+def test_split_without_questions_of_a_family(settings):
+    small = ("data.validation_scenes=1", "data.held_out_scenes=2", "callbacks=none", "training.max_steps=1")
+    folder = train(settings("name=few", *small))
+    accuracy = json.loads((folder / RESULTS).read_text())["accuracy"]
+    asked = {family for family, row in accuracy.items() if row["questions"]}
+    assert 1 < len(asked) < len(accuracy)
+    for family, row in accuracy.items():
+        assert (row["validation"] is not None) == (row["blind"] is not None) == (family in asked)
 
 
 def changed_weights(settings, whole_run, way: tuple[str, ...]) -> dict[str, bool]:

@@ -88,7 +88,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> CLIPmapper:
         model.load_state_dict(state)
     except pickle.UnpicklingError as error:
         # torch's own text advises to execute what is in the file.
-        raise UserError(f"checkpoint={path}: damaged, or holds more than weights") from error
+        what = "it is damaged, or holds more than weights"
+        raise UserError(f"checkpoint={path}: not a readable checkpoint of clipmapper ({what})") from error
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError, OSError) as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"checkpoint={path}: not a readable checkpoint of clipmapper ({line})") from error

@@ -22,7 +22,7 @@ from clipmapper.models.build import build_clipmapper
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.training.blind import blind_accuracy
 from clipmapper.training.explained_samples import choose_samples
-from clipmapper.training.interruption import GracefulInterrupt
+from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
 from clipmapper.training.relevance_callback import RelevanceCallback
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS, folder_to_resume, new_run_folder, write_json
 from clipmapper.training.scene_batches import SplitBatches, scene_splits, training_batches
@@ -81,7 +81,7 @@ def train(config: TrainConfig) -> Path:
         explainer.prepare(
             choose_samples(model, data.validation, explainer.samples, explainer.seed), folder / "pictures"
         )
-    with _less_noise():
+    with _less_noise(), _stopping():
         trainer = _fit(config, model, data, splits, explainer, folder, resumed is not None)
         trainer.save_checkpoint(folder / CHECKPOINT)
     model.to(trainer_device)
@@ -200,6 +200,17 @@ def _logged_files(trainer: lightning.Trainer) -> dict[str, Path]:
         trainer.logger.experiment.finish()
         return {"W&B run": directory}
     return {"metrics": Path(trainer.logger.log_dir) / "metrics.csv"}
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """Lightning turns a Ctrl-C outside a training step into the end of the process: say it as ours."""
+    try:
+        yield
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, KeyboardInterrupt):
+            raise RunInterrupted("stopped after training, while validating") from leaving
+        raise
 
 
 @contextmanager

@@ -34,7 +34,7 @@ def perturbation_table(results: Mapping, score: str = "accuracy") -> Table:
     """Areas with intervals, the best of each column in bold, and paired differences to ``weighted``."""
     names = {"accuracy": "soft accuracy", "probability": "probability of the predicted answer"}
     title = f"Perturbation: area under {names[score]} (%), {_interval(results)}"
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", min_width=len(title))
     table.add_column("method")
     panels = [(m, d) for m in MODALITIES for d in DIRECTIONS if m in results["perturbation"]]
     for modality, direction in panels:

@@ -1,5 +1,6 @@
 """Figures to files and to arrays."""
 
+import contextlib
 import os
 import uuid
 from pathlib import Path
@@ -35,7 +36,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise UserError(f"cannot write a picture to '{path}': {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
     return path
 
 
