@@ -179,7 +179,7 @@ def _fit(
     batches = DataLoader(StepBatches(batch_at, first_step, training.max_steps), batch_size=None)
     validation = [DataLoader(Labelled(splits[name]), batch_size=None) for name in VALIDATION_SPLITS]
     trainer.fit(module, batches, validation, ckpt_path=checkpoint if resume else None, weights_only=True)
-    # A run that was stopped in its last validation is resumed behind its last step, where fit has nothing to do.
+    # A run that was stopped in its last validation is resumed behind its last step: fit does nothing.
     unseen = f"{VALIDATION_SPLITS[0]}/top1" not in trainer.callback_metrics
     if unseen or training.max_steps % trainer.val_check_interval:
         trainer.validate(module, validation, verbose=False)
