@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -119,7 +120,9 @@ def _run(
         # Lightning starts further processes (several devices) by the command line as it was given.
         sys.argv = original
         try:
-            work(checked(config, schema))
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn
+                work(checked(config, schema))
         except UserError as error:
             # Here and not below: Hydra would print a line of its own before it lets the exception through.
             _fail(str(error))
@@ -196,6 +199,11 @@ def _interrupted(schema: type[Section], stop: KeyboardInterrupt) -> NoReturn:
     more = "; the same command with resume=true goes on" if setting_named("resume", schema) else ""
     print(f"{what}{more}", file=sys.stderr)
     sys.exit(130)
+
+
+def _warn(message: Warning | str, *_) -> None:
+    """A warning as one line, without the line of code that gave it."""
+    print("warning:", " ".join(str(message).split()), file=sys.stderr)
 
 
 def _fail(message: str) -> NoReturn:

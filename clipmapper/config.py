@@ -240,6 +240,8 @@ class PretrainConfig(Section):
     max_steps: int = setting(minimum=1)
     batch_size: int = setting(minimum=1)
     variants: int = setting(minimum=1)
+    caption_weight: float = setting(minimum=0)
+    precision: str = setting(choices=("32-true", "bf16-mixed"))
     learning_rate: float = setting(above=0)
     weight_decay: float = setting(minimum=0)
     warmup_steps: int = setting(minimum=0)

@@ -401,10 +401,6 @@ def test_the_words_of_a_question_do_not_tell_its_answer(asked, predictor):
         assert score <= CHANCE[family] + 0.1, (family, score)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="18 % are: balancing takes what was asked least, mostly easy ones; to be mended with new figures",
-)
 def test_half_of_the_negatives_are_hard(asked):
     negatives = [(q, items) for q, items in asked if q.family == "existence" and q.answer == "no"]
     hard = np.mean([scene_checker.is_hard_negative(q.text, items) for q, items in negatives])

@@ -470,7 +470,6 @@ def test_callback_leaves_training_as_it_is(settings, monkeypatch):
     assert "explanations" in results[0] and "explanations" not in results[1]
 
 
-@pytest.mark.xfail(reason="a split that lacks a family altogether ends with a KeyError: open")
 def test_split_without_questions_of_a_family(settings):
     small = ("data.seed=11", "data.validation_scenes=1", "callbacks=none", "training.max_steps=1")
     folder = train(settings("name=few", *small))

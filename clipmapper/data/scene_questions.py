@@ -28,6 +28,10 @@ FAMILIES = tuple(CHANCE)
 _DIRECTIONS = ("left", "right", "above", "below")
 ANSWERS = (*COLOURS, *SHAPES, "yes", "no", "0", "1", "2", "3", *_DIRECTIONS, "bigger", "smaller")
 
+# Kinds of question in a family and their shares. A hard negative: the colour is there and the shape is there,
+# but not together.
+_SHARES = {"existence": {"yes": 0.5, "hard no": 0.25, "easy no": 0.25}}
+
 # How far the most frequent answer of a stratum may run ahead of the rarest while questions are chosen.
 _SLACK = 2
 
@@ -114,6 +118,7 @@ class _Candidate:
     objects: tuple[int, ...]
     slots: dict[str, str]
     combinations: tuple[tuple[str, str], ...]  # colour–shape pairs that the question is about
+    kind: str = ""  # of the questions of a family, one that is to have its share; see _SHARES
 
 
 def balanced_questions(
@@ -121,24 +126,32 @@ def balanced_questions(
 ) -> Iterator[list[SceneQuestion]]:
     """For each scene at most one question of every family, so that answers are balanced over the scenes.
 
-    Of the answers that a scene can give, the one that was asked for least is taken; where that one already
-    runs ahead of answers which this scene cannot give, no question of the family is asked. With
+    Of the answers (and before them the kinds) that a scene can give, the one that was asked for least is
+    taken; where that one already runs ahead of others which this scene cannot give, no question of the family
+    is asked. With
     ``held_out`` only questions about colour–shape combinations that training never sees are asked,
     otherwise only questions that mention none.
     """
     rng = random.Random(f"questions/{seed}/{held_out}")
-    used: dict[tuple[str, ...], Counter] = {}
+    answers: dict[tuple[str, ...], Counter] = {}
+    kinds: dict[str, Counter] = {family: Counter() for family in families}
     for scene in scenes:
         chosen = []
         for family in families:
+            shares = _SHARES.get(family, {"": 1.0})
+            ahead = {kind: kinds[family][kind] / share for kind, share in shares.items()}
             options = [c for c in _CANDIDATES[family](scene, rng) if _about_held_out(c) == held_out]
             rng.shuffle(options)
-            options.sort(key=lambda c: used.setdefault(c.stratum, Counter())[c.answer])
+            options.sort(key=lambda c: (ahead[c.kind], answers.setdefault(c.stratum, Counter())[c.answer]))
             for option in options:
-                counts = used[option.stratum]
+                counts = answers[option.stratum]
                 possible = _possible_answers(family, option.stratum, held_out)
-                if counts[option.answer] <= min(counts[a] for a in possible) + _SLACK:
+                if (
+                    counts[option.answer] <= min(counts[a] for a in possible) + _SLACK
+                    and ahead[option.kind] <= min(ahead.values()) + _SLACK / shares[option.kind]
+                ):
                     counts[option.answer] += 1
+                    kinds[family][option.kind] += 1
                     chosen.append(_word(family, option, rng))
                     break
         yield chosen
@@ -213,25 +226,21 @@ def _shape(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
 
 
 def _existence(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
-    """Hard negatives (the colour is there and the shape is there, but not together) are offered every second
-    time; what balancing then takes of them is less than half.
-    """
     items = scene.objects
     combinations = {o.combination for o in items}
     colours, shapes = {o.colour for o in items}, {o.shape for o in items}
-    hard = rng.random() < 0.5 and len(items) > 1
     for colour in COLOURS:
         for shape in SHAPES:
             together = (colour, shape) in combinations
-            if not together and (colour in colours and shape in shapes) != hard:
-                continue
+            hard = colour in colours and shape in shapes
+            kind = "yes" if together else "hard no" if hard else "easy no"
             matching = [i for i, o in enumerate(items) if o.combination == (colour, shape)]
             near = [i for i, o in enumerate(items) if o.colour == colour or o.shape == shape]
             objects = tuple(matching or near or range(len(items)))
             # Balanced for each colour and shape asked for: no combination is a hint.
             stratum = ("existence", colour, shape)
             answer = "yes" if together else "no"
-            yield _Candidate(stratum, answer, objects, {"a": f"{colour} {shape}"}, ((colour, shape),))
+            yield _Candidate(stratum, answer, objects, {"a": f"{colour} {shape}"}, ((colour, shape),), kind)
 
 
 def _counting(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:

@@ -149,6 +149,7 @@ def record(model: CLIPmapper, samples: Sequence[int] | None = None) -> Iterator[
             recorder.watch(stack, sublayer)
         _watch_mapper(stack, recorder, model)
         _parameters_without_gradient(stack, model)
+        stack.enter_context(torch.inference_mode(False))  # in it no graph can be recorded
         stack.enter_context(torch.enable_grad())
         original = F.scaled_dot_product_attention
         F.scaled_dot_product_attention = recorder.attention(original)

@@ -28,6 +28,9 @@ class Relevance:
         if self.image_stream is None or self.grid is None:
             raise ValueError("this trace has no image stream with a grid of patches")
         rows, columns = self.grid
+        tokens = self.streams[self.image_stream].shape[1]
+        if tokens < rows * columns:
+            raise ValueError(f"patches were removed: {tokens} tokens are left of a {rows} × {columns} grid")
         return self.streams[self.image_stream][:, -rows * columns :].unflatten(1, (rows, columns))
 
     @property

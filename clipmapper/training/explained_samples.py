@@ -11,7 +11,6 @@ from torch import Tensor
 from clipmapper.data.scenes_vqa import VQASplit
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.tokens import TokenizedText, tokenize, word_positions
-from clipmapper.training.scene_batches import preprocess_uint8
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def choose_samples(model: CLIPmapper, split: VQASplit, count: int, seed: int) ->
     return ExplainedSamples(
         ids=chosen,
         pictures=pictures,
-        images=preprocess_uint8(model, pictures),
+        images=clip_input(pictures, model.encoder.clip.visual),
         text=text,
         questions=[q.text for q in asked],
         truths=[q.answer for q in asked],

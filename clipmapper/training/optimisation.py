@@ -7,7 +7,11 @@ from torch import nn
 
 
 def adamw(
-    module: nn.Module, learning_rate: float, weight_decay: float, betas: tuple[float, float] = (0.9, 0.98)
+    module: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.98),
+    fused: bool | None = None,
 ) -> torch.optim.AdamW:
     """AdamW over what takes a gradient; no decay on norms, biases, embeddings' vectors and scalars."""
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -15,7 +19,7 @@ def adamw(
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=fused)
 
 
 def warmup_cosine(

@@ -21,8 +21,15 @@ def run_pretraining(config: PretrainConfig) -> dict[str, float]:
     """Train, write the weights with their card, and return the retrieval scores on held-out scenes."""
     lightning.seed_everything(config.seed, verbose=False)
     encoder = ClipEncoder(config.architecture, config.pretrained, frozen=False)
+    token_ids = used_token_ids(encoder)
     module = ContrastiveModule(
-        encoder, config.learning_rate, config.weight_decay, config.warmup_steps, config.max_steps
+        encoder,
+        token_ids,
+        config.caption_weight,
+        config.learning_rate,
+        config.weight_decay,
+        config.warmup_steps,
+        config.max_steps,
     )
     folder = Path("outputs/pretrain_clip")
     last = folder / "last.ckpt"
@@ -48,7 +55,7 @@ def run_pretraining(config: PretrainConfig) -> dict[str, float]:
     trainer = lightning.Trainer(
         max_steps=config.max_steps,
         accelerator="auto",
-        gradient_clip_val=1.0,
+        precision=config.precision,
         logger=False,
         callbacks=[checkpoints, GracefulInterrupt(last), TQDMProgressBar(refresh_rate=10)],
         enable_model_summary=False,
@@ -61,7 +68,7 @@ def run_pretraining(config: PretrainConfig) -> dict[str, float]:
     scores = easy | {f"hard_{name}": value for name, value in hard.items()}
     settings = {key: value for key, value in asdict(config).items() if key not in ("output", "resume")}
     card = {"config": settings, "minutes": round(minutes, 1), "retrieval": scores}
-    save_clip_weights(encoder.clip, Path(config.output), used_token_ids(encoder), {"card": json.dumps(card)})
+    save_clip_weights(encoder.clip, Path(config.output), token_ids, {"card": json.dumps(card)})
     return scores
 
 

@@ -236,14 +236,18 @@ def _less_noise() -> Iterator[None]:
 
 
 def _accuracy(trainer: lightning.Trainer, data: ScenesVQA, blind: dict[str, float]) -> dict:
-    """Per family: how many validation questions, accuracy of both splits, of the blind baseline, chance."""
+    """Per family: how many validation questions, accuracy of both splits, of the blind baseline, chance.
+
+    None where a split asks no question of a family.
+    """
     asked = [q.family for q in data.validation.questions]
     table = {}
     for family in (*data.families, "overall"):
         row = {"questions": len(asked) if family == "overall" else asked.count(family)}
         for split in VALIDATION_SPLITS:
-            row[split] = float(trainer.callback_metrics[f"{split}/accuracy/{family}"])
-        row["blind"] = blind[family]
+            value = trainer.callback_metrics.get(f"{split}/accuracy/{family}")
+            row[split] = None if value is None else float(value)
+        row["blind"] = blind.get(family)
         row["chance"] = None if family == "overall" else data.chance[family]
         table[family] = row
     return table

@@ -7,6 +7,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from clipmapper.data.images import clip_input
 from clipmapper.data.scenes_vqa import ScenesVQA, VQASplit
 from clipmapper.data.token_cache import TokenCache, build_token_cache
 from clipmapper.models.clipmapper import CLIPmapper
@@ -29,7 +30,7 @@ class SplitBatches:
             batch["image_tokens"] = self.cache.images(questions)
         else:
             images = self.split.images[self.split.image_of[questions.numpy()]]
-            batch["images"] = preprocess_uint8(self.model, images)
+            batch["images"] = clip_input(images, self.model.encoder.clip.visual)
         return batch
 
     def questions_only(self, questions: Tensor) -> dict:
@@ -64,7 +65,7 @@ class SplitBatches:
             task = progress.add_task(f"CLIP tokens, {self.name} split", total=total)
             return build_token_cache(
                 lambda images: encoder.image_tokens(
-                    preprocess_uint8(self.model, images).to(self.model.device)
+                    clip_input(images, self.model.encoder.clip.visual).to(self.model.device)
                 ),
                 encode_texts,
                 self.split.images,
@@ -72,20 +73,6 @@ class SplitBatches:
                 self.split.image_of,
                 progress=lambda done: progress.advance(task, done),
             )
-
-
-def preprocess_uint8(model: CLIPmapper, images: np.ndarray) -> Tensor:
-    """uint8 [n, height, width, 3] → Float[n, 3, height, width], resized as the encoder's transform does."""
-    from clipmapper.training.contrastive import normalise_images
-
-    visual = model.encoder.clip.visual
-    side = visual.image_size if isinstance(visual.image_size, tuple) else (visual.image_size,) * 2
-    if images.shape[1:3] != tuple(side):
-        from PIL import Image
-
-        transform = model.encoder.preprocess()
-        return torch.stack([transform(Image.fromarray(image)) for image in images])
-    return normalise_images(images, visual.image_mean, visual.image_std)
 
 
 def training_batches(

@@ -71,7 +71,8 @@ class VQAModule(lightning.LightningModule):
             if self.accuracy[split].update_called:
                 self.log(f"{split}/top1", self.accuracy[split].compute())
                 for group, value in self.soft_accuracy[split].compute().items():
-                    self.log(f"{split}/accuracy/{group}", value)
+                    if not value.isnan():  # no question of this family in the split
+                        self.log(f"{split}/accuracy/{group}", value)
             self.accuracy[split].reset()
             self.soft_accuracy[split].reset()
 

@@ -125,15 +125,30 @@ def axes_at(figure: Figure, left: float, top: float, width: float, height: float
 
 
 def write(
-    figure: Figure, left: float, baseline: float, text: str, size: float, *, colour: str = INK,
-    weight: str = "normal", align: str = "left",
+    figure: Figure,
+    left: float,
+    baseline: float,
+    text: str,
+    size: float,
+    *,
+    colour: str = INK,
+    weight: str = "normal",
+    align: str = "left",
 ) -> None:
     """Write one line at a place in inches; `baseline` is counted from the upper edge of the figure."""
     page_width, page_height = figure.get_size_inches()
     # parse_math is off: "$5" in a question is money, not a formula.
     figure.text(
-        left / page_width, 1 - baseline / page_height, text, fontsize=size, color=colour, fontweight=weight,
-        fontfamily=FONT, ha=align, va="baseline", parse_math=False,
+        left / page_width,
+        1 - baseline / page_height,
+        text,
+        fontsize=size,
+        color=colour,
+        fontweight=weight,
+        fontfamily=FONT,
+        ha=align,
+        va="baseline",
+        parse_math=False,
     )
 
 
