@@ -31,7 +31,7 @@ def clip_score(
 def ref_clip_score(
     images: Float[Tensor, "samples width"],
     captions: Float[Tensor, "samples width"],
-    references: Sequence[Float[Tensor, "references width"]],
+    references: Sequence[Float[Tensor, "_ width"]],
 ) -> Float[Tensor, "samples"]:
     """RefCLIP-S of each sample: harmonic mean of CLIP-S and of `max(max_r cos(caption, r), 0)` (section 3).
 
@@ -76,7 +76,7 @@ class ClipScore(Metric):
         self,
         images: Float[Tensor, "samples width"],
         captions: Float[Tensor, "samples width"],
-        references: Sequence[Float[Tensor, "references width"]] | None = None,
+        references: Sequence[Float[Tensor, "_ width"]] | None = None,
     ) -> None:
         """Add samples. Raises ValueError, and adds nothing, if references are missing or not asked for, and
         where `ref_clip_score` does."""

@@ -3,8 +3,8 @@
 coco-caption pipes captions through Stanford's `PTBTokenizer` 3.4.1 (lower case, one caption a line) and drops
 punctuation marks (Chen et al. 2015, arXiv 1504.00325, section 3.1). The rules below were written from the
 tokenizer's output and not from its source. They give the same words on all 202,654 captions of COCO val2014.
-Not covered, because captions have none: web and mail addresses, markup, telephone numbers in brackets, and
-most emoticons.
+Where one or two marks were put at random into captions, they differed in 39 of 6,000. Not covered, because
+captions have none: web and mail addresses, markup, emoticons, telephone numbers in brackets.
 """
 
 import re
@@ -19,30 +19,9 @@ _SYMBOLS = {
     **{"€": "$", "£": "#", "¢": "cents", "½": "1/2", "¼": "1/4", "¾": "3/4"},
 }
 
-# coco-caption's list; a double quotation mark reaches it as `` or ''. The bracket names on it are in capitals,
-# the tokenizer's output is not, so brackets stay in as words. That is in every published score.
-_DROPPED = frozenset(
-    [
-        '"',
-        "''",
-        "'",
-        "``",
-        "`",
-        "-LRB-",
-        "-RRB-",
-        "-LCB-",
-        "-RCB-",
-        ".",
-        "?",
-        "!",
-        ",",
-        ":",
-        "-",
-        "--",
-        "...",
-        ";",
-    ]
-)
+# coco-caption's list; a double quotation mark reaches it as `` or ''. The list has brackets too, by names in
+# capitals (-LRB-), which the lower-case output never has: brackets stay in as words, in published scores too.
+_DROPPED = frozenset(['"', "''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"])
 
 _SPLIT_WORDS = {
     **{"cannot": "can not", "gimme": "gim me", "gonna": "gon na", "gotta": "got ta", "lemme": "lem me"},
@@ -97,7 +76,7 @@ _RULES = [
         r"(?:dunkin|somethin|ol)'",
         # T.V., e.g., U.S, dog.The (no space after the full stop)
         rf"{_LETTER}(?:\.{_LETTER})+s?{_END}(?:\.?-{_PART}|\.)?",
-        rf"{_LETTER}{_ALNUM}*(?:\.{_LETTER}{_ALNUM}*)+",
+        rf"{_LETTER}{_ALNUM}*(?:[.!?]{_LETTER}{_ALNUM}*)+(?:-{_PART})*",
         rf"(?:{_one_of(_ABBREVIATIONS)})\.",
         rf"(?-i:{_one_of(_STATES.title() + _STATES.upper())})\.",
         rf"(?:{_one_of(_BEFORE_A_NUMBER)})\.(?P<ahead>\s*\d)",
