@@ -84,7 +84,7 @@ class CaptionScores(Metric):
     """`score_captions` over batches and processes: `compute` returns the scores of all captions, by name.
 
     The state is the captions themselves, because CIDEr's document frequencies are those of all references,
-    also of other processes'. Each process then scores all captions (5,000 of them in two to three seconds),
+    also of other processes'. Each process then scores all captions (5,000 of them in a few seconds),
     and every split over batches and processes gives the same numbers.
 
     `scores` and `frequencies` as in `score_captions`. Raises UserError at construction, not after an epoch,

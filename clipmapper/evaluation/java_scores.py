@@ -34,7 +34,7 @@ def missing_for(score: str) -> str | None:
         missing.append("the package pycocoevalcap (pip install 'clipmapper[java-scores]')")
     elif score == "spice" and not _spice_models().exists():
         missing.append(
-            "Stanford CoreNLP 3.6.0 (400 MB; fetch it with `python -c 'from pycocoevalcap.spice."
+            "Stanford CoreNLP 3.6.0 (several hundred MB; fetch it with `python -c 'from pycocoevalcap.spice."
             "get_stanford_models import get_stanford_models as get; get()'`)"
         )
     return f"{score.upper()} needs " + " and ".join(missing) if missing else None
