@@ -10,6 +10,7 @@ from clipmapper.errors import UserError
 from clipmapper.models.caption_decoding import Decoding, WrittenCaptions, write_captions
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.mapper import MAPPERS
+from clipmapper.models.tokens import TokenizedText
 
 DECODINGS = {
     "greedy": Decoding("greedy", max_length=9),
@@ -27,15 +28,34 @@ VARIANTS = {
 START, END = tiny_models.VOCABULARY - 2, tiny_models.VOCABULARY - 1
 
 
+@torch.no_grad()
+def varied(model: Captioner) -> Captioner:
+    """The model with a head whose choice depends on what was said, and which ends captions here and there."""
+    vocabulary, end = model.ends.end + 1, model.ends.end
+    text = tiny_models.texts([6] * 32)
+    logits = model(tiny_models.images(32), with_ids(text, text.ids % vocabulary))
+    scale = 1.3 / (logits - logits.mean(dim=(0, 1))).std()
+    linear = model.head.layer if hasattr(model.head, "layer") else model.head.project
+    bias = model.head.layer.bias if hasattr(model.head, "layer") else model.head.bias
+    bias.sub_(logits.mean(dim=(0, 1))).mul_(scale)
+    linear.weight.mul_(scale)
+    bias[end] += 1.0
+    return model
+
+
+def with_ids(text: TokenizedText, ids: torch.Tensor) -> TokenizedText:
+    return TokenizedText(ids, text.valid, text.removable)
+
+
 @pytest.fixture(scope="module", params=[(kind, variant) for kind in MAPPERS for variant in VARIANTS], ids=str)
 def model(request, tmp_path_factory) -> Captioner:
     kind, variant = request.param
-    return tiny_models.captioner(tmp_path_factory.mktemp("clip"), kind, **VARIANTS[variant])
+    return varied(tiny_models.captioner(tmp_path_factory.mktemp("clip"), kind, **VARIANTS[variant]))
 
 
 @pytest.fixture(scope="module", params=MAPPERS)
 def plain(request, tmp_path_factory) -> Captioner:
-    return tiny_models.captioner(tmp_path_factory.mktemp("clip"), request.param)
+    return varied(tiny_models.captioner(tmp_path_factory.mktemp("clip"), request.param))
 
 
 def image_tokens(model: Captioner, count: int = 4, seed: int = 0) -> torch.Tensor:
@@ -56,7 +76,7 @@ def test_cached_and_uncached_decoding_give_identical_tokens(model, name):
     cached = write_captions(model, tokens, DECODINGS[name])
     uncached = write_captions(model, tokens, DECODINGS[name], use_cache=False)
     assert rows(cached) == rows(uncached) and cached.texts == uncached.texts
-    assert len({tuple(row) for row in rows(cached)}) > 2  # images and draws differ
+    assert len(set(cached.texts)) == len(tokens)
 
 
 @pytest.mark.parametrize("name", ["greedy", "beam", "controlled"])
@@ -116,7 +136,7 @@ def all_captions(model: Captioner, image: torch.Tensor, longest: int, shortest: 
 @torch.no_grad()
 def test_a_beam_of_all_captions_is_exhaustive_search(tmp_path, kind, length_penalty):
     vocabulary, longest, shortest, best = 6, 3, 1, 12
-    model = tiny_models.captioner(tmp_path, kind, vocabulary=vocabulary, seed=3)
+    model = varied(tiny_models.captioner(tmp_path, kind, vocabulary=vocabulary, seed=3))
     tokens = image_tokens(model, 2)
     decoding = Decoding(
         "beam",
@@ -138,19 +158,24 @@ def test_a_beam_of_all_captions_is_exhaustive_search(tmp_path, kind, length_pena
 @torch.no_grad()
 def test_the_towers_and_the_image_are_run_once_and_every_word_once(plain, monkeypatch):
     seen = []
-    step, memory, tower = plain.step_logits, plain.mapper.image_memory, plain.encoder.text_tower.step
-    monkeypatch.setattr(
-        plain, "step_logits", lambda ids, *a: seen.append(("words", *ids.shape)) or step(ids, *a)
-    )
-    monkeypatch.setattr(plain.mapper, "image_memory", lambda *a: seen.append("image") or memory(*a))
-    monkeypatch.setattr(
-        type(plain.encoder.text_tower), "step", lambda self, ids, *a: seen.append("tower") or tower(ids, *a)
-    )
+
+    def watch(owner, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(tokens, *rest):
+            seen.append((name, len(tokens), tokens.shape[1]))
+            return original(tokens, *rest)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(plain, "step_logits")
+    watch(plain.mapper, "image_memory")
+    watch(plain.encoder.text_tower, "step")
     monkeypatch.setattr(plain.mapper, "forward", None)
     monkeypatch.setattr(plain.encoder.image_tower, "forward", None)
     tokens = torch.randn(2, 10, 16).double()
     write_captions(plain, tokens, Decoding("beam", beams=3, min_length=4, max_length=5))
-    assert seen == ["image"] + [("words", 6, 1), "tower"] * 5
+    assert seen == [("image_memory", 2, 10), *[("step_logits", 6, 1), ("step", 6, 1)] * 5]
 
 
 @torch.no_grad()
@@ -198,7 +223,7 @@ def repeated(row: list[int], size: int) -> bool:
 @pytest.mark.parametrize("method", ["greedy", "beam", "nucleus"])
 @torch.no_grad()
 def test_no_sequence_of_tokens_comes_twice(plain, method):
-    tokens = image_tokens(plain, 8)
+    tokens = image_tokens(plain, 32)
     for size in (1, 2):
         free = rows(write_captions(plain, tokens, Decoding(method, max_length=11)))
         held = rows(write_captions(plain, tokens, Decoding(method, max_length=11, no_repeat_ngram=size)))
@@ -240,7 +265,7 @@ def test_length_penalty_favours_longer_captions(plain):
         sum(map(len, rows(write_captions(plain, tokens, Decoding(max_length=8, beams=6, length_penalty=p)))))
         for p in (-2.0, 0.0, 2.0)
     ]
-    assert total[0] < total[1] < total[2]
+    assert total[0] <= total[1] <= total[2] and total[0] < total[2]
 
 
 @torch.no_grad()

@@ -30,7 +30,8 @@ class Decoding:
     Parameters
     ----------
     method : "greedy", "beam" or "nucleus".
-    captions : how many for every image. Beam: the best ones, all different; nucleus: as many draws; greedy: 1.
+    captions : how many for every image. Beam: the best ones, all different; nucleus: so many draws;
+        greedy: 1.
     min_length, max_length : tokens of a caption; the end token counts in ``max_length`` only. A caption that
         has not ended by then is cut.
     repetition_penalty : over 1 makes tokens that the caption has already less likely (1: no effect).
