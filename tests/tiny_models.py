@@ -7,6 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from clipmapper.models.caption_head import CaptionHead, TiedCaptionHead
+from clipmapper.models.caption_tokens import CaptionEnds
+from clipmapper.models.captioner import Captioner
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.heads import VQAHead
@@ -24,19 +27,19 @@ CONTEXT_LENGTH, VOCABULARY = 12, 40
 TEXT_TOWERS = {"causal": {}, "unmasked": {"no_causal_mask": True}, "class_token": {"embed_cls": True}}
 
 
-def clip_config(folder: Path, text_tower: str = "causal") -> str:
+def clip_config(folder: Path, text_tower: str = "causal", vocabulary: int = VOCABULARY) -> str:
     """The path of a tiny CLIP's configuration: 2 + 2 layers, 9 patches, towers of different widths.
 
     The image tower scales what its attention adds (LayerScale), so that the contribution to the residual
     stream is not the output of the attention module.
     """
-    path = Path(folder) / f"tiny-clip-for-tests-{text_tower}.json"
+    path = Path(folder) / f"tiny-clip-for-tests-{text_tower}-{vocabulary}.json"
     vision = {
         "image_size": IMAGE_SIZE, "patch_size": PATCH_SIZE, "layers": 2, "width": 16, "head_width": 8,
         "ls_init_value": 0.5,
     }  # fmt: skip
     text = {
-        "context_length": CONTEXT_LENGTH, "vocab_size": VOCABULARY, "width": 12, "heads": 3, "layers": 2,
+        "context_length": CONTEXT_LENGTH, "vocab_size": vocabulary, "width": 12, "heads": 3, "layers": 2,
         **TEXT_TOWERS[text_tower],
     }  # fmt: skip
     config = {"embed_dim": 8, "vision_cfg": vision, "text_cfg": text, "custom_text": text_tower != "causal"}
@@ -99,3 +102,40 @@ def texts(lengths: Sequence[int], seed: int = 0) -> TokenizedText:
     place, length = torch.arange(max(lengths)), torch.tensor(list(lengths))[:, None]
     valid = place < length
     return TokenizedText(ids * valid, valid, valid & (place > 0) & (place < length - 1))
+
+
+def captioner(
+    folder: Path,
+    kind: str = "dual_flow",
+    *,
+    class_token: bool = False,
+    depth: int = 2,
+    seed: int = 0,
+    frozen: bool = True,
+    text_tower: str = "causal",
+    text_embedding_only: bool = False,
+    tied: bool = False,
+    width: int = 16,
+    vocabulary: int = VOCABULARY,
+) -> Captioner:
+    """A float64 captioner in evaluation mode. The last two ids of the vocabulary are start and end."""
+    encoder = ClipEncoder(clip_config(folder, text_tower, vocabulary), frozen=frozen)
+    mapper = MAPPERS[kind](
+        encoder.image_width,
+        encoder.text_width,
+        encoder.grid,
+        width=width,
+        depth=depth,
+        heads=4,
+        mlp_ratio=2.0,
+        class_token=class_token,
+        image_position_embedding=not class_token,  # both would be one place too few
+        captioning=True,
+    )
+    embedding = encoder.text_tower.owner.token_embedding
+    head = TiedCaptionHead(width, embedding) if tied else CaptionHead(width, vocabulary)
+    ends = CaptionEnds(start=vocabulary - 2, end=vocabulary - 1)
+    model = Captioner(encoder, mapper, head, ends=ends, text_embedding_only=text_embedding_only)
+    model = model.double().eval()
+    randomise(model, seed)
+    return model

@@ -1,9 +1,22 @@
 """The two kinds of sub-layer that the mapper is made of."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Takes keys and values of new tokens [batch heads new channels]; gives those of all tokens up to now."""
+
+
+class KeysValues(NamedTuple):
+    """What a sub-layer reads of some tokens, computed once for queries that come one after another."""
+
+    key: Float[Tensor, "batch heads keys channels"]
+    value: Float[Tensor, "batch heads keys channels"]
 
 
 class AttentionSublayer(nn.Module):
@@ -27,19 +40,42 @@ class AttentionSublayer(nn.Module):
     def forward(
         self,
         tokens: Float[Tensor, "batch queries width"],
-        context: Float[Tensor, "batch keys width"] | None = None,
+        context: Float[Tensor, "batch keys width"] | KeysValues | None = None,
         mask: Bool[Tensor, "..."] | None = None,
+        remember: Remember | None = None,
     ) -> Float[Tensor, "batch queries width"]:
-        """``context`` None: ``tokens`` attend themselves. ``mask``: True where a query may read a key."""
+        """``context`` None: ``tokens`` attend themselves. ``mask``: True where a query may read a key.
+
+        ``remember``: ``tokens`` also attend those that came before them, whose keys and values it holds.
+        A ``context`` of :meth:`keys_values` may have fewer rows than ``tokens``, each then for as many rows
+        in succession (several captions of one image), and no mask.
+        """
         normed = self.norm(tokens)
-        if context is None:
-            source = normed
-        else:
-            source = self.norm(context) if self.context_norm is None else self.context_norm(context)
         query = self._heads(self.query(normed))
-        key, value = (self._heads(t) for t in self.key_value(source).chunk(2, dim=-1))
+        if isinstance(context, KeysValues):
+            key, value = context
+        elif context is None:
+            key, value = self._keys_values(normed)
+        else:
+            key, value = self.keys_values(context)
+        if remember is not None:
+            key, value = remember(key, value)
+        rows = query.shape[0] // key.shape[0]
+        if rows > 1:  # as queries of one row, so that the keys need not be repeated
+            query = query.unflatten(0, (-1, rows)).transpose(1, 2).flatten(2, 3)
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        if rows > 1:
+            mixed = mixed.unflatten(2, (rows, -1)).transpose(1, 2).flatten(0, 1)
         return self.output(mixed.transpose(1, 2).flatten(2))
+
+    def keys_values(self, context: Float[Tensor, "batch keys width"]) -> KeysValues:
+        """What ``forward`` makes of these tokens of another stream (or of earlier ones of its own)."""
+        return self._keys_values(
+            self.norm(context) if self.context_norm is None else self.context_norm(context)
+        )
+
+    def _keys_values(self, normed: Float[Tensor, "batch keys width"]) -> KeysValues:
+        return KeysValues(*(self._heads(t) for t in self.key_value(normed).chunk(2, dim=-1)))
 
     def _heads(self, t: Float[Tensor, "batch n width"]) -> Float[Tensor, "batch heads n channels"]:
         return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)

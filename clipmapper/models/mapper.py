@@ -2,69 +2,20 @@
 
 The two variants of Huang et al. 2023 (arXiv 2308.10240): ``dual_flow`` (their type A) and ``single_flow``
 (type B). Pre-LayerNorm, QuickGELU.
+
+For captioning the text is causal and the image is blind to it, so that the image's side of a mapper can be
+computed once for all words (``image_memory``) and a word at a time can follow (``text_step``).
 """
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from clipmapper.models.attention import AttentionSublayer, MLPSublayer
-
-
-class DualFlowBlock(nn.Module):
-    """Per modality: self-attention, cross-attention, MLP.
-
-    Cross-attention takes the stream's own tokens after its self-attention as queries, and the *other*
-    stream's tokens as they entered the block as keys and values, so both directions run in parallel.
-    """
-
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.image_self = AttentionSublayer(width, heads)
-        self.text_self = AttentionSublayer(width, heads)
-        self.image_cross = AttentionSublayer(width, heads, cross=True)
-        self.text_cross = AttentionSublayer(width, heads, cross=True)
-        self.image_mlp = MLPSublayer(width, mlp_ratio)
-        self.text_mlp = MLPSublayer(width, mlp_ratio)
-
-    def forward(
-        self,
-        image: Float[Tensor, "batch image width"],
-        text: Float[Tensor, "batch text width"],
-        image_mask: Bool[Tensor, "batch 1 1 image"] | None,
-        text_mask: Bool[Tensor, "batch 1 1 text"] | None,
-        only_class_token: bool = False,
-    ) -> tuple[Float[Tensor, "batch queries width"], Float[Tensor, "batch text width"]]:
-        """``only_class_token``: compute just image token 0 (all that a head reads of the last block)."""
-        asking = image[:, :1] if only_class_token else image
-        new_image = asking + self.image_self(asking, image if only_class_token else None, image_mask)
-        new_image = new_image + self.image_cross(new_image, text, text_mask)
-        new_image = new_image + self.image_mlp(new_image)
-        if only_class_token:
-            return new_image, text
-        new_text = text + self.text_self(text, None, text_mask)
-        new_text = new_text + self.text_cross(new_text, image, image_mask)
-        new_text = new_text + self.text_mlp(new_text)
-        return new_image, new_text
-
-
-class SingleFlowBlock(nn.Module):
-    """One self-attention over the concatenation [image; text], then an MLP."""
-
-    def __init__(self, width: int, heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.attention = AttentionSublayer(width, heads)
-        self.mlp = MLPSublayer(width, mlp_ratio)
-
-    def forward(
-        self,
-        tokens: Float[Tensor, "batch tokens width"],
-        mask: Bool[Tensor, "batch 1 1 tokens"] | None,
-        only_class_token: bool = False,
-    ) -> Float[Tensor, "batch queries width"]:
-        asking = tokens[:, :1] if only_class_token else tokens
-        out = asking + self.attention(asking, tokens if only_class_token else None, mask)
-        return out + self.mlp(out)
+from clipmapper.models.attention import KeysValues, Remember
+from clipmapper.models.mapper_blocks import DualFlowBlock, SingleFlowBlock
+from clipmapper.models.masking import causal_mask
 
 
 class Mapper(nn.Module):
@@ -78,6 +29,8 @@ class Mapper(nn.Module):
     image_position_embedding : add a learned embedding of the place to every image token. The paper's mapper
         has none; it is an option because what a patch token of a small CLIP knows of its own place does not
         suffice to answer "left or right of".
+    captioning : no word reads a later one, and the image reads no word. (For answering questions both
+        streams read all of each other.)
     """
 
     def __init__(
@@ -92,9 +45,11 @@ class Mapper(nn.Module):
         mlp_ratio: float = 4.0,
         class_token: bool = False,
         image_position_embedding: bool = False,
+        captioning: bool = False,
     ) -> None:
         super().__init__()
         self.width = width
+        self.captioning = captioning
         self.project_image = nn.Linear(image_width, width, bias=False)
         self.project_text = nn.Linear(text_width, width, bias=False)
         scale = width**-0.5
@@ -108,14 +63,13 @@ class Mapper(nn.Module):
     def _block(self, width: int, heads: int, mlp_ratio: float) -> nn.Module:
         raise NotImplementedError
 
-    def embed(
+    def embed_image(
         self,
         image_tokens: Float[Tensor, "batch image image_width"],
-        text_tokens: Float[Tensor, "batch text text_width"],
         keep: Int[Tensor, "batch kept"] | None,
-    ) -> tuple[Float[Tensor, "batch all_image width"], Float[Tensor, "batch text width"]]:
-        """Both streams as they enter the first block, the image's class token first."""
-        image, text = self.project_image(image_tokens), self.project_text(text_tokens)
+    ) -> Float[Tensor, "batch all_image width"]:
+        """The image as it enters the first block, its class token first."""
+        image = self.project_image(image_tokens)
         if self.class_token is not None:
             image = torch.cat([self.class_token.expand(image.shape[0], 1, -1), image], dim=1)
         if self.positions is not None:
@@ -125,7 +79,7 @@ class Mapper(nn.Module):
                 first = self.positions[:1].expand(keep.shape[0], 1, -1)
                 place = torch.cat([first, self.positions[1 + keep]], dim=1)
             image = image + place
-        return image, text
+        return image
 
     def forward(
         self,
@@ -136,20 +90,55 @@ class Mapper(nn.Module):
         image_ignore: Bool[Tensor, "batch patches"] | None = None,
         text_valid: Bool[Tensor, "batch text"] | None = None,
         only_class_token: bool = False,
+        only_text: bool = False,
     ) -> tuple[Float[Tensor, "batch out_image width"], Float[Tensor, "batch text width"]]:
         """Final tokens of both streams.
 
         ``keep``: which patches ``image_tokens`` holds, when some were removed. ``image_ignore``: True for
         patches that no attention may read. ``text_valid``: False for text tokens that no attention may
         read (padding, ignored words). ``only_class_token``: of the image return just the class token; the
-        last block then leaves out what does not reach it.
+        last block then leaves out what does not reach it. ``only_text`` (captioning): the last block leaves
+        out the image, which comes back as it entered that block.
         """
-        image, text = self.embed(image_tokens, text_tokens, keep)
+        image, text = self.embed_image(image_tokens, keep), self.project_text(text_tokens)
         image_valid = None
         if image_ignore is not None:
             prefix = image.shape[1] - image_ignore.shape[1]
             image_valid = torch.cat([image_ignore.new_ones(len(image), prefix), ~image_ignore], dim=1)
-        return self.run(image, text, image_valid, text_valid, only_class_token)
+        return self.run(image, text, image_valid, text_valid, only_class_token, only_text)
+
+    def image_memory(
+        self,
+        image_tokens: Float[Tensor, "batch image image_width"],
+        keep: Int[Tensor, "batch kept"] | None = None,
+    ) -> list[KeysValues]:
+        """All that words read of the image, block by block, for :meth:`text_step` (captioning only)."""
+        if not self.captioning:
+            raise ValueError("the image of this mapper reads the text; build it with captioning=True")
+        image = self.embed_image(image_tokens, keep)
+        memory = []
+        for block in self.blocks:
+            memory.append(block.image_keys_values(image))
+            if block is not self.blocks[-1]:
+                image = block.image_alone(image)
+        return memory
+
+    def text_step(
+        self,
+        text_tokens: Float[Tensor, "rows text text_width"],
+        memory: Sequence[KeysValues],
+        past: int,
+        remember: Sequence[Remember],
+    ) -> Float[Tensor, "rows text width"]:
+        """Final tokens of new words that come behind ``past`` others.
+
+        ``memory``: of :meth:`image_memory`, for as many images, or for every so many rows one image.
+        ``remember``: one for each block, holding its keys and values of the words before.
+        """
+        text = self.project_text(text_tokens)
+        for block, image, earlier in zip(self.blocks, memory, remember, strict=True):
+            text = block.text_step(text, image, past, earlier)
+        return text
 
     def run(
         self,
@@ -158,6 +147,7 @@ class Mapper(nn.Module):
         image_valid: Bool[Tensor, "batch image"] | None,
         text_valid: Bool[Tensor, "batch text"] | None,
         only_class_token: bool,
+        only_text: bool,
     ) -> tuple[Float[Tensor, "batch out_image width"], Float[Tensor, "batch text width"]]:
         raise NotImplementedError
 
@@ -170,7 +160,7 @@ class DualFlowMapper(Mapper):
     """Two streams that attend themselves and each other (type A; 3 blocks in the paper)."""
 
     def _block(self, width: int, heads: int, mlp_ratio: float) -> nn.Module:
-        return DualFlowBlock(width, heads, mlp_ratio)
+        return DualFlowBlock(width, heads, mlp_ratio, self.captioning)
 
     def run(
         self,
@@ -179,11 +169,17 @@ class DualFlowMapper(Mapper):
         image_valid: Bool[Tensor, "batch image"] | None,
         text_valid: Bool[Tensor, "batch text"] | None,
         only_class_token: bool,
+        only_text: bool,
     ) -> tuple[Float[Tensor, "batch out_image width"], Float[Tensor, "batch text width"]]:
         image_mask, text_mask = _as_mask(image_valid), _as_mask(text_valid)
+        if self.captioning:
+            causal = causal_mask(text.shape[1], text.shape[1], text.device)
+            text_mask = causal if text_mask is None else causal & text_mask
         for block in self.blocks:
             last = block is self.blocks[-1]
-            image, text = block(image, text, image_mask, text_mask, only_class_token and last)
+            image, text = block(
+                image, text, image_mask, text_mask, only_class_token and last, only_text and last
+            )
         return image, text
 
 
@@ -200,6 +196,7 @@ class SingleFlowMapper(Mapper):
         image_valid: Bool[Tensor, "batch image"] | None,
         text_valid: Bool[Tensor, "batch text"] | None,
         only_class_token: bool,
+        only_text: bool,
     ) -> tuple[Float[Tensor, "batch out_image width"], Float[Tensor, "batch text width"]]:
         size = image.shape[1]
         valid = None
@@ -212,12 +209,25 @@ class SingleFlowMapper(Mapper):
             valid = torch.cat([image_valid, text_valid], dim=1)
         mask = _as_mask(valid)
         joint = torch.cat([image, text], dim=1)
-        for block in self.blocks:
-            last = block is self.blocks[-1]
-            joint = block(joint, mask, only_class_token and last)
+        if self.captioning:
+            causal = causal_mask(joint.shape[1], joint.shape[1], joint.device)
+            causal[..., :size, :size] = True
+            mask = causal if mask is None else causal & mask
+        for block in self.blocks[:-1]:
+            joint = block(joint, mask)
+        last, only = self.blocks[-1], None
         if only_class_token:
-            return joint[:, :1], text
-        return joint[:, :size], joint[:, size:]
+            only = slice(1)
+        elif only_text:
+            only = slice(size, None)
+        if only is not None and self.captioning:
+            mask = mask[..., only, :]
+        out = last(joint, mask, only)
+        if only_class_token:
+            return out, text
+        if only_text:
+            return joint[:, :size], out
+        return out[:, :size], out[:, size:]
 
 
 MAPPERS = {"dual_flow": DualFlowMapper, "single_flow": SingleFlowMapper}

@@ -24,3 +24,13 @@ def ignored_keys_mask(
     mask = torch.zeros(ignored.shape, dtype=dtype, device=ignored.device)
     mask.masked_fill_(ignored, torch.finfo(dtype).min)
     return mask[:, None, :].expand(-1, n, -1)
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "1 1 queries keys"]:
+    """True where the last ``queries`` of ``keys`` tokens read: themselves and what comes before them."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
+
+
+def step_mask(new: int, past: int, device: torch.device) -> Bool[Tensor, "1 1 new keys"] | None:
+    """The same for ``new`` tokens behind ``past`` others; a single one reads all, which takes no mask."""
+    return None if new == 1 else causal_mask(new, past + new, device)

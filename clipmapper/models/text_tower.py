@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from open_clip.model import CLIP
 from open_clip.transformer import CustomResidualAttentionBlock, TextTransformer, text_global_pool
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
-from clipmapper.models.masking import ignored_keys_mask, select_tokens
+from clipmapper.models.attention import Remember
+from clipmapper.models.masking import ignored_keys_mask, select_tokens, step_mask
 
 
 class TextTower(nn.Module):
@@ -52,11 +54,16 @@ class TextTower(nn.Module):
         owner = self.owner
         if self.padding_matters and isinstance(owner, TextTransformer):
             return owner._embeds(ids)
-        length = ids.shape[1]
-        dtype = owner.transformer.get_cast_dtype()
-        embedded = owner.token_embedding(ids).to(dtype) + owner.positional_embedding[:length].to(dtype)
-        mask = owner.attn_mask
-        return embedded, None if mask is None else mask[:length, :length]
+        length, mask = ids.shape[1], owner.attn_mask
+        return self.embed_words(ids), None if mask is None else mask[:length, :length]
+
+    def embed_words(
+        self, ids: Int[Tensor, "batch tokens"], past: int = 0
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Embedded tokens with their positions, which come behind ``past`` other tokens."""
+        dtype = self.owner.transformer.get_cast_dtype()
+        positions = self.owner.positional_embedding[past : past + ids.shape[1]]
+        return self.owner.token_embedding(ids).to(dtype) + positions.to(dtype)
 
     def forward(
         self,
@@ -95,6 +102,28 @@ class TextTower(nn.Module):
             ignored = ignored_keys_mask(ignore, embedded.dtype).repeat_interleave(self.heads, dim=0)
             mask = ignored if mask is None else mask + ignored
         return self.owner.ln_final(self.owner.transformer(embedded, attn_mask=mask))
+
+    def step(
+        self, ids: Int[Tensor, "batch new"], past: int, remember: Sequence[Remember]
+    ) -> Float[Tensor, "batch new width"]:
+        """Final tokens of ``ids`` behind ``past`` others, of a causal tower: ``forward``, a word at a time.
+
+        ``remember``: one for each block, holding its keys and values of the tokens before. The weights are
+        those of open_clip's blocks; their own forward has no place for earlier keys.
+        """
+        tokens = self.embed_words(ids, past)
+        mask = step_mask(ids.shape[1], past, ids.device)
+        for block, earlier in zip(self.attention_blocks(), remember, strict=True):
+            attention = block.attn
+            projected = F.linear(block.ln_1(tokens), attention.in_proj_weight, attention.in_proj_bias)
+            query, key, value = (
+                part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in projected.chunk(3, dim=-1)
+            )
+            key, value = earlier(key, value)
+            mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            tokens = tokens + block.ls_1(attention.out_proj(mixed.transpose(1, 2).flatten(2)))
+            tokens = tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
+        return self.owner.ln_final(tokens)
 
     def pool(
         self, tokens: Float[Tensor, "batch out width"], ids: Int[Tensor, "batch tokens"]

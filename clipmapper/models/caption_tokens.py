@@ -1,0 +1,82 @@
+"""Where a caption starts and ends: its token ids as a captioner reads and writes them."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor
+
+from clipmapper.errors import UserError
+from clipmapper.models.tokens import TokenizedText, padding_id, tokenize
+
+
+@dataclass(frozen=True)
+class CaptionEnds:
+    """Ids of the token that every caption begins with and of the one that it ends with."""
+
+    start: int
+    end: int
+
+
+def caption_ends(tokenizer) -> CaptionEnds:
+    """Those of a tokenizer. One without a start token (SigLIP's) starts with its end token, as GPT-2 does.
+
+    Raises ``UserError`` for a tokenizer without an end token: its captions would never stop.
+    """
+    if isinstance(tokenizer, SimpleTokenizer):
+        return CaptionEnds(tokenizer.sot_token_id, tokenizer.eot_token_id)
+    inner = tokenizer.tokenizer
+    starts = [i for i in (inner.bos_token_id, inner.cls_token_id) if i is not None]
+    ends = [i for i in (inner.eos_token_id, inner.sep_token_id) if i is not None]
+    if not ends:
+        raise UserError(
+            "this encoder's tokenizer has no end token, so captions would never end; use an architecture "
+            "whose tokenizer has one (CLIP's byte pairs, SigLIP's SentencePiece, ...)"
+        )
+    return CaptionEnds((starts or ends)[0], ends[0])
+
+
+def caption_tokens(tokenizer, ends: CaptionEnds, captions: Sequence[str]) -> TokenizedText:
+    """Token ids with start and end, whatever the tokenizer itself adds, padded behind to the longest.
+
+    A caption longer than the context is cut, with a warning; its end token stays.
+    """
+    words = tokenize(tokenizer, captions)
+    room = tokenizer.context_length - 2
+    rows = [ids[of_text].tolist() for ids, of_text in zip(words.ids, words.removable, strict=True)]
+    for caption, row in zip(captions, rows, strict=True):
+        if len(row) > room:
+            warnings.warn(
+                f"caption of {len(row)} tokens is cut to the {room} that the context has room for: "
+                f"{caption[:60]!r}...",
+                stacklevel=2,
+            )
+    return with_ends([row[:room] for row in rows], ends, padding_id(tokenizer))
+
+
+def with_ends(
+    words: Sequence[Sequence[int]], ends: CaptionEnds, padding: int, ended: Sequence[bool] | None = None
+) -> TokenizedText:
+    """Captions given by the ids of their words, between start and end, padded behind to the longest.
+
+    ``ended``: False for captions that were cut and have no end token.
+    """
+    rows = [[ends.start, *row] for row in words]
+    for row, complete in zip(rows, ended or [True] * len(rows), strict=True):
+        row.extend([ends.end] * complete)
+    width = max(map(len, rows))
+    length, count = (torch.tensor([len(row) for row in group])[:, None] for group in (rows, words))
+    ids = torch.tensor([[*row, *[padding] * (width - len(row))] for row in rows])
+    place = torch.arange(width)
+    return TokenizedText(ids, place < length, (place > 0) & (place <= count))
+
+
+def spell(tokenizer, ids: Sequence[int] | Int[Tensor, "words"]) -> str:
+    """The text that word ids (without start, end and padding) stand for."""
+    ids = [int(i) for i in ids]
+    if isinstance(tokenizer, SimpleTokenizer):
+        return " ".join(tokenizer.decode(ids).split())
+    return tokenizer.tokenizer.decode(ids, skip_special_tokens=True).strip()

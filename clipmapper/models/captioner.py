@@ -1,0 +1,166 @@
+"""CLIPmapper for image captioning: encoder, causal mapper and a head over the vocabulary."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from clipmapper.errors import UserError
+from clipmapper.models.attention import KeysValues, Remember
+from clipmapper.models.caption_head import CaptionHead, TiedCaptionHead
+from clipmapper.models.caption_tokens import CaptionEnds, caption_ends, caption_tokens
+from clipmapper.models.encoder import ClipEncoder
+from clipmapper.models.mapper import Mapper
+from clipmapper.models.tokens import TokenizedText
+
+
+class Captioner(nn.Module):
+    """Huang et al. 2023 (arXiv 2308.10240): a CLIP, a causal attention mapper, and a head on every word.
+
+    Parameters
+    ----------
+    mapper : built with ``captioning=True``.
+    ends : start and end token; by default those of the encoder's tokenizer.
+    text_embedding_only : the caption so far does not pass CLIP's text tower; the mapper reads its token and
+        position embeddings. Needed for a CLIP whose words read later words (SigLIP).
+
+    Raises ``UserError`` for such a CLIP without that option.
+    """
+
+    def __init__(
+        self,
+        encoder: ClipEncoder,
+        mapper: Mapper,
+        head: CaptionHead | TiedCaptionHead,
+        *,
+        ends: CaptionEnds | None = None,
+        text_embedding_only: bool = False,
+    ) -> None:
+        super().__init__()
+        if not mapper.captioning:
+            raise ValueError("a captioner's mapper must be built with captioning=True")
+        if not (encoder.text_tower.causal or text_embedding_only):
+            raise UserError(
+                f"encoder.architecture={encoder.architecture}: the words of its text tower read the words "
+                "behind them, so it cannot read a caption that is being written; use a CLIP with a causal "
+                "text tower (ViT-B-32, ...), or model.text_embedding_only=true to leave the tower out"
+            )
+        self.encoder = encoder
+        self.mapper = mapper
+        self.head = head
+        self.text_embedding_only = text_embedding_only
+        self._ends = ends
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.mapper.parameters()).device
+
+    @property
+    def ends(self) -> CaptionEnds:
+        if self._ends is None:
+            self._ends = caption_ends(self.encoder.tokenizer)
+        return self._ends
+
+    def forward(
+        self,
+        images: Float[Tensor, "batch 3 height width"],
+        text: TokenizedText,
+        *,
+        image_ignore: Bool[Tensor, "batch patches"] | None = None,
+        text_ignore: Bool[Tensor, "batch tokens"] | None = None,
+        image_keep: Int[Tensor, "batch kept"] | None = None,
+        only_text: bool = True,
+    ) -> Float[Tensor, "batch tokens vocabulary"]:
+        """Logits of the token that follows each token of the given captions (teacher forcing).
+
+        ``image_ignore`` and ``text_ignore``: True for patches and words that no attention of either stage
+        reads. ``image_keep``: the same by physical removal, indices of the patches that stay.
+        ``only_text=False`` computes the mapper's last block for the image too, as tracing needs; the logits
+        are the same.
+        """
+        image_tokens = self.encoder.image_tokens(images, keep=image_keep, ignore=image_ignore)
+        text_tokens = self.text_tokens(text.ids, text.valid, ignore=text_ignore)
+        valid = text.valid if text_ignore is None else text.valid & ~text_ignore
+        return self.caption_logits(
+            image_tokens, text_tokens, valid, keep=image_keep, image_ignore=image_ignore, only_text=only_text
+        )
+
+    def text_tokens(
+        self,
+        ids: Int[Tensor, "batch tokens"],
+        valid: Bool[Tensor, "batch tokens"],
+        ignore: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> Float[Tensor, "batch tokens text_width"]:
+        """Captions as the mapper is given them: none of the tokens knows of a later one."""
+        if self.text_embedding_only:
+            return self.encoder.text_tower.embed_words(ids)
+        # Behind them CoCa's class token, which has read the whole caption.
+        return self.encoder.text_tokens(ids, valid, ignore=ignore)[:, : ids.shape[1]]
+
+    def caption_logits(
+        self,
+        image_tokens: Float[Tensor, "batch image image_width"],
+        text_tokens: Float[Tensor, "batch tokens text_width"],
+        valid: Bool[Tensor, "batch tokens"],
+        *,
+        keep: Int[Tensor, "batch kept"] | None = None,
+        image_ignore: Bool[Tensor, "batch patches"] | None = None,
+        only_text: bool = True,
+    ) -> Float[Tensor, "batch tokens vocabulary"]:
+        """Stage 2 alone, from the encoder's tokens (cached, or shared by many captions of an image)."""
+        _, text = self.mapper(
+            image_tokens,
+            text_tokens,
+            keep=keep,
+            image_ignore=image_ignore,
+            text_valid=valid,
+            only_text=only_text,
+        )
+        return self.head(text)
+
+    @property
+    def caches(self) -> int:
+        """How many attention sub-layers remember earlier words while a caption is written."""
+        tower = 0 if self.text_embedding_only else len(self.encoder.text_tower.attention_blocks())
+        return tower + len(self.mapper.blocks)
+
+    def step_logits(
+        self,
+        ids: Int[Tensor, "rows new"],
+        memory: Sequence[KeysValues],
+        past: int,
+        remember: Sequence[Remember],
+    ) -> Float[Tensor, "rows vocabulary"]:
+        """Logits of the token behind ``ids``, which themselves come behind ``past`` others.
+
+        ``memory``: of the mapper's ``image_memory``; each image is for so many rows in succession as there
+        are more rows than images. ``remember``: one for each of the ``caches``.
+        """
+        tower = self.encoder.text_tower
+        own = len(remember) - len(self.mapper.blocks)
+        if self.text_embedding_only:
+            text_tokens = tower.embed_words(ids, past)
+        else:
+            text_tokens = tower.step(ids, past, remember[:own])
+        return self.head(self.mapper.text_step(text_tokens, memory, past, remember[own:])[:, -1])
+
+    def tokenize(self, captions: str | Sequence[str]) -> TokenizedText:
+        """Token ids of one or more captions, with start and end. Raises ``UserError`` for an empty one."""
+        texts = [captions] if isinstance(captions, str) else list(captions)
+        if not texts or any(not text.strip() for text in texts):
+            raise UserError("the caption is empty; give for example 'a red circle left of a blue square'")
+        return caption_tokens(self.encoder.tokenizer, self.ends, texts).to(self.device)
+
+
+def caption_loss(
+    logits: Float[Tensor, "batch tokens vocabulary"], text: TokenizedText, label_smoothing: float = 0.0
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of every token but the first, given those before it; the end token counts.
+
+    Padding is left out by its position. (The released code ignores the id 0 instead, which in CLIP's
+    vocabulary is also "!", and so never learns that token.)
+    """
+    wanted = text.valid[:, 1:]
+    return F.cross_entropy(logits[:, :-1][wanted], text.ids[:, 1:][wanted], label_smoothing=label_smoothing)
