@@ -88,6 +88,7 @@ class ScenesVQAConfig(DataConfig):
     simple_scenes: int = setting(minimum=1)
     validation_scenes: int = setting(minimum=1)
     held_out_scenes: int = setting(minimum=1)
+    train_questions: int = setting(minimum=1)
     seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
 
 
@@ -101,8 +102,13 @@ class TrainingConfig(Section):
     weight_decay: float = setting(minimum=0)
     warmup_steps: int = setting(minimum=0)
     simple_share: float = setting(minimum=0, maximum=1)
+    first_families: list[str] = setting()
+    first_share: float = setting(minimum=0, maximum=1)
     blind_steps: int = setting(minimum=1)
     token_cache: bool = setting()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from _list_problems("first_families", self.first_families)
 
 
 @dataclass

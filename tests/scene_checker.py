@@ -54,10 +54,15 @@ _QUESTIONS = {
         rf"how many {_MANY} does the image show\?",
         rf"count the {_MANY}: how many\?",
     ),
+    "place": (
+        rf"is the {_A} {_D_OR_E} the middle\?",
+        rf"where is the {_A}: {_D_OR_E} the middle\?",
+        rf"does the {_A} lie {_D_OR_E} the middle\?",
+    ),
     "relation_choose": (
         rf"is the {_A} {_D_OR_E} the {_B}\?",
         rf"where is the {_A}: {_D_OR_E} the {_B}\?",
-        rf"seen from the {_B}, is the {_A} {_D_OR_E} it\?",
+        rf"does the {_A} lie {_D_OR_E} the {_B}\?",
     ),
     "relation_open": (rf"(?:what|which shape|what shape do you see) (?:is )?{_D} the {_A}\?",),
     "relation_yes_no": (
@@ -67,10 +72,16 @@ _QUESTIONS = {
     ),
     "comparison": (
         rf"is the {_A} {_BIGGER_OR_SMALLER} than the {_B}\?",
-        rf"compared to the {_B}, is the {_A} {_BIGGER_OR_SMALLER}\?",
+        rf"which is it, the {_A} {_BIGGER_OR_SMALLER} than the {_B}\?",
         rf"does the {_A} look {_BIGGER_OR_SMALLER} than the {_B}\?",
     ),
 }
+
+
+@dataclass(frozen=True)
+class _Point:
+    x: float
+    y: float
 
 
 class Unclear(Exception):
@@ -164,8 +175,15 @@ def _counting(parts, items) -> str:
     return str(sum(fits(parts["a"], o) for o in items))
 
 
+def _place(parts, items) -> str:
+    return _choice(parts, _the(parts["a"], items), _Point(SIDE / 2, SIDE / 2))
+
+
 def _relation_choose(parts, items) -> str:
-    a, b = _the(parts["a"], items), _the(parts["b"], items)
+    return _choice(parts, _the(parts["a"], items), _the(parts["b"], items))
+
+
+def _choice(parts, a, b) -> str:
     if {parts["d"], parts["e"]} not in ({"left of", "right of"}, {"above", "below"}):
         raise Unclear("these two are no choice")
     holds = [d for d in (parts["d"], parts["e"]) if _beyond(d, a, b) >= CLEARLY]
@@ -203,6 +221,7 @@ _SOLVERS = {
     "shape": _shape,
     "existence": _existence,
     "counting": _counting,
+    "place": _place,
     "relation_choose": _relation_choose,
     "relation_open": _relation_open,
     "relation_yes_no": _relation_yes_no,

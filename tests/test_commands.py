@@ -75,7 +75,7 @@ def cells_of(line: str) -> list[str]:
 
 def test_results_have_the_accuracy_of_every_family(results):
     assert list(results["accuracy"]) == [*CHANCE, "overall"]
-    validation = ScenesVQA(60, 40, 40, 40, seed=0).validation
+    validation = ScenesVQA(60, 40, 40, 40, 4, seed=0).validation
     for family, row in results["accuracy"].items():
         asked = [q for q in validation.questions if family in (q.family, "overall")]
         assert set(row) == {"questions", "validation", "held_out", "blind", "chance"}

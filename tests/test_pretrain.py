@@ -102,9 +102,12 @@ def test_patch_tokens_take_a_gradient_from_captions_only(encoder):
     for caption_weight in (0.0, 1.0):
         made = module(encoder, caption_weight)
         kept = []
-        hook = encoder.image_tower.register_forward_hook(
-            lambda m, a, output, kept=kept: (output.retain_grad(), kept.append(output))
-        )
+
+        def keep(module, arguments, output, kept=kept):
+            output.retain_grad()
+            kept.append(output)
+
+        hook = encoder.image_tower.register_forward_hook(keep)
         made.training_step(batch, 0).backward()
         hook.remove()
         of_patches = kept[0].grad[:, encoder.prefix_tokens :].abs().max()
@@ -127,7 +130,9 @@ def test_interrupted_pretraining_goes_on_to_the_same_weights(architecture, tmp_p
             run_pretraining(settings(architecture, tmp_path / "resumed.safetensors", checkpoint_every=1))
     saved = torch.load("outputs/pretrain_clip/last.ckpt", weights_only=True)
     assert saved["global_step"] in (1, 2)
-    resumed = run_pretraining(settings(architecture, tmp_path / "resumed.safetensors", resume=True))
+    resumed = run_pretraining(
+        settings(architecture, tmp_path / "resumed.safetensors", checkpoint_every=1, resume=True)
+    )
     assert resumed == whole and 0 < whole["image_to_text_top5"] <= 1
     one, two = (
         ClipEncoder(architecture, str(tmp_path / f"{name}.safetensors")) for name in ("whole", "resumed")

@@ -27,6 +27,7 @@ from clipmapper.models.build import build_clipmapper
 from clipmapper.training import explanation_report, run
 from clipmapper.training.blind import blind_accuracy
 from clipmapper.training.interruption import RunInterrupted
+from clipmapper.training.less_noise import less_noise
 from clipmapper.training.optimisation import adamw, warmup_cosine
 from clipmapper.training.run import VALIDATION_SPLITS, Labelled, train
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS, folder_to_resume, new_run_folder
@@ -165,7 +166,7 @@ class Fitted:
         batches = StepBatches(lambda step: self.splits["train"].batch(few), 0, 80)
         validation = [Labelled(self.splits[name]) for name in VALIDATION_SPLITS]
         loaders = [DataLoader(dataset, batch_size=None) for dataset in (batches, *validation)]
-        with run._less_noise():
+        with less_noise():
             self.trainer.fit(self.module, loaders[0], loaders[1:])
         self.losses = losses.values
         self.checkpoint = folder / f"{mapper}.ckpt"

@@ -81,7 +81,9 @@ def spread_out(clip: nn.Module, seed: int) -> None:
 
 @functools.cache
 def small_scenes() -> ScenesVQA:
-    return ScenesVQA(train_scenes=40, simple_scenes=20, validation_scenes=30, held_out_scenes=30, seed=0)
+    return ScenesVQA(
+        train_scenes=40, simple_scenes=20, validation_scenes=30, held_out_scenes=30, train_questions=1, seed=0
+    )
 
 
 def train_settings(*overrides: str) -> TrainConfig:

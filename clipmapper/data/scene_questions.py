@@ -5,13 +5,13 @@ that is asked for), so that the words of a question say next to nothing about it
 """
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
 from clipmapper.data.scene_captions import RELATION_MARGIN, describe, plural
-from clipmapper.data.scenes import COLOURS, HELD_OUT, SHAPES, Scene, SceneObject
+from clipmapper.data.scenes import COLOURS, HELD_OUT, IMAGE_SIZE, MAX_OBJECTS, SHAPES, Scene, SceneObject
 
 # Chance of a guess that knows the question's wording, in percent of questions: 1 / number of its answers.
 CHANCE = {
@@ -19,6 +19,7 @@ CHANCE = {
     "shape": 1 / 4,
     "existence": 1 / 2,
     "counting": 1 / 4,
+    "place": 1 / 2,
     "relation_choose": 1 / 2,
     "relation_open": 1 / 4,
     "relation_yes_no": 1 / 2,
@@ -60,10 +61,15 @@ _TEMPLATES = {
         "how many {a} does the image show?",
         "count the {a}: how many?",
     ),
+    "place": (
+        "is the {a} {d} or {e} the middle?",
+        "where is the {a}: {d} or {e} the middle?",
+        "does the {a} lie {d} or {e} the middle?",
+    ),
     "relation_choose": (
         "is the {a} {d} or {e} the {b}?",
         "where is the {a}: {d} or {e} the {b}?",
-        "seen from the {b}, is the {a} {d} or {e} it?",
+        "does the {a} lie {d} or {e} the {b}?",
     ),
     "relation_open": (
         "what is {d} the {a}?",
@@ -77,7 +83,7 @@ _TEMPLATES = {
     ),
     "comparison": (
         "is the {a} {d} or {e} than the {b}?",
-        "compared to the {b}, is the {a} {d} or {e}?",
+        "which is it, the {a} {d} or {e} than the {b}?",
         "does the {a} look {d} or {e} than the {b}?",
     ),
 }
@@ -87,6 +93,7 @@ _ASKING = {
     "shape": ("shape",),
     "existence": (),
     "counting": ("many",),
+    "place": ("left", "right", "above", "below"),
     "relation_choose": ("left", "right", "above", "below"),
     "relation_open": ("left", "right", "above", "below"),
     "relation_yes_no": ("left", "right", "above", "below"),
@@ -122,39 +129,80 @@ class _Candidate:
 
 
 def balanced_questions(
-    scenes: Iterable[Scene], seed: int, *, families: Sequence[str] = FAMILIES, held_out: bool = False
+    scenes: Iterable[Scene],
+    seed: int,
+    *,
+    families: Sequence[str] = FAMILIES,
+    per_family: int = 1,
+    held_out: bool = False,
+    most: int = MAX_OBJECTS,
 ) -> Iterator[list[SceneQuestion]]:
-    """For each scene at most one question of every family, so that answers are balanced over the scenes.
+    """For each scene at most ``per_family`` questions of every family, balanced over the scenes.
 
     Of the answers (and before them the kinds) that a scene can give, the one that was asked for least is
     taken; where that one already runs ahead of others which this scene cannot give, no question of the family
-    is asked. With
-    ``held_out`` only questions about colour–shape combinations that training never sees are asked,
-    otherwise only questions that mention none.
+    is asked. With ``held_out`` only questions about colour–shape combinations that training never sees are
+    asked, otherwise only questions that mention none. ``most``: how many objects a scene has at most; what it
+    cannot count to is no answer to balance with.
     """
     rng = random.Random(f"questions/{seed}/{held_out}")
-    answers: dict[tuple[str, ...], Counter] = {}
-    kinds: dict[str, Counter] = {family: Counter() for family in families}
+    balance = _Balance(held_out, most)
     for scene in scenes:
-        chosen = []
+        asked = []
         for family in families:
-            shares = _SHARES.get(family, {"": 1.0})
-            ahead = {kind: kinds[family][kind] / share for kind, share in shares.items()}
             options = [c for c in _CANDIDATES[family](scene, rng) if _about_held_out(c) == held_out]
             rng.shuffle(options)
-            options.sort(key=lambda c: (ahead[c.kind], answers.setdefault(c.stratum, Counter())[c.answer]))
-            for option in options:
-                counts = answers[option.stratum]
-                possible = _possible_answers(family, option.stratum, held_out)
-                if (
-                    counts[option.answer] <= min(counts[a] for a in possible) + _SLACK
-                    and ahead[option.kind] <= min(ahead.values()) + _SLACK / shares[option.kind]
-                ):
-                    counts[option.answer] += 1
-                    kinds[family][option.kind] += 1
-                    chosen.append(_word(family, option, rng))
+            for _ in range(per_family):
+                option = balance.take(family, options)
+                if option is None:
                     break
-        yield chosen
+                options.remove(option)
+                asked.append(_word(family, option, rng))
+        yield asked
+
+
+class _Balance:
+    """How often every answer of a stratum, and every kind of a family, was asked for."""
+
+    def __init__(self, held_out: bool, most: int) -> None:
+        self.held_out, self.most = held_out, most
+        self.answers: dict[tuple[str, ...], Counter] = defaultdict(Counter)
+        self.kinds: dict[str, Counter] = defaultdict(Counter)
+
+    def take(self, family: str, options: Sequence[_Candidate]) -> _Candidate | None:
+        """The option that was asked for least, counted; None if all of them run ahead."""
+        shares = _SHARES.get(family, {"": 1.0})
+        ahead = {kind: self.kinds[family][kind] / share for kind, share in shares.items()}
+        least_kind = min(ahead.values())
+        for option in sorted(options, key=lambda c: (ahead[c.kind], self.answers[c.stratum][c.answer])):
+            counts = self.answers[option.stratum]
+            least = min(counts[a] for a in self._possible(family, option.stratum))
+            if (
+                counts[option.answer] <= least + _SLACK
+                and ahead[option.kind] <= least_kind + _SLACK / shares[option.kind]
+            ):
+                counts[option.answer] += 1
+                self.kinds[family][option.kind] += 1
+                return option
+        return None
+
+    def _possible(self, family: str, stratum: tuple[str, ...]) -> tuple[str, ...]:
+        if family == "colour":
+            return tuple(c for c in COLOURS if ((c, stratum[1]) in HELD_OUT) == self.held_out)
+        if family == "shape":
+            return tuple(s for s in SHAPES if ((stratum[1], s) in HELD_OUT) == self.held_out)
+        if family == "existence":
+            return ("yes", "no")
+        if family == "counting":
+            # Nothing that is counted as 0 has a combination, so held-out questions start at 1.
+            return ("0", "1", "2", "3")[self.held_out : self.most + 1]
+        if family in ("place", "relation_choose"):
+            return ("left", "right") if stratum[1] == "across" else ("above", "below")
+        if family == "relation_open":
+            return SHAPES
+        if family == "relation_yes_no":
+            return ("yes", "no")
+        return ("bigger", "smaller")
 
 
 def draw_presupposition(scene: Scene, rng: random.Random) -> str:
@@ -170,25 +218,6 @@ def draw_presupposition(scene: Scene, rng: random.Random) -> str:
 
 def _about_held_out(candidate: _Candidate) -> bool:
     return any(combination in HELD_OUT for combination in candidate.combinations)
-
-
-def _possible_answers(family: str, stratum: tuple[str, ...], held_out: bool) -> tuple[str, ...]:
-    if family == "colour":
-        return tuple(c for c in COLOURS if ((c, stratum[1]) in HELD_OUT) == held_out)
-    if family == "shape":
-        return tuple(s for s in SHAPES if ((stratum[1], s) in HELD_OUT) == held_out)
-    if family == "existence":
-        return ("yes", "no")
-    if family == "counting":
-        # Nothing that is counted as 0 has a combination, so held-out questions start at 1.
-        return ("1", "2", "3") if held_out else ("0", "1", "2", "3")
-    if family == "relation_choose":
-        return ("left", "right") if stratum[1] == "across" else ("above", "below")
-    if family == "relation_open":
-        return SHAPES
-    if family == "relation_yes_no":
-        return ("yes", "no")
-    return ("bigger", "smaller")
 
 
 def _word(family: str, candidate: _Candidate, rng: random.Random) -> SceneQuestion:
@@ -283,6 +312,18 @@ def _opposite(direction: str) -> str:
     return {"left": "right", "right": "left", "above": "below", "below": "above"}[direction]
 
 
+def _place(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
+    """Of one object what ``relation_choose`` asks of two: a mapper learns that one from this one."""
+    items = scene.objects
+    middle = SceneObject("", "", "", IMAGE_SIZE / 2, IMAGE_SIZE / 2, 0.0, 0.0)
+    for i in _unique([o.combination for o in items]):
+        for direction in _lies(items[i], middle):
+            first, second = rng.sample((direction, _opposite(direction)), 2)
+            slots = {"a": describe(items[i], size=False), "d": _PHRASE[first], "e": _PHRASE[second]}
+            stratum = ("place", _axis(direction))
+            yield _Candidate(stratum, direction, (i,), slots, (items[i].combination,))
+
+
 def _relation_choose(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
     for i, j, a, b in _pairs(scene):
         for direction in _lies(a, b):
@@ -332,6 +373,7 @@ _CANDIDATES = {
     "shape": _shape,
     "existence": _existence,
     "counting": _counting,
+    "place": _place,
     "relation_choose": _relation_choose,
     "relation_open": _relation_open,
     "relation_yes_no": _relation_yes_no,

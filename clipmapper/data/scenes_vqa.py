@@ -39,6 +39,9 @@ class ScenesVQA:
 
     Parameters: number of scenes of each split. ``simple_scenes`` have one or two objects and are for the
     first part of training; ``held_out_scenes`` are about colour–shape combinations that training never sees.
+    ``train_questions``: how many of a family at most about one scene that is trained on (elsewhere one). What
+    differs between two questions about the same scene ("is A left or right of B", and of B and A) is only
+    their words, so they can't be learnt by heart from the image.
     """
 
     answers = ANSWERS
@@ -51,8 +54,10 @@ class ScenesVQA:
         simple_scenes: int,
         validation_scenes: int,
         held_out_scenes: int,
+        train_questions: int,
         seed: int,
     ) -> None:
+        self.train_questions = train_questions
         self.sizes = {
             "train": train_scenes,
             "simple": simple_scenes,
@@ -84,7 +89,10 @@ class ScenesVQA:
             draw_scene(self.seed, name, i, objects=objects, held_out=held_out)
             for i in range(self.sizes[name])
         ]
-        asked = list(balanced_questions(scenes, self.seed, held_out=held_out))
+        per_family = self.train_questions if name in ("train", "simple") else 1
+        asked = list(
+            balanced_questions(scenes, self.seed, per_family=per_family, held_out=held_out, most=objects[1])
+        )
         image_of = np.repeat(np.arange(len(scenes)), [len(a) for a in asked])
         images, instances = _render_all(scenes)
         return VQASplit(images, [q for questions in asked for q in questions], image_of, instances)

@@ -17,6 +17,10 @@ from clipmapper.models.attention import KeysValues, Remember
 from clipmapper.models.mapper_blocks import DualFlowBlock, SingleFlowBlock
 from clipmapper.models.masking import causal_mask
 
+# Standard deviation of new position embeddings: about half of a projected token's, so that places are told
+# apart from the first step.
+_POSITION_SCALE = 0.25
+
 
 class Mapper(nn.Module):
     """What both variants share: projections to the mapper's width, class token, position embeddings.
@@ -56,7 +60,7 @@ class Mapper(nn.Module):
         self.class_token = nn.Parameter(scale * torch.randn(width)) if class_token else None
         places = 1 + grid[0] * grid[1]
         self.positions = (
-            nn.Parameter(scale * torch.randn(places, width)) if image_position_embedding else None
+            nn.Parameter(_POSITION_SCALE * torch.randn(places, width)) if image_position_embedding else None
         )
         self.blocks = nn.ModuleList(self._block(width, heads, mlp_ratio) for _ in range(depth))
 

@@ -7,7 +7,7 @@ mapper reads the patches. The captioner is thrown away: what is left is a plain 
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 import lightning
@@ -110,7 +110,7 @@ class Captioner(nn.Module):
 
     def labels(self, ids: Int[Tensor, "n text"]) -> Int[Tensor, "n text"]:
         """Positions of the tokens among ``token_ids``; 0, the position of padding, for padding."""
-        return torch.searchsorted(self.token_ids, ids)
+        return torch.searchsorted(self.token_ids, ids.contiguous())
 
 
 class ContrastiveModule(lightning.LightningModule):
@@ -133,7 +133,7 @@ class ContrastiveModule(lightning.LightningModule):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_steps, self.max_steps = warmup_steps, max_steps
 
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], index: int) -> Tensor:
         images, ids = batch
         encoder = self.encoder
         # The fused backward of CPUs is slow in bfloat16: half of a step, where this one takes a tenth.

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from clipmapper.data.images import clip_input
 from clipmapper.data.scenes_vqa import VQASplit
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.tokens import TokenizedText, tokenize, word_positions

@@ -15,6 +15,7 @@ from clipmapper.models.clip_weights import save_clip_weights
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.training.contrastive import ContrastiveModule, contrastive_loader, retrieval_score
 from clipmapper.training.interruption import GracefulInterrupt
+from clipmapper.training.less_noise import less_noise
 
 
 def run_pretraining(config: PretrainConfig) -> dict[str, float]:
@@ -61,7 +62,8 @@ def run_pretraining(config: PretrainConfig) -> dict[str, float]:
         enable_model_summary=False,
     )
     began = time.monotonic()
-    trainer.fit(module, loader, ckpt_path=last if config.resume else None, weights_only=True)
+    with less_noise():
+        trainer.fit(module, loader, ckpt_path=last if config.resume else None, weights_only=True)
     minutes = (time.monotonic() - began) / 60
     easy = retrieval_score(encoder, config.seed)
     hard = retrieval_score(encoder, config.seed, variants=4)

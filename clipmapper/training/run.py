@@ -1,8 +1,6 @@
 """The run behind ``scripts/train.py``: train, validate, explain, and say what came out."""
 
-import logging
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,11 +16,13 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from clipmapper.config import TrainConfig
 from clipmapper.data.scenes_vqa import ScenesVQA
+from clipmapper.errors import UserError
 from clipmapper.models.build import build_clipmapper
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.training.blind import blind_accuracy
 from clipmapper.training.explained_samples import choose_samples
 from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
+from clipmapper.training.less_noise import less_noise
 from clipmapper.training.relevance_callback import RelevanceCallback
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS, folder_to_resume, new_run_folder, write_json
 from clipmapper.training.scene_batches import SplitBatches, scene_splits, training_batches
@@ -61,6 +61,10 @@ def train(config: TrainConfig) -> Path:
     resumed = folder_to_resume(config.output, config.name, settings) if config.resume else None
     lightning.seed_everything(config.seed, verbose=False)
     data: ScenesVQA = instantiate(asdict(config.data))
+    for family in config.training.first_families:
+        if family not in data.families:
+            known = ", ".join(data.families)
+            raise UserError(f"training.first_families: there is no {family!r}; the data has {known}")
     model = build_clipmapper(asdict(config.encoder), asdict(config.model), data.answers)
     model.description["data"] = asdict(config.data)
     folder = resumed or new_run_folder(config.output, config.name, settings)
@@ -81,7 +85,7 @@ def train(config: TrainConfig) -> Path:
         explainer.prepare(
             choose_samples(model, data.validation, explainer.samples, explainer.seed), folder / "pictures"
         )
-    with _less_noise(), _stopping():
+    with less_noise(), _stopping():
         trainer = _fit(config, model, data, splits, explainer, folder, resumed is not None)
         trainer.save_checkpoint(folder / CHECKPOINT)
     model.to(trainer_device)
@@ -147,6 +151,8 @@ def _fit(
         splits["train"],
         batch_size=training.batch_size,
         simple_steps=round(training.simple_share * training.max_steps),
+        first_families=training.first_families,
+        first_steps=round(training.first_share * training.max_steps),
         seed=config.seed,
     )
     callbacks: list[Callback] = [
@@ -213,26 +219,6 @@ def _stopping() -> Iterator[None]:
         if isinstance(leaving.__context__, KeyboardInterrupt):
             raise RunInterrupted("stopped after training, while validating") from leaving
         raise
-
-
-@contextmanager
-def _less_noise() -> Iterator[None]:
-    """Keep away what Lightning says at every start and a user can do nothing about."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        for expected in (
-            "Found .* module.* in eval mode",  # the frozen encoder is meant to be
-            "Checkpoint directory .* exists and is not empty",  # of a run that is resumed
-            ".*does not have many workers",  # batches are rows of a cache: a worker would only copy them
-            ".*isinstance.treespec, LeafSpec.. is deprecated",  # Lightning's own use of torch
-        ):
-            warnings.filterwarnings("ignore", expected)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
 
 
 def _accuracy(trainer: lightning.Trainer, data: ScenesVQA, blind: dict[str, float]) -> dict:

@@ -1,6 +1,6 @@
 """Batches of the built-in VQA data, from cached tokens or from pixels."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -76,17 +76,39 @@ class SplitBatches:
 
 
 def training_batches(
-    simple: SplitBatches, full: SplitBatches, *, batch_size: int, simple_steps: int, seed: int
+    simple: SplitBatches,
+    full: SplitBatches,
+    *,
+    batch_size: int,
+    simple_steps: int,
+    first_families: Sequence[str],
+    first_steps: int,
+    seed: int,
 ) -> Callable[[int], dict]:
-    """The batch of every step: simple scenes in the first steps, then all; each drawn by (seed, step)."""
+    """The batch of every step: simple scenes in the first steps, then all; each drawn by (seed, step).
+
+    Every family is drawn equally often, in the first ``first_steps`` only ``first_families``.
+    """
+    numbers = {split.name: _numbers_by_family(split) for split in (simple, full)}
 
     def batch_at(step: int) -> dict:
         source = simple if step < simple_steps else full
+        of_family = numbers[source.name]
+        asked = [f for f in first_families if f in of_family] if step < first_steps else []
+        asked = asked or list(of_family)
         rng = np.random.default_rng((seed, step))
-        numbers = rng.choice(len(source.split), size=min(batch_size, len(source.split)), replace=False)
-        return source.batch(torch.from_numpy(numbers))
+        drawn = rng.integers(len(asked), size=batch_size)
+        questions = [rng.choice(of_family[asked[k]]) for k in drawn]
+        return source.batch(torch.tensor(np.array(questions)))
 
     return batch_at
+
+
+def _numbers_by_family(split: SplitBatches) -> dict[str, np.ndarray]:
+    found: dict[str, list[int]] = {}
+    for number, question in enumerate(split.split.questions):
+        found.setdefault(question.family, []).append(number)
+    return {family: np.array(numbers) for family, numbers in found.items()}
 
 
 def scene_splits(

@@ -1,0 +1,26 @@
+"""Quiet about what Lightning says at every start."""
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def less_noise() -> Iterator[None]:
+    """Keep away what Lightning says at every start and a user can do nothing about."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        for expected in (
+            "Found .* module.* in eval mode",  # the frozen encoder is meant to be
+            "Checkpoint directory .* exists and is not empty",  # of a run that is resumed
+            ".*does not have many workers",  # batches are rows of a cache: a worker would only copy them
+            ".*isinstance.treespec, LeafSpec.. is deprecated",  # Lightning's own use of torch
+        ):
+            warnings.filterwarnings("ignore", expected)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
