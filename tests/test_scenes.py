@@ -734,7 +734,7 @@ def test_contrastive_texts_are_true_and_nothing_held_out_is_shown(model, drawn):
                 assert caption_is_true(text, scene.objects), (text, scene.objects)
         for group in range(0, 24, 3):  # variants of one scene stand together
             assert len({len(scene.objects) for scene in some[group : group + 3]}) == 1
-    assert 0.08 < questions / texts < 0.18
+    assert 0.07 < questions / texts < 0.18
     # One object at first, then two, then all.
     assert most[0] == most[10] == 1 and most[20] == 2 and max(most.values()) == 4
 
@@ -746,9 +746,9 @@ def test_samples_are_spread_over_the_families(model, data):
     split = data.validation
     chosen = choose_samples(model, split, 3 * len(FAMILIES) + 2, seed=0)
     counts = Counter(chosen.families)
-    assert len(chosen) == 26 and set(counts) == set(FAMILIES) and set(counts.values()) == {3, 4}
-    assert len(set(chosen.ids)) == 26
-    again, other = choose_samples(model, split, 26, seed=0), choose_samples(model, split, 26, seed=1)
+    assert len(chosen) == 3 * len(FAMILIES) + 2 and set(counts) == set(FAMILIES) and set(counts.values()) == {3, 4}
+    assert len(set(chosen.ids)) == len(chosen)
+    again, other = choose_samples(model, split, 29, seed=0), choose_samples(model, split, 29, seed=1)
     assert again.ids == chosen.ids and set(other.ids) != set(chosen.ids)
     assert choose_samples(model, split, 9, seed=0).ids == chosen.ids[:9]  # more samples keep the first ones
     for k, number in enumerate(chosen.ids):
