@@ -746,7 +746,11 @@ def test_samples_are_spread_over_the_families(model, data):
     split = data.validation
     chosen = choose_samples(model, split, 3 * len(FAMILIES) + 2, seed=0)
     counts = Counter(chosen.families)
-    assert len(chosen) == 3 * len(FAMILIES) + 2 and set(counts) == set(FAMILIES) and set(counts.values()) == {3, 4}
+    assert (
+        len(chosen) == 3 * len(FAMILIES) + 2
+        and set(counts) == set(FAMILIES)
+        and set(counts.values()) == {3, 4}
+    )
     assert len(set(chosen.ids)) == len(chosen)
     again, other = choose_samples(model, split, 29, seed=0), choose_samples(model, split, 29, seed=1)
     assert again.ids == chosen.ids and set(other.ids) != set(chosen.ids)
