@@ -52,7 +52,7 @@ def test_explanation_of_the_model_s_own_answer(model, picture, method):
     assert np.array_equal(explanation.image, picture)
     assert [word for word, _ in explanation.words] == WORDS
     assert np.isfinite(explanation.patches).all()
-    # Untrained, the last attention's gradient may well speak against the answer everywhere: Grad-CAM is 0 then.
+    # Untrained, the last attention's gradient may speak against the answer everywhere: Grad-CAM is 0 then.
     assert np.ptp(explanation.patches) > 0 or method == "grad_cam"
 
 
