@@ -74,6 +74,17 @@ def test_logits_inside_are_the_plain_logits(model):
     assert plain.std(0).min() > 1e-2, "samples differ, or a mix-up could not be seen"
 
 
+def test_recording_inside_inference_mode(dual):
+    _, expected = recorded(dual)
+    with torch.inference_mode(), unmarked(dual):
+        trace, logits = recorded(dual)
+        assert torch.is_inference_mode_enabled()  # again, after the recording
+    trace.backward(logits[:, 0])
+    relevance = METHODS["weighted"](trace)
+    torch.testing.assert_close(logits, expected)
+    assert relevance.image.std() > 0
+
+
 def test_the_graph_of_the_dual_flow_mapper(dual):
     """Both directions of a block read the other stream as it entered the block."""
     trace, _ = recorded(dual)
