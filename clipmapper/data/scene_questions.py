@@ -93,10 +93,10 @@ _ASKING = {
     "shape": ("shape",),
     "existence": (),
     "counting": ("many",),
-    "place": ("left", "right", "above", "below"),
-    "relation_choose": ("left", "right", "above", "below"),
-    "relation_open": ("left", "right", "above", "below"),
-    "relation_yes_no": ("left", "right", "above", "below"),
+    "place": _DIRECTIONS,
+    "relation_choose": _DIRECTIONS,
+    "relation_open": _DIRECTIONS,
+    "relation_yes_no": _DIRECTIONS,
     "comparison": ("bigger", "smaller"),
 }
 _PHRASE = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
