@@ -81,6 +81,25 @@ class DataConfig(Section):
 
 
 @dataclass
+class FamilySharesConfig(Section):
+    """How often training asks each family of questions, relative to the others."""
+
+    colour: float = setting(minimum=0)
+    shape: float = setting(minimum=0)
+    existence: float = setting(minimum=0)
+    counting: float = setting(minimum=0)
+    place: float = setting(minimum=0)
+    relation_choose: float = setting(minimum=0)
+    relation_open: float = setting(minimum=0)
+    relation_yes_no: float = setting(minimum=0)
+    comparison: float = setting(minimum=0)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not any(vars(self).values()):
+            yield "colour", "at least one family needs a share above 0"
+
+
+@dataclass
 class ScenesVQAConfig(DataConfig):
     """Parameters of :class:`clipmapper.data.scenes_vqa.ScenesVQA`."""
 
@@ -89,6 +108,7 @@ class ScenesVQAConfig(DataConfig):
     validation_scenes: int = setting(minimum=1)
     held_out_scenes: int = setting(minimum=1)
     train_questions: int = setting(minimum=1)
+    shares: FamilySharesConfig = field(default_factory=FamilySharesConfig)
     seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
 
 

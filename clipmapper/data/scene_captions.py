@@ -45,7 +45,7 @@ def draw_caption(scene: Scene, rng: random.Random) -> str:
     """One caption in a wording drawn at random: objects in any order, places, relations, sizes, counts."""
     items = list(scene.objects)
     rng.shuffle(items)
-    wording = rng.choice((_places, _places, _relations, _relations, _listing, _counts))
+    wording = rng.choice((_places, _places, _relations, _relations, _listing, _counts, _counts))
     return wording(items, rng)
 
 
@@ -98,7 +98,7 @@ def _relations(items: Sequence[SceneObject], rng: random.Random) -> str:
 
 def _counts(items: Sequence[SceneObject], rng: random.Random) -> str:
     opening = f"{_NUMBERS[len(items)]} {'objects' if len(items) > 1 else 'object'}"
-    if rng.random() < 0.5:
+    if rng.random() < 0.25:
         return f"{opening}: {_join([_article(describe(o)) for o in items])}"
     by_kind = rng.choice(("shape", "colour"))
     tally: dict[str, int] = {}

@@ -113,18 +113,19 @@ def draw_scene(
 ) -> Scene:
     """Scene ``index`` of a split, with a number of objects in ``objects`` (both ends included).
 
-    Every second scene is built around an attribute that several objects share or none has, with 0 to 3 of
-    them equally likely: independent objects would almost never give three of a colour to count. With
-    ``held_out`` at least one object has a colour–shape combination that training never sees.
+    Three scenes in four are built around an attribute that one, two or (most often) three objects share:
+    independent objects would almost never give three of a colour to count, and the few scenes that do would
+    be learnt by heart. With ``held_out`` at least one object has a colour–shape combination that training
+    never sees.
     """
     rng = scene_random(seed, split, index)
     low, high = objects
     count = rng.randint(low, high)
     looks = []
-    if rng.random() < 0.5:
+    if rng.random() < 0.75:
         kind = rng.randrange(2)  # 0: colour, 1: shape
         value = rng.choice((COLOURS, SHAPES)[kind])
-        sharing = rng.randint(0, min(3, high))
+        sharing = min(rng.choice((1, 2, 3, 3)), high)
         count = max(count, sharing)
         while len(looks) < count:
             combination = draw_combination(rng)

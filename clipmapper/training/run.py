@@ -153,6 +153,7 @@ def _fit(
         simple_steps=round(training.simple_share * training.max_steps),
         first_families=training.first_families,
         first_steps=round(training.first_share * training.max_steps),
+        shares=data.shares,
         seed=config.seed,
     )
     callbacks: list[Callback] = [
