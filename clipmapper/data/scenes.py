@@ -34,6 +34,7 @@ _RGB = {
     "cyan": (60, 205, 215),
 }
 _RADIUS = {"small": (7.6, 8.8), "large": (12.0, 13.6)}  # pixels
+_RENDER_BATCH = 256
 _WINDOW = 34  # pixels: side of the square that holds the largest object with its soft edge
 
 
@@ -212,6 +213,14 @@ def render(scenes: Sequence[Scene]) -> RenderedScenes:
 
 def _noise_key(key: str) -> int:
     return random.Random("noise/" + key).getrandbits(64)
+
+
+def render_all(
+    scenes: Sequence[Scene],
+) -> tuple[UInt8[np.ndarray, "scenes height width 3"], UInt8[np.ndarray, "scenes height width"]]:
+    """Images and instances of any number of scenes, a batch at a time."""
+    parts = [render(scenes[i : i + _RENDER_BATCH]) for i in range(0, len(scenes), _RENDER_BATCH)]
+    return np.concatenate([p.images for p in parts]), np.concatenate([p.instances for p in parts])
 
 
 def _backgrounds(noise: Sequence[np.random.Generator]) -> np.ndarray:
