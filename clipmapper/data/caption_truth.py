@@ -86,10 +86,11 @@ def caption_truth(caption: str, scene: Scene) -> CaptionTruth:
 
     Every "a ..." introduces an object of its own, so "a red ring and a red ring" needs two; "the ..." is the
     first that was introduced in these words. Which object of the scene is meant by which is chosen so that as
-    many as possible are what they are called, and then as many statements as possible hold. Places and relations are those of
-    :mod:`clipmapper.data.scene_captions`: the third of the image, and the direction in which two objects are
-    further apart. A list behind "three objects:" claims to be the whole: one that does not add up to three is
-    a count that does not hold, as is a total that is not the scene's.
+    many as possible are what they are called, and then as many statements as possible hold.
+
+    Places and relations are those of :mod:`clipmapper.data.scene_captions`: the third of the image, and the
+    direction in which two objects are further apart. A list behind "three objects:" claims to be the whole:
+    one that does not add up to three is a count that does not hold, as is a total that is not the scene's.
     """
     said = _read(" ".join(re.sub(r"\s+([,:])", r"\1", caption).split()))
     if said is None:
