@@ -11,7 +11,7 @@ from clipmapper.data.scenes import IMAGE_SIZE, Scene, SceneObject
 # A relation is stated only when the centres are at least this far apart along its axis: closer than that
 # people disagree about it.
 RELATION_MARGIN = 10.0  # pixels
-_NUMBERS = ("no", "one", "two", "three", "four")
+NUMBERS = ("no", "one", "two", "three", "four")
 
 
 def describe(item: SceneObject, *, size: bool = True, colour: bool = True) -> str:
@@ -58,23 +58,24 @@ def captions(scene: Scene, count: int = 5) -> list[str]:
     return list(found)
 
 
+def join(phrases: Sequence[str]) -> str:
+    """For example "a ring, a cross and a square"."""
+    return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
+
+
 def _article(phrase: str) -> str:
     return f"a {phrase}"
 
 
-def _join(phrases: Sequence[str]) -> str:
-    return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
-
-
 def _listing(items: Sequence[SceneObject], rng: random.Random) -> str:
     opening = rng.choice(("", "there is ", "an image of ", "you can see "))
-    return opening + _join([_article(describe(o)) for o in items])
+    return opening + join([_article(describe(o)) for o in items])
 
 
 def _places(items: Sequence[SceneObject], rng: random.Random) -> str:
     size = rng.random() < 0.7
     where = rng.choice(("at the", "near the", "in the"))
-    return _join([f"{_article(describe(o, size=size))} {where} {place_name(o)}" for o in items])
+    return join([f"{_article(describe(o, size=size))} {where} {place_name(o)}" for o in items])
 
 
 def _relations(items: Sequence[SceneObject], rng: random.Random) -> str:
@@ -93,19 +94,19 @@ def _relations(items: Sequence[SceneObject], rng: random.Random) -> str:
         last, other = items[-1], items[0]
         how = relation(last, other) or "next to"
         told.append(f"{_article(describe(last, size=size))} {verb}{how} the {describe(other, size=size)}")
-    return _join(told)
+    return join(told)
 
 
 def _counts(items: Sequence[SceneObject], rng: random.Random) -> str:
-    opening = f"{_NUMBERS[len(items)]} {'objects' if len(items) > 1 else 'object'}"
+    opening = f"{NUMBERS[len(items)]} {'objects' if len(items) > 1 else 'object'}"
     if rng.random() < 0.25:
-        return f"{opening}: {_join([_article(describe(o)) for o in items])}"
+        return f"{opening}: {join([_article(describe(o)) for o in items])}"
     by_kind = rng.choice(("shape", "colour"))
     tally: dict[str, int] = {}
     for o in items:
         tally[getattr(o, by_kind)] = tally.get(getattr(o, by_kind), 0) + 1
     if by_kind == "shape":
-        told = [f"{_NUMBERS[n]} {plural(kind) if n > 1 else kind}" for kind, n in tally.items()]
+        told = [f"{NUMBERS[n]} {plural(kind) if n > 1 else kind}" for kind, n in tally.items()]
     else:
-        told = [f"{_NUMBERS[n]} {kind} {'things' if n > 1 else 'thing'}" for kind, n in tally.items()]
-    return f"{opening}: {_join(told)}"
+        told = [f"{NUMBERS[n]} {kind} {'things' if n > 1 else 'thing'}" for kind, n in tally.items()]
+    return f"{opening}: {join(told)}"

@@ -8,6 +8,7 @@ scenes, and two splits never share one. Questions about a scene live in
 import math
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -34,6 +35,7 @@ _RGB = {
     "cyan": (60, 205, 215),
 }
 _RADIUS = {"small": (7.6, 8.8), "large": (12.0, 13.6)}  # pixels
+_RENDER_BATCH = 256
 _WINDOW = 34  # pixels: side of the square that holds the largest object with its soft edge
 
 
@@ -213,6 +215,16 @@ def render(scenes: Sequence[Scene]) -> RenderedScenes:
 
 def _noise_key(key: str) -> int:
     return random.Random("noise/" + key).getrandbits(64)
+
+
+def render_all(
+    scenes: Sequence[Scene],
+) -> tuple[UInt8[np.ndarray, "scenes height width 3"], UInt8[np.ndarray, "scenes height width"]]:
+    """Images and instances of any number of scenes, a batch at a time."""
+    batches = [scenes[i : i + _RENDER_BATCH] for i in range(0, len(scenes), _RENDER_BATCH)]
+    with ThreadPoolExecutor() as pool:  # NumPy lets go of the interpreter while it draws
+        parts = list(pool.map(render, batches))
+    return np.concatenate([p.images for p in parts]), np.concatenate([p.instances for p in parts])
 
 
 def _backgrounds(noise: Sequence[np.random.Generator]) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Questions about built-in scenes as a data set for visual question answering."""
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,9 +8,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from clipmapper.data.scene_questions import ANSWERS, CHANCE, FAMILIES, SceneQuestion, balanced_questions
-from clipmapper.data.scenes import MAX_OBJECTS, Scene, draw_scene, render
-
-_RENDER_BATCH = 256
+from clipmapper.data.scenes import MAX_OBJECTS, draw_scene, render_all
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,7 @@ class ScenesVQA:
     first part of training; ``held_out_scenes`` are about colour–shape combinations that training never sees.
     ``train_questions``: how many of a family at most about one scene that is trained on (elsewhere one). What
     differs between two questions about the same scene ("is A left or right of B", and of B and A) is only
-    their words, so they can't be learnt by heart from the image. ``shares``: how often training asks each
-    family, relative to the others (1 where nothing is said).
+    their words, so they can't be learnt by heart from the image.
     """
 
     answers = ANSWERS
@@ -58,10 +54,8 @@ class ScenesVQA:
         held_out_scenes: int,
         train_questions: int,
         seed: int,
-        shares: Mapping[str, float] | None = None,
     ) -> None:
         self.train_questions = train_questions
-        self.shares = dict.fromkeys(FAMILIES, 1.0) | dict(shares or {})
         self.sizes = {
             "train": train_scenes,
             "simple": simple_scenes,
@@ -98,12 +92,5 @@ class ScenesVQA:
             balanced_questions(scenes, self.seed, per_family=per_family, held_out=held_out, most=objects[1])
         )
         image_of = np.repeat(np.arange(len(scenes)), [len(a) for a in asked])
-        images, instances = _render_all(scenes)
+        images, instances = render_all(scenes)
         return VQASplit(images, [q for questions in asked for q in questions], image_of, instances)
-
-
-def _render_all(scenes: Sequence[Scene]) -> tuple[np.ndarray, np.ndarray]:
-    batches = [scenes[i : i + _RENDER_BATCH] for i in range(0, len(scenes), _RENDER_BATCH)]
-    with ThreadPoolExecutor() as pool:  # NumPy lets go of the interpreter while it draws
-        parts = list(pool.map(render, batches))
-    return np.concatenate([p.images for p in parts]), np.concatenate([p.instances for p in parts])
