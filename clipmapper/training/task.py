@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import lightning
 from rich.table import Table
@@ -12,6 +12,7 @@ from clipmapper.config import TrainConfig
 from clipmapper.training.module import TaskModule
 
 
+@runtime_checkable
 class Task(Protocol):
     """``training._target_`` names the class, which is called with the run's settings and its data.
 
