@@ -1,15 +1,18 @@
-"""Building a CLIPmapper from plain settings, and writing those settings into its checkpoints."""
+"""Building a model from plain settings, and writing those settings into its checkpoints."""
 
 import json
 import pickle
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from clipmapper.errors import UserError
+from clipmapper.models.caption_head import CaptionHead, TiedCaptionHead
+from clipmapper.models.caption_tokens import caption_vocabulary
+from clipmapper.models.captioner import Captioner
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.heads import VQAHead
@@ -24,18 +27,56 @@ def build_clipmapper(encoder: Mapping, model: Mapping, answers: Sequence[str]) -
     """A CLIPmapper with a pretrained encoder and a new mapper and head.
 
     ``encoder``: architecture, pretrained, frozen. ``model``: mapper ("dual_flow" or "single_flow"), width,
-    depth, heads, mlp_ratio, head_width, image_position_embedding.
+    depth, heads, mlp_ratio, image_position_embedding, head_width.
     """
     stage_1 = ClipEncoder(encoder["architecture"], encoder["pretrained"], encoder["frozen"])
     mapper, head = build_mapper_and_head(stage_1, model, len(answers))
     built = CLIPmapper(stage_1, mapper, head, answers)
-    built.description = describe(encoder, model, answers)
+    built.description = describe("vqa", encoder, model, answers=list(answers))
+    return built
+
+
+def build_captioner(
+    encoder: Mapping,
+    model: Mapping,
+    *,
+    captions: Sequence[str] | None = None,
+    tokens: Sequence[int] | None = None,
+) -> Captioner:
+    """A captioner with a pretrained encoder and a new mapper and head.
+
+    ``encoder``: architecture, pretrained, frozen. ``model``: mapper, width, depth, heads, mlp_ratio,
+    image_position_embedding, tied_head (score words by CLIP's own token embeddings), text_embedding_only
+    (leave out CLIP's text tower), vocabulary ("tokenizer": the head knows every token; "data": only those of
+    the given ``captions``, or, where these are known, ``tokens``).
+
+    Raises ``UserError`` for a CLIP that cannot read a caption that is being written.
+    """
+    stage_1 = ClipEncoder(encoder["architecture"], encoder["pretrained"], encoder["frozen"])
+    if model["vocabulary"] == "tokenizer":
+        tokens = None
+    elif tokens is None:
+        if captions is None:
+            raise ValueError("vocabulary=data: give captions, or the ids of their tokens")
+        tokens = caption_vocabulary(stage_1.tokenizer, captions)
+    mapper = _mapper(stage_1, model, captioning=True)
+    embedding = stage_1.text_tower.owner.token_embedding
+    if model["tied_head"]:
+        head = TiedCaptionHead(model["width"], embedding, tokens)
+    else:
+        head = CaptionHead(model["width"], embedding.num_embeddings, tokens)
+    built = Captioner(stage_1, mapper, head, text_embedding_only=model["text_embedding_only"])
+    built.description = describe("captioning", encoder, model, tokens=tokens)
     return built
 
 
 def build_mapper_and_head(encoder: ClipEncoder, model: Mapping, answers: int) -> tuple[Mapper, VQAHead]:
     """Stage 2 with new weights, for the settings of :func:`build_clipmapper`."""
-    mapper = MAPPERS[model["mapper"]](
+    return _mapper(encoder, model), VQAHead(model["width"], model["head_width"], answers)
+
+
+def _mapper(encoder: ClipEncoder, model: Mapping, captioning: bool = False) -> Mapper:
+    return MAPPERS[model["mapper"]](
         encoder.image_width,
         encoder.text_width,
         encoder.grid,
@@ -45,27 +86,39 @@ def build_mapper_and_head(encoder: ClipEncoder, model: Mapping, answers: int) ->
         mlp_ratio=model["mlp_ratio"],
         class_token=encoder.prefix_tokens == 0,
         image_position_embedding=model["image_position_embedding"],
+        captioning=captioning,
     )
-    return mapper, VQAHead(model["width"], model["head_width"], answers)
 
 
-def describe(encoder: Mapping, model: Mapping, answers: Sequence[str]) -> dict:
-    """Everything but the weights, in plain types; an architecture of one's own goes in whole."""
+def describe(task: str, encoder: Mapping, model: Mapping, **more) -> dict:
+    """Everything but the weights, in plain types; an architecture of one's own goes in whole.
+
+    ``more``: what the task's model needs besides (the answers, the tokens of the head).
+    """
     architecture = encoder["architecture"]
     config = None
     if architecture.endswith(".json"):
         config = json.loads(shipped_path(architecture).read_text())
     return {
-        "task": "vqa",
+        "task": task,
         "encoder": {"architecture": architecture, "frozen": encoder["frozen"], "config": config},
         "tokenizer": Path(architecture).stem if config else architecture,
         "model": dict(model),
-        "answers": list(answers),
+        **more,
     }
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> CLIPmapper:
-    """A trained CLIPmapper from a checkpoint, ready to ``.answer(image, question)``.
+# The model of a checkpoint, by the task in its description: (encoder's settings, description) → model.
+_BUILDERS: Mapping[str, Callable[[Mapping, Mapping], CLIPmapper | Captioner]] = {
+    "vqa": lambda encoder, described: build_clipmapper(encoder, described["model"], described["answers"]),
+    "captioning": lambda encoder, described: build_captioner(
+        encoder, described["model"], tokens=described["tokens"]
+    ),
+}
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> CLIPmapper | Captioner:
+    """A trained model from a checkpoint, ready to ``.answer(image, question)`` or to ``.caption(image)``.
 
     No pickled code is executed and nothing but the file is needed. Raises ``UserError`` when the file is
     missing, damaged, or not a checkpoint of a CLIPmapper.
@@ -96,7 +149,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> CLIPmapper:
     return model.to(device).eval()
 
 
-def _empty(description: Mapping) -> CLIPmapper:
+def _empty(description: Mapping) -> CLIPmapper | Captioner:
     encoder = dict(description["encoder"])
     config = encoder.pop("config")
     with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +158,7 @@ def _empty(description: Mapping) -> CLIPmapper:
             file = Path(folder) / Path(encoder["architecture"]).name
             file.write_text(json.dumps(config))
             encoder["architecture"] = str(file)
-        model = build_clipmapper(encoder | {"pretrained": None}, description["model"], description["answers"])
+        model = _BUILDERS[description["task"]](encoder | {"pretrained": None}, description)
         if config is not None:
             _ = model.encoder.tokenizer  # which is read by the file, while it is there
     model.encoder.architecture = description["encoder"]["architecture"]

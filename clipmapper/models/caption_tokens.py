@@ -57,6 +57,13 @@ def caption_tokens(tokenizer, ends: CaptionEnds, captions: Sequence[str]) -> Tok
     return with_ends([row[:room] for row in rows], ends, padding_id(tokenizer))
 
 
+def caption_vocabulary(tokenizer, captions: Sequence[str]) -> list[int]:
+    """The ids of all tokens that these captions are written with, end token included, in order."""
+    ends = caption_ends(tokenizer)
+    text = caption_tokens(tokenizer, ends, sorted(set(captions)))
+    return sorted({ends.end, *text.ids[text.removable].tolist()})
+
+
 def with_ends(
     words: Sequence[Sequence[int]], ends: CaptionEnds, padding: int, ended: Sequence[bool] | None = None
 ) -> TokenizedText:

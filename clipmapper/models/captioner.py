@@ -108,8 +108,12 @@ class Captioner(nn.Module):
         keep: Int[Tensor, "batch kept"] | None = None,
         image_ignore: Bool[Tensor, "batch patches"] | None = None,
         only_text: bool = True,
-    ) -> Float[Tensor, "batch tokens vocabulary"]:
-        """Stage 2 alone, from the encoder's tokens (cached, or shared by many captions of an image)."""
+        known_only: bool = False,
+    ) -> Float[Tensor, "batch tokens scored"]:
+        """Stage 2 alone, from the encoder's tokens (cached, or shared by many captions of an image).
+
+        ``known_only``: just the tokens that the head can say (:meth:`Vocabulary.known_scores`), for training.
+        """
         _, text = self.mapper(
             image_tokens,
             text_tokens,
@@ -118,7 +122,7 @@ class Captioner(nn.Module):
             text_valid=valid,
             only_text=only_text,
         )
-        return self.head(text)
+        return self.head.known_scores(text) if known_only else self.head(text)
 
     @property
     def caches(self) -> int:
@@ -145,6 +149,27 @@ class Captioner(nn.Module):
         else:
             text_tokens = tower.step(ids, past, remember[:own])
         return self.head(self.mapper.text_step(text_tokens, memory, past, remember[own:])[:, -1])
+
+    @torch.no_grad()
+    def caption(self, image, decoding=None) -> str:
+        """The caption of an image (a path, a PIL image, an array).
+
+        ``decoding``: a :class:`clipmapper.models.caption_decoding.Decoding`, by default its own default, a
+        beam of five. Of several captions the first is returned.
+        """
+        from clipmapper.models.caption_decoding import Decoding, write_captions
+
+        was_training = self.training
+        self.eval()
+        try:
+            image_tokens = self.encoder.image_tokens(self.load_image(image))
+        finally:
+            self.train(was_training)
+        return write_captions(self, image_tokens, decoding or Decoding()).texts[0][0]
+
+    def load_image(self, image) -> Float[Tensor, "1 3 height width"]:
+        """A path, PIL image, uint8 array [height, width, 3] or preprocessed tensor, for the encoder."""
+        return self.encoder.load_image(image).to(self.device)
 
     def tokenize(self, captions: str | Sequence[str]) -> TokenizedText:
         """Token ids of one or more captions, with start and end. Raises ``UserError`` for an empty one."""

@@ -156,11 +156,7 @@ class CLIPmapper(nn.Module):
 
     def load_image(self, image) -> Float[Tensor, "1 3 height width"]:
         """A path, PIL image, uint8 array [height, width, 3] or preprocessed tensor, for the encoder."""
-        from clipmapper.data.images import as_pil
-
-        if isinstance(image, Tensor):
-            return (image if image.ndim == 4 else image[None]).to(self.device)
-        return self.encoder.preprocess()(as_pil(image))[None].to(self.device)
+        return self.encoder.load_image(image).to(self.device)
 
     @torch.no_grad()
     def answer(self, image, question: str) -> str:

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
+from clipmapper.data.images import as_pil
 from clipmapper.models.clip_weights import build_clip, build_tokenizer
 from clipmapper.models.image_towers import image_tower
 from clipmapper.models.text_tower import TextTower
@@ -65,6 +66,12 @@ class ClipEncoder(nn.Module):
     def preprocess(self):
         """The image transform that belongs to the weights: PIL image → Float[3, height, width]."""
         return image_transform_v2(PreprocessCfg(**self.clip.visual.preprocess_cfg), is_train=False)
+
+    def load_image(self, image) -> Float[Tensor, "batch 3 height width"]:
+        """A path, PIL image or uint8 array [height, width, 3] as the towers read it; a tensor as it is."""
+        if isinstance(image, Tensor):
+            return image if image.ndim == 4 else image[None]
+        return self.preprocess()(as_pil(image))[None]
 
     def image_tokens(
         self,
