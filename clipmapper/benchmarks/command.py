@@ -34,8 +34,8 @@ BENCHMARKS = {
     "explanation": Benchmark(
         captions.explanation_arguments,
         captions.explanation,
-        "{words} words: {times[together][median_s]:.3f} s together, {times[separately][median_s]:.3f} s one by "
-        "one: ratio {ratio:.3f} ({ratio_to_plain:.3f} of a plain forward and backward a token)",
+        "{words} words: {times[together][median_s]:.3f} s together, {times[separately][median_s]:.3f} s one "
+        "by one: ratio {ratio:.3f} ({ratio_to_plain:.3f} to a plain forward and backward a token)",
     ),
 }
 

@@ -13,7 +13,7 @@ once, and those that keep equally many tokens share a forward.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES, Pe
 FRACTIONS = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.50, 0.75, 1.0)
 
 
+@runtime_checkable
 class VariantScorer(Protocol):
     """What is known of a model and the samples of one chunk: scores of samples with some tokens removed."""
 

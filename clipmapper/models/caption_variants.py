@@ -22,7 +22,7 @@ def kept_captions(
     decoding: Decoding,
 ) -> Callable[
     [Int[Tensor, "variants"], Int[Tensor, "variants kept"] | None, bool],
-    tuple[Float[Tensor, "variants tokens-1"], Sequence[str] | None],
+    tuple[Float[Tensor, "variants told"], Sequence[str] | None],
 ]:
     """A function that captions these images with some of their patches removed.
 
@@ -37,7 +37,7 @@ def kept_captions(
     @torch.no_grad()
     def function(
         sample: Int[Tensor, "variants"], image_keep: Int[Tensor, "variants kept"] | None, write: bool
-    ) -> tuple[Float[Tensor, "variants tokens-1"], Sequence[str] | None]:
+    ) -> tuple[Float[Tensor, "variants told"], Sequence[str] | None]:
         sample = sample.to(model.device)
         keep = None if image_keep is None else image_keep.to(model.device)
         image_tokens = model.encoder.image_tokens(images[sample], keep=keep)
@@ -56,7 +56,7 @@ def _log_probabilities(
     text_tokens: Float[Tensor, "variants tokens text_width"],
     text: TokenizedText,
     keep: Int[Tensor, "variants kept"] | None,
-) -> Float[Tensor, "variants tokens-1"]:
+) -> Float[Tensor, "variants told"]:
     """Of every token but the first, given those before it; 0 at padding."""
     wanted = text.valid[:, 1:]
     place = model.head.places(text.ids[:, 1:], wanted)

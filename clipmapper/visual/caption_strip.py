@@ -1,7 +1,7 @@
 """An explained caption on one page: the map of the whole caption, and a strip with a small map a word."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -41,6 +41,7 @@ _HOW = {
 }
 
 
+@runtime_checkable
 class Explained(Protocol):
     """What is drawn: see :class:`clipmapper.explaining_captions.CaptionExplanation`."""
 
