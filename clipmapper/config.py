@@ -9,7 +9,7 @@ class for each, which the group's file names in its defaults list; ``_target_`` 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -70,14 +70,15 @@ class EncoderConfig(Section):
 
 @dataclass
 class ModelConfig(Section):
-    """Stage 2 and its head. Parameters of :class:`clipmapper.models.mapper.Mapper`."""
+    """Stage 2. Parameters of :class:`clipmapper.models.mapper.Mapper`."""
+
+    task: ClassVar[str | None] = None  # which one it is for, None: any
 
     mapper: str = setting(choices=("dual_flow", "single_flow"))
     width: int = setting(minimum=1)
     depth: int = setting(minimum=1)
     heads: int = setting(minimum=1)
     mlp_ratio: float = setting(above=0)
-    head_width: int = setting(minimum=1)
     image_position_embedding: bool = setting()
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -86,8 +87,30 @@ class ModelConfig(Section):
 
 
 @dataclass
+class VQAModelConfig(ModelConfig):
+    """Stage 2 with a head for answers."""
+
+    task = "vqa"
+
+    head_width: int = setting(minimum=1)
+
+
+@dataclass
+class CaptionModelConfig(ModelConfig):
+    """Stage 2 with a head for words: see :func:`clipmapper.models.build.build_captioner`."""
+
+    task = "captioning"
+
+    tied_head: bool = setting()
+    text_embedding_only: bool = setting()
+    vocabulary: str = setting(choices=("tokenizer", "data"))
+
+
+@dataclass
 class DataConfig(Section):
     """What every data set has."""
+
+    task: ClassVar[str | None] = None  # which one it is for, None: any
 
     _target_: str = setting()
 
@@ -95,6 +118,8 @@ class DataConfig(Section):
 @dataclass
 class ScenesVQAConfig(DataConfig):
     """Parameters of :class:`clipmapper.data.scenes_vqa.ScenesVQA`."""
+
+    task = "vqa"
 
     train_scenes: int = setting(minimum=1)
     simple_scenes: int = setting(minimum=1)
@@ -105,22 +130,96 @@ class ScenesVQAConfig(DataConfig):
 
 
 @dataclass
-class TrainingConfig(Section):
-    """The optimisation, in steps (batches)."""
+class ScenesCaptionsConfig(DataConfig):
+    """Parameters of :class:`clipmapper.data.scenes_captions.ScenesCaptions`."""
 
+    task = "captioning"
+
+    train_scenes: int = setting(minimum=1)
+    validation_scenes: int = setting(minimum=1)
+    held_out_scenes: int = setting(minimum=1)
+    references: int = setting(minimum=1, maximum=10)
+    seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
+
+
+@dataclass
+class CocoCaptionsConfig(DataConfig):
+    """Parameters of :class:`clipmapper.data.coco_captions.CocoCaptions`."""
+
+    task = "captioning"
+
+    folder: str = setting(text=True)
+
+
+@dataclass
+class TrainingConfig(Section):
+    """The optimisation, in steps (batches). ``_target_``: the task, a class that is called with all this."""
+
+    task: ClassVar[str | None] = None  # which one it is for, None: any
+
+    _target_: str = setting()
     batch_size: int = setting(minimum=1)
     max_steps: int = setting(minimum=1)
     learning_rate: float = setting(above=0)
     weight_decay: float = setting(minimum=0)
     warmup_steps: int = setting(minimum=0)
+    token_cache: bool = setting()
+
+
+@dataclass
+class FamilySharesConfig(Section):
+    """How often training asks each family of questions, relative to the others."""
+
+    colour: float = setting(minimum=0)
+    shape: float = setting(minimum=0)
+    existence: float = setting(minimum=0)
+    counting: float = setting(minimum=0)
+    place: float = setting(minimum=0)
+    relation_choose: float = setting(minimum=0)
+    relation_open: float = setting(minimum=0)
+    relation_yes_no: float = setting(minimum=0)
+    comparison: float = setting(minimum=0)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not any(vars(self).values()):
+            yield "colour", "at least one family needs a share above 0"
+
+
+@dataclass
+class VQATrainingConfig(TrainingConfig):
+    """What training on questions has besides."""
+
+    task = "vqa"
+
     simple_share: float = setting(minimum=0, maximum=1)
     first_families: list[str] = setting()
     first_share: float = setting(minimum=0, maximum=1)
+    shares: FamilySharesConfig = field(default_factory=FamilySharesConfig)
     blind_steps: int = setting(minimum=1)
-    token_cache: bool = setting()
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from _list_problems("first_families", self.first_families)
+
+
+@dataclass
+class CaptionTrainingConfig(TrainingConfig):
+    """What training on captions has besides. ``checkpoint``: a captioner to go on from."""
+
+    task = "captioning"
+
+    objective: str = setting(choices=("cross_entropy", "scst"))
+    checkpoint: str | None = setting(text=True)
+    label_smoothing: float = setting(minimum=0, below=1)
+    scst_captions: int = setting(minimum=1)
+    logged_captions: int = setting(minimum=0)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from _empty_texts(self, "checkpoint")
+        if self.objective == "scst" and self.checkpoint is None:
+            yield (
+                "checkpoint",
+                "objective=scst goes on from a captioner that cross_entropy has trained; give its file",
+            )
 
 
 @dataclass
@@ -163,10 +262,14 @@ class CSVLoggerConfig(LoggerConfig):
 class CallbacksConfig(Section):
     """What happens at validation; itself it stands for nothing (``callbacks=none``)."""
 
+    task: ClassVar[str | None] = None  # which one it is for, None: any
+
 
 @dataclass
 class RelevanceCallbackConfig(CallbacksConfig):
     """Parameters of :class:`clipmapper.training.relevance_callback.RelevanceCallback`."""
+
+    task = "vqa"
 
     _target_: str = setting()
     methods: list[str] = setting(choices=METHODS)
@@ -205,6 +308,16 @@ class TrainConfig(Section):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from _empty_texts(self, "name", "output")
+        task = self.training.task
+        for key in ("model", "data", "callbacks"):
+            section = getattr(self, key)
+            if section is not None and section.task and section.task != task:
+                yield (
+                    key,
+                    f"the one that is chosen is for {section.task}, but training is for {task}; "
+                    "an experiment (experiment=vqa_scenes, experiment=caption_scenes) chooses what belongs "
+                    "together",
+                )
 
 
 @dataclass
@@ -321,7 +434,13 @@ def register() -> None:
         "explain_schema": ExplainConfig,
         "perturb_schema": PerturbConfig,
         "pretrain_clip_schema": PretrainConfig,
+        "vqa_model_schema": VQAModelConfig,
+        "caption_model_schema": CaptionModelConfig,
         "scenes_vqa_schema": ScenesVQAConfig,
+        "scenes_captions_schema": ScenesCaptionsConfig,
+        "coco_captions_schema": CocoCaptionsConfig,
+        "vqa_training_schema": VQATrainingConfig,
+        "caption_training_schema": CaptionTrainingConfig,
         "wandb_logger_schema": WandbLoggerConfig,
         "csv_logger_schema": CSVLoggerConfig,
         "no_callbacks_schema": CallbacksConfig,

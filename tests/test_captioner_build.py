@@ -11,7 +11,7 @@ from training_models import same_bits
 import clipmapper
 from clipmapper.errors import UserError
 from clipmapper.models.build import DESCRIPTION, build_captioner
-from clipmapper.models.caption_decoding import Decoding
+from clipmapper.models.caption_decoding import Decoding, write_captions
 from clipmapper.models.caption_head import CaptionHead, TiedCaptionHead
 from clipmapper.models.caption_tokens import caption_vocabulary
 from clipmapper.models.captioner import caption_loss
@@ -134,6 +134,33 @@ def test_loss_over_the_known_tokens_is_the_loss_over_all(architecture):
     wanted[:, 0] = False  # the start token is never said
     placed = TokenizedText(model.head.places(text.ids, wanted), text.valid, text.removable)
     torch.testing.assert_close(caption_loss(known, placed), caption_loss(whole, text))
+
+
+def test_captions_are_written_in_the_known_tokens_alone(architecture):
+    """As if the head knew all of them and had never meant another one."""
+    model = tiny_captioner(architecture)
+    images = model.encoder.image_tokens(torch.randn(3, 3, 72, 72, generator=torch.Generator().manual_seed(1)))
+    known = set(model.head.tokens.tolist())
+
+    some = model.head
+
+    class Whole(CaptionHead):
+        def known_scores(self, text):
+            return some(text)
+
+    for decoding in (
+        Decoding("greedy"),
+        Decoding("beam", captions=3, repetition_penalty=1.3, no_repeat_ngram=2),
+        Decoding("nucleus", captions=4, seed=1),
+    ):
+        for use_cache in (True, False):
+            written = write_captions(model, images, decoding, use_cache=use_cache)
+            assert set(written.tokens.ids[written.tokens.removable].tolist()) <= known - {model.ends.end}
+            if decoding.method != "nucleus":  # which draws other words when there are more to draw from
+                model.head = Whole(16, 49408)
+                whole = write_captions(model, images, decoding, use_cache=use_cache)
+                model.head = some
+                assert whole.texts == written.texts
 
 
 def test_a_clip_that_reads_ahead_needs_the_option(tmp_path):

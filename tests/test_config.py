@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from clipmapper import cli, config
 from clipmapper.config_keys import setting_named
 from clipmapper.errors import UserError
+from clipmapper.training.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -37,7 +38,15 @@ COMMANDS = {
     ),
     "pretrain_clip": ("clipmapper.training.pretrain", "run_pretraining", config.PretrainConfig, []),
 }
+CAPTIONS = "experiment=caption_scenes"
 CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
+
+
+def with_what_belongs_to_it(choice: str) -> list[str]:
+    """The choice, and the experiment whose task it is for."""
+    group, _, name = choice.partition("=")
+    captions = group != "experiment" and "caption" in name
+    return [CAPTIONS, choice] if captions else [choice]
 
 
 class Runs:
@@ -99,7 +108,7 @@ def run(monkeypatch, capsys, tmp_path) -> Runs:
 def test_every_file_is_covered():
     assert {path.stem for path in CONF.glob("*.yaml")} == {*COMMANDS, "plain_hydra"}
     groups = {choice.partition("=")[0] for choice in CHOICES}
-    assert groups == {"model", "encoder", "data", "trainer", "logger", "callbacks", "experiment"}
+    assert groups == {"model", "encoder", "data", "training", "trainer", "logger", "callbacks", "experiment"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -114,7 +123,7 @@ def test_command_gets_its_typed_settings(run, command, tmp_path):
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes_and_validates(run, choice):
-    given = run.config("train", choice)
+    given = run.config("train", *with_what_belongs_to_it(choice))
     group, _, name = choice.partition("=")
     if group == "experiment":
         assert given.name == name
@@ -145,6 +154,11 @@ def test_groups_have_one_class_per_implementation(run):
     given = run.config("train")
     assert type(given.logger) is config.WandbLoggerConfig and given.logger.mode == "offline"
     assert type(given.data) is config.ScenesVQAConfig
+    assert type(given.model) is config.VQAModelConfig and type(given.training) is config.VQATrainingConfig
+    captions = run.config("train", CAPTIONS)
+    assert type(captions.data) is config.ScenesCaptionsConfig and captions.callbacks is None
+    assert type(captions.model) is config.CaptionModelConfig
+    assert type(captions.training) is config.CaptionTrainingConfig
     assert type(given.callbacks) is config.RelevanceCallbackConfig
     assert type(run.config("train", "logger=csv").logger) is config.CSVLoggerConfig
 
@@ -179,7 +193,7 @@ def test_methods_are_those_that_exist():
 
 @pytest.mark.parametrize("choice", [c for c in CHOICES if c.split("=")[0] in ("data", "callbacks")])
 def test_target_takes_exactly_these_settings(run, choice):
-    section = getattr(run.config("train", choice), choice.partition("=")[0])
+    section = getattr(run.config("train", *with_what_belongs_to_it(choice)), choice.partition("=")[0])
     if section is None:
         return
     module, _, name = section._target_.rpartition(".")
@@ -189,6 +203,17 @@ def test_target_takes_exactly_these_settings(run, choice):
         pytest.skip(str(missing))
     settings = {f.name for f in fields(section)} - {"_target_"}
     assert settings == set(inspect.signature(target).parameters)
+
+
+@pytest.mark.parametrize("choice", [c for c in CHOICES if c.startswith("training=")])
+def test_target_of_training_is_a_task(run, choice):
+    target = run.config("train", *with_what_belongs_to_it(choice)).training._target_
+    module, _, name = target.rpartition(".")
+    task = getattr(importlib.import_module(module), name)
+    assert list(inspect.signature(task).parameters) == ["config", "data"]
+    for method in ("prepare", "module", "labelled", "results", "tables"):
+        wanted = inspect.signature(getattr(Task, method)).parameters
+        assert list(inspect.signature(getattr(task, method)).parameters) == list(wanted)
 
 
 # Mistakes
@@ -233,7 +258,7 @@ def test_target_takes_exactly_these_settings(run, choice):
         (["encoder.frozen=2"], "encoder.frozen", "2 is not true or false"),
         (["seed=true"], "seed", "true is not an int"),
         (["callbacks.methods=gae"], "callbacks.methods", "'gae' is not a list"),
-        (["training=5"], "training", "5 is not a section"),
+        (["training=5"], "training", "'5' is not one of captioning, vqa"),
         (["training.max_steps=${nope}"], "training.max_steps", "'nope' not found"),
         # values that are not allowed
         (["model.mapper=dual"], "model.mapper", "not one of dual_flow, single_flow; did you mean dual_flow?"),
@@ -251,6 +276,20 @@ def test_target_takes_exactly_these_settings(run, choice):
         (["trainer.devices=all"], "trainer.devices", "'all' is not a number of devices"),
         (["trainer.precision=bf16"], "trainer.precision", "not one of 32-true, 16-mixed, bf16-mixed"),
         (["name="], "name", "empty"),
+        (["training=vqqa"], "training", "'vqqa' is not one of captioning, vqa; did you mean vqa?"),
+        # what does not belong together
+        (["data=scenes_captions"], "data", "for captioning, but training is for vqa"),
+        (["training=captioning"], "model", "for vqa, but training is for captioning"),
+        ([CAPTIONS, "callbacks=relevance"], "callbacks", "for vqa, but training is for cap"),
+        ([CAPTIONS, "model=scenes"], "model", "experiment=caption_scenes) chooses what"),
+        # captioning
+        ([CAPTIONS, "training.objective=reinforce"], "training.objective", "not one of cross_entropy, scst"),
+        ([CAPTIONS, "training.objective=scst"], "training.checkpoint", "goes on from a captioner"),
+        ([CAPTIONS, "training.checkpoint="], "training.checkpoint", "is empty"),
+        ([CAPTIONS, "training.label_smoothing=1"], "training.label_smoothing", "1.0 is not below 1"),
+        ([CAPTIONS, "training.blind_steps=3"], "training.blind_steps", "not a setting of the training that"),
+        (["training.objective=scst"], "training.objective", "not a setting of the training that is chosen"),
+        ([CAPTIONS, "model.vocabulary=all"], "model.vocabulary", "one of tokenizer, data"),
         # grammar
         (["=3"], "cannot read '=3'", "key=value"),
         (["a b"], "cannot read 'a b'", "key=value"),
@@ -366,7 +405,7 @@ def test_help_and_version(run):
     assert status == 0 and all(f"  {command}" in printed for command in COMMANDS)
     assert run("--version") == run("train", "--version") == (0, "clipmapper 0.1.0\n", "")
     status, printed, _ = run("train", "--help")
-    assert status == 0 and "experiment: vqa_b32_dual_flow" in printed and "max_steps: " in printed
+    assert status == 0 and "experiment: caption_coco_b32" in printed and "max_steps: " in printed
     status, printed, _ = run("train", "--cfg", "job", "seed=9")
     assert status == 0 and "seed: 9\n" in printed and not run.configs
 

@@ -153,9 +153,9 @@ def test_every_look_appears_and_only_allowed_ones(scenes, held_out_scenes):
 
 def test_numbers_of_objects_and_of_those_alike(scenes):
     many = Counter(len(scene.objects) for scene in scenes)
-    assert set(many) == {1, 2, 3, 4} and min(many.values()) > 0.15 * len(scenes)
+    assert set(many) == {1, 2, 3, 4} and min(many.values()) > 0.08 * len(scenes)
     most = Counter(max(Counter(o.colour for o in scene.objects).values()) for scene in scenes)
-    assert most[3] > 0.04 * len(scenes)  # something to count
+    assert most[3] > 0.12 * len(scenes)  # something to count, and too many to learn by heart
     for objects in ((1, 1), (1, 2), (2, 3), (4, 4)):
         drawn = {len(draw_scene(0, "x", i, objects=objects).objects) for i in range(40)}
         assert drawn == set(range(objects[0], objects[1] + 1))
@@ -476,8 +476,8 @@ def test_another_deciding_word_gives_another_answer(asked):
             altered[question.family] += 1
             stuck[question.family] += all(answer_or_none(t, items) == question.answer for t in texts)
     assert set(altered) == set(FAMILIES)
-    for family in FAMILIES:  # by chance all four shapes may be as frequent, or two rings as red
-        assert stuck[family] <= 0.03 * altered[family], (family, stuck, altered)
+    for family in FAMILIES:  # by chance two shapes are as frequent, or three objects as red
+        assert stuck[family] <= 0.06 * altered[family], (family, stuck, altered)
 
 
 # ---------------------------------------------------------------- captions

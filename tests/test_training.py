@@ -24,15 +24,17 @@ import clipmapper
 from clipmapper.data.scene_questions import ANSWERS
 from clipmapper.errors import UserError
 from clipmapper.models.build import build_clipmapper
-from clipmapper.training import explanation_report, run
+from clipmapper.training import explanation_report, vqa_task
 from clipmapper.training.blind import blind_accuracy
 from clipmapper.training.interruption import RunInterrupted
 from clipmapper.training.less_noise import less_noise
+from clipmapper.training.module import Labelled, StepBatches
 from clipmapper.training.optimisation import adamw, warmup_cosine
-from clipmapper.training.run import VALIDATION_SPLITS, Labelled, train
+from clipmapper.training.run import train
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS, folder_to_resume, new_run_folder
 from clipmapper.training.scene_batches import scene_splits
-from clipmapper.training.vqa import StepBatches, VQAModule, answer_loss
+from clipmapper.training.vqa import VQAModule, answer_loss
+from clipmapper.training.vqa_task import VALIDATION_SPLITS
 
 TINY_RUN = (
     *training_models.SMALL_RUN,
@@ -447,7 +449,7 @@ def test_stopped_at_the_end_and_resumed(settings, whole_run, monkeypatch, moment
 
             patched.setattr(explanation_report, "perturb", perturb)
         else:
-            patched.setattr(run, "blind_accuracy", lambda *args, **kwargs: ctrl_c())
+            patched.setattr(vqa_task, "blind_accuracy", lambda *args, **kwargs: ctrl_c())
         with pytest.raises((RunInterrupted, KeyboardInterrupt)):
             train(stopped)
     assert_same_end(train(replace(stopped, resume=True)), whole)
@@ -461,7 +463,7 @@ def test_callback_leaves_training_as_it_is(settings, monkeypatch):
         built.head = nn.Sequential(nn.Dropout(0.5), built.head)
         return built
 
-    monkeypatch.setattr(run, "build_clipmapper", with_dropout)
+    monkeypatch.setattr(vqa_task, "build_clipmapper", with_dropout)
     common = ("encoder.frozen=false", "trainer.val_check_interval=2")
     without = train(settings("name=without", "callbacks=none", *common))
     explained = train(settings("name=explained", *common))

@@ -13,7 +13,7 @@ from clipmapper.data.scenes import IMAGE_SIZE, Scene, SceneObject
 # A relation is stated only when the centres are at least this far apart along its axis: closer than that
 # people disagree about it.
 RELATION_MARGIN = 10.0  # pixels
-_NUMBERS = ("no", "one", "two", "three", "four")
+NUMBERS = ("no", "one", "two", "three", "four")
 # What a word can say of objects. Other words ("a", "is", "there", commas) speak of none.
 WORD_KINDS = ("colour", "shape", "size", "relation", "place", "number")
 
@@ -73,7 +73,7 @@ def draw_aligned_caption(scene: Scene, rng: random.Random) -> AlignedCaption:
     """One caption in a wording drawn at random: objects in any order, places, relations, sizes, counts."""
     items = list(enumerate(scene.objects))
     rng.shuffle(items)
-    wording = rng.choice((_places, _places, _relations, _relations, _listing, _counts))
+    wording = rng.choice((_places, _places, _relations, _relations, _listing, _counts, _counts))
     return AlignedCaption(tuple(wording(items, rng)))
 
 
@@ -95,6 +95,11 @@ def aligned_captions(scene: Scene, count: int = 5) -> list[AlignedCaption]:
 def captions(scene: Scene, count: int = 5) -> list[str]:
     """The texts of :func:`aligned_captions`."""
     return [caption.text for caption in aligned_captions(scene, count)]
+
+
+def join(phrases: Sequence[str]) -> str:
+    """For example "a ring, a cross and a square"."""
+    return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
 
 
 _Words = list[CaptionWord]
@@ -165,11 +170,11 @@ def _related(a: _Item, b: _Item, verb: str, size: bool) -> _Words:
 def _counts(items: Sequence[_Item], rng: random.Random) -> _Words:
     everything = tuple(number for number, _ in items)
     opening = [
-        *_about(_NUMBERS[len(items)], "number", *everything),
+        *_about(NUMBERS[len(items)], "number", *everything),
         *_plain("objects" if len(items) > 1 else "object"),
         CaptionWord(":"),
     ]
-    if rng.random() < 0.5:
+    if rng.random() < 0.25:
         return [*opening, *_join([_thing(item) for item in items])]
     by_kind = rng.choice(("shape", "colour"))
     alike: dict[str, list[int]] = {}
@@ -182,5 +187,5 @@ def _counts(items: Sequence[_Item], rng: random.Random) -> _Words:
             name = _about(plural(kind) if several else kind, "shape", *numbers)
         else:
             name = [*_about(kind, "colour", *numbers), *_plain("things" if several else "thing")]
-        told.append([*_about(_NUMBERS[len(numbers)], "number", *numbers), *name])
+        told.append([*_about(NUMBERS[len(numbers)], "number", *numbers), *name])
     return [*opening, *_join(told)]

@@ -8,10 +8,9 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations
 
-from clipmapper.data.scene_captions import RELATION_MARGIN, describe, plural
-from clipmapper.data.scenes import COLOURS, HELD_OUT, IMAGE_SIZE, MAX_OBJECTS, SHAPES, Scene, SceneObject
+from clipmapper.data.question_candidates import CANDIDATES, DIRECTIONS, Candidate
+from clipmapper.data.scenes import COLOURS, HELD_OUT, MAX_OBJECTS, SHAPES, Scene
 
 # Chance of a guess that knows the question's wording, in percent of questions: 1 / number of its answers.
 CHANCE = {
@@ -26,8 +25,7 @@ CHANCE = {
     "comparison": 1 / 2,
 }
 FAMILIES = tuple(CHANCE)
-_DIRECTIONS = ("left", "right", "above", "below")
-ANSWERS = (*COLOURS, *SHAPES, "yes", "no", "0", "1", "2", "3", *_DIRECTIONS, "bigger", "smaller")
+ANSWERS = (*COLOURS, *SHAPES, "yes", "no", "0", "1", "2", "3", *DIRECTIONS, "bigger", "smaller")
 
 # Kinds of question in a family and their shares. A hard negative: the colour is there and the shape is there,
 # but not together.
@@ -93,13 +91,12 @@ _ASKING = {
     "shape": ("shape",),
     "existence": (),
     "counting": ("many",),
-    "place": _DIRECTIONS,
-    "relation_choose": _DIRECTIONS,
-    "relation_open": _DIRECTIONS,
-    "relation_yes_no": _DIRECTIONS,
+    "place": DIRECTIONS,
+    "relation_choose": DIRECTIONS,
+    "relation_open": DIRECTIONS,
+    "relation_yes_no": DIRECTIONS,
     "comparison": ("bigger", "smaller"),
 }
-_PHRASE = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
 
 
 @dataclass(frozen=True)
@@ -116,16 +113,6 @@ class SceneQuestion:
     answer: str
     deciding_objects: tuple[int, ...]
     deciding_words: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    stratum: tuple[str, ...]
-    answer: str
-    objects: tuple[int, ...]
-    slots: dict[str, str]
-    combinations: tuple[tuple[str, str], ...]  # colour–shape pairs that the question is about
-    kind: str = ""  # of the questions of a family, one that is to have its share; see _SHARES
 
 
 def balanced_questions(
@@ -150,7 +137,7 @@ def balanced_questions(
     for scene in scenes:
         asked = []
         for family in families:
-            options = [c for c in _CANDIDATES[family](scene, rng) if _about_held_out(c) == held_out]
+            options = [c for c in CANDIDATES[family](scene, rng) if _about_held_out(c) == held_out]
             rng.shuffle(options)
             for _ in range(per_family):
                 option = balance.take(family, options)
@@ -169,7 +156,7 @@ class _Balance:
         self.answers: dict[tuple[str, ...], Counter] = defaultdict(Counter)
         self.kinds: dict[str, Counter] = defaultdict(Counter)
 
-    def take(self, family: str, options: Sequence[_Candidate]) -> _Candidate | None:
+    def take(self, family: str, options: Sequence[Candidate]) -> Candidate | None:
         """The option that was asked for least, counted; None if all of them run ahead."""
         shares = _SHARES.get(family, {"": 1.0})
         ahead = {kind: self.kinds[family][kind] / share for kind, share in shares.items()}
@@ -210,172 +197,19 @@ def draw_presupposition(scene: Scene, rng: random.Random) -> str:
     families = list(FAMILIES)
     rng.shuffle(families)
     for family in families:
-        options = [c for c in _CANDIDATES[family](scene, rng) if c.answer not in ("no", "0")]
+        options = [c for c in CANDIDATES[family](scene, rng) if c.answer not in ("no", "0")]
         if options:
             return _word(family, rng.choice(options), rng).text
     return f"is there a {scene.objects[0].shape}?"
 
 
-def _about_held_out(candidate: _Candidate) -> bool:
+def _about_held_out(candidate: Candidate) -> bool:
     return any(combination in HELD_OUT for combination in candidate.combinations)
 
 
-def _word(family: str, candidate: _Candidate, rng: random.Random) -> SceneQuestion:
+def _word(family: str, candidate: Candidate, rng: random.Random) -> SceneQuestion:
     text = rng.choice(_TEMPLATES[family]).format(**candidate.slots)
     words = set(text.replace("?", " ").replace(",", " ").replace(":", " ").split())
     content = {w for slot in ("a", "b") for w in candidate.slots.get(slot, "").split()} - {"things"}
     deciding = tuple(sorted(words & (content | set(_ASKING[family]))))
     return SceneQuestion(family, text, candidate.answer, candidate.objects, deciding)
-
-
-def _unique(values: Sequence) -> list[int]:
-    return [i for i, value in enumerate(values) if values.count(value) == 1]
-
-
-def _colour(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
-    items = scene.objects
-    for i in _unique([o.shape for o in items]):
-        o = items[i]
-        yield _Candidate(("colour", o.shape, ""), o.colour, (i,), {"a": o.shape}, (o.combination,))
-    for i in _unique([(o.size, o.shape) for o in items]):
-        o = items[i]
-        name = describe(o, colour=False)
-        yield _Candidate(("colour", o.shape, o.size), o.colour, (i,), {"a": name}, (o.combination,))
-
-
-def _shape(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
-    items = scene.objects
-    for i in _unique([o.colour for o in items]):
-        o = items[i]
-        yield _Candidate(("shape", o.colour, ""), o.shape, (i,), {"a": o.colour}, (o.combination,))
-    for i in _unique([(o.size, o.colour) for o in items]):
-        o = items[i]
-        slots = {"a": f"{o.size} {o.colour}"}
-        yield _Candidate(("shape", o.colour, o.size), o.shape, (i,), slots, (o.combination,))
-
-
-def _existence(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
-    items = scene.objects
-    combinations = {o.combination for o in items}
-    colours, shapes = {o.colour for o in items}, {o.shape for o in items}
-    for colour in COLOURS:
-        for shape in SHAPES:
-            together = (colour, shape) in combinations
-            hard = colour in colours and shape in shapes
-            kind = "yes" if together else "hard no" if hard else "easy no"
-            matching = [i for i, o in enumerate(items) if o.combination == (colour, shape)]
-            near = [i for i, o in enumerate(items) if o.colour == colour or o.shape == shape]
-            objects = tuple(matching or near or range(len(items)))
-            # Balanced for each colour and shape asked for: no combination is a hint.
-            stratum = ("existence", colour, shape)
-            answer = "yes" if together else "no"
-            yield _Candidate(stratum, answer, objects, {"a": f"{colour} {shape}"}, ((colour, shape),), kind)
-
-
-def _counting(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
-    items = scene.objects
-    for kind, values in (("colour", COLOURS), ("shape", SHAPES)):
-        for value in values:
-            counted = tuple(i for i, o in enumerate(items) if getattr(o, kind) == value)
-            if len(counted) > 3:
-                continue
-            name = plural(value) if kind == "shape" else f"{value} things"
-            about = tuple(items[i].combination for i in counted)
-            objects = counted or tuple(range(len(items)))
-            yield _Candidate(("counting", kind), str(len(counted)), objects, {"a": name}, about)
-
-
-def _pairs(scene: Scene) -> Iterator[tuple[int, int, SceneObject, SceneObject]]:
-    items = scene.objects
-    named = _unique([o.combination for o in items])
-    for i, j in permutations(named, 2):
-        yield i, j, items[i], items[j]
-
-
-def _names(a: SceneObject, b: SceneObject) -> dict[str, str]:
-    return {"a": describe(a, size=False), "b": describe(b, size=False)}
-
-
-def _lies(a: SceneObject, b: SceneObject, margin: float = RELATION_MARGIN) -> Iterator[str]:
-    """Where ``a`` is clearly found as seen from ``b``; may be two directions, one of each axis."""
-    if abs(a.x - b.x) >= margin:
-        yield "left" if a.x < b.x else "right"
-    if abs(a.y - b.y) >= margin:
-        yield "above" if a.y < b.y else "below"
-
-
-def _axis(direction: str) -> str:
-    return "across" if direction in ("left", "right") else "along"
-
-
-def _opposite(direction: str) -> str:
-    return {"left": "right", "right": "left", "above": "below", "below": "above"}[direction]
-
-
-def _place(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
-    """Of one object what ``relation_choose`` asks of two: a mapper learns that one from this one."""
-    items = scene.objects
-    middle = SceneObject("", "", "", IMAGE_SIZE / 2, IMAGE_SIZE / 2, 0.0, 0.0)
-    for i in _unique([o.combination for o in items]):
-        for direction in _lies(items[i], middle):
-            first, second = rng.sample((direction, _opposite(direction)), 2)
-            slots = {"a": describe(items[i], size=False), "d": _PHRASE[first], "e": _PHRASE[second]}
-            stratum = ("place", _axis(direction))
-            yield _Candidate(stratum, direction, (i,), slots, (items[i].combination,))
-
-
-def _relation_choose(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
-    for i, j, a, b in _pairs(scene):
-        for direction in _lies(a, b):
-            first, second = rng.sample((direction, _opposite(direction)), 2)
-            slots = _names(a, b) | {"d": _PHRASE[first], "e": _PHRASE[second]}
-            stratum = ("relation_choose", _axis(direction))
-            yield _Candidate(stratum, direction, (i, j), slots, (a.combination, b.combination))
-
-
-def _relation_open(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
-    """Only where one object is clearly in that direction and every other one is not at all."""
-    items = scene.objects
-    for i in _unique([o.combination for o in items]):
-        a = items[i]
-        for direction in _DIRECTIONS:
-            there = [j for j, o in enumerate(items) if j != i and direction in _lies(o, a)]
-            nearly = [j for j, o in enumerate(items) if j != i and direction in _lies(o, a, margin=0.0)]
-            if len(there) == 1 == len(nearly):
-                slots = {"a": describe(a, size=False), "d": _PHRASE[direction]}
-                found = items[there[0]]
-                about = (a.combination, found.combination)
-                stratum = ("relation_open", a.shape)
-                yield _Candidate(stratum, found.shape, (i, there[0]), slots, about)
-
-
-def _relation_yes_no(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
-    for i, j, a, b in _pairs(scene):
-        for direction in _lies(a, b):
-            for asked in (direction, _opposite(direction)):
-                slots = _names(a, b) | {"d": _PHRASE[asked]}
-                answer = "yes" if asked == direction else "no"
-                stratum = ("relation_yes_no", asked)
-                yield _Candidate(stratum, answer, (i, j), slots, (a.combination, b.combination))
-
-
-def _comparison(scene: Scene, rng: random.Random) -> Iterator[_Candidate]:
-    for i, j, a, b in _pairs(scene):
-        if a.size != b.size:
-            first, second = rng.sample(("bigger", "smaller"), 2)
-            slots = _names(a, b) | {"d": first, "e": second}
-            answer = "bigger" if a.size == "large" else "smaller"
-            yield _Candidate(("comparison",), answer, (i, j), slots, (a.combination, b.combination))
-
-
-_CANDIDATES = {
-    "colour": _colour,
-    "shape": _shape,
-    "existence": _existence,
-    "counting": _counting,
-    "place": _place,
-    "relation_choose": _relation_choose,
-    "relation_open": _relation_open,
-    "relation_yes_no": _relation_yes_no,
-    "comparison": _comparison,
-}

@@ -7,10 +7,8 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from clipmapper.data.scene_questions import ANSWERS, CHANCE, SceneQuestion, balanced_questions
-from clipmapper.data.scenes import MAX_OBJECTS, Scene, draw_scene, render
-
-_RENDER_BATCH = 256
+from clipmapper.data.scene_questions import ANSWERS, CHANCE, FAMILIES, SceneQuestion, balanced_questions
+from clipmapper.data.scenes import MAX_OBJECTS, draw_scene, render_all
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class ScenesVQA:
     """
 
     answers = ANSWERS
-    families = tuple(CHANCE)
+    families = FAMILIES
     chance = CHANCE
 
     def __init__(
@@ -94,10 +92,5 @@ class ScenesVQA:
             balanced_questions(scenes, self.seed, per_family=per_family, held_out=held_out, most=objects[1])
         )
         image_of = np.repeat(np.arange(len(scenes)), [len(a) for a in asked])
-        images, instances = _render_all(scenes)
+        images, instances = render_all(scenes)
         return VQASplit(images, [q for questions in asked for q in questions], image_of, instances)
-
-
-def _render_all(scenes: Sequence[Scene]) -> tuple[np.ndarray, np.ndarray]:
-    parts = [render(scenes[i : i + _RENDER_BATCH]) for i in range(0, len(scenes), _RENDER_BATCH)]
-    return np.concatenate([p.images for p in parts]), np.concatenate([p.instances for p in parts])

@@ -34,6 +34,22 @@ class TokenCache:
 
 
 @torch.no_grad()
+def build_image_cache(
+    encode_images: Callable[[np.ndarray], Tensor],
+    images: np.ndarray,
+    *,
+    batch_size: int = 256,
+    progress: Progress = lambda done: None,
+) -> Float[Tensor, "images image_tokens image_width"]:
+    """Tokens of every image, in half precision. Arguments as of :func:`build_token_cache`."""
+    tokens = []
+    for start in range(0, len(images), batch_size):
+        tokens.append(encode_images(images[start : start + batch_size]).half().cpu())
+        progress(len(tokens[-1]))
+    return torch.cat(tokens)
+
+
+@torch.no_grad()
 def build_token_cache(
     encode_images: Callable[[np.ndarray], Tensor],
     encode_texts: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
@@ -48,10 +64,7 @@ def build_token_cache(
 
     ``progress`` is told how many images or texts were added.
     """
-    image_tokens = []
-    for start in range(0, len(images), batch_size):
-        image_tokens.append(encode_images(images[start : start + batch_size]).half().cpu())
-        progress(len(image_tokens[-1]))
+    image_tokens = build_image_cache(encode_images, images, batch_size=batch_size, progress=progress)
     different = sorted(set(texts))
     position = {text: i for i, text in enumerate(different)}
     text_tokens, text_valid = [], []
@@ -63,7 +76,7 @@ def build_token_cache(
     longest = max(t.shape[1] for t in text_tokens)
     pad = torch.nn.functional.pad
     return TokenCache(
-        image_tokens=torch.cat(image_tokens),
+        image_tokens=image_tokens,
         text_tokens=torch.cat([pad(t, (0, 0, 0, longest - t.shape[1])) for t in text_tokens]),
         text_valid=torch.cat([pad(v, (0, longest - v.shape[1])) for v in text_valid]),
         text_of=torch.tensor([position[text] for text in texts]),

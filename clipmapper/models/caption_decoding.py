@@ -1,5 +1,6 @@
 """Writing captions: greedy, beam and nucleus decoding by ``transformers``' generation loop."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -84,15 +85,13 @@ class Decoding:
                 "(nucleus gives as many as you like, beam as many as it has beams)"
             )
 
-    def generation_config(self, captioner: Captioner, use_cache: bool) -> GenerationConfig:
-        """The same in the words of ``transformers``."""
-        room = captioner.encoder.context_length - 1
+    def generation_config(self, room: int, start: int, end: int, use_cache: bool) -> GenerationConfig:
+        """The same in the words of ``transformers``. ``room``: for tokens behind the start token."""
         if self.max_length > room:
             raise UserError(
                 f"decoding.max_length={self.max_length}: the text tower has room for {room} tokens "
                 "behind the start token"
             )
-        start, end = captioner.ends.start, captioner.ends.end
         own = {
             "greedy": {},
             # "never": stop when no running caption can get better than the finished ones. The default stops
@@ -148,11 +147,10 @@ def write_captions(
     """
     was_training = captioner.training
     captioner.eval()
-    config = decoding.generation_config(captioner, use_cache)
     device = image_tokens.device
     try:
-        decoder = _Decoder(captioner, image_tokens, keep, config)
-        start = torch.full((len(image_tokens), 1), captioner.ends.start, device=device)
+        decoder = _Decoder(captioner, image_tokens, keep, decoding, use_cache)
+        start = torch.full((len(image_tokens), 1), decoder.start, device=device)
         # transformers draws from torch's global generator: it is seeded here, and left as it was found.
         with torch.random.fork_rng(
             [device] if device.type == "cuda" else [], enabled=decoding.seed is not None
@@ -162,7 +160,7 @@ def write_captions(
             ids = decoder.generate(start, attention_mask=torch.ones_like(start))
     finally:
         captioner.train(was_training)
-    return _read(captioner, ids[:, 1:].tolist(), decoding.captions)
+    return _read(captioner, decoder.token_ids(ids[:, 1:]).tolist(), decoding.captions)
 
 
 def _read(captioner: Captioner, rows: Sequence[Sequence[int]], captions: int) -> WrittenCaptions:
@@ -179,7 +177,9 @@ def _read(captioner: Captioner, rows: Sequence[Sequence[int]], captions: int) ->
 class _Decoder(PreTrainedModel, GenerationMixin):
     """A captioner with its images, as the language model that ``transformers`` generates with.
 
-    It has no weights of its own: the captioner stays out of the module tree.
+    It has no weights of its own: the captioner stays out of the module tree. Where the head knows only some
+    tokens, generation runs over these and, behind them, the start token (which is never said): to sort and to
+    copy the scores of a whole vocabulary would take most of the time.
     """
 
     config_class = PreTrainedConfig
@@ -191,13 +191,25 @@ class _Decoder(PreTrainedModel, GenerationMixin):
         captioner: Captioner,
         image_tokens: Float[Tensor, "images image image_width"],
         keep: Int[Tensor, "images kept"] | None,
-        generation_config: GenerationConfig,
+        decoding: Decoding,
+        use_cache: bool,
     ) -> None:
         super().__init__(PreTrainedConfig(num_hidden_layers=captioner.caches))
-        self.generation_config = generation_config
         self._captioner = (captioner,)
         self.image_tokens, self.keep = image_tokens, keep
-        self.memory = captioner.mapper.image_memory(image_tokens, keep) if generation_config.use_cache else []
+        self.memory = captioner.mapper.image_memory(image_tokens, keep) if use_cache else []
+        self.start, end = captioner.ends.start, captioner.ends.end
+        self._tokens = captioner.head.tokens
+        if self._tokens is not None:
+            self._tokens = torch.cat([self._tokens, self._tokens.new_tensor([self.start])])
+            self.start = len(self._tokens) - 1
+            end = int(captioner.head.places(self._tokens.new_tensor([end])))
+        room = captioner.encoder.context_length - 1
+        self.generation_config = decoding.generation_config(room, self.start, end, use_cache)
+
+    def token_ids(self, places: Int[Tensor, "rows tokens"]) -> Int[Tensor, "rows tokens"]:
+        """The tokenizer's ids of what generation runs over."""
+        return places if self._tokens is None else self._tokens[places]
 
     @property
     def device(self) -> torch.device:
@@ -221,17 +233,20 @@ class _Decoder(PreTrainedModel, GenerationMixin):
         that have ended are only filled up until the others have, too.)
         """
         (captioner,) = self._captioner
+        ids = self.token_ids(input_ids)
         if past_key_values is None:
-            logits = self._from_the_start(captioner, input_ids)
+            logits = self._from_the_start(captioner, ids)
         else:
             remember = [partial(past_key_values.update, layer_idx=i) for i in range(captioner.caches)]
             past = past_key_values.get_seq_length()
-            logits = captioner.step_logits(input_ids, self.memory, past, remember)
+            logits = captioner.step_logits(ids, self.memory, past, remember, known_only=True)
+        if self._tokens is not None:
+            logits = torch.nn.functional.pad(logits, (0, 1), value=-math.inf)
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=past_key_values)
 
     def _from_the_start(
         self, captioner: Captioner, ids: Int[Tensor, "rows tokens"]
-    ) -> Float[Tensor, "rows vocabulary"]:
+    ) -> Float[Tensor, "rows scored"]:
         each = len(ids) // len(self.image_tokens)
         keep = None if self.keep is None else self.keep.repeat_interleave(each, 0)
         valid = torch.ones_like(ids, dtype=torch.bool)
@@ -240,4 +255,5 @@ class _Decoder(PreTrainedModel, GenerationMixin):
             captioner.text_tokens(ids, valid),
             valid,
             keep=keep,
+            known_only=True,
         )[:, -1]

@@ -136,11 +136,13 @@ class Captioner(nn.Module):
         memory: Sequence[KeysValues],
         past: int,
         remember: Sequence[Remember],
-    ) -> Float[Tensor, "rows vocabulary"]:
+        known_only: bool = False,
+    ) -> Float[Tensor, "rows scored"]:
         """Logits of the token behind ``ids``, which themselves come behind ``past`` others.
 
         ``memory``: of the mapper's ``image_memory``; each image is for so many rows in succession as there
-        are more rows than images. ``remember``: one for each of the ``caches``.
+        are more rows than images. ``remember``: one for each of the ``caches``. ``known_only`` as in
+        :meth:`caption_logits`.
         """
         tower = self.encoder.text_tower
         own = len(remember) - len(self.mapper.blocks)
@@ -148,7 +150,8 @@ class Captioner(nn.Module):
             text_tokens = tower.embed_words(ids, past)
         else:
             text_tokens = tower.step(ids, past, remember[:own])
-        return self.head(self.mapper.text_step(text_tokens, memory, past, remember[own:])[:, -1])
+        last = self.mapper.text_step(text_tokens, memory, past, remember[own:])[:, -1]
+        return self.head.known_scores(last) if known_only else self.head(last)
 
     @torch.no_grad()
     def caption(self, image, decoding=None) -> str:

@@ -12,41 +12,15 @@ import wandb
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from clipmapper.config import TrainConfig
-from clipmapper.data.scenes_vqa import ScenesVQA
-from clipmapper.errors import UserError
-from clipmapper.models.build import build_clipmapper
-from clipmapper.models.clipmapper import CLIPmapper
-from clipmapper.training.blind import blind_accuracy
-from clipmapper.training.explained_samples import choose_samples
 from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
 from clipmapper.training.less_noise import less_noise
-from clipmapper.training.relevance_callback import RelevanceCallback
+from clipmapper.training.module import Labelled, StepBatches
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS, folder_to_resume, new_run_folder, write_json
-from clipmapper.training.scene_batches import SplitBatches, scene_splits, training_batches
-from clipmapper.training.tables import (
-    accuracy_table,
-    console,
-    files_table,
-    localisation_table,
-    perturbation_table,
-)
-from clipmapper.training.vqa import StepBatches, VQAModule
-
-VALIDATION_SPLITS = ("validation", "held_out")
-_VALIDATION_BATCH = 500
-
-
-class Labelled(IterableDataset):
-    """A split in order, in batches."""
-
-    def __init__(self, split: SplitBatches) -> None:
-        self.split = split
-
-    def __iter__(self) -> Iterator[dict]:
-        return self.split.labelled(_VALIDATION_BATCH)
+from clipmapper.training.tables import console, files_table, localisation_table, perturbation_table
+from clipmapper.training.task import Task
 
 
 def train(config: TrainConfig) -> Path:
@@ -60,12 +34,9 @@ def train(config: TrainConfig) -> Path:
     explainer = None if config.callbacks is None else instantiate(asdict(config.callbacks))
     resumed = folder_to_resume(config.output, config.name, settings) if config.resume else None
     lightning.seed_everything(config.seed, verbose=False)
-    data: ScenesVQA = instantiate(asdict(config.data))
-    for family in config.training.first_families:
-        if family not in data.families:
-            known = ", ".join(data.families)
-            raise UserError(f"training.first_families: there is no {family!r}; the data has {known}")
-    model = build_clipmapper(asdict(config.encoder), asdict(config.model), data.answers)
+    data = instantiate(asdict(config.data))
+    task: Task = instantiate({"_target_": config.training._target_, "_partial_": True})(config, data)
+    model = task.model
     model.description["data"] = asdict(config.data)
     folder = resumed or new_run_folder(config.output, config.name, settings)
     out = console()
@@ -78,34 +49,17 @@ def train(config: TrainConfig) -> Path:
 
     trainer_device = _device(config)
     model.to(trainer_device)
-    # The class token that CoCa's text tower appends would be cut off with a cached text's padding.
-    cached = config.training.token_cache and not model.encoder.text_tower.appended_class_token
-    splits = scene_splits(model, data, cached=cached and config.encoder.frozen)
-    if explainer is not None:
-        explainer.prepare(
-            choose_samples(model, data.validation, explainer.samples, explainer.seed), folder / "pictures"
-        )
+    task.prepare(explainer, folder)
     with less_noise(), _stopping():
-        trainer = _fit(config, model, data, splits, explainer, folder, resumed is not None)
+        trainer = _fit(config, task, explainer, folder, resumed is not None)
         trainer.save_checkpoint(folder / CHECKPOINT)
     model.to(trainer_device)
 
-    out.print("question-only baseline ...")
-    blind = blind_accuracy(
-        model,
-        asdict(config.model),
-        splits["train"],
-        splits["validation"],
-        steps=config.training.blind_steps,
-        batch_size=config.training.batch_size,
-        learning_rate=config.training.learning_rate,
-        weight_decay=config.training.weight_decay,
-        seed=config.seed,
-    )
-    accuracy = _accuracy(trainer, data, blind)
-    results: dict = {"name": config.name, "settings": settings, "accuracy": accuracy}
+    found = task.results(trainer, folder)
+    results: dict = {"name": config.name, "settings": settings, **found}
     files = {"checkpoint": folder / CHECKPOINT, "results": folder / RESULTS}
-    out.print(accuracy_table(accuracy))
+    for table in task.tables(found):
+        out.print(table)
     if explainer is not None and explainer.report is not None:
         results["explanations"] = explainer.report.numbers(explainer.confidence, explainer.seed)
         for table in (
@@ -126,35 +80,11 @@ def train(config: TrainConfig) -> Path:
 
 
 def _fit(
-    config: TrainConfig,
-    model: CLIPmapper,
-    data: ScenesVQA,
-    splits: dict[str, SplitBatches],
-    explainer: RelevanceCallback | None,
-    folder: Path,
-    resume: bool,
+    config: TrainConfig, task: Task, explainer: Callback | None, folder: Path, resume: bool
 ) -> lightning.Trainer:
     training = config.training
-    module = VQAModule(
-        model,
-        training.learning_rate,
-        training.weight_decay,
-        training.warmup_steps,
-        training.max_steps,
-        data.families,
-        VALIDATION_SPLITS,
-    )
     checkpoint = folder / CHECKPOINT
     first_step = int(torch.load(checkpoint, weights_only=True)["global_step"]) if resume else 0
-    batch_at = training_batches(
-        splits["simple"],
-        splits["train"],
-        batch_size=training.batch_size,
-        simple_steps=round(training.simple_share * training.max_steps),
-        first_families=training.first_families,
-        first_steps=round(training.first_share * training.max_steps),
-        seed=config.seed,
-    )
     callbacks: list[Callback] = [
         ModelCheckpoint(
             dirpath=checkpoint.parent,
@@ -182,11 +112,14 @@ def _fit(
         default_root_dir=folder,
         enable_model_summary=False,
     )
-    batches = DataLoader(StepBatches(batch_at, first_step, training.max_steps), batch_size=None)
-    validation = [DataLoader(Labelled(splits[name]), batch_size=None) for name in VALIDATION_SPLITS]
+    module = task.module()
+    batches = DataLoader(StepBatches(task.batch_at, first_step, training.max_steps), batch_size=None)
+    validation = [
+        DataLoader(Labelled(task.labelled(name)), batch_size=None) for name in task.validation_splits
+    ]
     trainer.fit(module, batches, validation, ckpt_path=checkpoint if resume else None, weights_only=True)
     # A run that was stopped in its last validation is resumed behind its last step: fit does nothing.
-    unseen = f"{VALIDATION_SPLITS[0]}/top1" not in trainer.callback_metrics
+    unseen = f"{task.validation_splits[0]}/loss" not in trainer.callback_metrics
     if unseen or training.max_steps % trainer.val_check_interval:
         trainer.validate(module, validation, verbose=False)
     return trainer
@@ -219,24 +152,6 @@ def _stopping() -> Iterator[None]:
         if isinstance(leaving.__context__, KeyboardInterrupt):
             raise RunInterrupted("stopped after training, while validating") from leaving
         raise
-
-
-def _accuracy(trainer: lightning.Trainer, data: ScenesVQA, blind: dict[str, float]) -> dict:
-    """Per family: how many validation questions, accuracy of both splits, of the blind baseline, chance.
-
-    None where a split asks no question of a family.
-    """
-    asked = [q.family for q in data.validation.questions]
-    table = {}
-    for family in (*data.families, "overall"):
-        row = {"questions": len(asked) if family == "overall" else asked.count(family)}
-        for split in VALIDATION_SPLITS:
-            value = trainer.callback_metrics.get(f"{split}/accuracy/{family}")
-            row[split] = None if value is None else float(value)
-        row["blind"] = blind.get(family)
-        row["chance"] = None if family == "overall" else data.chance[family]
-        table[family] = row
-    return table
 
 
 def _device(config: TrainConfig) -> torch.device:

@@ -1,6 +1,6 @@
 """Batches of the built-in VQA data, from cached tokens or from pixels."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -83,11 +83,12 @@ def training_batches(
     simple_steps: int,
     first_families: Sequence[str],
     first_steps: int,
+    shares: Mapping[str, float],
     seed: int,
 ) -> Callable[[int], dict]:
     """The batch of every step: simple scenes in the first steps, then all; each drawn by (seed, step).
 
-    Every family is drawn equally often, in the first ``first_steps`` only ``first_families``.
+    Families are drawn as often as their ``shares`` say; in the first ``first_steps`` only ``first_families``.
     """
     numbers = {split.name: _numbers_by_family(split) for split in (simple, full)}
 
@@ -96,9 +97,14 @@ def training_batches(
         of_family = numbers[source.name]
         asked = [f for f in first_families if f in of_family] if step < first_steps else []
         asked = asked or list(of_family)
+        weights = np.array([shares[family] for family in asked])
+        if not weights.any():  # the first families may be asked first and then never again
+            weights = np.ones(len(asked))
         rng = np.random.default_rng((seed, step))
-        drawn = rng.integers(len(asked), size=batch_size)
-        questions = [rng.choice(of_family[asked[k]]) for k in drawn]
+        drawn = rng.choice(len(asked), size=batch_size, p=weights / weights.sum())
+        sizes = np.array([len(of_family[family]) for family in asked])[drawn]
+        places = (rng.random(batch_size) * sizes).astype(int)
+        questions = [of_family[asked[k]][place] for k, place in zip(drawn, places, strict=True)]
         return source.batch(torch.tensor(np.array(questions)))
 
     return batch_at

@@ -1,23 +1,19 @@
 """Training CLIPmapper for visual question answering."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-import lightning
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.data import IterableDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from clipmapper.evaluation.vqa_accuracy import VQASoftAccuracy
-from clipmapper.models.build import DESCRIPTION
 from clipmapper.models.clipmapper import CLIPmapper
-from clipmapper.models.tokens import TokenizedText
-from clipmapper.training.optimisation import adamw, warmup_cosine
+from clipmapper.training.module import TaskModule
 
 
-class VQAModule(lightning.LightningModule):
-    """Binary cross-entropy on soft answer targets; AdamW, warm-up, cosine.
+class VQAModule(TaskModule):
+    """Binary cross-entropy on soft answer targets.
 
     A batch is a dictionary with ``targets`` Float[batch, answers] (soft accuracy of each answer) and either
     ``image_tokens``, ``text_tokens``, ``text_valid`` (of a frozen encoder, cached) or ``images`` and ``text``
@@ -35,10 +31,7 @@ class VQAModule(lightning.LightningModule):
         families: Sequence[str],
         splits: Sequence[str] = ("validation",),
     ) -> None:
-        super().__init__()
-        self.model = model
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.warmup_steps, self.max_steps = warmup_steps, max_steps
+        super().__init__(model, learning_rate, weight_decay, warmup_steps, max_steps)
         self.splits = tuple(splits)
         self.accuracy = torch.nn.ModuleDict(
             {split: MulticlassAccuracy(len(model.answers), average="micro") for split in splits}
@@ -76,33 +69,8 @@ class VQAModule(lightning.LightningModule):
             self.accuracy[split].reset()
             self.soft_accuracy[split].reset()
 
-    def configure_optimizers(self) -> dict:
-        optimiser = adamw(self.model, self.learning_rate, self.weight_decay)
-        schedule = warmup_cosine(optimiser, self.warmup_steps, self.max_steps)
-        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint[DESCRIPTION] = self.model.description
-
-    def transfer_batch_to_device(self, batch, device: torch.device, dataloader_idx: int):
-        return {k: v.to(device) if isinstance(v, Tensor | TokenizedText) else v for k, v in batch.items()}
-
 
 def answer_loss(logits: Float[Tensor, "batch answers"], targets: Float[Tensor, "batch answers"]) -> Tensor:
     """Binary cross-entropy summed over answers, mean over the batch (the usual loss on VQA v2)."""
     loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
     return loss / len(logits)
-
-
-class StepBatches(IterableDataset):
-    """Training batches as a function of the step: a resumed run sees what an uninterrupted one would.
-
-    ``batch_at(step)`` makes one batch.
-    """
-
-    def __init__(self, batch_at, first_step: int, max_steps: int) -> None:
-        self.batch_at, self.first_step, self.max_steps = batch_at, first_step, max_steps
-
-    def __iter__(self) -> Iterator[dict]:
-        for step in range(self.first_step, self.max_steps):
-            yield self.batch_at(step)

@@ -1,0 +1,103 @@
+"""What came out of captioning: shares of true captions and statements, tables, and samples for W&B."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import wandb
+from jaxtyping import UInt8
+from lightning.pytorch.loggers import WandbLogger
+from rich.table import Table
+
+from clipmapper.data.caption_truth import KINDS, WORDINGS
+from clipmapper.training.captioning import SCORES, JudgedCaption
+
+_NAMES = {"cider": "CIDEr-D", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L"}
+_WAYS = {"greedy": "greedy captions", "drawn": "drawn captions (nucleus, 0.9)"}
+
+
+def truth_numbers(captions: Sequence[JudgedCaption]) -> dict:
+    """Shares of captions and of their statements that hold; None where there is nothing to count."""
+    truths = [one.truth for one in captions]
+    said = [statement for truth in truths for statement in truth.statements]
+    by_kind = {kind: [s.holds for s in said if s.kind == kind] for kind in KINDS}
+    by_wording = {
+        wording: [truth.correct for truth in truths if truth.wording == wording]
+        for wording in (*WORDINGS, "mixed", None)
+    }
+    return {
+        "captions": len(truths),
+        "correct": _share([truth.correct for truth in truths]),
+        "complete": _share([truth.complete for truth in truths]),
+        "statements": {kind: {"said": len(found), "hold": _share(found)} for kind, found in by_kind.items()},
+        "wordings": {
+            wording or "not understood": {"captions": len(found), "correct": _share(found)}
+            for wording, found in by_wording.items()
+        },
+    }
+
+
+def sample_rows(captions: Sequence[JudgedCaption], references: Sequence[Sequence[str]]) -> list[dict]:
+    """Captions one by one, with what is wrong about them."""
+    return [
+        {
+            "image": one.image,
+            "caption": one.caption,
+            "reference": references[one.image][0],
+            "correct": one.truth.correct,
+            "complete": one.truth.complete,
+            "wrong": "not understood"
+            if one.truth.wording is None
+            else "; ".join(statement.text for statement in one.truth.statements if not statement.holds),
+        }
+        for one in captions
+    ]
+
+
+def log_samples(
+    logger: WandbLogger,
+    rows: Sequence[Mapping],
+    images: UInt8[np.ndarray, "images height width 3"],
+    step: int,
+) -> None:
+    """A table of images and their captions to W&B."""
+    table = wandb.Table(columns=list(rows[0]))
+    for row in rows:
+        table.add_data(*({**row, "image": wandb.Image(images[row["image"]])}.values()))
+    logger.experiment.log({"captions": table, "trainer/global_step": step})
+
+
+def score_table(splits: Mapping[str, Mapping]) -> Table:
+    """Scores of greedy captions, a row a split; ``splits`` as in results.json."""
+    table = Table(title="Greedy captions", title_justify="left")
+    table.add_column("split")
+    for column in ("captions", "correct %", "complete %", *(_NAMES[score] for score in SCORES), "loss"):
+        table.add_column(column, justify="right")
+    for split, row in splits.items():
+        shares = [f"{100 * row['greedy'][key]:.1f}" for key in ("correct", "complete")]
+        scores = [f"{row[score] * (1 if score == 'cider' else 100):.2f}" for score in SCORES]
+        name = {"held_out": "held-out combinations"}.get(split, split)
+        table.add_row(name, str(row["greedy"]["captions"]), *shares, *scores, f"{row['loss']:.3f}")
+    return table
+
+
+def truth_table(row: Mapping) -> Table:
+    """What of the captions of a split holds, by kind of statement and by wording."""
+    table = Table(title="True statements and true captions, validation", title_justify="left")
+    table.add_column("of")
+    for way in _WAYS.values():
+        table.add_column(way, justify="right")
+        table.add_column("true %", justify="right")
+    for group, key in (("statements", "said"), ("wordings", "captions")):
+        for name in row["greedy"][group]:
+            cells = []
+            for way in _WAYS:
+                entry = row[way][group][name]
+                share = entry.get("hold", entry.get("correct"))
+                cells += [str(entry[key]), "" if share is None else f"{100 * share:.1f}"]
+            label = f"statements: {name}" if group == "statements" else f"captions: {name}"
+            table.add_row(label, *cells)
+    return table
+
+
+def _share(flags: Sequence[bool]) -> float | None:
+    return sum(flags) / len(flags) if flags else None

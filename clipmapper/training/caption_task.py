@@ -1,0 +1,127 @@
+"""Training on captions: what :mod:`clipmapper.training.run` needs of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.loggers import WandbLogger
+from rich.table import Table
+
+from clipmapper.config import TrainConfig
+from clipmapper.data.scenes_captions import ScenesCaptions
+from clipmapper.errors import UserError
+from clipmapper.models.build import build_captioner, load
+from clipmapper.models.caption_decoding import Decoding
+from clipmapper.models.captioner import Captioner
+from clipmapper.training.caption_batches import CaptionBatches, drawn_batches
+from clipmapper.training.caption_report import (
+    log_samples,
+    sample_rows,
+    score_table,
+    truth_numbers,
+    truth_table,
+)
+from clipmapper.training.captioning import SCORES, CaptionModule, JudgedCaption
+from clipmapper.training.self_critical import SelfCriticalModule
+
+VALIDATION_SPLITS = ("validation", "held_out")
+
+
+class CaptionTask:
+    """A :class:`~clipmapper.training.task.Task`."""
+
+    validation_splits = VALIDATION_SPLITS
+
+    def __init__(self, config: TrainConfig, data: ScenesCaptions) -> None:
+        self.config, self.data = config, data
+        if config.training.checkpoint is None:
+            captions = data.wordings() if config.model.vocabulary == "data" else None
+            self.model = build_captioner(asdict(config.encoder), asdict(config.model), captions=captions)
+        else:
+            self.model = _loaded(config)
+
+    def prepare(self, explainer: None, folder: Path) -> None:
+        training = self.config.training
+        cached = training.token_cache and self.config.encoder.frozen
+        self.splits = {
+            name: CaptionBatches(self.model, getattr(self.data, name), name, cached)
+            for name in ("train", *VALIDATION_SPLITS)
+        }
+        self.batch_at = drawn_batches(
+            self.splits["train"], batch_size=training.batch_size, seed=self.config.seed
+        )
+
+    def module(self) -> CaptionModule:
+        training = self.config.training
+        common = {
+            "model": self.model,
+            "learning_rate": training.learning_rate,
+            "weight_decay": training.weight_decay,
+            "warmup_steps": training.warmup_steps,
+            "max_steps": training.max_steps,
+            "judges": {name: self.splits[name].split.truth for name in VALIDATION_SPLITS},
+        }
+        if training.objective == "scst":
+            self._module = SelfCriticalModule(
+                **common,
+                references=self.splits["train"].split.references,
+                captions=training.scst_captions,
+                seed=self.config.seed,
+            )
+        else:
+            self._module = CaptionModule(**common, label_smoothing=training.label_smoothing)
+        return self._module
+
+    def labelled(self, split: str) -> CaptionBatches:
+        return self.splits[split]
+
+    def results(self, trainer: lightning.Trainer, folder: Path) -> dict:
+        """``captions`` by split: loss and scores of greedy captions, what of them is true, and samples.
+
+        Of validation scenes also a drawn caption each: greedy captions come in the wordings that the model
+        likes best, drawn ones in all.
+        """
+        written = self._module.written
+        splits: dict[str, dict] = {}
+        for split in VALIDATION_SPLITS:
+            metrics = {name: float(trainer.callback_metrics[f"{split}/{name}"]) for name in ("loss", *SCORES)}
+            splits[split] = metrics | {"greedy": truth_numbers(written[split])}
+        splits["validation"]["drawn"] = truth_numbers(self._drawn("validation"))
+        split = self.splits["validation"].split
+        rows = sample_rows(written["validation"][: self.config.training.logged_captions], split.references)
+        if rows and isinstance(trainer.logger, WandbLogger):
+            log_samples(trainer.logger, rows, split.images, trainer.global_step)
+        return {"captions": splits, "samples": rows}
+
+    def tables(self, results: Mapping) -> Sequence[Table]:
+        return [score_table(results["captions"]), truth_table(results["captions"]["validation"])]
+
+    @torch.no_grad()
+    def _drawn(self, split: str) -> list[JudgedCaption]:
+        found: list[JudgedCaption] = []
+        for batch in self.splits[split].labelled(500):
+            batch = self._module.transfer_batch_to_device(batch, self.model.device, 0)
+            # The same words would be drawn for images at the same place of two batches: harmless.
+            drawing = Decoding("nucleus", top_p=0.9, max_length=self._module.longest, seed=self.config.seed)
+            captions = self._module.write(self._module.image_tokens(batch), drawing)
+            found += self._module.judged(split, batch["numbers"], captions)
+        return found
+
+
+def _loaded(config: TrainConfig) -> Captioner:
+    """The captioner of ``training.checkpoint``, which must be the one that the settings describe."""
+    path = config.training.checkpoint
+    model = load(path)
+    if not isinstance(model, Captioner):
+        raise UserError(f"training.checkpoint={path}: a model that answers questions, not a captioner")
+    described = model.description
+    for section in ("encoder", "model"):
+        for key, value in asdict(getattr(config, section)).items():
+            if key in described[section] and described[section][key] != value:
+                raise UserError(
+                    f"{section}.{key}={value}: the captioner of training.checkpoint={path} has "
+                    f"{described[section][key]}"
+                )
+    return model

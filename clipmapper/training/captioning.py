@@ -1,0 +1,125 @@
+"""Training a captioner by cross-entropy, and scoring what it writes."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clipmapper.data.caption_truth import CaptionTruth
+from clipmapper.evaluation.caption_scores import CaptionScores
+from clipmapper.models.caption_decoding import Decoding, write_captions
+from clipmapper.models.captioner import Captioner, caption_loss
+from clipmapper.models.tokens import TokenizedText
+from clipmapper.training.module import TaskModule
+
+SCORES = ("cider", "bleu_4", "rouge_l")
+Judge = Callable[[int, str], CaptionTruth]
+
+
+@dataclass(frozen=True)
+class JudgedCaption:
+    """What was written for an image of a split, and whether it is so."""
+
+    image: int
+    caption: str
+    truth: CaptionTruth
+
+
+class CaptionModule(TaskModule):
+    """Cross-entropy of every word given those before it, with label smoothing.
+
+    A batch is a dictionary with ``text`` (:class:`~clipmapper.models.tokens.TokenizedText`, one caption an
+    image), ``references`` (several captions of each image) and either ``image_tokens`` (of a frozen encoder,
+    cached) or ``images``. For validation also ``numbers``, which image of the split each is.
+
+    Validation: the loss without smoothing, the scores of greedy captions, and the shares of them that are
+    ``correct`` and ``complete`` by the split's ``judges`` (number of the image, caption → truth). ``written``
+    holds the captions of the last validation, by split.
+    """
+
+    def __init__(
+        self,
+        model: Captioner,
+        learning_rate: float,
+        weight_decay: float,
+        warmup_steps: int,
+        max_steps: int,
+        label_smoothing: float,
+        judges: Mapping[str, Judge],
+    ) -> None:
+        super().__init__(model, learning_rate, weight_decay, warmup_steps, max_steps)
+        self.label_smoothing = label_smoothing
+        self.judges = dict(judges)
+        self.splits = tuple(judges)
+        self.scores = torch.nn.ModuleDict({split: CaptionScores(SCORES) for split in judges})
+        self.written: dict[str, list[JudgedCaption]] = {}
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest caption that the text tower has room for behind the start token."""
+        return self.model.encoder.context_length - 1
+
+    def image_tokens(self, batch: Mapping) -> Float[Tensor, "batch image width"]:
+        if "image_tokens" in batch:
+            return batch["image_tokens"]
+        return self.model.encoder.image_tokens(batch["images"])
+
+    def loss(
+        self, image_tokens: Float[Tensor, "batch image width"], text: TokenizedText, label_smoothing: float
+    ) -> Float[Tensor, ""]:
+        """:func:`caption_loss` over the tokens that the head can say."""
+        words = self.model.text_tokens(text.ids, text.valid)
+        logits = self.model.caption_logits(image_tokens, words, text.valid, known_only=True)
+        return caption_loss(logits, self.placed(text), label_smoothing)
+
+    def placed(self, text: TokenizedText) -> TokenizedText:
+        """The same captions by the places of their tokens among those that the head can say."""
+        said = text.valid.clone()
+        said[:, 0] = False  # the start token is given
+        return TokenizedText(self.model.head.places(text.ids, said), text.valid, text.removable)
+
+    def training_step(self, batch: Mapping, index: int) -> Tensor:
+        loss = self.loss(self.image_tokens(batch), batch["text"], self.label_smoothing)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["text"].ids))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.written = {split: [] for split in self.splits}
+
+    def validation_step(self, batch: Mapping, index: int, dataloader_idx: int = 0) -> None:
+        split = self.splits[dataloader_idx]
+        image_tokens = self.image_tokens(batch)
+        loss = self.loss(image_tokens, batch["text"], 0.0)
+        self.log(f"{split}/loss", loss, batch_size=len(image_tokens), add_dataloader_idx=False)
+        captions = self.write(image_tokens, Decoding("greedy", max_length=self.longest))
+        self.scores[split].update(captions, batch["references"])
+        self.written[split] += self.judged(split, batch["numbers"], captions)
+        for name in ("correct", "complete"):
+            share = [getattr(one.truth, name) for one in self.written[split][-len(captions) :]]
+            self.log(
+                f"{split}/{name}",
+                torch.tensor(share).float().mean(),
+                batch_size=len(share),
+                add_dataloader_idx=False,
+            )
+
+    def write(self, image_tokens: Float[Tensor, "batch image width"], decoding: Decoding) -> list[str]:
+        """One caption an image."""
+        return [texts[0] for texts in write_captions(self.model, image_tokens, decoding).texts]
+
+    def judged(self, split: str, images: Sequence[int], captions: Sequence[str]) -> list[JudgedCaption]:
+        """Captions of these images of a split, each held against what is to be seen."""
+        judge = self.judges[split]
+        return [
+            JudgedCaption(image, caption, judge(image, caption))
+            for image, caption in zip(images, captions, strict=True)
+        ]
+
+    def on_validation_epoch_end(self) -> None:
+        for split in self.splits:
+            if self.scores[split].update_called:
+                for name, value in self.scores[split].compute().items():
+                    self.log(f"{split}/{name}", value)
+            self.scores[split].reset()

@@ -1,0 +1,44 @@
+"""What a task (answering questions, writing captions) adds to a run; the rest, run.py, is shared."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import lightning
+from rich.table import Table
+from torch import nn
+
+from clipmapper.config import TrainConfig
+from clipmapper.training.module import TaskModule
+
+
+@runtime_checkable
+class Task(Protocol):
+    """``training._target_`` names the class, which is called with the run's settings and its data.
+
+    ``model``: on the settings' device when ``prepare`` is called. ``validation_splits``: names of the splits
+    that are scored; ``<first of them>/loss`` is among what the module logs.
+    """
+
+    model: nn.Module
+    validation_splits: Sequence[str]
+
+    def __init__(self, config: TrainConfig, data) -> None:
+        """Check the settings against the data and build the model (``UserError`` where they do not fit)."""
+
+    def prepare(self, explainer, folder: Path) -> None:
+        """Everything before the first step. ``explainer``: the settings' callback or None."""
+
+    def module(self) -> TaskModule: ...
+
+    def batch_at(self, step: int) -> dict:
+        """The training batch of a step, the same whenever it is asked for."""
+
+    def labelled(self, split: str):
+        """What has ``labelled(batch_size)``, the batches of a validation split in order."""
+
+    def results(self, trainer: lightning.Trainer, folder: Path) -> Mapping:
+        """What came out, for ``results.json``, behind the last validation."""
+
+    def tables(self, results: Mapping) -> Sequence[Table]:
+        """``results`` to be printed."""
