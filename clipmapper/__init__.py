@@ -1,7 +1,8 @@
 """Train CLIPmapper for vision and language, and explain it by weighted relevance accumulation.
 
 ``clipmapper.load(path)`` gives a trained model, ``clipmapper.explain(model, image, question)`` an explanation
-of its answer; ``clipmapper.relevance`` holds the methods, for models of one's own too.
+of its answer, or, where it writes captions, ``clipmapper.explain(model, image)`` one of every word that it
+writes; ``clipmapper.relevance`` holds the methods, for models of one's own too.
 """
 
 from importlib import import_module
@@ -11,20 +12,33 @@ if TYPE_CHECKING:
     from clipmapper import relevance
     from clipmapper.errors import UserError
     from clipmapper.explaining import Explanation, explain
+    from clipmapper.explaining_captions import CaptionExplanation
     from clipmapper.models.build import load
+    from clipmapper.models.captioner import Captioner
     from clipmapper.models.clipmapper import CLIPmapper
 
 # Where each public name lives. They are imported when first asked for: `clipmapper --help` and a mistyped
 # option need not wait for torch.
 _HOMES = {
     "CLIPmapper": "clipmapper.models.clipmapper",
+    "CaptionExplanation": "clipmapper.explaining_captions",
+    "Captioner": "clipmapper.models.captioner",
     "Explanation": "clipmapper.explaining",
     "UserError": "clipmapper.errors",
     "explain": "clipmapper.explaining",
     "load": "clipmapper.models.build",
 }
 __version__ = "0.1.0"
-__all__ = ["CLIPmapper", "Explanation", "UserError", "explain", "load", "relevance"]
+__all__ = [
+    "CLIPmapper",
+    "CaptionExplanation",
+    "Captioner",
+    "Explanation",
+    "UserError",
+    "explain",
+    "load",
+    "relevance",
+]
 
 
 def __getattr__(name: str):

@@ -25,6 +25,18 @@ METHODS = (
     "grad_cam",
     "random",
 )
+# As clipmapper.evaluation.caption_perturbation.ALL_SCORES (a test compares them).
+CAPTION_SCORES = (
+    "log_probability",
+    "bleu_1",
+    "bleu_2",
+    "bleu_3",
+    "bleu_4",
+    "rouge_l",
+    "cider",
+    "meteor",
+    "spice",
+)
 _SEED_LIMIT = 2**32 - 1  # numpy's legacy generator, which Lightning seeds as well, takes no more
 
 
@@ -310,30 +322,45 @@ class TrainConfig(Section):
 
 @dataclass
 class ExplainConfig(Section):
-    """``clipmapper explain``. ``answer``: the answer to explain, null for the predicted one."""
+    """``clipmapper explain``.
+
+    Of a model that answers questions: ``question``, and ``answer``, the one to explain (null: the predicted).
+    Of a captioner: ``caption``, the one to explain (null: the one that it writes), ``word``, one word of it
+    alone (null: all), and ``word_weights``.
+    """
 
     checkpoint: str = setting(text=True)
     image: str = setting(text=True)
-    question: str = setting(text=True)
+    question: str | None = setting(text=True)
     method: str = setting(choices=METHODS)
     answer: str | None = setting(text=True)
+    caption: str | None = setting(text=True)
+    word: str | None = setting(text=True)
+    word_weights: str = setting(choices=("mean", "clip"))
     output: str = setting(text=True)
     compare: bool = setting()
     device: str = setting()
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from _empty_texts(self, "checkpoint", "image", "question", "answer", "output")
+        yield from _empty_texts(
+            self, "checkpoint", "image", "question", "answer", "caption", "word", "output"
+        )
         yield from _device_problems(self.device)
 
 
 @dataclass
 class PerturbConfig(Section):
-    """``clipmapper perturb``. ``chunk``: how many samples are settled between two savings."""
+    """``clipmapper perturb``. ``chunk``: how many samples are settled between two savings.
+
+    ``word_weights`` and ``caption_scores`` are for captioners, and null otherwise.
+    """
 
     checkpoint: str = setting(text=True)
     methods: list[str] = setting(choices=METHODS)
     samples: int = setting(minimum=1)
     split: str = setting(choices=("validation", "held_out"))
+    word_weights: str | None = setting(choices=("mean", "cider", "clip"))
+    caption_scores: list[str] | None = setting(choices=CAPTION_SCORES)
     output: str = setting(text=True)
     resume: bool = setting()
     batch_size: int = setting(minimum=1)
@@ -345,6 +372,8 @@ class PerturbConfig(Section):
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from _empty_texts(self, "checkpoint", "output")
         yield from _list_problems("methods", self.methods)
+        if self.caption_scores is not None:
+            yield from _list_problems("caption_scores", self.caption_scores)
         yield from _device_problems(self.device)
 
 

@@ -1,4 +1,4 @@
-"""``clipmapper.explain``: one image, one question, one picture of why."""
+"""``clipmapper.explain``: one image, one question (or caption), one picture of why."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +9,12 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from clipmapper.data.images import displayed_image
+from clipmapper.errors import UserError
+from clipmapper.evaluation.cider import DocumentFrequencies
+from clipmapper.explaining_captions import CaptionExplanation, explain_caption_methods
+from clipmapper.models.caption_decoding import Decoding
+from clipmapper.models.captioner import Captioner
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.tokens import TokenizedText, merge_words
 from clipmapper.relevance import AttentionTrace, Relevance, method_named, record
@@ -63,14 +69,50 @@ class TracedAnswers:
 
 
 def explain(
-    model: CLIPmapper, image, question: str, method: str = "weighted", answer: str | None = None
-) -> Explanation:
-    """Explain one answer.
+    model: CLIPmapper | Captioner,
+    image,
+    question: str | None = None,
+    method: str = "weighted",
+    answer: str | None = None,
+    *,
+    caption: str | None = None,
+    word: str | int | None = None,
+    word_weights: str = "mean",
+    scalar: str = "logit",
+    decoding: Decoding | None = None,
+    references: Sequence[str] | None = None,
+    frequencies: DocumentFrequencies | None = None,
+) -> Explanation | CaptionExplanation:
+    """Explain one answer, or, of a captioner, every word of a caption.
 
-    ``image``: a path, PIL image or uint8 array [height, width, 3]. ``answer``: which answer to explain
-    (default: the one the model gives). Raises ``UserError`` for an unknown method, an answer outside the
-    vocabulary, an empty question or an unreadable image.
+    ``image``: a path, PIL image or uint8 array [height, width, 3]. ``method``: a name in
+    ``clipmapper.relevance.METHODS``.
+
+    Of a model that answers questions: ``question``, and ``answer``, which answer to explain (default: the
+    one the model gives). Raises ``UserError`` for an answer outside the vocabulary or an empty question.
+
+    Of a captioner: ``caption`` to explain (default: the one that the model writes, as ``decoding`` says) and
+    ``word``, one word of it alone, by name or by place (default: all). ``word_weights``: how the maps of
+    words are averaged into one of the caption: "mean" (stop-words count 0), "cider" (by the CIDEr that is
+    lost without the word; needs ``references`` and ``frequencies``) or "clip" (by the CLIPScore that is
+    lost). ``scalar``: explain each word's "logit" or "log_probability". Raises ``UserError`` for an empty
+    caption, words that the model cannot say, a ``word`` that the caption does not have or has several times.
+
+    Either raises ``UserError`` for an unknown method, an unreadable image, and what belongs to the other.
     """
+    if isinstance(model, Captioner):
+        if question is not None or answer is not None:
+            raise UserError(
+                "this model writes captions: it takes caption=... and word=..., no question or answer"
+            )
+        return explain_caption_methods(
+            model, image, [method], caption=caption, word=word, word_weights=word_weights, scalar=scalar,
+            decoding=decoding, references=references, frequencies=frequencies,
+        )[0]  # fmt: skip
+    if not (caption is word is decoding is references is frequencies is None):
+        raise UserError("this model answers questions: it takes question=... and answer=..., no caption")
+    if question is None:
+        raise UserError("this model answers questions: give question='what colour is the ring?'")
     return explain_methods(model, image, question, [method], answer)[0]
 
 
@@ -84,7 +126,7 @@ def explain_methods(
     pixels = model.load_image(image)
     traced = trace_answers(model, pixels, text, target)
     chosen = traced.explained[0]
-    seen = displayed_image(model, pixels)
+    seen = displayed_image(pixels, model.encoder.clip.visual)
     score = float(traced.logits[0].softmax(dim=0)[chosen])
     explanations = []
     for name, function in zip(methods, functions, strict=True):
@@ -119,15 +161,3 @@ def trace_answers(
     finally:
         model.train(was_training)
     return TracedAnswers(trace, logits.detach(), explained)
-
-
-def displayed_image(
-    model: CLIPmapper, pixels: Float[Tensor, "1 3 height width"]
-) -> UInt8[np.ndarray, "height width 3"]:
-    """Undo the encoder's normalisation: the image as the model saw it."""
-    visual = model.encoder.clip.visual
-    mean, std = (
-        torch.tensor(v, device=pixels.device)[:, None, None] for v in (visual.image_mean, visual.image_std)
-    )
-    image = (pixels[0] * std + mean).clamp(0, 1) * 255
-    return image.round().byte().permute(1, 2, 0).cpu().numpy()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from clipmapper.evaluation.answer_perturbation import AnswerScorer
 from clipmapper.evaluation.perturbation import (
     FRACTIONS,
     ModalityRelevance,
@@ -57,11 +58,13 @@ class BagOfTokens:
             name: ModalityRelevance(its.image[at], its.text[at, :longest]) for name, its in relevance.items()
         }
         return perturb(
-            lambda sample, image_keep, text_keep: self(at[sample], image_keep, text_keep),
+            AnswerScorer(
+                lambda sample, image_keep, text_keep: self(at[sample], image_keep, text_keep),
+                self.targets[at],
+            ),
             part,
             self.removable[at, :longest],
             self.valid[at, :longest],
-            self.targets[at],
             **{"sample_ids": at.numpy() + 100, **options},
         )
 
@@ -133,24 +136,23 @@ def test_curves_by_hand():
         return torch.stack([first, torch.full_like(first, 2.5)], dim=1)
 
     scores = perturb(
-        model,
+        AnswerScorer(model, torch.tensor([[0.9, 0.3]])),
         {"weighted": ModalityRelevance(worth[None] + 1, torch.zeros(1, 3))},
         torch.tensor([[False, True, False]]),
         torch.ones(1, 3, dtype=torch.bool),
-        torch.tensor([[0.9, 0.3]]),
         sample_ids=np.array([0]),
         fractions=(0.0, 0.25, 0.5, 0.75, 1.0),
         modalities=("image",),
     )
-    positive, negative = scores.accuracy[0, :, 0, 0]
+    positive, negative = scores.score("accuracy")[0, :, 0, 0]
     assert positive.tolist() == pytest.approx([0.9, 0.3, 0.3, 0.3, 0.3])  # sums 5, 2, 0, −1, 0
     assert negative.tolist() == pytest.approx([0.9, 0.9, 0.9, 0.9, 0.3])  # sums 5, 6, 5, 3, 0
 
     def probability(sums):
         return [np.exp(s) / (np.exp(s) + np.exp(2.5)) for s in sums]
 
-    assert scores.probability[0, 0, 0, 0].tolist() == pytest.approx(probability([5, 2, 0, -1, 0]))
-    assert scores.probability[0, 1, 0, 0].tolist() == pytest.approx(probability([5, 6, 5, 3, 0]))
+    assert scores.score("probability")[0, 0, 0, 0].tolist() == pytest.approx(probability([5, 2, 0, -1, 0]))
+    assert scores.score("probability")[0, 1, 0, 0].tolist() == pytest.approx(probability([5, 6, 5, 3, 0]))
     assert scores.areas("accuracy")[0, :, 0, 0] == pytest.approx([0.375, 0.825])
     p = probability([5, 6, 5, 3, 0])
     assert scores.areas("probability")[0, 1, 0, 0] == pytest.approx(
@@ -189,8 +191,8 @@ def test_equals_the_naive_loop_exactly():
     scores = model.perturb(relevance, batch_size=5, seed=3)
     accuracy, probability = naive(model, relevance, FRACTIONS, ("image", "text"), seed=3)
     assert scores.methods == ("smooth", "ties", "constant")
-    assert (scores.accuracy == accuracy).all()
-    assert (scores.probability == probability).all()
+    assert (scores.score("accuracy") == accuracy).all()
+    assert (scores.score("probability") == probability).all()
 
 
 def test_zero_removed_is_the_unperturbed_model():
@@ -198,8 +200,8 @@ def test_zero_removed_is_the_unperturbed_model():
     scores = model.perturb(model.relevances())
     whole = [model(torch.tensor([i]), None, None)[0] for i in range(6)]
     for i, logits in enumerate(whole):
-        assert (scores.accuracy[:, :, :, i, 0] == float(model.targets[i, logits.argmax()])).all()
-        assert (scores.probability[:, :, :, i, 0] == float(logits.softmax(0).max())).all()
+        assert (scores.score("accuracy")[:, :, :, i, 0] == float(model.targets[i, logits.argmax()])).all()
+        assert (scores.score("probability")[:, :, :, i, 0] == float(logits.softmax(0).max())).all()
 
 
 def test_what_the_model_is_given():
@@ -232,7 +234,7 @@ def test_what_the_model_is_given():
     assert {v[0] for v in seen if v[1] == ()} == set(range(9))  # all patches gone: once a sample
     # 12 patches: removing 5 … 75 % keeps 11, 11, 10, 10, 9, 6, 3 and each count is a group of its own
     assert sorted(set(kept_patches)) == [0, 3, 6, 9, 10, 11]
-    assert sum(progress) == scores.accuracy.size
+    assert sum(progress) == scores.values.size // 2
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 1000])
@@ -240,7 +242,9 @@ def test_batch_size_changes_nothing(batch_size):
     model = BagOfTokens(samples=8)
     relevance = model.relevances()
     expected, scores = (model.perturb(relevance, batch_size=b) for b in (17, batch_size))
-    assert (scores.accuracy == expected.accuracy).all() and (scores.probability == expected.probability).all()
+    assert (scores.score("accuracy") == expected.score("accuracy")).all() and (
+        scores.score("probability") == expected.score("probability")
+    ).all()
 
 
 def test_chunk_composition_changes_nothing():
@@ -251,10 +255,10 @@ def test_chunk_composition_changes_nothing():
     joined = PerturbationScores.concatenate(parts)
     back = np.argsort(joined.sample_ids)
     assert (joined.sample_ids[back] == whole.sample_ids).all()
-    assert (joined.accuracy[:, :, :, back] == whole.accuracy).all()
-    assert (joined.probability[:, :, :, back] == whole.probability).all()
+    assert (joined.score("accuracy")[:, :, :, back] == whole.score("accuracy")).all()
+    assert (joined.score("probability")[:, :, :, back] == whole.score("probability")).all()
     assert (
-        model.perturb(relevance, seed=1).probability != whole.probability
+        model.perturb(relevance, seed=1).score("probability") != whole.score("probability")
     ).any()  # ties depend on the seed
 
 
@@ -325,7 +329,7 @@ def test_summary_and_curves():
     curves = scores.curves("probability")
     assert set(curves) == {"image/positive", "image/negative", "text/positive", "text/negative"}
     mean, low, high = curves["image/negative"]["again"]
-    assert mean == pytest.approx(scores.probability[0, 1, 2].mean(axis=0))
+    assert mean == pytest.approx(scores.score("probability")[0, 1, 2].mean(axis=0))
     assert (low <= mean).all() and (mean <= high).all() and mean.shape == (len(FRACTIONS),)
     with pytest.raises(ValueError, match="'gae' was not run"):
         scores.summary(reference="gae")
@@ -342,7 +346,7 @@ def test_text_without_removable_words_is_flat():
     model = BagOfTokens(samples=3)
     model.removable[:] = False
     scores = model.perturb(model.relevances(), modalities=("text",))
-    assert (scores.probability == scores.probability[..., :1]).all()
+    assert (scores.score("probability") == scores.score("probability")[..., :1]).all()
 
 
 def test_refuses_what_does_not_fit():

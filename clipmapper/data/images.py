@@ -54,6 +54,17 @@ def clip_input(
     return (pixels.float() / 255 - mean) / std
 
 
+def displayed_image(
+    pixels: Float[Tensor, "1 3 height width"], visual: nn.Module
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Undo the normalisation of ``visual`` (an ``open_clip`` image tower): the image as the model saw it."""
+    mean, std = (
+        torch.tensor(v, device=pixels.device)[:, None, None] for v in (visual.image_mean, visual.image_std)
+    )
+    image = (pixels[0] * std + mean).clamp(0, 1) * 255
+    return image.round().byte().permute(1, 2, 0).cpu().numpy()
+
+
 def _upright_rgb(image: Image.Image) -> Image.Image:
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I"):

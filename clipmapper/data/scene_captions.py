@@ -1,10 +1,12 @@
 """Captions of built-in scenes: every statement in them is true of the scene.
 
-Used to pretrain the shipped CLIP, and to train and judge captioners.
+Used to pretrain the shipped CLIP, and to train and judge captioners. Every word knows which objects it speaks
+of, so that an explanation of the word can be held against them.
 """
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from clipmapper.data.scenes import IMAGE_SIZE, Scene, SceneObject
 
@@ -12,6 +14,32 @@ from clipmapper.data.scenes import IMAGE_SIZE, Scene, SceneObject
 # people disagree about it.
 RELATION_MARGIN = 10.0  # pixels
 NUMBERS = ("no", "one", "two", "three", "four")
+# What a word can say of objects. Other words ("a", "is", "there", commas) speak of none.
+WORD_KINDS = ("colour", "shape", "size", "relation", "place", "number")
+
+
+@dataclass(frozen=True)
+class CaptionWord:
+    """A word (or a comma, a colon) of a caption: its kind (one of ``WORD_KINDS``, or None), and which objects
+    of the scene it speaks of, by their position in it."""
+
+    text: str
+    kind: str | None = None
+    objects: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class AlignedCaption:
+    """A caption whose words know what they speak of."""
+
+    words: tuple[CaptionWord, ...]
+
+    @property
+    def text(self) -> str:
+        told = ""
+        for word in self.words:
+            told += word.text if word.text in ",:" or not told else f" {word.text}"
+        return told
 
 
 def describe(item: SceneObject, *, size: bool = True, colour: bool = True) -> str:
@@ -41,21 +69,32 @@ def relation(a: SceneObject, b: SceneObject) -> str | None:
     return "above" if dy < 0 else "below"
 
 
-def draw_caption(scene: Scene, rng: random.Random) -> str:
+def draw_aligned_caption(scene: Scene, rng: random.Random) -> AlignedCaption:
     """One caption in a wording drawn at random: objects in any order, places, relations, sizes, counts."""
-    items = list(scene.objects)
+    items = list(enumerate(scene.objects))
     rng.shuffle(items)
     wording = rng.choice((_places, _places, _relations, _relations, _listing, _counts, _counts))
-    return wording(items, rng)
+    return AlignedCaption(tuple(wording(items, rng)))
+
+
+def draw_caption(scene: Scene, rng: random.Random) -> str:
+    """The text of :func:`draw_aligned_caption`."""
+    return draw_aligned_caption(scene, rng).text
+
+
+def aligned_captions(scene: Scene, count: int = 5) -> list[AlignedCaption]:
+    """``count`` differently worded captions, the same ones for the same scene."""
+    rng = random.Random("captions/" + scene.key)
+    found: dict[str, AlignedCaption] = {}
+    while len(found) < count:
+        caption = draw_aligned_caption(scene, rng)
+        found.setdefault(caption.text, caption)
+    return list(found.values())
 
 
 def captions(scene: Scene, count: int = 5) -> list[str]:
-    """``count`` differently worded captions, the same ones for the same scene."""
-    rng = random.Random("captions/" + scene.key)
-    found: dict[str, None] = {}
-    while len(found) < count:
-        found.setdefault(draw_caption(scene, rng))
-    return list(found)
+    """The texts of :func:`aligned_captions`."""
+    return [caption.text for caption in aligned_captions(scene, count)]
 
 
 def join(phrases: Sequence[str]) -> str:
@@ -63,50 +102,90 @@ def join(phrases: Sequence[str]) -> str:
     return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
 
 
-def _article(phrase: str) -> str:
-    return f"a {phrase}"
+_Words = list[CaptionWord]
+_Item = tuple[int, SceneObject]  # with its position in the scene
 
 
-def _listing(items: Sequence[SceneObject], rng: random.Random) -> str:
-    opening = rng.choice(("", "there is ", "an image of ", "you can see "))
-    return opening + join([_article(describe(o)) for o in items])
+def _plain(text: str) -> _Words:
+    return [CaptionWord(word) for word in text.split()]
 
 
-def _places(items: Sequence[SceneObject], rng: random.Random) -> str:
+def _about(text: str, kind: str, *objects: int) -> _Words:
+    return [CaptionWord(word, kind, objects) for word in text.split()]
+
+
+def _thing(item: _Item, article: str = "a", *, size: bool = True) -> _Words:
+    """For example "a small red ring"."""
+    number, o = item
+    said = [*_about(o.size, "size", number)] * size
+    return [*_plain(article), *said, *_about(o.colour, "colour", number), *_about(o.shape, "shape", number)]
+
+
+def _place(item: _Item, where: str) -> _Words:
+    number, o = item
+    return [*_plain(where), *_about(place_name(o), "place", number)]
+
+
+def _join(phrases: Sequence[_Words]) -> _Words:
+    joined = list(phrases[0])
+    for phrase in phrases[1:-1]:
+        joined += [CaptionWord(","), *phrase]
+    return joined if len(phrases) == 1 else [*joined, CaptionWord("and"), *phrases[-1]]
+
+
+def _listing(items: Sequence[_Item], rng: random.Random) -> _Words:
+    opening = rng.choice(("", "there is", "an image of", "you can see"))
+    return [*_plain(opening), *_join([_thing(item) for item in items])]
+
+
+def _places(items: Sequence[_Item], rng: random.Random) -> _Words:
     size = rng.random() < 0.7
     where = rng.choice(("at the", "near the", "in the"))
-    return join([f"{_article(describe(o, size=size))} {where} {place_name(o)}" for o in items])
+    return _join([[*_thing(item, size=size), *_place(item, where)] for item in items])
 
 
-def _relations(items: Sequence[SceneObject], rng: random.Random) -> str:
+def _relations(items: Sequence[_Item], rng: random.Random) -> _Words:
     """Each object to the one before it; a pair too close to say is told side by side."""
     if len(items) == 1:
         opening = rng.choice(("only", "just", "nothing but"))
-        return f"{opening} {_article(describe(items[0]))} at the {place_name(items[0])}"
+        return [*_plain(opening), *_thing(items[0]), *_place(items[0], "at the")]
     size = rng.random() < 0.5
     pairs = list(zip(items[::2], items[1::2], strict=False))
-    verb = rng.choice(("", "is "))
+    verb = rng.choice(("", "is"))
     told = []
     for a, b in pairs:
-        how = relation(a, b) or "next to"
-        told.append(f"{_article(describe(a, size=size))} {verb}{how} {_article(describe(b, size=size))}")
+        told.append([*_related(a, b, verb, size), *_thing(b, size=size)])
     if len(items) % 2:
         last, other = items[-1], items[0]
-        how = relation(last, other) or "next to"
-        told.append(f"{_article(describe(last, size=size))} {verb}{how} the {describe(other, size=size)}")
-    return join(told)
+        told.append([*_related(last, other, verb, size), *_thing(other, "the", size=size)])
+    return _join(told)
 
 
-def _counts(items: Sequence[SceneObject], rng: random.Random) -> str:
-    opening = f"{NUMBERS[len(items)]} {'objects' if len(items) > 1 else 'object'}"
+def _related(a: _Item, b: _Item, verb: str, size: bool) -> _Words:
+    """All but the second thing: "a red ring is left of"."""
+    how = relation(a[1], b[1]) or "next to"
+    return [*_thing(a, size=size), *_plain(verb), *_about(how, "relation", a[0], b[0])]
+
+
+def _counts(items: Sequence[_Item], rng: random.Random) -> _Words:
+    everything = tuple(number for number, _ in items)
+    opening = [
+        *_about(NUMBERS[len(items)], "number", *everything),
+        *_plain("objects" if len(items) > 1 else "object"),
+        CaptionWord(":"),
+    ]
     if rng.random() < 0.25:
-        return f"{opening}: {join([_article(describe(o)) for o in items])}"
+        return [*opening, *_join([_thing(item) for item in items])]
     by_kind = rng.choice(("shape", "colour"))
-    tally: dict[str, int] = {}
-    for o in items:
-        tally[getattr(o, by_kind)] = tally.get(getattr(o, by_kind), 0) + 1
-    if by_kind == "shape":
-        told = [f"{NUMBERS[n]} {plural(kind) if n > 1 else kind}" for kind, n in tally.items()]
-    else:
-        told = [f"{NUMBERS[n]} {kind} {'things' if n > 1 else 'thing'}" for kind, n in tally.items()]
-    return f"{opening}: {join(told)}"
+    alike: dict[str, list[int]] = {}
+    for number, o in items:
+        alike.setdefault(getattr(o, by_kind), []).append(number)
+    told = []
+    for kind, numbers in alike.items():
+        several = len(numbers) > 1
+        if by_kind == "shape":
+            name = _about(plural(kind) if several else kind, "shape", *numbers)
+        else:
+            name = [*_about(kind, "colour", *numbers), *_plain("things" if several else "thing")]
+        told.append([*_about(NUMBERS[len(numbers)], "number", *numbers), *name])
+    return [*opening, *_join(told)]

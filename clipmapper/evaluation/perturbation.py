@@ -1,4 +1,4 @@
-"""The perturbation (deletion) test for VQA: remove tokens in the order of an explanation, watch the score.
+"""The perturbation (deletion) test: remove tokens in the order of an explanation, watch the scores.
 
 Protocol of WRA (arXiv 2308.10240) and of Chefer, Gur & Wolf (ICCV 2021, arXiv 2103.15679). *Positive* removes
 the most relevant tokens first: a faithful explanation makes the score fall at once, a low area is good.
@@ -6,14 +6,14 @@ the most relevant tokens first: a faithful explanation makes the score fall at o
 the most relevant share f is removing the least relevant 1 − f, so the insertion curve is the negative curve
 read from right to left, and its area is the same.
 
-The model is known only as a callable that scores a batch of variants, where a variant is one sample with some
-tokens removed. All methods, directions and fractions of a chunk of samples become one list of variants: equal
-ones are scored once, and those that keep equally many tokens share a forward.
+The model is known only by a :class:`VariantScorer`, where a variant is one sample with some tokens removed.
+All methods, directions and fractions of a chunk of samples become one list of variants: equal ones are scored
+once, and those that keep equally many tokens share a forward.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,20 +24,28 @@ from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES, Pe
 
 FRACTIONS = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.50, 0.75, 1.0)
 
-ScoreKept: TypeAlias = Callable[
-    [
-        Int[Tensor, "variants"],
-        Int[Tensor, "variants kept_patches"] | None,
-        Int[Tensor, "variants kept_tokens"] | None,
-    ],
-    Float[Tensor, "variants answers"],
-]
-"""`score_kept(sample, image_keep, text_keep)` → logits. `sample` are positions in the current chunk.
 
-`image_keep` holds the patches kept (0 … P−1, ascending; the class token is always kept and not listed),
-`text_keep` the text tokens kept *including* start and end tokens, ascending, filled up with −1 at the end.
-None means that nothing of that modality is removed. The indices are on the CPU; the logits may be anywhere.
-"""
+@runtime_checkable
+class VariantScorer(Protocol):
+    """What is known of a model and the samples of one chunk: scores of samples with some tokens removed."""
+
+    names: tuple[str, ...]
+
+    def unperturbed(self, batch_size: int) -> Float[np.ndarray, "samples scores"]:
+        """Scores of the untouched samples. Called once, before :meth:`score`."""
+
+    def score(
+        self,
+        sample: Int[np.ndarray, "variants"],
+        image_keep: Int[Tensor, "variants kept_patches"] | None,
+        text_keep: Int[Tensor, "variants kept_tokens"] | None,
+    ) -> Float[np.ndarray, "variants scores"]:
+        """`sample` are positions in the chunk.
+
+        `image_keep` holds the patches kept (0 … P−1, ascending; the class token is always kept and not
+        listed), `text_keep` the text tokens kept *including* start and end tokens, ascending, filled up with
+        −1 at the end. None means that nothing of that modality is removed. The indices are on the CPU.
+        """
 
 
 @dataclass(frozen=True)
@@ -141,54 +149,12 @@ def _indices(kept: Bool[np.ndarray, "variants tokens"]) -> Int[Tensor, "variants
     return torch.from_numpy(np.where(np.arange(width) < count[:, None], index, -1))
 
 
-class _Scorer:
-    """Soft accuracy and probability [variants, 2] from the model's logits."""
-
-    def __init__(self, score_kept: ScoreKept, targets: Float[Tensor, "samples answers"]) -> None:
-        self.score_kept = score_kept
-        self.targets = targets
-        self.original = torch.empty(len(targets), dtype=torch.int64)  # what the unperturbed model answers
-
-    def unperturbed(self, batch_size: int) -> Float[np.ndarray, "samples scores"]:
-        """Scores of the untouched samples; notes their answers, which `score` then explains."""
-        scores = []
-        for sample in np.split(
-            np.arange(len(self.targets)), range(batch_size, len(self.targets), batch_size)
-        ):
-            logits = self._logits(sample, None, None)
-            self.original[sample] = logits.argmax(dim=1).cpu()
-            scores.append(self._score(sample, logits))
-        return np.concatenate(scores)
-
-    def score(
-        self, sample: Int[np.ndarray, "variants"], image_keep: Tensor | None, text_keep: Tensor | None
-    ) -> Float[np.ndarray, "variants scores"]:
-        return self._score(sample, self._logits(sample, image_keep, text_keep))
-
-    def _logits(
-        self, sample: Int[np.ndarray, "variants"], image_keep: Tensor | None, text_keep: Tensor | None
-    ) -> Float[Tensor, "variants answers"]:
-        logits = self.score_kept(torch.from_numpy(sample), image_keep, text_keep)
-        if logits.shape != (len(sample), self.targets.shape[1]) or not logits.isfinite().all():
-            raise ValueError(f"score_kept must give finite logits [variants, answers]: {tuple(logits.shape)}")
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))  # no softmax in half precision
-
-    def _score(
-        self, sample: Int[np.ndarray, "variants"], logits: Float[Tensor, "variants answers"]
-    ) -> Float[np.ndarray, "variants scores"]:
-        accuracy = self.targets[torch.from_numpy(sample), logits.argmax(dim=1).cpu()]
-        explained = self.original[sample].to(logits.device)
-        probability = logits.softmax(dim=1).gather(1, explained[:, None])[:, 0].cpu()
-        return np.stack([accuracy.double().numpy(), probability.double().numpy()], axis=1)
-
-
 @torch.no_grad()
 def perturb(
-    score_kept: ScoreKept,
+    scorer: VariantScorer,
     relevance: Mapping[str, ModalityRelevance],
     removable_text: Bool[Tensor, "samples tokens"],
     text_valid: Bool[Tensor, "samples tokens"],
-    targets: Float[Tensor, "samples answers"],
     *,
     sample_ids: Int[np.ndarray, "samples"],
     fractions: Sequence[float] = FRACTIONS,
@@ -200,11 +166,9 @@ def perturb(
     """Curves of every method on one chunk of samples, each modality perturbed while the other stays whole.
 
     `relevance` maps method names to relevance. `removable_text` is false at start, end and padding tokens,
-    `text_valid` at padding; every image patch is removable. `targets[i, a]` is the soft accuracy of answer a
-    for sample i. `sample_ids` (not negative) and `seed` fix how ties are broken: a sample's curves do not
-    depend on the chunk or the batch it is in. Fraction 0 is the unperturbed model itself (`score_kept` with
-    None, None), and its answer is the "originally predicted" one. A text without removable tokens gets a flat
-    curve.
+    `text_valid` at padding; every image patch is removable. `sample_ids` (not negative) and `seed` fix how
+    ties are broken: a sample's curves do not depend on the chunk or the batch it is in. Fraction 0 is the
+    unperturbed model itself. A text without removable tokens gets a flat curve.
 
     `batch_size` limits the variants of one forward. `progress` is told how many points of curves each forward
     settled; in all samples × methods × modalities × 2 × fractions.
@@ -220,11 +184,13 @@ def perturb(
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     if (removable_text & ~text_valid).any():
         raise ValueError("padding cannot be removable")
-    if len(targets) == 0 or {len(sample_ids), len(text_valid)} != {len(targets)}:
-        raise ValueError("sample_ids, text masks and targets must belong to the same samples, at least one")
+    count = len(sample_ids)
+    if count == 0 or len(text_valid) != count:
+        raise ValueError("sample_ids and text masks must belong to the same samples, at least one")
 
-    scorer = _Scorer(score_kept, targets.cpu())
     whole = scorer.unperturbed(batch_size)
+    if len(whole) != count:
+        raise ValueError(f"the scorer has {len(whole)} samples, but {count} sample_ids are given")
     results = []
     for modality in modalities:
         values = np.stack([getattr(its, modality).double().cpu().numpy() for its in relevance.values()])
@@ -232,11 +198,11 @@ def perturb(
             removable, valid = removable_text.cpu().numpy(), text_valid.cpu().numpy()
         else:
             removable = valid = np.ones(values.shape[1:], dtype=bool)
-        if values.shape[1:] != (len(targets), valid.shape[1]):
+        if values.shape[1:] != (count, valid.shape[1]):
             raise ValueError(f"relevance of the {modality} has shape {values.shape[1:]}, not {valid.shape}")
         kept = _kept_sets(values, removable, valid, fractions, seed, sample_ids)
         curve_shape = kept.shape[:-1]
-        sample = np.broadcast_to(np.arange(len(targets))[:, None], curve_shape).ravel()
+        sample = np.broadcast_to(np.arange(count)[:, None], curve_shape).ravel()
         kept = kept.reshape(len(sample), -1)
 
         scores = whole[sample]
@@ -245,7 +211,7 @@ def perturb(
             progress(len(sample) - len(changed))
         first, kind = _unique_variants(sample[changed], kept[changed])
         unique, points = changed[first], np.bincount(kind, minlength=len(first))
-        unique_scores = np.empty((len(unique), 2))
+        unique_scores = np.empty((len(unique), len(scorer.names)))
         for batch in _batches(kept[unique].sum(axis=1), batch_size, equal_counts=modality == "image"):
             keep = _indices(kept[unique[batch]])
             keeps = (keep, None) if modality == "image" else (None, keep)
@@ -253,6 +219,6 @@ def perturb(
             if progress is not None:
                 progress(int(points[batch].sum()))
         scores[changed] = unique_scores[kind]
-        results.append(scores.reshape(*curve_shape, 2))
-    accuracy, probability = np.moveaxis(np.stack(results), -1, 0)
-    return PerturbationScores(tuple(relevance), tuple(modalities), at, sample_ids, accuracy, probability)
+        results.append(scores.reshape(*curve_shape, -1))
+    found = np.moveaxis(np.stack(results), -1, 0)
+    return PerturbationScores(tuple(relevance), tuple(modalities), scorer.names, at, sample_ids, found)

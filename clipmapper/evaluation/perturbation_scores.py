@@ -12,7 +12,6 @@ from clipmapper.evaluation.statistics import Interval, bootstrap_intervals, trap
 
 MODALITIES = ("image", "text")
 DIRECTIONS = ("positive", "negative")
-SCORES = ("accuracy", "probability")
 
 
 @dataclass(frozen=True)
@@ -46,22 +45,22 @@ class AreaRow:
 class PerturbationScores:
     """Per-sample curves. Axis `directions` is (positive, negative); `fractions` are the shares removed.
 
-    `accuracy` is the soft accuracy of the answer given after removal; `probability` the softmax over answers
-    of the answer that the *unperturbed* model gave.
+    `scores` names what was scored: see the scorers in :mod:`answer_perturbation` and
+    :mod:`caption_perturbation`.
     """
 
     methods: tuple[str, ...]
     modalities: tuple[str, ...]
+    scores: tuple[str, ...]
     fractions: Float[np.ndarray, "fractions"]
     sample_ids: Int[np.ndarray, "samples"]
-    accuracy: Float[np.ndarray, "modalities directions methods samples fractions"]
-    probability: Float[np.ndarray, "modalities directions methods samples fractions"]
+    values: Float[np.ndarray, "scores modalities directions methods samples fractions"]
 
     def score(self, score: str) -> Float[np.ndarray, "modalities directions methods samples fractions"]:
-        """The curves of "accuracy" or "probability"."""
-        if score not in SCORES:
-            raise ValueError(f"no score {score!r}: one of {', '.join(SCORES)}")
-        return self.accuracy if score == "accuracy" else self.probability
+        """The curves of one of the `scores`."""
+        if score not in self.scores:
+            raise ValueError(f"no score {score!r}: one of {', '.join(self.scores)}")
+        return self.values[self.scores.index(score)]
 
     def areas(self, score: str) -> Float[np.ndarray, "modalities directions methods samples"]:
         """Area under every sample's curve by the trapezoid rule over the fraction axis."""
@@ -80,11 +79,11 @@ class PerturbationScores:
         if reference is not None and reference not in self.methods:
             raise ValueError(f"reference {reference!r} was not run: one of {', '.join(self.methods)}")
         # [scores, modalities, directions, methods, samples]; all columns share one resampling of the samples.
-        areas = np.stack([self.areas(score) for score in SCORES])
+        areas = np.stack([self.areas(score) for score in self.scores])
         columns = areas.reshape(-1, areas.shape[-1]).T
         names = [
             (score, modality, direction, method)
-            for score in SCORES
+            for score in self.scores
             for modality in self.modalities
             for direction in DIRECTIONS
             for method in self.methods
@@ -123,21 +122,22 @@ class PerturbationScores:
 
     @classmethod
     def concatenate(cls, parts: "Sequence[PerturbationScores]") -> "PerturbationScores":
-        """The samples of all parts, in order; ValueError where methods, modalities or fractions differ."""
+        """The samples of all parts, in order; ValueError where methods, modalities, scores or fractions
+        differ."""
         if not parts:
             raise ValueError("nothing to concatenate")
         first = parts[0]
         for part in parts[1:]:
-            same = part.methods == first.methods and part.modalities == first.modalities
+            same = all(getattr(part, k) == getattr(first, k) for k in ("methods", "modalities", "scores"))
             if not (same and np.array_equal(part.fractions, first.fractions)):
-                raise ValueError("parts differ in their methods, modalities or fractions")
+                raise ValueError("parts differ in their methods, modalities, scores or fractions")
         return cls(
             first.methods,
             first.modalities,
+            first.scores,
             first.fractions,
             np.concatenate([part.sample_ids for part in parts]),
-            np.concatenate([part.accuracy for part in parts], axis=3),
-            np.concatenate([part.probability for part in parts], axis=3),
+            np.concatenate([part.values for part in parts], axis=4),
         )
 
     def to_arrays(self) -> dict[str, np.ndarray]:
@@ -145,22 +145,20 @@ class PerturbationScores:
         return {
             "methods": np.array(self.methods, dtype=np.str_),
             "modalities": np.array(self.modalities, dtype=np.str_),
+            "scores": np.array(self.scores, dtype=np.str_),
             "fractions": self.fractions,
             "sample_ids": self.sample_ids,
-            "accuracy": self.accuracy,
-            "probability": self.probability,
+            "values": self.values,
         }
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "PerturbationScores":
         """The inverse of `to_arrays`; raises KeyError for a missing array."""
         return cls(
-            tuple(str(name) for name in arrays["methods"]),
-            tuple(str(name) for name in arrays["modalities"]),
+            *(tuple(str(name) for name in arrays[k]) for k in ("methods", "modalities", "scores")),
             arrays["fractions"],
             arrays["sample_ids"],
-            arrays["accuracy"],
-            arrays["probability"],
+            arrays["values"],
         )
 
     def save(self, path: Path) -> None:

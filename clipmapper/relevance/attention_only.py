@@ -53,16 +53,20 @@ def last_attention(trace: AttentionTrace, matrix) -> Relevance:
         if step.query_node.stream == node.stream and source not in seen:
             seen.add(source)
             to_keys, _ = rows_times(matrix, step, row, normalise=False)
-            for stream, part in _split(trace, source, to_keys[:, 0]).items():
-                found.setdefault(stream, part)
+            for stream, part in _split(trace, source, to_keys).items():
+                found.setdefault(stream, part[:, 0])
     return as_relevance(trace, found)
 
 
-def _split(trace: AttentionTrace, stream: str, row: Tensor) -> dict[str, Tensor]:
+def _split(
+    trace: AttentionTrace, stream: str, row: Float[Tensor, "batch 1 tokens"]
+) -> dict[str, Float[Tensor, "batch 1 _part"]]:
     """A row over a stream's tokens, given to the input streams that the stream was joined from."""
     join = next((s for s in trace.steps if isinstance(s, Join) and s.output == Node(stream, 0)), None)
     if join is None:
         return {stream: row}
-    sizes = [trace.lengths[part.stream] for part in join.parts]
-    pieces = zip(join.parts, row.split(sizes, dim=-1), strict=True)
-    return {part.stream: piece for part, piece in pieces}
+    pieces = join.spread(row, [trace.lengths[part.stream] for part in join.parts])
+    inputs = {}
+    for part, piece in zip(join.parts, pieces, strict=True):
+        inputs.update(_split(trace, part.stream, piece))
+    return inputs

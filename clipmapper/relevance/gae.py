@@ -35,8 +35,9 @@ def gae(trace: AttentionTrace) -> Relevance:
         state[Node(stream, 0)] = start
     for step in trace.steps:
         if isinstance(step, Join):
-            state[step.output] = torch.cat([state[part] for part in step.parts], dim=1)
-            own[step.output.stream] = torch.cat([own[part.stream] for part in step.parts])
+            state[step.output] = step.gather([state[part] for part in step.parts])
+            # Only cross-attention asks for `own`; no model selects differently in each sample before one.
+            own[step.output.stream] = step.gather([own[part.stream][None] for part in step.parts])[0]
         elif step.query_node.stream == step.key_node.stream:
             relevance = state[step.query_node]
             state[step.output_node] = relevance + positive_attention(step) @ relevance

@@ -34,7 +34,7 @@ def propagate(
             row = at.pop(step.output, None)
             if row is not None:
                 sizes = [trace.lengths[part.stream] for part in step.parts]
-                for part, piece in zip(step.parts, row.split(sizes, dim=-1), strict=True):
+                for part, piece in zip(step.parts, step.spread(row, sizes), strict=True):
                     _add(at, part, piece)
             continue
         row = at.pop(step.output_node, None)

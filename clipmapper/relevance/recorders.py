@@ -12,6 +12,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
 from clipmapper.models.attention import AttentionSublayer
+from clipmapper.models.captioner import Captioner
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.mapper import DualFlowMapper
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
@@ -133,12 +134,17 @@ class _Recorder:
 
 
 @contextmanager
-def record(model: CLIPmapper, samples: Sequence[int] | None = None) -> Iterator[AttentionTrace]:
+def record(model: CLIPmapper | Captioner, samples: Sequence[int] | None = None) -> Iterator[AttentionTrace]:
     """Record one forward of ``model`` (both towers and the mapper) made inside the ``with`` block.
 
     Fused attention stays on, gradients are on inside, the model's parameters take none. The forward must
-    compute every token of the last block: ``model(images, text, only_class_token=False)``. On leaving, no
-    hook, patch or changed flag stays behind, also after an exception.
+    compute every token of the last block: ``model(images, text, only_class_token=False)``, or
+    ``only_text=False`` where the model writes captions. On leaving, no hook, patch or changed flag stays
+    behind, also after an exception.
+
+    The row that is read: of an answer, the mapper's image class token; of captions, the text position that
+    predicts the word, which to begin with is the last of each text. For another word
+    ``trace.read_token("text", position)``, then ``trace.backward(y, keep_graph=True)``.
 
     Raises ``RuntimeError`` when the number of sub-layers seen is not the number that the model has.
     """
@@ -158,73 +164,107 @@ def record(model: CLIPmapper, samples: Sequence[int] | None = None) -> Iterator[
     trace = recorder.trace
     whole = all(s.before.shape[1] == trace.lengths[s.query_node.stream] for s in trace.attention)
     if len(trace.attention) != len(sublayers) or not whole:
+        option = "only_text" if isinstance(model, Captioner) else "only_class_token"
         raise RuntimeError(
             f"recorded {len(trace.attention)} attention sub-layers of {len(sublayers)}: make exactly one "
-            "whole forward, model(images, text, only_class_token=False), inside `with record(model)`"
+            f"whole forward, model(images, text, {option}=False), inside `with record(model)`"
         )
     trace.grid, trace.samples = model.encoder.grid, samples
     trace.image_stream, trace.text_stream = "image", "text"
 
 
-def _tower_sublayers(model: CLIPmapper) -> Iterator[_Sublayer]:
+def _tower_sublayers(model: CLIPmapper | Captioner) -> Iterator[_Sublayer]:
     for number, block in enumerate(model.encoder.image_tower.attention_blocks()):
         yield _Sublayer(f"image tower, block {number}", block, "image", "image")
+    if isinstance(model, Captioner) and model.text_embedding_only:
+        return
     for number, block in enumerate(model.encoder.text_tower.attention_blocks()):
         yield _Sublayer(f"text tower, block {number}", block, "text", "text")
 
 
-def _mapper_streams(model: CLIPmapper) -> tuple[str, str]:
+def _mapper_streams(model: CLIPmapper | Captioner) -> tuple[str, str]:
     """Names of the image and text streams inside the mapper."""
     if not isinstance(model.mapper, DualFlowMapper):
         return "joint", "joint"
-    return ("image" if model.mapper.class_token is None else "mapper_image"), "text"
+    image = "image" if model.mapper.class_token is None else "mapper_image"
+    return image, "mapper_text" if _leaves_words_behind(model) else "text"
 
 
-def _mapper_sublayers(model: CLIPmapper) -> Iterator[_Sublayer]:
+def _leaves_words_behind(model: CLIPmapper | Captioner) -> bool:
+    """The text tower runs on more tokens than the mapper is given: on padding and CoCa's class token."""
+    if not isinstance(model, Captioner) or model.text_embedding_only:
+        return False
+    return model.encoder.text_tower.padding_matters
+
+
+def _mapper_sublayers(model: CLIPmapper | Captioner) -> Iterator[_Sublayer]:
     image, text = _mapper_streams(model)
     for number, block in enumerate(model.mapper.blocks):
         name = f"mapper, block {number}"
         if isinstance(model.mapper, DualFlowMapper):
             yield _Sublayer(f"{name}, image self-attention", block.image_self, image, image)
-            yield _Sublayer(f"{name}, image cross-attention", block.image_cross, image, text)
+            if block.image_cross is not None:
+                yield _Sublayer(f"{name}, image cross-attention", block.image_cross, image, text)
             yield _Sublayer(f"{name}, text self-attention", block.text_self, text, text)
             yield _Sublayer(f"{name}, text cross-attention", block.text_cross, text, image)
         else:
             yield _Sublayer(f"{name}, self-attention", block.attention, image, image)
 
 
-def _watch_mapper(stack: ExitStack, recorder: _Recorder, model: CLIPmapper) -> None:
+def _watch_mapper(stack: ExitStack, recorder: _Recorder, model: CLIPmapper | Captioner) -> None:
     """Join the towers' streams where the mapper begins, and note which row its head reads."""
     trace = recorder.trace
     image, text = _mapper_streams(model)
     class_token = model.mapper.class_token is not None
+    captioning = isinstance(model, Captioner)
+    last_words: list[Tensor] = []
 
-    def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def join(stream: str, parts: list[str], index: Tensor | None = None) -> None:
+        step = Join(recorder.node(stream), tuple(recorder.node(part) for part in parts), index)
+        trace.steps.append(step)
+        trace.valid[stream] = step.gather([trace.padding_free(part) for part in parts])
+        trace.lengths[stream] = trace.valid[stream].shape[1]
+
+    def begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         image_tokens, text_tokens = args[0], args[1]
+        if (
+            not text_tokens.requires_grad
+        ):  # embeddings that have passed no text tower: their graph starts here
+            text_tokens = text_tokens.detach().requires_grad_()
         trace.inputs = ("class_token", "image", "text") if class_token else ("image", "text")
-        lengths = {"class_token": 1, "image": image_tokens.shape[1], "text": text_tokens.shape[1]}
+        words, behind = text_tokens.shape[1], trace.lengths.get("text", 0)
+        lengths = {"class_token": 1, "image": image_tokens.shape[1], "text": max(words, behind)}
         trace.lengths.update({stream: lengths[stream] for stream in trace.inputs})
-        if kwargs.get("text_valid") is not None:
-            trace.valid["text"] = kwargs["text_valid"]
+        valid = kwargs.get("text_valid")
+        if valid is not None:
+            place = torch.arange(words, device=valid.device)
+            last_words.append(torch.where(valid, place, 0).amax(dim=1))
+            trace.valid["text"] = F.pad(valid, (0, lengths["text"] - words), value=False)
         if kwargs.get("image_ignore") is not None:
             ignored = kwargs["image_ignore"]
             prefix = ignored.new_ones(len(ignored), image_tokens.shape[1] - ignored.shape[1])
             trace.valid["image"] = torch.cat([prefix, ~ignored], dim=1)
+        text_part = "text"
+        if _leaves_words_behind(model):
+            text_part = "mapper_text"
+            join(text_part, ["text"], torch.arange(words, device=text_tokens.device)[None])
         parts = ["class_token", "image"] if class_token else ["image"]
         if image == "joint":
-            parts.append("text")
+            parts.append(text_part)
         if len(parts) > 1:
-            trace.steps.append(Join(recorder.node(image), tuple(recorder.node(part) for part in parts)))
-            trace.lengths[image] = sum(trace.lengths[part] for part in parts)
-            masks = [trace.padding_free(part) for part in parts]
-            trace.valid[image] = torch.cat(masks, dim=1)
+            join(image, parts)
+        return (image_tokens, text_tokens, *args[2:]), kwargs
 
     def enter_block(module: nn.Module, args: tuple) -> None:
         recorder.read_version = {stream: recorder.node(stream).version for stream in (image, text)}
 
     def end(module: nn.Module, args: tuple, output: tuple) -> None:
         batch = output[0].shape[0]
-        trace.read = (recorder.node(image), torch.zeros(batch, dtype=torch.long, device=output[0].device))
+        first = torch.zeros(batch, dtype=torch.long, device=output[0].device)
+        trace.read = (recorder.node(text if captioning else image), first)
+        if captioning:
+            last = last_words[-1] if last_words else first + output[1].shape[1] - 1
+            trace.read_token("text", last)
 
     handles = [
         model.mapper.register_forward_pre_hook(begin, with_kwargs=True),

@@ -84,10 +84,32 @@ class Attention:
 
 @dataclass(frozen=True)
 class Join:
-    """``output`` is the concatenation of ``parts`` along the token axis, in order."""
+    """``output`` is the concatenation of ``parts`` along the token axis, in order.
+
+    With ``index`` it is only so many tokens of that concatenation, in that order (the same for all samples
+    in one row, or a row for each): what a model selects, inserts or leaves behind.
+    """
 
     output: Node
     parts: tuple[Node, ...]
+    index: Int[Tensor, "rows tokens"] | None = field(default=None, compare=False)
+
+    def gather(self, parts: Sequence[Tensor]) -> Tensor:
+        """Values of the output's tokens [batch, tokens, ...], from those of the parts' tokens."""
+        joined = torch.cat(list(parts), dim=1)
+        if self.index is None:
+            return joined
+        index = self.index.expand(joined.shape[0], -1)
+        return joined[torch.arange(joined.shape[0], device=joined.device)[:, None], index.to(joined.device)]
+
+    def spread(
+        self, row: Float[Tensor, "batch rows tokens"], lengths: Sequence[int]
+    ) -> list[Float[Tensor, "batch rows _part"]]:
+        """The other way: a row over the output's tokens as rows over the parts' (of these lengths)."""
+        if self.index is not None:
+            index = self.index.to(row.device)[:, None].expand(row.shape)
+            row = row.new_zeros(*row.shape[:2], sum(lengths)).scatter_add(2, index, row)
+        return list(row.split(list(lengths), dim=-1))
 
 
 @dataclass
@@ -138,8 +160,11 @@ class AttentionTrace:
             return self.valid[stream]
         return torch.ones(self.batch, self.lengths[stream], dtype=torch.bool, device=self.device)
 
-    def backward(self, y: Float[Tensor, "batch"]) -> None:
+    def backward(self, y: Float[Tensor, "batch"], keep_graph: bool = False) -> None:
         """The one backward: gradients of ``y.sum()`` at every sub-layer (samples do not interact).
+
+        ``keep_graph``: another scalar of the same forward (the next word of a caption) may follow; its
+        gradients take the place of these. The last one goes without, and lets go of the graph.
 
         Raises ``ValueError`` when ``y`` depends on nothing that was recorded.
         """
@@ -148,20 +173,58 @@ class AttentionTrace:
         wanted = [t for step in self.attention for t in (step.mixed, step.before, step.added)]
         with torch.enable_grad():
             total = y.sum()
-        found = torch.autograd.grad(total, wanted, allow_unused=True)
+        found = torch.autograd.grad(total, wanted, allow_unused=True, retain_graph=keep_graph)
         gradients: Iterator[Tensor] = (
             torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)
         )
         for step in self.attention:
             step.mixed_gradient = next(gradients)
             step.before_gradient, step.added_gradient = next(gradients), next(gradients)
-        self.release_graph()
+        if not keep_graph:
+            self.release_graph()
 
     def release_graph(self) -> None:
         """Let go of the autograd graph; what was recorded stays as plain tensors."""
         for step in self.attention:
             for name in ("query", "key", "value", "mixed", "before", "added"):
                 setattr(step, name, getattr(step, name).detach())
+
+    def read_token(self, stream: str, position: Int[Tensor, "batch"]) -> None:
+        """Set ``read`` to the row of an input stream's token, in the node whose row was to be read.
+
+        ``position`` counts in the input stream, whatever streams it has been joined with since. Raises
+        ``ValueError`` when the node that is read holds no token of that stream, or not this one.
+        """
+        if self.read is None:
+            raise ValueError("the trace does not say which node is read; set trace.read")
+        node, _ = self.read
+        places = self.places(stream, node.stream).to(position.device)
+        found = places[torch.arange(len(position), device=position.device), position]
+        if (found < 0).any():
+            raise ValueError(f"stream {node.stream!r} does not hold all these tokens of {stream!r}")
+        self.read = (node, found)
+
+    def places(self, stream: str, holder: str) -> Int[Tensor, "batch _tokens"]:
+        """Where the tokens of ``stream`` stand in the stream ``holder``; -1 for those that do not."""
+        batch, length = self.batch, self.lengths[stream]
+        if stream == holder:
+            return torch.arange(length, device=self.device).expand(batch, -1)
+        places = torch.full((batch, length), -1, device=self.device)
+        for join in self.steps:
+            if isinstance(join, Join) and join.output.stream == holder:
+                inner = [self._numbered(stream, part.stream) for part in join.parts]
+                tokens = join.gather(inner)
+                row, place = (tokens >= 0).nonzero(as_tuple=True)
+                places[row, tokens[row, place]] = place
+        return places
+
+    def _numbered(self, stream: str, holder: str) -> Int[Tensor, "batch _tokens"]:
+        """For every token of ``holder``: which token of ``stream`` it is, -1 if none."""
+        numbered = torch.full((self.batch, self.lengths[holder]), -1, device=self.device)
+        places = self.places(stream, holder)
+        row, number = (places >= 0).nonzero(as_tuple=True)
+        numbered[row, places[row, number]] = number
+        return numbered
 
     def read_row(self) -> Mapping[Node, Float[Tensor, "batch 1 _tokens"]]:
         """One-hot row at the read token: where relevance starts on its way back."""

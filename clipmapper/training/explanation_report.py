@@ -8,18 +8,17 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from clipmapper.evaluation.answer_perturbation import AnswerScorer
 from clipmapper.evaluation.localisation import Localisation, image_localisation, word_localisation
 from clipmapper.evaluation.perturbation import ModalityRelevance, perturb
 from clipmapper.evaluation.perturbation_run import run_in_chunks
 from clipmapper.evaluation.perturbation_scores import PerturbationScores
-from clipmapper.evaluation.statistics import bootstrap_interval
 from clipmapper.explaining import trace_answers
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.tokens import word_positions
 from clipmapper.relevance import method_named
 from clipmapper.training.explained_samples import ExplainedSamples
-
-LOCALISATION_SCORES = ("mass", "rank", "pointing")
+from clipmapper.training.explanation_numbers import localisation_numbers, perturbation_numbers
 
 
 @dataclass(frozen=True)
@@ -44,30 +43,12 @@ class ExplanationReport:
 
     def numbers(self, confidence: float, seed: int) -> dict:
         """All results by name, for ``results.json``: areas, paired differences, localisation."""
-        out: dict = {
+        return {
             "samples": len(self.samples),
             "confidence": confidence,
-            "perturbation": {},
-            "localisation": {},
+            "perturbation": perturbation_numbers(self.perturbation, confidence, seed),
+            "localisation": localisation_numbers(self.localisation, confidence, seed),
         }
-        for row in self.perturbation.summary(confidence=confidence, seed=seed):
-            entry: dict = {"area": row.area.as_dict()}
-            if row.difference is not None:
-                entry[f"difference_to_{row.reference}"] = row.difference.as_dict()
-            place = out["perturbation"].setdefault(row.modality, {}).setdefault(row.direction, {})
-            place.setdefault(row.score, {})[row.method] = entry
-        for method, by_modality in self.localisation.items():
-            for modality, scores in by_modality.items():
-                table = out["localisation"].setdefault(modality, {})
-                area = scores.area
-                table["area_baseline"] = float(np.mean(area))
-                found = {}
-                for name in LOCALISATION_SCORES:
-                    values = getattr(scores, name)
-                    interval = bootstrap_interval(values, confidence=confidence, seed=seed).as_dict()
-                    found[name] = interval | {"median": float(np.median(values))}
-                table.setdefault("methods", {})[method] = found
-        return out
 
 
 def explanation_report(
@@ -110,11 +91,10 @@ def explanation_report(
                 for method in methods
             }
             return perturb(
-                model.kept_scorer(samples.images[index], text),
+                AnswerScorer(model.kept_scorer(samples.images[index], text), samples.targets[index]),
                 relevance,
                 text.removable,
                 text.valid,
-                samples.targets[index],
                 sample_ids=np.array([samples.ids[i] for i in positions]),
                 batch_size=batch_size,
                 seed=seed,

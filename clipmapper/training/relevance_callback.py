@@ -8,21 +8,22 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from tqdm import tqdm
 
-from clipmapper.evaluation.perturbation import FRACTIONS
-from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
 from clipmapper.relevance import method_named
+from clipmapper.training.caption_explanations import CaptionReport
+from clipmapper.training.explained_captions import ExplainedCaptions
 from clipmapper.training.explained_samples import ExplainedSamples
-from clipmapper.training.explanation_report import LOCALISATION_SCORES, ExplanationReport, explanation_report
-from clipmapper.training.pictures import log_tables, write_pictures
+from clipmapper.training.explanation_kinds import explanation_kind
+from clipmapper.training.explanation_report import ExplanationReport
 
 
 class RelevanceCallback(lightning.Callback):
-    """Explain ``samples`` validation questions by every method and score the methods, every n validations.
+    """Explain ``samples`` validation questions (or images' captions) by every method and score the methods,
+    every n validations.
 
     Scalars such as ``perturbation/image/positive/weighted`` (area of the soft accuracy) go to every logger,
     pictures to ``folder/pictures``, and to W&B also a table with image, heat map, coloured question, answer,
-    truth and curves. Training goes on as if the callback had not been there: no gradient, mode, flag or
-    random state that it uses is touched.
+    truth and curves (of captions: image, strip of maps, caption, references and curves). Training goes on as
+    if the callback had not been there: no gradient, mode, flag or random state that it uses is touched.
 
     Parameters: ``methods`` by name (``UserError`` for an unknown one), ``pictures`` how many samples are
     drawn, ``batch_size`` perturbed variants a forward, ``confidence`` of the intervals.
@@ -44,13 +45,13 @@ class RelevanceCallback(lightning.Callback):
         self.every_n_validations, self.samples, self.pictures = every_n_validations, samples, pictures
         self.batch_size, self.confidence, self.seed = batch_size, confidence, seed
         self.validations = 0
-        self.report: ExplanationReport | None = None
+        self.report: ExplanationReport | CaptionReport | None = None
         self.written: list[Path] = []
-        self._explained: ExplainedSamples | None = None
+        self._explained: ExplainedSamples | ExplainedCaptions | None = None
         self._folder: Path | None = None
 
-    def prepare(self, samples: ExplainedSamples, folder: Path) -> None:
-        """Say which questions are explained and where pictures go, before ``fit``."""
+    def prepare(self, samples: ExplainedSamples | ExplainedCaptions, folder: Path) -> None:
+        """Say which questions or captions are explained and where pictures go, before ``fit``."""
         self._explained, self._folder = samples, folder
 
     def state_dict(self) -> dict[str, int]:
@@ -66,10 +67,11 @@ class RelevanceCallback(lightning.Callback):
             return
         if self._explained is None or self._folder is None:
             raise ValueError("call RelevanceCallback.prepare(samples, folder) before fit")
-        total = len(self._explained) * len(self.methods) * len(MODALITIES) * len(DIRECTIONS) * len(FRACTIONS)
+        kind = explanation_kind(self._explained)
+        total = kind.points(len(self._explained), len(self.methods))
         # Recording turns gradients on inside; under inference mode (Lightning's default) it could not.
         with torch.inference_mode(False), tqdm(total=total, desc="explanations", leave=False) as bar:
-            self.report = explanation_report(
+            self.report = kind.report(
                 module.model,
                 self._explained,
                 self.methods,
@@ -78,24 +80,9 @@ class RelevanceCallback(lightning.Callback):
                 seed=self.seed,
                 progress=bar.update,
             )
-        self.written = write_pictures(
-            self.report, self._folder, count=self.pictures, confidence=self.confidence
-        )
-        scalars = report_scalars(self.report)
+        self.written = kind.write(self.report, self._folder, count=self.pictures, confidence=self.confidence)
+        scalars = kind.scalars(self.report)
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
             if isinstance(logger, WandbLogger):
-                log_tables(logger, self.report, self._folder, step=trainer.global_step)
-
-
-def report_scalars(report: ExplanationReport) -> dict[str, float]:
-    """The numbers worth a curve over training, by name."""
-    scalars = {}
-    for row in report.perturbation.summary():
-        name = f"perturbation/{row.modality}/{row.direction}/{row.method}"
-        scalars[name if row.score == "accuracy" else f"{name}/probability"] = row.area.mean
-    for method, by_modality in report.localisation.items():
-        for modality, scores in by_modality.items():
-            for score in LOCALISATION_SCORES:
-                scalars[f"localisation/{modality}/{score}/{method}"] = float(getattr(scores, score).mean())
-    return scalars
+                kind.log(logger, self.report, self._folder, step=trainer.global_step)

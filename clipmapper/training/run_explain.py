@@ -1,6 +1,7 @@
-"""The run behind ``scripts/explain.py``: one image, one question, one picture."""
+"""The run behind ``scripts/explain.py``: one image, one question (or caption), one picture."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +10,10 @@ from rich.markup import escape
 from clipmapper.config import ExplainConfig
 from clipmapper.errors import UserError
 from clipmapper.explaining import Explanation, explain_methods
+from clipmapper.explaining_captions import CaptionExplanation, explain_caption_methods
 from clipmapper.models.build import load
+from clipmapper.models.captioner import Captioner
+from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.relevance import METHODS
 from clipmapper.training.tables import console, files_table
 from clipmapper.visual.comparison import plot_method_comparison
@@ -28,17 +32,22 @@ def chosen_device(name: str) -> torch.device:
 
 
 def explain_file(config: ExplainConfig) -> list[Path]:
-    """Answer, explain, write the pictures; returns their paths."""
+    """Answer or caption, explain, write the pictures; returns their paths."""
     model = load(config.checkpoint, chosen_device(config.device))
     methods = [config.method, *(m for m in METHODS if config.compare and m != config.method)]
+    explain = _explain_caption if isinstance(model, Captioner) else _explain_answer
+    return explain(model, config, methods)
+
+
+def _explain_answer(model: CLIPmapper, config: ExplainConfig, methods: Sequence[str]) -> list[Path]:
+    if config.question is None:
+        raise UserError("question: no value; this checkpoint answers questions, give one as question=…")
+    if config.caption is not None or config.word is not None:
+        raise UserError("caption and word: this checkpoint answers questions, it writes no captions")
     explanations = explain_methods(model, config.image, config.question, methods, config.answer)
     first = explanations[0]
     stem = f"{_slug(Path(config.image).stem)}_{_slug(config.question)}"
-    folder = Path(config.output)
-    files = {first.method: first.plot(folder / f"{stem}_{first.method}.png")}
-    if config.compare:
-        files["methods"] = folder / f"{stem}_methods.png"
-        save_figure(_comparison(explanations), files["methods"])
+    files = _pictures(config, stem, explanations, question=first.question, answer=first.answer)
     out = console()
     out.print(f"question: {escape(config.question)}")
     what = "explained answer" if config.answer is not None else "answer"
@@ -49,15 +58,48 @@ def explain_file(config: ExplainConfig) -> list[Path]:
     return list(files.values())
 
 
-def _comparison(explanations: list[Explanation]):
-    first = explanations[0]
-    return plot_method_comparison(
-        first.image,
-        {e.method: e.patches for e in explanations},
-        {e.method: e.words for e in explanations},
-        question=first.question,
-        answer=first.answer,
+def _explain_caption(model: Captioner, config: ExplainConfig, methods: Sequence[str]) -> list[Path]:
+    if config.question is not None or config.answer is not None:
+        raise UserError("question and answer: this checkpoint writes captions; give caption=… or none")
+    word = config.word
+    explanations = explain_caption_methods(
+        model,
+        config.image,
+        methods,
+        caption=config.caption,
+        word=int(word) if word is not None and word.lstrip("-").isdigit() else word,
+        word_weights=config.word_weights,
     )
+    first = explanations[0]
+    stem = f"{_slug(Path(config.image).stem)}_{_slug(first.caption)}" + (f"_{_slug(word)}" if word else "")
+    files = _pictures(config, stem, explanations, question=first.caption)
+    out = console()
+    what = "explained caption" if config.caption is not None else "caption"
+    out.print(f"{what}: [bold]{escape(first.caption)}[/bold]")
+    told = zip(first.explained, first.probabilities, strict=True)
+    words = "  ".join(f"{first.words[place]} {probability:.2f}" for place, probability in told)
+    out.print(f"probability of words: {escape(words)}")
+    out.print(files_table(files))
+    return list(files.values())
+
+
+def _pictures(
+    config: ExplainConfig,
+    stem: str,
+    explanations: Sequence[Explanation | CaptionExplanation],
+    *,
+    question: str,
+    answer: str | None = None,
+) -> dict[str, Path]:
+    first, folder = explanations[0], Path(config.output)
+    files = {first.method: first.plot(folder / f"{stem}_{first.method}.png")}
+    if config.compare:
+        words = {e.method: e.words if isinstance(e, Explanation) else [] for e in explanations}
+        figure = plot_method_comparison(
+            first.image, {e.method: e.patches for e in explanations}, words, question=question, answer=answer
+        )
+        files["methods"] = save_figure(figure, folder / f"{stem}_methods.png")
+    return files
 
 
 def _slug(text: str) -> str:

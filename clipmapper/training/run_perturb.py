@@ -11,21 +11,23 @@ from tqdm import tqdm
 
 from clipmapper.config import PerturbConfig
 from clipmapper.errors import UserError
-from clipmapper.evaluation.perturbation import FRACTIONS
-from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
+from clipmapper.evaluation.caption_perturbation import LOG_PROBABILITY
+from clipmapper.evaluation.caption_scores import check_scores
 from clipmapper.models.build import load
+from clipmapper.models.captioner import Captioner
+from clipmapper.training.explained_captions import choose_caption_samples
 from clipmapper.training.explained_samples import choose_samples
-from clipmapper.training.explanation_report import explanation_report
-from clipmapper.training.pictures import write_pictures
+from clipmapper.training.explanation_kinds import explanation_kind
 from clipmapper.training.run_explain import chosen_device
 from clipmapper.training.run_folder import RESULTS, write_json
-from clipmapper.training.tables import console, files_table, localisation_table, perturbation_table
+from clipmapper.training.tables import console, files_table
 
 _PICTURES = 8
 
 
 def perturb_checkpoint(config: PerturbConfig) -> Path:
-    """Explain questions of the checkpoint's own data, print the tables, write ``results.json`` and pictures.
+    """Explain questions (captions) of the checkpoint's own data, print the tables, write ``results.json`` and
+    pictures.
 
     Finished chunks are kept in ``output/chunks``; with ``resume`` a run that was stopped takes them up again.
     """
@@ -34,18 +36,30 @@ def perturb_checkpoint(config: PerturbConfig) -> Path:
     if "data" not in model.description:
         raise UserError(f"checkpoint={config.checkpoint}: does not say which data it was trained on")
     data = instantiate(model.description["data"])
-    samples = choose_samples(model, getattr(data, config.split), config.samples, config.seed)
+    split = getattr(data, config.split)
+    captioner = isinstance(model, Captioner)
+    options = {k: getattr(config, k) for k in ("word_weights", "caption_scores")}
+    options = {k: value for k, value in options.items() if value is not None}
+    if options and not captioner:
+        raise UserError(f"{next(iter(options))}: this checkpoint answers questions, it writes no captions")
+    if "caption_scores" in options:
+        options["scores"] = options.pop("caption_scores")
+        check_scores([score for score in options["scores"] if score != LOG_PROBABILITY])
+    choose = choose_caption_samples if captioner else choose_samples
+    samples = choose(model, split, config.samples, config.seed)
+    kind = explanation_kind(samples)
     folder = Path(config.output)
     settings = asdict(config)
     digest = hashlib.sha256(Path(config.checkpoint).read_bytes()).hexdigest()
     depends = {k: v for k, v in settings.items() if k in ("methods", "samples", "split", "seed", "chunk")}
-    total = len(samples) * len(config.methods) * len(MODALITIES) * len(DIRECTIONS) * len(FRACTIONS)
+    depends |= options
+    total = kind.points(len(samples), len(config.methods))
     chunks = folder / "chunks"
     if not config.resume and chunks.exists():
-        for file in chunks.glob("chunk_*.npz"):
+        for file in chunks.rglob("chunk_*.npz"):
             file.unlink()
     with tqdm(total=total, desc="perturbation") as bar:
-        report = explanation_report(
+        report = kind.report(
             model,
             samples,
             config.methods,
@@ -55,10 +69,11 @@ def perturb_checkpoint(config: PerturbConfig) -> Path:
             folder=chunks,
             key=json.dumps({"checkpoint": digest, **depends}, sort_keys=True),
             progress=bar.update,
+            **options,
         )
         bar.update(total - bar.n)
     numbers = report.numbers(config.confidence, config.seed)
-    pictures = write_pictures(
+    pictures = kind.write(
         report, folder / "pictures", count=min(_PICTURES, len(samples)), confidence=config.confidence
     )
     write_json(
@@ -66,10 +81,7 @@ def perturb_checkpoint(config: PerturbConfig) -> Path:
         {"settings": settings, "explanations": numbers, "seconds": round(time.monotonic() - began, 1)},
     )
     out = console()
-    for score in ("accuracy", "probability"):
-        out.print(perturbation_table(numbers, score))
-    table = localisation_table(numbers)
-    if table is not None:
+    for table in kind.tables(numbers):
         out.print(table)
     out.print(files_table({"results": folder / RESULTS, "pictures": pictures[0].parent}))
     return folder

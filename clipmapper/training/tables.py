@@ -1,15 +1,44 @@
 """The tables that a run ends with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from clipmapper.evaluation.caption_perturbation import LOG_PROBABILITY, WORD_PROBABILITY
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
 
 _WIDTH = 110  # columns, where the output is no terminal
+
+
+class _Score(NamedTuple):
+    name: str
+    factor: int  # 100: a share, shown in per cent
+
+
+_SCORES = {
+    "accuracy": _Score("soft accuracy (%)", 100),
+    "probability": _Score("probability of the predicted answer (%)", 100),
+    LOG_PROBABILITY: _Score("log-probability (nats)", 1),
+    WORD_PROBABILITY: _Score("probability (%)", 100),
+    **{f"bleu_{n}": _Score(f"BLEU-{n} (%)", 100) for n in range(1, 5)},
+    "rouge_l": _Score("ROUGE-L (%)", 100),
+    "cider": _Score("CIDEr-D", 1),
+    "meteor": _Score("METEOR (%)", 100),
+    "spice": _Score("SPICE (%)", 100),
+}
+
+
+class _Areas(NamedTuple):
+    """A column: areas of every method."""
+
+    header: str
+    direction: str
+    entries: Mapping[str, Mapping]
+    factor: int
 
 
 def console() -> Console:
@@ -32,22 +61,48 @@ def accuracy_table(accuracy: Mapping) -> Table:
 
 def perturbation_table(results: Mapping, score: str = "accuracy") -> Table:
     """Areas with intervals, the best of each column in bold, and paired differences to ``weighted``."""
-    names = {"accuracy": "soft accuracy", "probability": "probability of the predicted answer"}
-    title = f"Perturbation: area under {names[score]} (%), {_interval(results)}"
-    table = Table(title=title, title_justify="left", min_width=len(title))
-    table.add_column("method")
     panels = [(m, d) for m in MODALITIES for d in DIRECTIONS if m in results["perturbation"]]
-    for modality, direction in panels:
-        table.add_column(f"{modality} {direction} {'↓' if direction == 'positive' else '↑'}", justify="right")
-    columns = [results["perturbation"][m][d][score] for m, d in panels]
-    for method in columns[0]:
+    columns = [
+        _Areas(f"{m} {d}", d, results["perturbation"][m][d][score], _SCORES[score].factor) for m, d in panels
+    ]
+    return _areas_table(f"Perturbation: area under {_SCORES[score].name}, {_interval(results)}", columns)
+
+
+def caption_perturbation_tables(results: Mapping) -> list[Table]:
+    """The same of captions: probabilities in one table, the scores of what is written in others."""
+    found = results["perturbation"]
+    written = [score for score in found["caption"]["positive"] if score != LOG_PROBABILITY]
+    chosen = [("caption", LOG_PROBABILITY)] if LOG_PROBABILITY in found["caption"]["positive"] else []
+    groups = [[*chosen, ("word", WORD_PROBABILITY)]]
+    groups += [[("caption", score) for score in written[i : i + 2]] for i in range(0, len(written), 2)]
+    tables = []
+    for group in groups:
+        columns = [
+            _Areas(f"{test} {d}", d, found[test][d][score], _SCORES[score].factor)
+            for test, score in group
+            for d in DIRECTIONS
+        ]
+        names = ", ".join(f"{_SCORES[score].name} of the {test}" for test, score in group)
+        tables.append(_areas_table(f"Perturbation: area under {names}, {_interval(results)}", columns))
+    return tables
+
+
+def _areas_table(title: str, columns: Sequence[_Areas]) -> Table:
+    table = Table(title=title, title_justify="left", min_width=min(len(title), _WIDTH))
+    table.add_column("method")
+    for column in columns:
+        arrow = "↓" if column.direction == "positive" else "↑"
+        table.add_column(f"{column.header} {arrow}", justify="right")
+    for method in columns[0].entries:
         cells = []
-        for (_, direction), column in zip(panels, columns, strict=True):
-            area = column[method]["area"]
-            means = [entry["area"]["mean"] for entry in column.values()]
-            best = min(means) if direction == "positive" else max(means)
-            text = f"{100 * area['mean']:.1f} [{100 * area['low']:.1f}, {100 * area['high']:.1f}]"
-            difference = column[method].get("difference_to_weighted")
+        for column in columns:
+            area, factor = column.entries[method]["area"], column.factor
+            means = [entry["area"]["mean"] for entry in column.entries.values()]
+            best = min(means) if column.direction == "positive" else max(means)
+            digits = 1 if factor == 100 else 2
+            mean, low, high = (f"{factor * area[key]:.{digits}f}" for key in ("mean", "low", "high"))
+            text = f"{mean} [{low}, {high}]"
+            difference = column.entries[method].get("difference_to_weighted")
             if difference is not None and difference["low"] <= 0 <= difference["high"]:
                 text += " ="
             cells.append(f"[bold]{escape(text)}[/bold]" if area["mean"] == best else escape(text))
@@ -78,6 +133,31 @@ def localisation_table(results: Mapping) -> Table | None:
     baseline = ", ".join(f"{m} {100 * v['area_baseline']:.1f}" for m, v in found.items())
     table.caption = f"a uniform map reaches (mass): {baseline}"
     table.caption_justify = "left"
+    return table
+
+
+def word_localisation_table(results: Mapping) -> Table | None:
+    """Share of the relevance of a word's patches that lies on what the word speaks of."""
+    found = results["localisation"]
+    if not found:
+        return None
+    title = f"Words against what they speak of: mass on it (%), median in brackets, {_interval(results)}"
+    table = Table(title=title, title_justify="left", min_width=len(title))
+    table.add_column("method")
+    for kind in found:
+        table.add_column(kind, justify="right")
+    for method in next(iter(found.values()))["methods"]:
+        cells = []
+        for kind in found.values():
+            value = kind["methods"][method]["mass"]
+            half = (value["high"] - value["low"]) / 2
+            cells.append(
+                escape(f"{100 * value['mean']:.1f} ± {100 * half:.1f} ({100 * value['median']:.1f})")
+            )
+        table.add_row(method, *cells)
+    baseline = (f"{100 * kind['area_baseline']:.1f}" for kind in found.values())
+    table.add_section()
+    table.add_row("uniform map", *baseline)
     return table
 
 

@@ -37,7 +37,7 @@ def plot_method_comparison(
     words: Mapping[str, Sequence[tuple[str, float]]],
     *,
     question: str,
-    answer: str,
+    answer: str | None = None,
     truth: str | None = None,
     deciding_mask: Bool[np.ndarray, "height width"] | None = None,
 ) -> Figure:
@@ -45,7 +45,8 @@ def plot_method_comparison(
 
     `relevance` and `words` are keyed by the method's name and must have the same keys (ValueError). Every
     heat map and every row of words is divided by its own maximum: colours compare places within a method,
-    not amounts between methods. `truth` and `deciding_mask` as in `plot_explanation`.
+    not amounts between methods. Without `answer`, `question` is any text above the maps (a caption). `truth`
+    and `deciding_mask` as in `plot_explanation`.
     """
     if not relevance or set(relevance) != set(words):
         raise ValueError(f"relevance has methods {sorted(relevance)}, words has {sorted(words)}")

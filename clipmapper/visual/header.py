@@ -11,13 +11,20 @@ _RIGHT, _WRONG = "#1b7a3d", "#b3261e"
 
 
 class Header:
-    """Question and answer, wrapped to a width in inches; `height` is known before the figure is made."""
+    """Question and answer (or a caption alone), wrapped to a width in inches; `height` is known before the
+    figure is made."""
 
     def __init__(
-        self, width: float, question: str, answer: str, score: float | None = None, truth: str | None = None
+        self,
+        width: float,
+        question: str,
+        answer: str | None = None,
+        score: float | None = None,
+        truth: str | None = None,
     ) -> None:
         self._question = wrap([Run(question, weight="bold")], width, _QUESTION_SIZE)
-        self._answer = wrap(_answer_runs(answer, score, truth), width, _ANSWER_SIZE)
+        runs = [] if answer is None else _answer_runs(answer, score, truth)
+        self._answer = wrap(runs, width, _ANSWER_SIZE)
         self._question_height = len(self._question) * line_height(_QUESTION_SIZE) + 0.05
         self.height = self._question_height + len(self._answer) * line_height(_ANSWER_SIZE)
 

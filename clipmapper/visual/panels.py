@@ -56,9 +56,9 @@ def colour_bar(axes: Axes, scale: ScalarMappable, label: str) -> None:
     )
 
 
-def region_key(figure: Figure, right: float, baseline: float) -> None:
+def region_key(figure: Figure, right: float, baseline: float, text: str = REGION_KEY) -> None:
     """The legend of `outline_region`, ending at a place in inches."""
-    write(figure, right, baseline, REGION_KEY, CAPTION_SIZE, colour=FAINT, align="right")
+    write(figure, right, baseline, text, CAPTION_SIZE, colour=FAINT, align="right")
 
 
 def colour_key(figure: Figure, right: float, baseline: float, scale: ScalarMappable, label: str) -> float:

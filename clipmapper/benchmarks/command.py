@@ -1,0 +1,66 @@
+"""``scripts/benchmark.py``: one sub-command a benchmark, the results as JSON."""
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from clipmapper.benchmarks import captions
+from clipmapper.benchmarks.timing import write_results
+from clipmapper.errors import UserError
+
+
+class Benchmark(NamedTuple):
+    """``run`` takes the options that ``arguments`` adds, and gives what is written; its docstring is the
+    help.
+
+    ``line``: the result in one line.
+    """
+
+    arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], dict]
+    line: str
+
+
+# Another benchmark is another line here.
+BENCHMARKS = {
+    "decoding": Benchmark(
+        captions.decoding_arguments,
+        captions.decoding,
+        "{tokens_per_s[cached]:.0f} tokens/s with the cache, {tokens_per_s[uncached]:.0f} without: "
+        "{speed_up:.2f} times",
+    ),
+    "explanation": Benchmark(
+        captions.explanation_arguments,
+        captions.explanation,
+        "{words} words: {times[together][median_s]:.3f} s together, {times[separately][median_s]:.3f} s one "
+        "by one: ratio {ratio:.3f} ({ratio_to_plain:.3f} to a plain forward and backward a token)",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Ends with exit status 2 and one line on stderr for a mistake of the user's."""
+    parser = ArgumentParser(description="Measure speed.")
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    for name, benchmark in BENCHMARKS.items():
+        command = commands.add_parser(name, help=(benchmark.run.__doc__ or "").split(".")[0])
+        command.add_argument("--repeats", type=int, default=5, help="the median of so many is reported")
+        command.add_argument("--output", type=Path, default=Path("outputs/benchmark"))
+        command.add_argument("--name", default=name, help="of the file, without .json")
+        benchmark.arguments(command)
+    options = parser.parse_args(arguments)
+    if options.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    benchmark = BENCHMARKS[options.benchmark]
+    output = options.output
+    options.output = str(output)
+    try:
+        results = benchmark.run(options)
+    except UserError as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)
+    path = write_results(options.name, results, output)
+    print(benchmark.line.format(**results))
+    print(path)

@@ -1,0 +1,100 @@
+"""What the callback and ``clipmapper perturb`` do with explanations of answers, and with those of
+captions."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from clipmapper.evaluation.perturbation import FRACTIONS
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
+from clipmapper.training import caption_pictures, pictures
+from clipmapper.training.caption_explanations import CaptionReport, caption_report, curve_points
+from clipmapper.training.explained_captions import ExplainedCaptions
+from clipmapper.training.explained_samples import ExplainedSamples
+from clipmapper.training.explanation_numbers import LOCALISATION_SCORES
+from clipmapper.training.explanation_report import ExplanationReport, explanation_report
+from clipmapper.training.tables import (
+    caption_perturbation_tables,
+    localisation_table,
+    perturbation_table,
+    word_localisation_table,
+)
+
+
+@dataclass(frozen=True)
+class ExplanationKind:
+    """``report(model, samples, methods, ...)``, ``points(samples, methods)`` that its progress adds up to,
+    ``scalars(report)`` worth a curve over training, ``write(report, folder, ...)`` pictures, ``log(logger,
+    report, folder, ...)`` them to W&B, and ``tables(numbers)``."""
+
+    report: Callable[..., ExplanationReport | CaptionReport]
+    points: Callable[[int, int], int]
+    scalars: Callable[..., dict[str, float]]
+    write: Callable[..., list[Path]]
+    log: Callable[..., None]
+    tables: Callable[[Mapping], Sequence[Table]]
+
+
+def explanation_kind(samples: ExplainedSamples | ExplainedCaptions) -> ExplanationKind:
+    """The kind that belongs to these samples."""
+    return CAPTIONS if isinstance(samples, ExplainedCaptions) else ANSWERS
+
+
+def answer_scalars(report: ExplanationReport) -> dict[str, float]:
+    """The numbers worth a curve over training, by name."""
+    scalars = {}
+    for row in report.perturbation.summary():
+        name = f"perturbation/{row.modality}/{row.direction}/{row.method}"
+        scalars[name if row.score == "accuracy" else f"{name}/probability"] = row.area.mean
+    return scalars | _localisation_scalars(report)
+
+
+def caption_scalars(report: CaptionReport) -> dict[str, float]:
+    """The same of captions."""
+    scalars = {}
+    for name, scores in (("caption", report.caption_scores), ("word", report.word_scores)):
+        for row in scores.summary():
+            scalars[f"perturbation/{name}/{row.direction}/{row.method}/{row.score}"] = row.area.mean
+    return scalars | _localisation_scalars(report)
+
+
+def _localisation_scalars(report: ExplanationReport | CaptionReport) -> dict[str, float]:
+    return {
+        f"localisation/{name}/{score}/{method}": float(getattr(scores, score).mean())
+        for method, by_name in report.localisation.items()
+        for name, scores in by_name.items()
+        for score in LOCALISATION_SCORES
+    }
+
+
+def _answer_points(samples: int, methods: int) -> int:
+    return samples * methods * len(MODALITIES) * len(DIRECTIONS) * len(FRACTIONS)
+
+
+def _answer_tables(numbers: Mapping) -> list[Table]:
+    tables = [perturbation_table(numbers), perturbation_table(numbers, "probability")]
+    return [*tables, *filter(None, [localisation_table(numbers)])]
+
+
+def _caption_tables(numbers: Mapping) -> list[Table]:
+    return [*caption_perturbation_tables(numbers), *filter(None, [word_localisation_table(numbers)])]
+
+
+ANSWERS = ExplanationKind(
+    explanation_report,
+    _answer_points,
+    answer_scalars,
+    pictures.write_pictures,
+    pictures.log_tables,
+    _answer_tables,
+)
+CAPTIONS = ExplanationKind(
+    caption_report,
+    curve_points,
+    caption_scalars,
+    caption_pictures.write_pictures,
+    caption_pictures.log_tables,
+    _caption_tables,
+)

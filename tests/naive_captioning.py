@@ -1,0 +1,71 @@
+"""The forward of a captioner written out a second time, for the naive methods of ``naive_relevance``."""
+
+import naive_relevance
+import torch
+from torch import Tensor
+
+
+class CaptionRun(naive_relevance.Run):
+    """One image [3, h, w] and one text [n] through a captioner; explains the word behind ``position``."""
+
+    def __init__(self, model, image, ids, position: int):
+        self.position = position
+        super().__init__(model, image, ids)
+
+    def _forward(self, model, image, ids, patches, words):
+        clip, mapper = model.encoder.clip, model.mapper
+        owner = model.encoder.text_tower.owner
+        patches, words = list(range(clip.visual.positional_embedding.shape[0] - 1)), list(range(len(ids)))
+        own_class = [0] if mapper.class_token is not None else []
+        self.image = [len(own_class) + i for i in range(1 + len(patches))]
+        self.text = [self.image[-1] + 1 + i for i in words]
+        self.visual = own_class + self.image
+        self.size, self.read = len(self.visual) + len(self.text), self.text[self.position]
+
+        image = self._image_tower(clip.visual, image, patches)
+        if model.text_embedding_only:
+            text = owner.token_embedding.weight[ids] + owner.positional_embedding[: len(ids)]
+            text = text.detach().requires_grad_()
+        else:
+            text = self._text_tower(owner, ids, words)
+        image, text = image @ mapper.project_image.weight.T, text @ mapper.project_text.weight.T
+        if own_class:
+            image = torch.cat([mapper.class_token[None], image])
+        if mapper.positions is not None:
+            image = image + mapper.positions
+        later = torch.ones(len(ids), len(ids)).triu(1).bool()
+        if hasattr(mapper.blocks[0], "text_self"):
+            for block in mapper.blocks:
+                entered = len(self.sublayers)
+                new_text = text + self._masked(block.text_self, text, self.text, later)
+                new_text = new_text + self._mapper_attention(
+                    block.text_cross, new_text, self.text, image, self.visual, entered
+                )
+                image = image + self._mapper_attention(
+                    block.image_self, image, self.visual, image, self.visual
+                )
+                image = image + block.image_mlp(image[None])[0]
+                text = new_text + block.text_mlp(new_text[None])[0]
+        else:
+            joint = torch.cat([image, text])
+            start = len(self.visual)
+            hidden = torch.zeros(len(joint), len(joint), dtype=torch.bool)
+            hidden[:start, start:] = True
+            hidden[start:, start:] = later
+            for block in mapper.blocks:
+                joint = joint + self._masked(block.attention, joint, self.visual + self.text, hidden)
+                joint = joint + block.mlp(joint[None])[0]
+            text = joint[start:]
+        return model.head(text[None])[0, self.position]
+
+    def _masked(self, layer, x: Tensor, places: list[int], hidden: Tensor) -> Tensor:
+        """Self-attention of the mapper in which the keys in ``hidden`` are not read."""
+        normed = layer.norm(x)
+        q = layer.query(normed)
+        k, v = layer.key_value(normed).chunk(2, dim=-1)
+        q, k, v = (t.unflatten(-1, (layer.heads, -1)).transpose(0, 1) for t in (q, k, v))
+        scores = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(hidden, float("-inf"))
+        A = scores.exp() / scores.exp().sum(-1, keepdim=True)
+        a = layer.output((A @ v).transpose(0, 1).flatten(1))
+        self.sublayers.append(naive_relevance.Sublayer(places, places, len(self.sublayers), x, a, A))
+        return a

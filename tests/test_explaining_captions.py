@@ -1,0 +1,272 @@
+"""``clipmapper.explain`` of a captioner: every word of a caption, from one forward of the image."""
+
+import caption_models
+import numpy as np
+import pytest
+import torch
+import training_models
+from PIL import Image
+
+import clipmapper
+from clipmapper.errors import UserError
+from clipmapper.evaluation.cider import CiderD, DocumentFrequencies
+from clipmapper.evaluation.ptb_tokenizer import ptb_tokenise
+from clipmapper.explaining_captions import explain_caption_methods
+from clipmapper.models.caption_decoding import Decoding
+from clipmapper.models.tokens import word_positions
+from clipmapper.relevance import METHODS, record
+from clipmapper.relevance.several import each_scalar
+from clipmapper.tracing_captions import trace_caption
+
+CAPTION = "a chartreuse ring, left of a small cross"
+WORDS = ("a", "chartreuse", "ring", ",", "left", "of", "a", "small", "cross")
+
+
+@pytest.fixture(scope="module")
+def architecture(tmp_path_factory):
+    return training_models.tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module", params=["dual_flow", "single_flow"])
+def model(request, architecture):
+    return caption_models.captioner(architecture, mapper=request.param)
+
+
+@pytest.fixture(scope="module")
+def plain(architecture):
+    return caption_models.captioner(architecture)
+
+
+@pytest.fixture(scope="module")
+def picture() -> np.ndarray:
+    return caption_models.split(1).images[0]
+
+
+def pixels_of(model, picture):
+    return model.load_image(picture).double()
+
+
+def separately(model, pixels, method, scalar):
+    """A forward and a backward for every token, by the recorder alone."""
+    text = model.tokenize(CAPTION)
+    words = word_positions(model.encoder.tokenizer, text.ids[0], text.removable[0])
+    maps, matrix = [], []
+    for _, positions in words:
+        image, earlier = [], []
+        for position in positions:
+            with record(model, [position]) as trace:
+                scores = model(pixels, text, only_text=False)[0, position - 1]
+                scores = scores.log_softmax(0) if scalar == "log_probability" else scores
+                y = scores[text.ids[0, position]]
+            trace.read_token("text", torch.tensor([position - 1]))
+            trace.backward(y[None])
+            found = METHODS[method](trace)
+            image.append(found.image[0])
+            earlier.append([sum(float(found.text[0, p]) for p in tokens) for _, tokens in words])
+        maps.append(torch.stack(image).mean(dim=0).numpy())
+        matrix.append(np.mean(earlier, axis=0))
+    return np.stack(maps), np.stack(matrix)
+
+
+@pytest.mark.parametrize("scalar", ["logit", "log_probability"])
+def test_all_words_at_once_are_each_on_its_own(model, picture, scalar):
+    pixels = pixels_of(model, picture)
+    together = explain_caption_methods(model, pixels, list(METHODS), caption=CAPTION, scalar=scalar)
+    for explanation, method in zip(together, METHODS, strict=True):
+        maps, matrix = separately(model, pixels, method, scalar)
+        assert (explanation.method, explanation.words, explanation.caption) == (method, WORDS, CAPTION)
+        np.testing.assert_allclose(explanation.maps, maps, rtol=1e-9, atol=1e-12, err_msg=method)
+        np.testing.assert_allclose(explanation.word_matrix, matrix, rtol=1e-9, atol=1e-12, err_msg=method)
+
+
+def test_nothing_comes_from_later_words_and_what_there_is_sums_to_one(plain, picture):
+    pixels = pixels_of(plain, picture)
+    traced = trace_caption(plain, pixels, CAPTION)
+    explanation = clipmapper.explain(plain, pixels, caption=CAPTION)
+    assert not np.triu(explanation.word_matrix, 1).any()
+    several_tokens = [len(positions) > 1 for _, positions in traced.words]
+    assert several_tokens.count(True) >= 1
+    assert ((np.diag(explanation.word_matrix) > 0) == several_tokens).all()
+    # The rest is on the class token and the start token.
+    total = explanation.maps.sum(axis=(1, 2)) + explanation.word_matrix.sum(axis=1)
+    assert (total < 1).all() and (total > 0).all()
+
+
+def test_the_image_passes_its_tower_once(plain, picture, monkeypatch):
+    calls = []
+    tower, original = plain.encoder.image_tower, plain.encoder.image_tower.forward
+
+    def counted(images, *args, **kwargs):
+        calls.append(len(images))
+        return original(images, *args, **kwargs)
+
+    monkeypatch.setattr(tower, "forward", counted)
+    pixels = pixels_of(plain, picture)
+    for options in ({}, {"caption": CAPTION}, {"word_weights": "clip"}, {"caption": CAPTION, "word": "ring"}):
+        calls.clear()
+        explanation = clipmapper.explain(plain, pixels, **options)
+        assert calls == [1], options
+        assert len(explanation.words) > 3
+
+
+@pytest.mark.parametrize("decoding", [None, Decoding("greedy", max_length=6), Decoding("nucleus", seed=3)])
+def test_the_model_s_own_caption(model, picture, decoding):
+    pixels = pixels_of(model, picture)
+    model.train()
+    flags = [p.requires_grad for p in model.parameters()]
+    explanation = clipmapper.explain(model, pixels, decoding=decoding)
+    assert model.training and flags == [p.requires_grad for p in model.parameters()]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    model.eval()
+    assert explanation.caption == model.caption(pixels, decoding)
+    assert "".join(explanation.words) == explanation.caption.replace(" ", "")
+    assert explanation.maps.shape == (len(explanation.words), *training_models.GRID)
+    with torch.no_grad():
+        text = trace_caption(model, pixels, decoding=decoding).text
+        told = model(pixels, text)[0].log_softmax(-1)
+    first = next(iter(word_positions(model.encoder.tokenizer, text.ids[0], text.removable[0])))[1]
+    expected = np.exp(sum(float(told[p - 1, text.ids[0, p]]) for p in first))
+    assert explanation.probabilities[0] == pytest.approx(expected)
+
+
+def test_one_word(plain, picture):
+    pixels = pixels_of(plain, picture)
+    whole = clipmapper.explain(plain, pixels, caption=CAPTION, method="gae")
+    for word, place in (("chartreuse", 1), ("Small", 7), (6, 6), (-1, 8)):
+        one = clipmapper.explain(plain, pixels, caption=CAPTION, method="gae", word=word)
+        assert (one.words, one.explained) == (WORDS, (place,))
+        np.testing.assert_allclose(one.maps[0], whole.maps[place], rtol=1e-9)
+        np.testing.assert_allclose(one.word_matrix[0], whole.word_matrix[place], rtol=1e-9)
+        np.testing.assert_allclose(one.patches, one.maps[0])
+        assert [word for word, _ in one.earlier_words(0)] == list(WORDS[:place])
+
+
+def test_many_tokens_in_several_parts(plain, picture):
+    """More tokens than are taken at once."""
+    traced = [trace_caption(plain, pixels_of(plain, picture), CAPTION) for _ in range(2)]
+    tokens = torch.arange(1, 9)
+    maps = []
+    for part, at_once in zip(traced, (16, 3), strict=True):
+        y = part.scores[tokens - 1, part.text.ids[0, tokens]]
+        rows = each_scalar(part.trace, y, tokens - 1, list(range(8)), at_once=at_once)
+        maps.append(torch.cat([METHODS["weighted"](trace).image for trace in rows]))
+    torch.testing.assert_close(maps[0], maps[1], rtol=1e-10, atol=1e-12)
+
+
+def test_several_scalars_need_one_sample_and_a_graph(plain, picture):
+    pixels = pixels_of(plain, picture).expand(2, -1, -1, -1)
+    text = plain.tokenize([CAPTION, CAPTION])
+    with record(plain) as trace:
+        scores = plain(pixels, text, only_text=False)
+    with pytest.raises(ValueError, match="not of 2"):
+        next(each_scalar(trace, scores[:, 0, 0], torch.tensor([0, 0]), [0, 1]))
+    traced = trace_caption(plain, pixels[:1], CAPTION)
+    with pytest.raises(ValueError, match="does not depend"):
+        next(each_scalar(traced.trace, torch.ones(1), torch.tensor([0]), [0]))
+
+
+# The caption's map
+
+
+def test_mean_leaves_stop_words_out(plain, picture):
+    explanation = clipmapper.explain(plain, pixels_of(plain, picture), caption=CAPTION)
+    counting = [word in ("chartreuse", "ring", "left", "small", "cross") for word in WORDS]
+    assert explanation.weights.tolist() == [0.2 * count for count in counting]
+    np.testing.assert_allclose(explanation.patches, explanation.maps[np.array(counting)].mean(axis=0))
+
+
+def test_cider_weighs_words_by_what_is_lost_without_them(plain, picture):
+    references = ["a small cross", "a ring left of a small cross"]
+    documents = [
+        [ptb_tokenise(r) for r in references],
+        [["a", "blue", "square"]],
+        [["two", "of", "a", "kind"]],
+    ]
+    frequencies = DocumentFrequencies.of(documents)
+    options = {"caption": CAPTION, "references": references, "frequencies": frequencies}
+    explanation = clipmapper.explain(plain, pixels_of(plain, picture), word_weights="cider", **options)
+    cider = CiderD(frequencies)
+
+    def score(words):
+        return float(cider([ptb_tokenise(" ".join(words))], [documents[0]])[0])
+
+    lost = [max(0, score(WORDS) - score(WORDS[:i] + WORDS[i + 1 :])) for i in range(len(WORDS))]
+    np.testing.assert_allclose(explanation.weights, np.array(lost) / sum(lost), atol=1e-6)
+    assert explanation.weights.argmax() in (7, 8)
+    assert explanation.weights[1] == 0  # the caption is better without it
+
+
+def test_clip_weighs_words_by_what_is_lost_without_them(plain, picture):
+    pixels = pixels_of(plain, picture)
+    explanation = clipmapper.explain(plain, pixels, caption=CAPTION, word_weights="clip")
+    encoder = plain.encoder
+
+    def score(words):
+        ids = encoder.tokenizer([" ".join(words)])
+        image, text = encoder.embeddings(pixels, ids)
+        return 2.5 * max(0.0, float((image * text).sum()))
+
+    lost = np.array([max(0, score(WORDS) - score(WORDS[:i] + WORDS[i + 1 :])) for i in range(len(WORDS))])
+    expected = (
+        lost / lost.sum()
+        if lost.any()
+        else 0.2 * np.isin(WORDS, ["chartreuse", "ring", "left", "small", "cross"])
+    )
+    np.testing.assert_allclose(explanation.weights, expected, atol=1e-5)
+    assert explanation.weights.sum() == pytest.approx(1)
+
+
+# Pictures and mistakes
+
+
+def test_plot_writes_a_picture(plain, picture, tmp_path):
+    long = " and ".join([CAPTION] * 3)
+    sizes = []
+    for name, options in (("one", {"word": 2}), ("short", {}), ("long", {"caption": long})):
+        explanation = clipmapper.explain(plain, pixels_of(plain, picture), **{"caption": CAPTION, **options})
+        path = explanation.plot(tmp_path / "new folder" / f"{name}.png")
+        with Image.open(path) as image:
+            image.load()
+            sizes.append(image.size)
+            assert len(image.convert("RGB").getcolors(maxcolors=2**24)) > 100
+    assert sizes[0][1] < sizes[2][1] and sizes[1][1] < sizes[2][1]  # the strip wraps into more rows
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"caption": " "}, "the caption is empty"),
+        ({"caption": CAPTION, "word": "blue"}, "word='blue' is not in the caption"),
+        ({"caption": CAPTION, "word": "a"}, "2 times; give word=0, word=6"),
+        ({"caption": CAPTION, "word": 9}, "word=9: the caption .* has words 0 to 8"),
+        ({"caption": CAPTION, "method": "magic"}, "unknown method 'magic'"),
+        (
+            {"caption": CAPTION, "word_weights": "best"},
+            "word_weights='best': must be one of mean, cider, clip",
+        ),
+        ({"caption": CAPTION, "word_weights": "cider"}, "needs references"),
+        ({"caption": CAPTION, "scalar": "probability"}, "must be one of logit, log_probability"),
+        ({"caption": CAPTION, "decoding": Decoding("greedy")}, "leave one out"),
+        ({"question": "what is this?"}, "this model writes captions"),
+        ({"answer": "red"}, "this model writes captions"),
+    ],
+)
+def test_mistakes_are_one_line(plain, picture, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        clipmapper.explain(plain, picture, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_words_that_the_head_cannot_say(architecture, picture):
+    model = caption_models.captioner(architecture, said=["a red ring"], vocabulary="data").float()
+    with pytest.raises(UserError, match="cannot say"):
+        clipmapper.explain(model, picture, caption="a green ring")
+    assert clipmapper.explain(model, picture, caption="a red ring").words == ("a", "red", "ring")
+
+
+def test_an_answering_model_takes_no_caption(architecture, picture):
+    model = training_models.tiny_model(architecture).eval()
+    with pytest.raises(UserError, match="answers questions"):
+        clipmapper.explain(model, picture, "is it red?", caption=CAPTION)
+    with pytest.raises(UserError, match="give question="):
+        clipmapper.explain(model, picture)
