@@ -14,8 +14,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-# The names of clipmapper.relevance.METHODS (a test compares them), known here without importing torch.
-METHODS = (
+# What is compared unless told otherwise: in the pictures and tables of a run, and by `explain compare=true`.
+COMPARED_METHODS = (
     "weighted",
     "weighted_token",
     "weighted_half",
@@ -24,6 +24,16 @@ METHODS = (
     "raw_attention",
     "grad_cam",
     "random",
+)
+# The names of clipmapper.relevance.METHODS (a test compares them), known here without importing torch.
+METHODS = (
+    *COMPARED_METHODS,
+    "effective_attention",
+    "effective_rollout",
+    "effective_weighted",
+    "efficient_attention",
+    "efficient_rollout",
+    "efficient_weighted",
 )
 _SEED_LIMIT = 2**32 - 1  # numpy's legacy generator, which Lightning seeds as well, takes no more
 

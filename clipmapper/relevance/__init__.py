@@ -3,6 +3,14 @@
 from clipmapper.errors import UserError
 from clipmapper.relevance.attention_only import raw_attention, rollout
 from clipmapper.relevance.control import random
+from clipmapper.relevance.effective import (
+    effective_attention,
+    effective_rollout,
+    effective_weighted,
+    efficient_attention,
+    efficient_rollout,
+    efficient_weighted,
+)
 from clipmapper.relevance.gae import gae
 from clipmapper.relevance.gradients import grad_cam
 from clipmapper.relevance.recorders import record
@@ -12,7 +20,22 @@ from clipmapper.relevance.weighted import weighted, weighted_half, weighted_toke
 
 METHODS = {
     method.__name__: method
-    for method in (weighted, weighted_token, weighted_half, gae, rollout, raw_attention, grad_cam, random)
+    for method in (
+        weighted,
+        weighted_token,
+        weighted_half,
+        gae,
+        rollout,
+        raw_attention,
+        grad_cam,
+        random,
+        effective_attention,
+        effective_rollout,
+        effective_weighted,
+        efficient_attention,
+        efficient_rollout,
+        efficient_weighted,
+    )
 }
 
 
@@ -30,6 +53,12 @@ __all__ = [
     "Join",
     "Node",
     "Relevance",
+    "effective_attention",
+    "effective_rollout",
+    "effective_weighted",
+    "efficient_attention",
+    "efficient_rollout",
+    "efficient_weighted",
     "gae",
     "grad_cam",
     "method_named",

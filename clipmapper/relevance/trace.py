@@ -46,13 +46,16 @@ class Attention:
     mixed_gradient: Tensor | None = None
     before_gradient: Tensor | None = None
     added_gradient: Tensor | None = None
+    replaced: Tensor | None = None  # [batch, heads, queries, keys]: a matrix that stands in for A
 
     @property
     def is_self(self) -> bool:
         return self.query_node == self.key_node
 
     def probabilities(self) -> Float[Tensor, "batch heads queries keys"]:
-        """A, rebuilt from query, key and mask without autograd."""
+        """A, rebuilt from query, key and mask without autograd, or what stands in for it."""
+        if self.replaced is not None:
+            return self.replaced
         with torch.no_grad():
             scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
             scores = (self.query.detach() * scale) @ self.key.detach().transpose(-2, -1)
@@ -65,6 +68,17 @@ class Attention:
                 else:
                     scores = scores + self.mask
             return scores.softmax(dim=-1)
+
+    def allowed(self) -> Bool[Tensor, "..."]:
+        """True where the mask lets a query read a key; broadcasts to the shape of A."""
+        allowed = torch.ones(
+            self.query.shape[2], self.key.shape[2], dtype=torch.bool, device=self.query.device
+        )
+        if self.causal:
+            allowed = allowed.tril()
+        if self.mask is not None:
+            allowed = allowed & (self.mask if self.mask.dtype == torch.bool else self.mask > float("-inf"))
+        return allowed
 
     def probability_gradient(self) -> Float[Tensor, "batch heads queries keys"]:
         """∂y/∂A = ∂y/∂o · vᵀ: exact, since o = A v, and the same for any way of computing attention."""

@@ -6,11 +6,10 @@ from pathlib import Path
 import torch
 from rich.markup import escape
 
-from clipmapper.config import ExplainConfig
+from clipmapper.config import COMPARED_METHODS, ExplainConfig
 from clipmapper.errors import UserError
 from clipmapper.explaining import Explanation, explain_methods
 from clipmapper.models.build import load
-from clipmapper.relevance import METHODS
 from clipmapper.training.tables import console, files_table
 from clipmapper.visual.comparison import plot_method_comparison
 from clipmapper.visual.files import save_figure
@@ -30,7 +29,7 @@ def chosen_device(name: str) -> torch.device:
 def explain_file(config: ExplainConfig) -> list[Path]:
     """Answer, explain, write the pictures; returns their paths."""
     model = load(config.checkpoint, chosen_device(config.device))
-    methods = [config.method, *(m for m in METHODS if config.compare and m != config.method)]
+    methods = [config.method, *(m for m in COMPARED_METHODS if config.compare and m != config.method)]
     explanations = explain_methods(model, config.image, config.question, methods, config.answer)
     first = explanations[0]
     stem = f"{_slug(Path(config.image).stem)}_{_slug(config.question)}"
