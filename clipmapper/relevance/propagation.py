@@ -112,4 +112,5 @@ def _rows(step: Attention, queries: slice) -> Attention:
         replaced=None if step.replaced is None else step.replaced[:, :, queries],
         before_gradient=None,
         added_gradient=None,
+        after=None,
     )

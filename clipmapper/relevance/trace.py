@@ -7,11 +7,11 @@ and concatenations of streams (:class:`Join`). Every explanation method is a pur
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Node(NamedTuple):
@@ -47,6 +47,8 @@ class Attention:
     before_gradient: Tensor | None = None
     added_gradient: Tensor | None = None
     replaced: Tensor | None = None  # [batch, heads, queries, keys]: a matrix that stands in for A
+    output_weight: Tensor | None = None  # W_O [heads, channels, width], where the recorder knows it
+    after: Tensor | None = None  # [batch, queries, width]: the stream after the MLP that follows; None: none
 
     @property
     def is_self(self) -> bool:
@@ -118,6 +120,9 @@ class AttentionTrace:
     image_stream, text_stream : which inputs they are, where there are such.
     grid : (rows, columns) of image patches; the tokens before them are prefix tokens (the class token).
     samples : identity of every sample, which seeds what is random about it.
+    rules : by which the backward was made (:mod:`clipmapper.relevance.backward_rules`).
+    entries : the module that every input stream's tokens enter first.
+    again : the same forward, for methods that run the model more than once.
     """
 
     steps: list[Attention | Join] = field(default_factory=list)
@@ -129,6 +134,9 @@ class AttentionTrace:
     text_stream: str | None = None
     grid: tuple[int, int] | None = None
     samples: Sequence[int] | None = None
+    rules: str = "plain"
+    entries: dict[str, nn.Module] = field(default_factory=dict)
+    again: Any = None  # clipmapper.relevance.again.Again, which needs this module
 
     @property
     def attention(self) -> list[Attention]:
@@ -159,6 +167,9 @@ class AttentionTrace:
         """
         if not y.requires_grad:
             raise ValueError("y does not depend on the recorded forward: run the model inside the recorder")
+        if self.rules == "lrp":
+            # The relevance that is passed on is 1 (Chefer et al.'s one-hot vector), not y.
+            y = y / y.detach()
         wanted = [t for step in self.attention for t in (step.mixed, step.before, step.added)]
         with torch.enable_grad():
             total = y.sum()
@@ -176,6 +187,7 @@ class AttentionTrace:
         for step in self.attention:
             for name in ("query", "key", "value", "mixed", "before", "added"):
                 setattr(step, name, getattr(step, name).detach())
+            step.after = None if step.after is None else step.after.detach()
 
     def read_row(self) -> Mapping[Node, Float[Tensor, "batch 1 _tokens"]]:
         """One-hot row at the read token: where relevance starts on its way back."""
