@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
-# The names of clipmapper.relevance.METHODS (a test compares them), known here without importing torch.
-METHODS = (
+# What is compared unless told otherwise: in the pictures and tables of a run, and by `explain compare=true`.
+COMPARED_METHODS = (
     "weighted",
     "weighted_token",
     "weighted_half",
@@ -24,6 +24,41 @@ METHODS = (
     "raw_attention",
     "grad_cam",
     "random",
+)
+# The names of clipmapper.relevance.METHODS (a test compares them), known here without importing torch.
+METHODS = (
+    *COMPARED_METHODS,
+    "weighted_norm",
+    "weighted_token_norm",
+    "attention_flow",
+    "effective_attention",
+    "effective_rollout",
+    "effective_weighted",
+    "efficient_attention",
+    "efficient_rollout",
+    "efficient_weighted",
+    "grad_eclip",
+    "legrad",
+    "beyond_intuition",
+    "token_tm",
+    "alti",
+    "transformer_attribution",
+    "partial_lrp",
+    "attn_lrp",
+    "integrated_gradients",
+    "occlusion",
+    "input_x_gradient",
+    "weighted_libra",
+    "weighted_token_libra",
+    "weighted_norm_libra",
+    "weighted_token_norm_libra",
+    "effective_weighted_libra",
+    "efficient_weighted_libra",
+    "gae_libra",
+    "grad_cam_libra",
+    "grad_eclip_libra",
+    "input_x_gradient_libra",
+    "token_tm_libra",
 )
 # As clipmapper.evaluation.caption_perturbation.ALL_SCORES (a test compares them).
 CAPTION_SCORES = (

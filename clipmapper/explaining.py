@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from clipmapper.data.images import displayed_image
@@ -17,7 +17,7 @@ from clipmapper.models.caption_decoding import Decoding
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.tokens import TokenizedText, merge_words
-from clipmapper.relevance import AttentionTrace, Relevance, method_named, record
+from clipmapper.relevance import Again, Attention, AttentionTrace, Relevance, method_named, record
 
 
 @dataclass(frozen=True)
@@ -160,4 +160,28 @@ def trace_answers(
         trace.backward(chosen)
     finally:
         model.train(was_training)
+    trace.again = answers_again(model, images, text, explained)
     return TracedAnswers(trace, logits.detach(), explained)
+
+
+def answers_again(
+    model: CLIPmapper,
+    images: Float[Tensor, "batch 3 height width"],
+    text: TokenizedText,
+    answers: Sequence[int],
+) -> Again:
+    """The forward that explains these answers, for the methods that make it more than once."""
+    chosen = torch.tensor(answers, device=images.device)
+
+    class Head:
+        def applies(self, step: Attention) -> bool:
+            return step.name.startswith("mapper")
+
+        def __call__(self, pooled: Float[Tensor, "batch width"]) -> Float[Tensor, "batch"]:
+            return model.head(pooled).gather(1, chosen[:, None])[:, 0]
+
+    def forward(rows: Int[Tensor, "variants"]) -> Float[Tensor, "variants"]:
+        logits = model(images[rows], text[rows], only_class_token=False)
+        return logits.gather(1, chosen[rows][:, None])[:, 0]
+
+    return Again(model, forward, Head())

@@ -28,6 +28,11 @@ class Sublayer:
     dx: Tensor | None = None
     da: Tensor | None = None
     dA: Tensor | None = None
+    q: Tensor | None = None  # [H, N, D]
+    k: Tensor | None = None  # [H, M, D]
+    v: Tensor | None = None  # [H, M, D]
+    W: Tensor | None = None  # W_O [H, D, C]
+    after: Tensor | None = None  # [N, C] after the MLP, where one follows
 
     @property
     def cross(self) -> bool:
@@ -37,8 +42,13 @@ class Sublayer:
 class Run:
     """The forward of a CLIPmapper for one image [3, h, w] and one text [n], with everything kept."""
 
-    def __init__(self, model, image, ids, patches=None, words=None):
-        """``patches``, ``words``: which of them exist at all (others are removed before the first block)."""
+    def __init__(self, model, image, ids, patches=None, words=None, rules="plain", scale=1.0):
+        """``patches``, ``words``: which of them exist at all (others are removed before the first block).
+
+        ``rules``: "libra" or "attn_lrp" change the gradient by .detach() and by halves that are detached.
+        ``scale`` multiplies the tokens that enter the towers.
+        """
+        self.rules, self.scale = rules, scale
         self.sublayers: list[Sublayer] = []
         with torch.enable_grad():
             self.logits = self._forward(model, image, ids, patches, words)
@@ -68,33 +78,64 @@ class Run:
             everything = self.visual + self.text
             for block in mapper.blocks:
                 joint = joint + self._mapper_attention(block.attention, joint, everything, joint, everything)
-                joint = joint + block.mlp(joint[None])[0]
+                joint = self._mlp(joint, block.mlp)
             image = joint
-        return model.head(image[:1])[0]
+        return self._run(model.head, image[:1])[0]
 
     def _image_tower(self, visual, image, patches):
         embedded = F.conv2d(image[None], visual.conv1.weight, stride=visual.conv1.stride)[0].flatten(1).T
         tokens = torch.cat([visual.class_embedding[None], embedded]) + visual.positional_embedding
         tokens = visual.ln_pre(tokens)[[0] + [1 + p for p in patches]]
-        return visual.ln_post(self._tower(visual.transformer.resblocks, tokens, self.image, causal=False))
+        tokens = self._tower(visual.transformer.resblocks, tokens, self.image, causal=False)
+        return self._run(visual.ln_post, tokens)
 
     def _text_tower(self, clip, ids, words):
         tokens = (clip.token_embedding.weight[ids] + clip.positional_embedding[: len(ids)])[words]
-        return clip.ln_final(self._tower(clip.transformer.resblocks, tokens, self.text, causal=True))
+        tokens = self._tower(clip.transformer.resblocks, tokens, self.text, causal=True)
+        return self._run(clip.ln_final, tokens)
 
     def _tower(self, blocks, tokens, places, causal):
-        tokens = tokens.detach().requires_grad_()
+        tokens = (self.scale * tokens.detach()).requires_grad_()
         for block in blocks:
-            normed = block.ln_1(tokens)
+            normed = self._run(block.ln_1, tokens)
             q, k, v = (normed @ block.attn.in_proj_weight.T + block.attn.in_proj_bias).chunk(3, dim=-1)
-            A, mixed = self._attend(q, k, v, block.attn.num_heads, causal)
+            A, mixed, heads = self._attend(q, k, v, block.attn.num_heads, causal)
             a = mixed @ block.attn.out_proj.weight.T + block.attn.out_proj.bias
+            W = block.attn.out_proj.weight.T
             if hasattr(block.ls_1, "gamma"):
-                a = a * block.ls_1.gamma
-            self.sublayers.append(Sublayer(places, places, len(self.sublayers), tokens, a, A))
+                a, W = a * block.ls_1.gamma, W * block.ls_1.gamma
+            sublayer = Sublayer(places, places, len(self.sublayers), tokens, a, A)
+            sublayer.q, sublayer.k, sublayer.v = heads
+            sublayer.W = W.unflatten(0, (block.attn.num_heads, -1))
+            self.sublayers.append(sublayer)
             tokens = tokens + a
-            tokens = tokens + block.ls_2(block.mlp(block.ln_2(tokens)))
+            tokens = tokens + block.ls_2(self._run(block.mlp, self._run(block.ln_2, tokens)))
+            sublayer.after = tokens
         return tokens
+
+    def _mlp(self, tokens, mlp):
+        self.sublayers[-1].after = tokens + self._run(mlp.layers, self._run(mlp.norm, tokens))
+        return self.sublayers[-1].after
+
+    def _run(self, module, x):
+        """A module without attention, its norms and activations by the rules of the gradient."""
+        if isinstance(getattr(module, "layers", None), torch.nn.Sequential):
+            module = module.layers
+        if isinstance(module, torch.nn.Sequential):
+            for part in module:
+                x = self._run(part, x)
+            return x
+        if self.rules == "plain":
+            return module(x)
+        if isinstance(module, torch.nn.LayerNorm):
+            deviation = (x.var(-1, unbiased=False, keepdim=True) + module.eps).sqrt().detach()
+            return (x - x.mean(-1, keepdim=True)) / deviation * module.weight + module.bias
+        if isinstance(module, torch.nn.GELU):
+            return x * torch.distributions.Normal(0.0, 1.0).cdf(x.detach())
+        if type(module).__name__ == "QuickGELU":
+            return x * torch.sigmoid(1.702 * x.detach())
+        assert isinstance(module, torch.nn.Linear), type(module)
+        return module(x)
 
     def _dual_flow(self, mapper, image, text):
         for block in mapper.blocks:
@@ -104,36 +145,41 @@ class Run:
             new_text = text + seen
             seen = self._mapper_attention(block.text_cross, new_text, self.text, image, self.visual, entered)
             new_text = new_text + seen
-            new_text = new_text + block.text_mlp(new_text[None])[0]
+            new_text = self._mlp(new_text, block.text_mlp)
             new_image = image + self._mapper_attention(
                 block.image_self, image, self.visual, image, self.visual
             )
             new_image = new_image + self._mapper_attention(
                 block.image_cross, new_image, self.visual, text, self.text, entered
             )
-            image, text = new_image + block.image_mlp(new_image[None])[0], new_text
+            image, text = self._mlp(new_image, block.image_mlp), new_text
         return image
 
     def _mapper_attention(self, layer, x, queries, context, keys, keys_state=None):
         norm = layer.norm if layer.context_norm is None else layer.context_norm
-        q = layer.query(layer.norm(x))
-        k, v = layer.key_value(norm(context)).chunk(2, dim=-1)
-        A, mixed = self._attend(q, k, v, layer.heads, causal=False)
+        q = layer.query(self._run(layer.norm, x))
+        k, v = layer.key_value(self._run(norm, context)).chunk(2, dim=-1)
+        A, mixed, heads = self._attend(q, k, v, layer.heads, causal=False)
         a = layer.output(mixed)
         state = len(self.sublayers) if keys_state is None else keys_state
-        self.sublayers.append(Sublayer(queries, keys, state, x, a, A))
+        sublayer = Sublayer(queries, keys, state, x, a, A)
+        sublayer.q, sublayer.k, sublayer.v = heads
+        sublayer.W = layer.output.weight.T.unflatten(0, (layer.heads, -1))
+        self.sublayers.append(sublayer)
         return a
 
-    @staticmethod
-    def _attend(q, k, v, heads, causal):
-        """A [H, N, M] and its product with v [N, C], by the definition of attention."""
+    def _attend(self, q, k, v, heads, causal):
+        """A [H, N, M], its product with v [N, C], and q, k, v by head: by the definition of attention."""
         q, k, v = (t.unflatten(-1, (heads, -1)).transpose(0, 1) for t in (q, k, v))
-        scores = q @ k.transpose(1, 2) / q.shape[-1] ** 0.5
+        half = (lambda t: (t + t.detach()) / 2) if self.rules == "attn_lrp" else (lambda t: t)
+        scores = half(q) @ half(k).transpose(1, 2) / q.shape[-1] ** 0.5
         if causal:
             later = torch.ones(scores.shape[1:]).triu(1).bool()
             scores = scores.masked_fill(later, float("-inf"))
         A = scores.exp() / scores.exp().sum(-1, keepdim=True)
-        return A, (A @ v).transpose(0, 1).flatten(1)
+        if self.rules == "libra":
+            A = A.detach().requires_grad_()
+        return A, (half(A) @ half(v)).transpose(0, 1).flatten(1), (q.detach(), k.detach(), v.detach())
 
     def differentiate(self, answer: int) -> "Run":
         """Gradients of one logit with respect to every x, a and A, by autograd."""

@@ -12,7 +12,7 @@ import training_models
 from PIL import Image
 
 from clipmapper import cli
-from clipmapper.config import METHODS
+from clipmapper.config import COMPARED_METHODS as METHODS
 from clipmapper.data.scene_questions import CHANCE
 from clipmapper.data.scenes_vqa import ScenesVQA
 from clipmapper.training import explanation_report

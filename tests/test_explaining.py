@@ -9,6 +9,7 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 import training_models
+from compared_methods import METHODS
 from PIL import Image
 from torch import nn
 
@@ -16,7 +17,6 @@ import clipmapper
 from clipmapper.errors import UserError
 from clipmapper.explaining import explain_methods, trace_answers
 from clipmapper.models.tokens import TokenizedText
-from clipmapper.relevance import METHODS
 
 QUESTION = "is the chartreuse ring left of the cross?"
 WORDS = ["is", "the", "chartreuse", "ring", "left", "of", "the", "cross", "?"]

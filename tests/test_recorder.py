@@ -6,10 +6,11 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+from compared_methods import METHODS
 from torch import nn
 
 from clipmapper.models.tokens import TokenizedText
-from clipmapper.relevance import METHODS, Join, Node, record
+from clipmapper.relevance import Join, Node, record
 
 KINDS = [("dual_flow", False), ("dual_flow", True), ("single_flow", False), ("single_flow", True)]
 LENGTHS = (7, 4, 9)

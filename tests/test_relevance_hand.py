@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
+from compared_methods import METHODS
 
 from clipmapper.relevance import (
-    METHODS,
     Attention,
     AttentionTrace,
     Join,

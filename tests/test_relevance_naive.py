@@ -7,11 +7,12 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+from compared_methods import METHODS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipmapper.models.tokens import TokenizedText
-from clipmapper.relevance import METHODS, Attention, AttentionTrace, Node, record
+from clipmapper.relevance import Attention, AttentionTrace, Node, record
 from clipmapper.relevance import propagation as propagation_module
 from clipmapper.relevance.control import random
 from clipmapper.relevance.propagation import mean_attention, positive_attention, propagate, rows_times

@@ -11,7 +11,7 @@ import training_models
 from PIL import Image
 from wandb.proto import wandb_internal_pb2
 
-from clipmapper.config import METHODS
+from clipmapper.config import COMPARED_METHODS as METHODS
 from clipmapper.data.scene_questions import FAMILIES
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
 from clipmapper.training.run import train

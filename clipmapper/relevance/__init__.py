@@ -1,18 +1,71 @@
 """Explanations of attention models: a trace in, relevance per input token out."""
 
 from clipmapper.errors import UserError
+from clipmapper.relevance.again import Again
 from clipmapper.relevance.attention_only import raw_attention, rollout
+from clipmapper.relevance.attribution import Attribution, quantus_explainer
+from clipmapper.relevance.backward_rules import backward_rules
+from clipmapper.relevance.captum_methods import integrated_gradients, occlusion
 from clipmapper.relevance.control import random
+from clipmapper.relevance.effective import (
+    effective_attention,
+    effective_rollout,
+    effective_weighted,
+    efficient_attention,
+    efficient_rollout,
+    efficient_weighted,
+)
+from clipmapper.relevance.flow import attention_flow
 from clipmapper.relevance.gae import gae
-from clipmapper.relevance.gradients import grad_cam
+from clipmapper.relevance.gradients import attn_lrp, grad_cam, grad_eclip, input_x_gradient
+from clipmapper.relevance.layerwise import legrad
+from clipmapper.relevance.libra import GRADIENT_METHODS, with_libra
+from clipmapper.relevance.norms import alti, beyond_intuition, token_tm
+from clipmapper.relevance.propagated import partial_lrp, transformer_attribution
 from clipmapper.relevance.recorders import record
 from clipmapper.relevance.result import Relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
-from clipmapper.relevance.weighted import weighted, weighted_half, weighted_token
+from clipmapper.relevance.weighted import (
+    weighted,
+    weighted_half,
+    weighted_norm,
+    weighted_token,
+    weighted_token_norm,
+)
 
 METHODS = {
     method.__name__: method
-    for method in (weighted, weighted_token, weighted_half, gae, rollout, raw_attention, grad_cam, random)
+    for method in (
+        weighted,
+        weighted_token,
+        weighted_half,
+        gae,
+        rollout,
+        raw_attention,
+        grad_cam,
+        random,
+        weighted_norm,
+        weighted_token_norm,
+        attention_flow,
+        effective_attention,
+        effective_rollout,
+        effective_weighted,
+        efficient_attention,
+        efficient_rollout,
+        efficient_weighted,
+        grad_eclip,
+        legrad,
+        beyond_intuition,
+        token_tm,
+        alti,
+        transformer_attribution,
+        partial_lrp,
+        attn_lrp,
+        integrated_gradients,
+        occlusion,
+        input_x_gradient,
+        *map(with_libra, GRADIENT_METHODS),
+    )
 }
 
 
@@ -25,19 +78,44 @@ def method_named(name: str):
 
 __all__ = [
     "METHODS",
+    "Again",
     "Attention",
     "AttentionTrace",
+    "Attribution",
     "Join",
     "Node",
     "Relevance",
+    "alti",
+    "attention_flow",
+    "attn_lrp",
+    "backward_rules",
+    "beyond_intuition",
+    "effective_attention",
+    "effective_rollout",
+    "effective_weighted",
+    "efficient_attention",
+    "efficient_rollout",
+    "efficient_weighted",
     "gae",
     "grad_cam",
+    "grad_eclip",
+    "input_x_gradient",
+    "integrated_gradients",
+    "legrad",
     "method_named",
+    "occlusion",
+    "partial_lrp",
+    "quantus_explainer",
     "random",
     "raw_attention",
     "record",
     "rollout",
+    "token_tm",
+    "transformer_attribution",
     "weighted",
     "weighted_half",
+    "weighted_norm",
     "weighted_token",
+    "weighted_token_norm",
+    "with_libra",
 ]

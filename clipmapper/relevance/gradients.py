@@ -1,11 +1,13 @@
-"""Methods that weigh the attention of one sub-layer by its gradient."""
+"""Methods that look at the gradient of one sub-layer, or of the input tokens."""
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from clipmapper.relevance.again import with_rules
 from clipmapper.relevance.attention_only import last_attention
-from clipmapper.relevance.result import Relevance
-from clipmapper.relevance.trace import Attention, AttentionTrace
+from clipmapper.relevance.result import Relevance, as_relevance, with_sign
+from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
 
 
 def grad_cam(trace: AttentionTrace) -> Relevance:
@@ -25,3 +27,67 @@ def grad_cam(trace: AttentionTrace) -> Relevance:
         return (weight * step.probabilities()).mean(dim=1).clamp(min=0)[:, queries]
 
     return last_attention(trace, matrix)
+
+
+def grad_eclip(trace: AttentionTrace) -> Relevance:
+    """Grad-ECLIP (Zhao et al. 2024, ICML) of the last sub-layer in which the read token reads each modality.
+
+    ``relu(Σ_d (∂y/∂o_read)_d v_{i,d} λ_i)``, o and v all heads side by side, ``λ_i`` the cosine of the read
+    token's query and key i, scaled to [0, 1] over the keys. Differences from the released code: λ is scaled
+    over all keys that may be read, there without the image's class token; and q, k are compared as they are,
+    where a later version of the code sends them through the output projection first. Where all cosines are
+    equal λ is 1. Made for CLIP; defined for every trace. Needs ``trace.backward(y)``.
+    """
+
+    def matrix(step: Attention, queries: slice) -> Float[Tensor, "batch queries keys"]:
+        query, key = (t.detach().transpose(1, 2).flatten(2) for t in (step.query, step.key))
+        cosine = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(1, 2)
+        allowed = step.allowed()
+        allowed = (allowed if allowed.ndim == 2 else allowed[:, 0]).expand(cosine.shape)
+        low = cosine.masked_fill(~allowed, float("inf")).amin(dim=-1, keepdim=True)
+        high = cosine.masked_fill(~allowed, float("-inf")).amax(dim=-1, keepdim=True)
+        same = high <= low
+        scaled = ((cosine - low) / (high - low).masked_fill(same, 1.0)).masked_fill(same, 1.0)
+        evidence = step.probability_gradient().sum(dim=1)  # Σ over heads and channels of ∂o · v
+        return (scaled * allowed * evidence).clamp(min=0)[:, queries]
+
+    return last_attention(trace, matrix)
+
+
+def input_x_gradient(trace: AttentionTrace, sign: str = "positive") -> Relevance:
+    """Gradient × input on the tokens that enter the first sub-layers, summed over channels.
+
+    The tokens are those after position embeddings. ``sign``: "positive" evidence, "negative" (as positive
+    numbers), or "both", which sum up to the first-order change of y. Equal to captum's ``InputXGradient`` on
+    these tokens (a test compares them). Defined for every trace. Needs ``trace.backward(y)``.
+    """
+    found: dict[str, Tensor] = {}
+    for step in trace.attention:
+        node = step.query_node
+        if node.version == 0:
+            gradient, _ = step.gradients()
+            product = (gradient * step.before.detach()).sum(dim=-1)
+            for stream, values in _entered(trace, node, product).items():
+                found.setdefault(stream, values)
+    return with_sign(as_relevance(trace, found), sign)
+
+
+def attn_lrp(trace: AttentionTrace, sign: str = "positive") -> Relevance:
+    """AttnLRP (Achtibat et al. 2024, arXiv 2402.05602): gradient × input under its backward rules.
+
+    See :func:`clipmapper.relevance.backward_rules.backward_rules`. ε is 0, so a bias takes its part of the
+    relevance. Defined for models of linear layers, norms, GELU, SiLU or ReLU, products, and attention by
+    ``scaled_dot_product_attention``; what else a model computes is differentiated plainly.
+    """
+    return input_x_gradient(with_rules(trace, "attn_lrp", "attn_lrp"), sign)
+
+
+def _entered(trace: AttentionTrace, node: Node, values: Tensor) -> dict[str, Tensor]:
+    """Values of a node's tokens, for those of them that are inputs there."""
+    if node.stream in trace.inputs:
+        return {node.stream: values}
+    join = next((s for s in trace.steps if isinstance(s, Join) and s.output == node), None)
+    if join is None:
+        return {}
+    pieces = values.split([trace.lengths[part.stream] for part in join.parts], dim=-1)
+    return {p.stream: v for p, v in zip(join.parts, pieces, strict=True) if p.version == 0}

@@ -109,6 +109,8 @@ def _rows(step: Attention, queries: slice) -> Attention:
         mask=mask,
         causal=causal,
         mixed_gradient=gradient,
+        replaced=None if step.replaced is None else step.replaced[:, :, queries],
         before_gradient=None,
         added_gradient=None,
+        after=None,
     )

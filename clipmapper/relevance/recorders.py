@@ -15,6 +15,8 @@ from clipmapper.models.attention import AttentionSublayer
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.mapper import DualFlowMapper
+from clipmapper.relevance.backward_rules import backward_rules
+from clipmapper.relevance.projections import output_weight
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
 
 # Where an attention sub-layer of a known kind of module is found: its first argument is the residual
@@ -68,6 +70,16 @@ class _Recorder:
         end = contribution.register_forward_hook(lambda module, args, output: self._end(sublayer, output))
         stack.callback(begin.remove)
         stack.callback(end.remove)
+        if place:  # a whole block, whose output is the residual stream after its MLP
+            after = sublayer.module.register_forward_hook(
+                lambda module, args, output: self.after_mlp(sublayer.query_stream, output)
+            )
+            stack.callback(after.remove)
+
+    def after_mlp(self, stream: str, tokens: Tensor) -> None:
+        """Note the residual stream after a block's MLP, at the stream's last sub-layer."""
+        last = next(s for s in reversed(self.trace.attention) if s.query_node.stream == stream)
+        last.after = tokens
 
     def _begin(self, sublayer: _Sublayer, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         before = args[0]
@@ -99,8 +111,11 @@ class _Recorder:
             output_node=after,
             before=sublayer.before,
             added=added,
+            output_weight=output_weight(sublayer.module, sublayer.call["query"].shape[1]),
             **sublayer.call,
         )
+        if before.version == 0:
+            self.trace.entries.setdefault(stream, sublayer.module)
         self.trace.steps.append(step)
         sublayer.before, sublayer.call = None, {}
 
@@ -134,13 +149,16 @@ class _Recorder:
 
 
 @contextmanager
-def record(model: CLIPmapper | Captioner, samples: Sequence[int] | None = None) -> Iterator[AttentionTrace]:
+def record(
+    model: CLIPmapper | Captioner, samples: Sequence[int] | None = None, rules: str = "plain"
+) -> Iterator[AttentionTrace]:
     """Record one forward of ``model`` (both towers and the mapper) made inside the ``with`` block.
 
     Fused attention stays on, gradients are on inside, the model's parameters take none. The forward must
     compute every token of the last block: ``model(images, text, only_class_token=False)``, or
     ``only_text=False`` where the model writes captions. On leaving, no hook, patch or changed flag stays
-    behind, also after an exception.
+    behind, also after an exception. ``rules``: of the backward pass, one of ``backward_rules.RULES``; the
+    forward's values are the same by all of them.
 
     The row that is read: of an answer, the mapper's image class token; of captions, the text position that
     predicts the word, which to begin with is the last of each text. For another word
@@ -160,6 +178,8 @@ def record(model: CLIPmapper | Captioner, samples: Sequence[int] | None = None) 
         original = F.scaled_dot_product_attention
         F.scaled_dot_product_attention = recorder.attention(original)
         stack.callback(setattr, F, "scaled_dot_product_attention", original)
+        stack.enter_context(backward_rules(rules))
+        recorder.trace.rules = rules
         yield recorder.trace
     trace = recorder.trace
     whole = all(s.before.shape[1] == trace.lengths[s.query_node.stream] for s in trace.attention)
@@ -266,10 +286,16 @@ def _watch_mapper(stack: ExitStack, recorder: _Recorder, model: CLIPmapper | Cap
             last = last_words[-1] if last_words else first + output[1].shape[1] - 1
             trace.read_token("text", last)
 
+    def leave_block(module: nn.Module, args: tuple, output: tuple | Tensor) -> None:
+        outputs = {image: output} if image == text else {image: output[0], text: output[1]}
+        for stream, tokens in outputs.items():
+            recorder.after_mlp(stream, tokens)
+
     handles = [
         model.mapper.register_forward_pre_hook(begin, with_kwargs=True),
         model.mapper.register_forward_hook(end),
         *(block.register_forward_pre_hook(enter_block) for block in model.mapper.blocks),
+        *(block.register_forward_hook(leave_block) for block in model.mapper.blocks),
     ]
     for handle in handles:
         stack.callback(handle.remove)

@@ -1,12 +1,13 @@
 """What every explanation method returns."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clipmapper.errors import UserError
 from clipmapper.relevance.trace import AttentionTrace
 
 
@@ -52,3 +53,18 @@ def as_relevance(trace: AttentionTrace, streams: Mapping[str, Tensor]) -> Releva
             shape = (trace.batch, trace.lengths[stream])
             complete[stream] = torch.zeros(shape, dtype=trace.dtype, device=trace.device)
     return Relevance(complete, trace.image_stream, trace.text_stream, trace.grid)
+
+
+def with_sign(relevance: Relevance, sign: str) -> Relevance:
+    """Signed relevance as it is ("both"), or the evidence for ("positive") or against y ("negative") alone.
+
+    Evidence against y is given as positive numbers. Raises ``UserError`` for another word.
+    """
+    change = {
+        "both": lambda v: v,
+        "positive": lambda v: v.clamp(min=0),
+        "negative": lambda v: (-v).clamp(min=0),
+    }
+    if sign not in change:
+        raise UserError(f"sign={sign!r}: must be one of positive, negative, both")
+    return replace(relevance, streams={s: change[sign](v) for s, v in relevance.streams.items()})

@@ -7,11 +7,11 @@ and concatenations of streams (:class:`Join`). Every explanation method is a pur
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Node(NamedTuple):
@@ -46,13 +46,18 @@ class Attention:
     mixed_gradient: Tensor | None = None
     before_gradient: Tensor | None = None
     added_gradient: Tensor | None = None
+    replaced: Tensor | None = None  # [batch, heads, queries, keys]: a matrix that stands in for A
+    output_weight: Tensor | None = None  # W_O [heads, channels, width], where the recorder knows it
+    after: Tensor | None = None  # [batch, queries, width]: the stream after the MLP that follows; None: none
 
     @property
     def is_self(self) -> bool:
         return self.query_node == self.key_node
 
     def probabilities(self) -> Float[Tensor, "batch heads queries keys"]:
-        """A, rebuilt from query, key and mask without autograd."""
+        """A, rebuilt from query, key and mask without autograd, or what stands in for it."""
+        if self.replaced is not None:
+            return self.replaced
         with torch.no_grad():
             scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
             scores = (self.query.detach() * scale) @ self.key.detach().transpose(-2, -1)
@@ -65,6 +70,17 @@ class Attention:
                 else:
                     scores = scores + self.mask
             return scores.softmax(dim=-1)
+
+    def allowed(self) -> Bool[Tensor, "..."]:
+        """True where the mask lets a query read a key; broadcasts to the shape of A."""
+        allowed = torch.ones(
+            self.query.shape[2], self.key.shape[2], dtype=torch.bool, device=self.query.device
+        )
+        if self.causal:
+            allowed = allowed.tril()
+        if self.mask is not None:
+            allowed = allowed & (self.mask if self.mask.dtype == torch.bool else self.mask > float("-inf"))
+        return allowed
 
     def probability_gradient(self) -> Float[Tensor, "batch heads queries keys"]:
         """∂y/∂A = ∂y/∂o · vᵀ: exact, since o = A v, and the same for any way of computing attention."""
@@ -126,6 +142,9 @@ class AttentionTrace:
     image_stream, text_stream : which inputs they are, where there are such.
     grid : (rows, columns) of image patches; the tokens before them are prefix tokens (the class token).
     samples : identity of every sample, which seeds what is random about it.
+    rules : by which the backward was made (:mod:`clipmapper.relevance.backward_rules`).
+    entries : the module that every input stream's tokens enter first.
+    again : the same forward, for methods that run the model more than once.
     """
 
     steps: list[Attention | Join] = field(default_factory=list)
@@ -137,6 +156,9 @@ class AttentionTrace:
     text_stream: str | None = None
     grid: tuple[int, int] | None = None
     samples: Sequence[int] | None = None
+    rules: str = "plain"
+    entries: dict[str, nn.Module] = field(default_factory=dict)
+    again: Any = None  # clipmapper.relevance.again.Again, which needs this module
 
     @property
     def attention(self) -> list[Attention]:
@@ -170,6 +192,9 @@ class AttentionTrace:
         """
         if not y.requires_grad:
             raise ValueError("y does not depend on the recorded forward: run the model inside the recorder")
+        if self.rules == "lrp":
+            # The relevance that is passed on is 1 (Chefer et al.'s one-hot vector), not y.
+            y = y / y.detach()
         wanted = [t for step in self.attention for t in (step.mixed, step.before, step.added)]
         with torch.enable_grad():
             total = y.sum()
@@ -188,6 +213,7 @@ class AttentionTrace:
         for step in self.attention:
             for name in ("query", "key", "value", "mixed", "before", "added"):
                 setattr(step, name, getattr(step, name).detach())
+            step.after = None if step.after is None else step.after.detach()
 
     def read_token(self, stream: str, position: Int[Tensor, "batch"]) -> None:
         """Set ``read`` to the row of an input stream's token, in the node whose row was to be read.

@@ -46,6 +46,20 @@ def weighted_half(trace: AttentionTrace) -> Relevance:
     return _accumulate(trace, weighted_half_rule(trace))
 
 
+def weighted_norm(trace: AttentionTrace) -> Relevance:
+    """As :func:`weighted` with norms for importance: ``s_pre = mean_i ‖x_i‖``, ``s_post = mean_i ‖a_i‖``.
+
+    After Kobayashi et al. 2020 (arXiv 2004.10102), who weigh attention by the norms of what it moves. Ours as
+    a weighting of WRA. Needs ``trace.backward(y)`` (for Â alone).
+    """
+    return _accumulate(trace, weighted_norm_rule(trace))
+
+
+def weighted_token_norm(trace: AttentionTrace) -> Relevance:
+    """As :func:`weighted_norm` with one pair of weights per token."""
+    return _accumulate(trace, weighted_token_norm_rule(trace))
+
+
 def weighted_rule(trace: AttentionTrace) -> Rule:
     """What :func:`weighted` does at one sub-layer, for :func:`clipmapper.relevance.propagation.propagate`."""
 
@@ -71,6 +85,31 @@ def weighted_half_rule(trace: AttentionTrace) -> Rule:
         return _mix(step, row, half, mean_attention)
 
     return rule
+
+
+def weighted_norm_rule(trace: AttentionTrace) -> Rule:
+    def rule(step: Attention, row: Float[Tensor, "batch rows queries"]):
+        before, added = _norms(trace, step)
+        alpha = _share(before.sum(dim=1), added.sum(dim=1))
+        return _mix(step, row, alpha[:, None, None], positive_attention)
+
+    return rule
+
+
+def weighted_token_norm_rule(trace: AttentionTrace) -> Rule:
+    def rule(step: Attention, row: Float[Tensor, "batch rows queries"]):
+        alpha = _share(*_norms(trace, step))
+        return _mix(step, row, alpha[:, None, :], positive_attention)
+
+    return rule
+
+
+def _norms(
+    trace: AttentionTrace, step: Attention
+) -> tuple[Float[Tensor, "batch queries"], Float[Tensor, "batch queries"]]:
+    """‖x_i‖ and ‖a_i‖; 0 at padding."""
+    valid = trace.padding_free(step.query_node.stream)
+    return step.before.detach().norm(dim=-1) * valid, step.added.detach().norm(dim=-1) * valid
 
 
 def _importance(

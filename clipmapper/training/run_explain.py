@@ -7,14 +7,13 @@ from pathlib import Path
 import torch
 from rich.markup import escape
 
-from clipmapper.config import ExplainConfig
+from clipmapper.config import COMPARED_METHODS, ExplainConfig
 from clipmapper.errors import UserError
 from clipmapper.explaining import Explanation, explain_methods
 from clipmapper.explaining_captions import CaptionExplanation, explain_caption_methods
 from clipmapper.models.build import load
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.clipmapper import CLIPmapper
-from clipmapper.relevance import METHODS
 from clipmapper.training.tables import console, files_table
 from clipmapper.visual.comparison import plot_method_comparison
 from clipmapper.visual.files import save_figure
@@ -34,7 +33,7 @@ def chosen_device(name: str) -> torch.device:
 def explain_file(config: ExplainConfig) -> list[Path]:
     """Answer or caption, explain, write the pictures; returns their paths."""
     model = load(config.checkpoint, chosen_device(config.device))
-    methods = [config.method, *(m for m in METHODS if config.compare and m != config.method)]
+    methods = [config.method, *(m for m in COMPARED_METHODS if config.compare and m != config.method)]
     explain = _explain_caption if isinstance(model, Captioner) else _explain_answer
     return explain(model, config, methods)
 

@@ -1,0 +1,40 @@
+"""Every method on a gradient, with LibraGrad's gradient in its place."""
+
+from collections.abc import Callable
+
+from clipmapper.relevance.again import with_rules
+from clipmapper.relevance.effective import effective_weighted, efficient_weighted
+from clipmapper.relevance.gae import gae
+from clipmapper.relevance.gradients import grad_cam, grad_eclip, input_x_gradient
+from clipmapper.relevance.norms import token_tm
+from clipmapper.relevance.result import Relevance
+from clipmapper.relevance.trace import AttentionTrace
+from clipmapper.relevance.weighted import weighted, weighted_norm, weighted_token, weighted_token_norm
+
+GRADIENT_METHODS = (
+    weighted,
+    weighted_token,
+    weighted_norm,
+    weighted_token_norm,
+    effective_weighted,
+    efficient_weighted,
+    gae,
+    grad_cam,
+    grad_eclip,
+    input_x_gradient,
+    token_tm,
+)
+
+
+def with_libra(method: Callable[..., Relevance]) -> Callable[..., Relevance]:
+    """The method by the gradients of ``backward_rules("libra")`` (LibraGrad, CVPR 2025).
+
+    Takes a trace that was recorded so, or any with ``trace.again``.
+    """
+
+    def balanced(trace: AttentionTrace, **options) -> Relevance:
+        return method(with_rules(trace, "libra", balanced.__name__), **options)
+
+    balanced.__name__ = balanced.__qualname__ = f"{method.__name__}_libra"
+    balanced.__doc__ = f"{method.__name__} with LibraGrad's gradient in place of the plain one."
+    return balanced

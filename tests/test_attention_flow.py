@@ -1,0 +1,92 @@
+"""Attention flow against networkx and against flows worked by hand."""
+
+import networkx
+import numpy as np
+import pytest
+import torch
+from test_relevance_hand import sublayer
+from test_relevance_naive import RandomRun
+
+from clipmapper.relevance import AttentionTrace, Join, Node
+from clipmapper.relevance.flow import attention_flow
+
+
+def by_networkx(run, trace):
+    """The naive run's matrices, with real capacities, in networkx' own maximum flow."""
+    graph = networkx.DiGraph()
+    state = {place: (0, place) for place in range(run.size)}  # the latest state of every token
+    history = [dict(state)]
+    for number, s in enumerate(run.sublayers):
+        read, new = history[s.keys_state], dict(state)
+        mean = s.A.mean(0).numpy()
+        for i, query in enumerate(s.queries):
+            capacity = {}
+            capacity[state[query]] = 0.5
+            for j, key in enumerate(s.keys):
+                capacity[read[key]] = capacity.get(read[key], 0) + 0.5 * mean[i, j]
+            new[query] = (number + 1, query)
+            for to, value in capacity.items():
+                graph.add_edge(new[query], to, capacity=float(value))
+        state = new
+        history.append(dict(state))
+    source, found = state[run.read], np.zeros(run.size)
+    for place in range(run.size):
+        sink = (0, place)
+        if sink == source:
+            found[place] = 1
+        elif sink in graph and source in graph:
+            found[place] = networkx.maximum_flow_value(graph, source, sink)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_graph_of_two_streams_equals_networkx(seed):
+    run = RandomRun(seed)
+    expected = by_networkx(run, run.trace)
+    relevance = attention_flow(run.trace)
+    for stream, places in (("image", run.image), ("text", run.text)):
+        np.testing.assert_allclose(relevance.streams[stream][0].numpy(), expected[places], rtol=0, atol=1e-7)
+
+
+def step(stream, version, rows):
+    zero = [[0.0]] * len(rows)
+    node = Node(stream, version)
+    return sublayer(node, node, [rows], [rows], before=zero, added=zero)
+
+
+def test_two_sublayers_by_hand():
+    """From token 0: half stays, half goes to token 1; both can pass half on to either input token."""
+    rows = [[0.0001, 0.9999], [0.9999, 0.0001]]
+    trace = AttentionTrace(
+        [step("t", 0, rows), step("t", 1, rows)], {"t": 2}, {}, ("t",), (Node("t", 2), torch.tensor([0]))
+    )
+    stay, cross = 0.50005, 0.49995
+    # To input 0: min over the two middle tokens of what reaches it and what it passes on.
+    expected = [min(stay, stay) + min(cross, cross), min(stay, cross) + min(cross, stay)]
+    found = attention_flow(trace).streams["t"][0]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-8)
+
+
+def test_a_narrow_place_limits_the_flow():
+    """Not a product as rollout is: 1/4 at most comes through the second sub-layer."""
+    first = [[0.5, 0.5], [0.0001, 0.9999]]
+    second = [[0.5, 0.5], [0.5, 0.5]]
+    trace = AttentionTrace(
+        [step("t", 0, first), step("t", 1, second)], {"t": 2}, {}, ("t",), (Node("t", 2), torch.tensor([0]))
+    )
+    # From token 0: 3/4 stays, 1/4 to token 1. Token 0 passes 3/4 and 1/4 on; token 1 passes 0.00005, 0.99995.
+    expected = torch.tensor([0.75 + 0.00005, 0.25 + 0.25], dtype=torch.float64)
+    found = attention_flow(trace).streams["t"][0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-8)
+
+
+def test_joined_streams_and_padding():
+    third = [[1 / 3] * 3] * 3
+    join = Join(Node("joint", 0), (Node("a", 0), Node("b", 0)))
+    trace = AttentionTrace(
+        [join, step("joint", 0, third)], {"a": 1, "b": 2, "joint": 3},
+        {"b": torch.tensor([[True, False]])}, ("a", "b"), (Node("joint", 1), torch.tensor([0])),
+    )  # fmt: skip
+    found = attention_flow(trace).streams
+    torch.testing.assert_close(found["a"], torch.tensor([[2 / 3]], dtype=torch.float64), rtol=0, atol=1e-8)
+    torch.testing.assert_close(found["b"], torch.tensor([[1 / 6, 0]], dtype=torch.float64), rtol=0, atol=1e-8)
