@@ -16,20 +16,18 @@ def rollout(trace: AttentionTrace) -> Relevance:
     the cross-attention, rollout of the other stream up to the state that was read. (Chefer et al.'s LXMERT
     code puts the transposed rollout of the whole own stream there, which is no path through the network.)
     """
-    crossed = False
+    crossing = {node.stream for node, _ in trace.reads}
 
     def rule(step: Attention, row: Float[Tensor, "batch rows queries"]):
-        nonlocal crossed
         to_keys, _ = rows_times(mean_attention, step, row, normalise=False)
         if step.query_node.stream == step.key_node.stream:
             # rownorm(A + I) = (A + I) / 2, since every row of A sums to 1.
             return row / 2, to_keys / 2
-        if crossed or step.query_node.stream != read_stream:
+        if step.query_node.stream not in crossing:
             return row, None
-        crossed = True
+        crossing.remove(step.query_node.stream)
         return row, to_keys
 
-    read_stream = trace.read[0].stream
     rows = propagate(trace, trace.read_row(), rule)
     return as_relevance(trace, {stream: row[:, 0] for stream, row in rows.items()})
 
@@ -44,15 +42,14 @@ def last_attention(trace: AttentionTrace, matrix) -> Relevance:
 
     ``matrix(step, queries)`` gives Float[batch, queries, keys].
     """
-    node = trace.read[0]
-    row = trace.read_row()[node]
+    rows = {node.stream: row for node, row in trace.read_row().items()}
     found: dict[str, Tensor] = {}
     seen: set[str] = set()
     for step in reversed(trace.attention):
         source = step.key_node.stream
-        if step.query_node.stream == node.stream and source not in seen:
+        if step.query_node.stream in rows and source not in seen:
             seen.add(source)
-            to_keys, _ = rows_times(matrix, step, row, normalise=False)
+            to_keys, _ = rows_times(matrix, step, rows[step.query_node.stream], normalise=False)
             for stream, part in _split(trace, source, to_keys).items():
                 found.setdefault(stream, part[:, 0])
     return as_relevance(trace, found)

@@ -22,7 +22,7 @@ def gae(trace: AttentionTrace) -> Relevance:
     0 in N (the released LXMERT code divides 0 by 0 there). The result depends on the scale of y.
     Needs ``trace.backward(y)``.
     """
-    streams, row = trace.inputs, trace.read_row()
+    streams, rows = trace.inputs, trace.read_row()
     columns = _columns(trace)
     width = sum(trace.lengths[stream] for stream in streams)
     # R of every node: how much each of its tokens (rows) owes to each input token (columns, all streams).
@@ -43,8 +43,7 @@ def gae(trace: AttentionTrace) -> Relevance:
             state[step.output_node] = relevance + positive_attention(step) @ relevance
         else:
             state[step.output_node] = _cross(step, state, own)
-    node = trace.read[0]
-    total = row[node] @ state[node]
+    total = sum(row @ state[node] for node, row in rows.items())
     return as_relevance(trace, {stream: total[:, 0, columns[stream]] for stream in streams})
 
 

@@ -5,13 +5,14 @@ in which they are after so many attention sub-layers. Its edges are attention su
 and concatenations of streams (:class:`Join`). Every explanation method is a pure function of a trace.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 class Node(NamedTuple):
@@ -19,6 +20,26 @@ class Node(NamedTuple):
 
     stream: str
     version: int
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A place in the autograd graph, where a recorded tensor was.
+
+    It stays that place when the tensor is later changed in place. ``transposed``: the model counts tokens
+    on the first axis there and samples on the second.
+    """
+
+    edge: GradientEdge | None = None  # None: the tensor has no graph
+    transposed: bool = False
+
+    @classmethod
+    def of(cls, tensor: Tensor, transposed: bool = False) -> "Edge":
+        return cls(get_gradient_edge(tensor) if tensor.requires_grad else None, transposed)
+
+    def turned(self, tensor: Tensor) -> Tensor:
+        """[batch, tokens, width], of the tensor that is there, or of its gradient."""
+        return tensor.transpose(0, 1) if self.transposed else tensor
 
 
 @dataclass
@@ -49,6 +70,8 @@ class Attention:
     replaced: Tensor | None = None  # [batch, heads, queries, keys]: a matrix that stands in for A
     output_weight: Tensor | None = None  # W_O [heads, channels, width], where the recorder knows it
     after: Tensor | None = None  # [batch, queries, width]: the stream after the MLP that follows; None: none
+    # Where mixed, before and added are in the graph; () when it is gone.
+    edges: tuple[Edge, ...] = field(default=(), repr=False)
 
     @property
     def is_self(self) -> bool:
@@ -138,7 +161,9 @@ class AttentionTrace:
     lengths : number of tokens of every stream.
     valid : per stream, False at padding; a stream without padding may be left out.
     inputs : the streams that are inputs (relevance is read at their version 0).
-    read : the node whose row is read, and for every sample the position of that row.
+    read : the node whose row is read, and for every sample the position of that row (or Float[batch, tokens],
+        weights of several rows, for what averages tokens). None: ``backward`` finds what y reads.
+    also_read : more of the same, for a y that reads several streams (both towers of a CLIP).
     image_stream, text_stream : which inputs they are, where there are such.
     grid : (rows, columns) of image patches; the tokens before them are prefix tokens (the class token).
     samples : identity of every sample, which seeds what is random about it.
@@ -151,7 +176,8 @@ class AttentionTrace:
     lengths: dict[str, int] = field(default_factory=dict)
     valid: dict[str, Bool[Tensor, "batch _tokens"]] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
-    read: tuple[Node, Int[Tensor, "batch"]] | None = None
+    read: tuple[Node, Tensor] | None = None
+    also_read: tuple[tuple[Node, Tensor], ...] = ()
     image_stream: str | None = None
     text_stream: str | None = None
     grid: tuple[int, int] | None = None
@@ -159,6 +185,7 @@ class AttentionTrace:
     rules: str = "plain"
     entries: dict[str, nn.Module] = field(default_factory=dict)
     again: Any = None  # clipmapper.relevance.again.Again, which needs this module
+    _read_was_found: bool = False
 
     @property
     def attention(self) -> list[Attention]:
@@ -192,25 +219,63 @@ class AttentionTrace:
         """
         if not y.requires_grad:
             raise ValueError("y does not depend on the recorded forward: run the model inside the recorder")
-        if self.rules == "lrp":
-            # The relevance that is passed on is 1 (Chefer et al.'s one-hot vector), not y.
-            y = y / y.detach()
-        wanted = [t for step in self.attention for t in (step.mixed, step.before, step.added)]
-        with torch.enable_grad():
+        edges = [edge for step in self.attention for edge in step.edges if edge.edge is not None]
+        if not edges:
+            raise RuntimeError("the graph is gone: backward(y, keep_graph=True) lets another one follow")
+        with torch.inference_mode(False), torch.enable_grad():
+            if self.rules == "lrp":
+                # The relevance that is passed on is 1 (Chefer et al.'s one-hot vector), not y.
+                y = y / y.detach()
             total = y.sum()
-        found = torch.autograd.grad(total, wanted, allow_unused=True, retain_graph=keep_graph)
-        gradients: Iterator[Tensor] = (
-            torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)
+        found = torch.autograd.grad(
+            total, [edge.edge for edge in edges], allow_unused=True, retain_graph=keep_graph
         )
+        gradients = {id(edge): gradient for edge, gradient in zip(edges, found, strict=True)}
         for step in self.attention:
-            step.mixed_gradient = next(gradients)
-            step.before_gradient, step.added_gradient = next(gradients), next(gradients)
+            recorded = (step.mixed, step.before, step.added)
+            step.mixed_gradient, step.before_gradient, step.added_gradient = (
+                torch.zeros_like(tensor)
+                if gradients.get(id(edge)) is None
+                else edge.turned(gradients[id(edge)])
+                for tensor, edge in zip(recorded, step.edges, strict=True)
+            )
+        if self.read is None or self._read_was_found:
+            self._find_read()
         if not keep_graph:
             self.release_graph()
+
+    def _find_read(self) -> None:
+        """What y reads: the final tokens that its gradient reaches, all alike where they are several."""
+        active = {step.query_node.stream for step in self.attention if bool(step.added_gradient.any())}
+        # A final state that another stream reads is not read by y itself, if that stream reaches y.
+        consumed = set()
+        for step in self.steps:
+            if isinstance(step, Join):
+                readers = {
+                    s.query_node.stream for s in self.attention if s.key_node.stream == step.output.stream
+                }
+                if readers & active:
+                    consumed.update(step.parts)
+            elif not step.is_self and bool(step.added_gradient.any()):
+                consumed.add(step.key_node)
+        last = {step.output_node.stream: step for step in self.attention}
+        found = []
+        for step in last.values():
+            reached = (step.added_gradient != 0).any(dim=-1)
+            if step.output_node in consumed or not bool(reached.any()):
+                continue
+            if bool((reached.sum(dim=1) == 1).all()):
+                found.append((step.output_node, reached.int().argmax(dim=1)))
+            else:
+                share = reached.to(self.dtype)
+                found.append((step.output_node, share / share.sum(dim=1, keepdim=True).clamp(min=1)))
+        self.read, self._read_was_found = (found[0] if found else None), True
+        self.also_read = tuple(found[1:])
 
     def release_graph(self) -> None:
         """Let go of the autograd graph; what was recorded stays as plain tensors."""
         for step in self.attention:
+            step.edges = ()
             for name in ("query", "key", "value", "mixed", "before", "added"):
                 setattr(step, name, getattr(step, name).detach())
             step.after = None if step.after is None else step.after.detach()
@@ -221,17 +286,24 @@ class AttentionTrace:
         ``position`` counts in the input stream, whatever streams it has been joined with since. Raises
         ``ValueError`` when the node that is read holds no token of that stream, or not this one.
         """
-        if self.read is None:
-            raise ValueError("the trace does not say which node is read; set trace.read")
-        node, _ = self.read
+        node = self._last_holding(stream) if self.read is None or self._read_was_found else self.read[0]
         places = self.places(stream, node.stream).to(position.device)
         found = places[torch.arange(len(position), device=position.device), position]
         if (found < 0).any():
             raise ValueError(f"stream {node.stream!r} does not hold all these tokens of {stream!r}")
-        self.read = (node, found)
+        self.read, self.also_read, self._read_was_found = (node, found), (), False
+
+    def _last_holding(self, stream: str) -> Node:
+        """The last state of the last stream that holds tokens of ``stream``."""
+        for step in reversed(self.attention):
+            if bool((self.places(stream, step.output_node.stream) >= 0).any()):
+                return step.output_node
+        raise ValueError(f"no stream {stream!r}; those that are inputs: {', '.join(self.inputs)}")
 
     def places(self, stream: str, holder: str) -> Int[Tensor, "batch _tokens"]:
         """Where the tokens of ``stream`` stand in the stream ``holder``; -1 for those that do not."""
+        if stream not in self.lengths:
+            raise ValueError(f"no stream {stream!r}; those that are inputs: {', '.join(self.inputs)}")
         batch, length = self.batch, self.lengths[stream]
         if stream == holder:
             return torch.arange(length, device=self.device).expand(batch, -1)
@@ -252,11 +324,24 @@ class AttentionTrace:
         numbered[row, places[row, number]] = number
         return numbered
 
-    def read_row(self) -> Mapping[Node, Float[Tensor, "batch 1 _tokens"]]:
-        """One-hot row at the read token: where relevance starts on its way back."""
+    @property
+    def reads(self) -> list[tuple[Node, Tensor]]:
+        """``read`` and ``also_read``. Raises ``ValueError`` when nothing is read."""
         if self.read is None:
-            raise ValueError("the trace does not say which token's row is read; set trace.read")
-        node, position = self.read
-        row = torch.zeros(self.batch, 1, self.lengths[node.stream], dtype=self.dtype, device=self.device)
-        row.scatter_(2, position.to(self.device)[:, None, None], 1.0)
-        return {node: row}
+            raise ValueError(
+                "the trace does not say which token's row is read: trace.backward(y) finds what y reads, "
+                "trace.read_token(stream, position) sets it"
+            )
+        return [self.read, *self.also_read]
+
+    def read_row(self) -> Mapping[Node, Float[Tensor, "batch 1 _tokens"]]:
+        """Row at the read tokens, one-hot where it is one: where relevance starts on its way back."""
+        rows = {}
+        for node, position in self.reads:
+            row = torch.zeros(self.batch, 1, self.lengths[node.stream], dtype=self.dtype, device=self.device)
+            if position.is_floating_point():
+                row[:, 0] = position
+            else:
+                row.scatter_(2, position.to(self.device)[:, None, None], 1.0)
+            rows[node] = row
+        return rows

@@ -1,0 +1,105 @@
+"""Attention of models that compute it step by step, sent through the fused function for a while.
+
+What they compute is the same; what is gained is that no N × N matrix is kept for the backward, and that a
+recorder sees queries, keys and values.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_NOT_ASKED = "attention weights can't be asked for while recording; output_attentions=False"
+
+
+@contextmanager
+def fused_attention(model: nn.Module) -> Iterator[None]:
+    """Within, the model's modules use ``scaled_dot_product_attention`` where they have the choice.
+
+    And the classes of ``STEP_BY_STEP``, which have none, are run by the function given there.
+    """
+    with ExitStack() as stack:
+        for config in {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}.values():
+            chosen = getattr(config, "_attn_implementation", None)
+            if chosen not in (None, "sdpa"):
+                config._attn_implementation_internal = "sdpa"
+                stack.callback(setattr, config, "_attn_implementation_internal", chosen)
+        for module in model.modules():
+            if getattr(module, "fused_attn", None) is False:
+                module.fused_attn = True
+                stack.callback(setattr, module, "fused_attn", False)
+            kind = type(module)
+            run = STEP_BY_STEP.get(f"{kind.__module__}.{kind.__qualname__}")
+            if run is not None:
+                had = vars(module).get("forward")
+                module.forward = _bound(run, module)
+                if had is None:
+                    stack.callback(vars(module).pop, "forward")
+                else:
+                    stack.callback(setattr, module, "forward", had)
+        yield
+
+
+def _bound(run: Callable, module: nn.Module) -> Callable:
+    return lambda *args, **kwargs: run(module, *args, **kwargs)
+
+
+def _lxmert(module, hidden_states, context, attention_mask=None, output_attentions=False):
+    if output_attentions:
+        raise ValueError(_NOT_ASKED)
+    return (_attend(module, hidden_states, context, attention_mask),)
+
+
+def _self(module, hidden_states, attention_mask=None, output_attentions=False):
+    return _lxmert(module, hidden_states, hidden_states, attention_mask, output_attentions)
+
+
+def _blip_text(
+    module,
+    hidden_states,
+    attention_mask=None,
+    encoder_hidden_states=None,
+    encoder_attention_mask=None,
+    past_key_values=None,
+    **others,
+):
+    if past_key_values is not None and past_key_values.get_seq_length():
+        raise ValueError("a forward behind remembered words can't be recorded; use_cache=False")
+    if encoder_hidden_states is None:
+        return _attend(module, hidden_states, hidden_states, attention_mask), None
+    return _attend(module, hidden_states, encoder_hidden_states, encoder_attention_mask), None
+
+
+def _blip(module, hidden_states, **others):
+    fused = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(*fused, scale=module.scale, dropout_p=_dropout(module))
+    return module.projection(mixed.transpose(1, 2).flatten(2)), None
+
+
+def _attend(module: nn.Module, tokens: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+    """With modules ``query``, ``key`` and ``value``, as in BERT; the mask is added to the scores."""
+
+    def heads(t: Tensor) -> Tensor:
+        return t.unflatten(-1, (-1, module.attention_head_size)).transpose(1, 2)
+
+    query, key, value = heads(module.query(tokens)), heads(module.key(context)), heads(module.value(context))
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(query.dtype)
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=_dropout(module))
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def _dropout(module: nn.Module) -> float:
+    return module.dropout.p if module.training else 0.0
+
+
+_HF = "transformers.models."
+STEP_BY_STEP: dict[str, Callable[..., tuple[Tensor, ...] | Tensor]] = {
+    f"{_HF}lxmert.modeling_lxmert.LxmertAttention": _lxmert,
+    f"{_HF}visual_bert.modeling_visual_bert.VisualBertSelfAttention": _self,
+    f"{_HF}vilt.modeling_vilt.ViltSelfAttention": _self,
+    f"{_HF}blip.modeling_blip.BlipAttention": _blip,
+    f"{_HF}blip.modeling_blip_text.BlipTextSelfAttention": _blip_text,
+}

@@ -1,0 +1,79 @@
+"""Recording a model that was not written for it: sub-layers from the families, streams from the graph."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+
+from clipmapper.errors import UserError
+from clipmapper.relevance.backward_rules import backward_rules
+from clipmapper.relevance.capture import Call, Capture, Watched
+from clipmapper.relevance.families import sublayers_of
+from clipmapper.relevance.fused import fused_attention
+from clipmapper.relevance.stream_names import patch_grid
+from clipmapper.relevance.streams import StreamGraph
+from clipmapper.relevance.trace import AttentionTrace
+
+_HOW = "say where its input and its contribution are, as docs/recorder.md shows"
+
+
+@contextmanager
+def record_any(model: nn.Module, samples: Sequence[int] | None, rules: str) -> Iterator[AttentionTrace]:
+    """See :func:`clipmapper.relevance.recorders.record`."""
+    root = getattr(model, "_orig_mod", model)  # of torch.compile
+    trace, calls = AttentionTrace(rules=rules), []
+    capture = Capture(root, sublayers_in(root), calls.append)
+    with ExitStack() as stack:
+        stack.enter_context(fused_attention(root))
+        stack.enter_context(capture())
+        stack.enter_context(backward_rules(rules))
+        yield trace
+        # While gradients are still on: finding the streams may take small backward passes.
+        _complete(trace, capture, calls, root)
+    trace.samples = samples
+
+
+def _complete(trace: AttentionTrace, capture: Capture, calls: list[Call], root: nn.Module) -> None:
+    if capture.not_called:
+        names = capture.not_called
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise RuntimeError(
+            f"{len(names)} of {len(capture.watched)} attention sub-layers were not seen ({some}): make one "
+            "whole forward inside `with record(model)`, or record just the part of the model that runs, "
+            "e.g. record(model.visual)"
+        )
+    graph = StreamGraph(trace, root)
+    for call in calls:
+        graph.add(call)
+    trace.grid = patch_grid(root)
+    trace.image_stream = "image" if "image" in trace.inputs else None
+    trace.text_stream = "text" if "text" in trace.inputs else None
+
+
+def sublayers_in(root: nn.Module) -> list[Watched]:
+    """All attention sub-layers of a model.
+
+    Raises ``UserError`` when there is none, or one that seems to attend and is of no known family.
+    """
+    watched: list[Watched] = []
+    covered: list[str] = []
+    unknown: dict[str, nn.Module] = {}
+    for name, module in root.named_modules():
+        if any(name.startswith(f"{outer}." if outer else "") for outer in covered):
+            continue
+        kinds = sublayers_of(module)
+        for kind in kinds:
+            cross = kind.before is not None and kind.context is not None and len(kinds) > 1
+            watched.append(Watched(name + (", cross-attention" if cross else ""), module, kind))
+        if kinds:
+            covered.append(name)
+        elif re.search(r"attention|attn", type(module).__name__, re.IGNORECASE):
+            unknown[name] = module
+    for name, module in unknown.items():
+        if not any(w.name.startswith(f"{name}." if name else "") for w in watched):
+            kind = type(module).__name__
+            raise UserError(f"{name or 'the model'}: the recorder does not know {kind}; {_HOW}")
+    if not watched:
+        raise UserError(f"{type(root).__name__} has no attention that the recorder knows; {_HOW}")
+    return watched

@@ -1,0 +1,212 @@
+"""Recording CLIPmapper and the captioner: their streams have names, and are known before the forward.
+
+(:mod:`clipmapper.relevance.streams` would find the same graph in any model.)
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipmapper.models.captioner import Captioner
+from clipmapper.models.clipmapper import CLIPmapper
+from clipmapper.models.mapper import DualFlowMapper
+from clipmapper.relevance.backward_rules import backward_rules
+from clipmapper.relevance.capture import Call, Capture, Watched
+from clipmapper.relevance.families import sublayers_of
+from clipmapper.relevance.projections import output_weight
+from clipmapper.relevance.trace import AttentionTrace, Join, Node
+
+
+@dataclass(eq=False)
+class _Streamed(Watched):
+    """A sub-layer whose streams are known."""
+
+    query_stream: str = ""
+    key_stream: str = ""
+
+
+class _Recorder:
+    """Fills a trace. Keys are read by version: cross-attention may read an earlier state."""
+
+    def __init__(self, trace: AttentionTrace) -> None:
+        self.trace = trace
+        self.version: dict[str, int] = {}
+        self.read_version: dict[str, int] = {}  # of keys of other streams: as they entered the block
+
+    def node(self, stream: str) -> Node:
+        return Node(stream, self.version.setdefault(stream, 0))
+
+    def add(self, call: Call) -> None:
+        stream, source = call.watched.query_stream, call.watched.key_stream
+        before = self.node(stream)
+        key = before if stream == source else Node(source, self.read_version[source])
+        after = Node(stream, before.version + 1)
+        self.version[stream] = after.version
+        self.trace.lengths.setdefault(stream, call.before.shape[1])
+        step = call.as_attention(before, key, after)
+        step.output_weight = output_weight(call.watched.module, step.query.shape[1])
+        if before.version == 0:
+            self.trace.entries.setdefault(stream, call.watched.module)
+        self.trace.steps.append(step)
+
+    def after_mlp(self, stream: str, tokens: Tensor) -> None:
+        """Note the residual stream after a block's MLP, at the stream's last sub-layer."""
+        last = next(s for s in reversed(self.trace.attention) if s.query_node.stream == stream)
+        last.after = tokens
+
+
+@contextmanager
+def record_clipmapper(
+    model: CLIPmapper | Captioner, samples: Sequence[int] | None, rules: str
+) -> Iterator[AttentionTrace]:
+    """See :func:`clipmapper.relevance.recorders.record`."""
+    trace = AttentionTrace(rules=rules)
+    recorder = _Recorder(trace)
+    capture = Capture(model, [*_tower_sublayers(model), *_mapper_sublayers(model)], recorder.add)
+    with ExitStack() as stack:
+        _watch_mapper(stack, recorder, model)
+        for watched in capture.watched:
+            _watch_end(stack, recorder, watched)
+        stack.enter_context(capture())
+        stack.enter_context(backward_rules(rules))
+        yield trace
+    whole = all(s.before.shape[1] == trace.lengths[s.query_node.stream] for s in trace.attention)
+    if len(trace.attention) != len(capture.watched) or not whole:
+        option = "only_text" if isinstance(model, Captioner) else "only_class_token"
+        raise RuntimeError(
+            f"recorded {len(trace.attention)} attention sub-layers of {len(capture.watched)}: make exactly "
+            f"one whole forward, model(images, text, {option}=False), inside `with record(model)`"
+        )
+    trace.grid, trace.samples = model.encoder.grid, samples
+    trace.image_stream, trace.text_stream = "image", "text"
+
+
+def _sublayer(name: str, module: nn.Module, query_stream: str, key_stream: str) -> _Streamed:
+    kinds = sublayers_of(module)
+    if len(kinds) != 1:
+        raise ValueError(
+            f"{name}: the recorder does not know {type(module).__name__}; add it to "
+            "clipmapper.relevance.families.SUBLAYERS with the submodule whose output is added"
+        )
+    return _Streamed(name, module, kinds[0], query_stream, key_stream)
+
+
+def _tower_sublayers(model: CLIPmapper | Captioner) -> Iterator[Watched]:
+    for number, block in enumerate(model.encoder.image_tower.attention_blocks()):
+        yield _sublayer(f"image tower, block {number}", block, "image", "image")
+    if isinstance(model, Captioner) and model.text_embedding_only:
+        return
+    for number, block in enumerate(model.encoder.text_tower.attention_blocks()):
+        yield _sublayer(f"text tower, block {number}", block, "text", "text")
+
+
+def _mapper_streams(model: CLIPmapper | Captioner) -> tuple[str, str]:
+    """Names of the image and text streams inside the mapper."""
+    if not isinstance(model.mapper, DualFlowMapper):
+        return "joint", "joint"
+    image = "image" if model.mapper.class_token is None else "mapper_image"
+    return image, "mapper_text" if _leaves_words_behind(model) else "text"
+
+
+def _leaves_words_behind(model: CLIPmapper | Captioner) -> bool:
+    """The text tower runs on more tokens than the mapper is given: on padding and CoCa's class token."""
+    if not isinstance(model, Captioner) or model.text_embedding_only:
+        return False
+    return model.encoder.text_tower.padding_matters
+
+
+def _mapper_sublayers(model: CLIPmapper | Captioner) -> Iterator[Watched]:
+    image, text = _mapper_streams(model)
+    for number, block in enumerate(model.mapper.blocks):
+        name = f"mapper, block {number}"
+        if isinstance(model.mapper, DualFlowMapper):
+            yield _sublayer(f"{name}, image self-attention", block.image_self, image, image)
+            if block.image_cross is not None:
+                yield _sublayer(f"{name}, image cross-attention", block.image_cross, image, text)
+            yield _sublayer(f"{name}, text self-attention", block.text_self, text, text)
+            yield _sublayer(f"{name}, text cross-attention", block.text_cross, text, image)
+        else:
+            yield _sublayer(f"{name}, self-attention", block.attention, image, image)
+
+
+def _watch_end(stack: ExitStack, recorder: _Recorder, watched: _Streamed) -> None:
+    """Of a tower, a sub-layer is a whole block, whose output is the residual stream after its MLP."""
+    if watched.kind.added:
+        handle = watched.module.register_forward_hook(
+            lambda module, args, output: recorder.after_mlp(watched.query_stream, output)
+        )
+        stack.callback(handle.remove)
+
+
+def _watch_mapper(stack: ExitStack, recorder: _Recorder, model: CLIPmapper | Captioner) -> None:
+    """Join the towers' streams where the mapper begins, and note which row its head reads."""
+    trace = recorder.trace
+    image, text = _mapper_streams(model)
+    class_token = model.mapper.class_token is not None
+    captioning = isinstance(model, Captioner)
+    last_words: list[Tensor] = []
+
+    def join(stream: str, parts: list[str], index: Tensor | None = None) -> None:
+        step = Join(recorder.node(stream), tuple(recorder.node(part) for part in parts), index)
+        trace.steps.append(step)
+        trace.valid[stream] = step.gather([trace.padding_free(part) for part in parts])
+        trace.lengths[stream] = trace.valid[stream].shape[1]
+
+    def begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        image_tokens, text_tokens = args[0], args[1]
+        if (
+            not text_tokens.requires_grad
+        ):  # embeddings that have passed no text tower: their graph starts here
+            text_tokens = text_tokens.detach().requires_grad_()
+        trace.inputs = ("class_token", "image", "text") if class_token else ("image", "text")
+        words, behind = text_tokens.shape[1], trace.lengths.get("text", 0)
+        lengths = {"class_token": 1, "image": image_tokens.shape[1], "text": max(words, behind)}
+        trace.lengths.update({stream: lengths[stream] for stream in trace.inputs})
+        valid = kwargs.get("text_valid")
+        if valid is not None:
+            place = torch.arange(words, device=valid.device)
+            last_words.append(torch.where(valid, place, 0).amax(dim=1))
+            trace.valid["text"] = F.pad(valid, (0, lengths["text"] - words), value=False)
+        if kwargs.get("image_ignore") is not None:
+            ignored = kwargs["image_ignore"]
+            prefix = ignored.new_ones(len(ignored), image_tokens.shape[1] - ignored.shape[1])
+            trace.valid["image"] = torch.cat([prefix, ~ignored], dim=1)
+        text_part = "text"
+        if _leaves_words_behind(model):
+            text_part = "mapper_text"
+            join(text_part, ["text"], torch.arange(words, device=text_tokens.device)[None])
+        parts = ["class_token", "image"] if class_token else ["image"]
+        if image == "joint":
+            parts.append(text_part)
+        if len(parts) > 1:
+            join(image, parts)
+        return (image_tokens, text_tokens, *args[2:]), kwargs
+
+    def enter_block(module: nn.Module, args: tuple) -> None:
+        recorder.read_version = {stream: recorder.node(stream).version for stream in (image, text)}
+
+    def end(module: nn.Module, args: tuple, output: tuple) -> None:
+        batch = output[0].shape[0]
+        first = torch.zeros(batch, dtype=torch.long, device=output[0].device)
+        trace.read = (recorder.node(text if captioning else image), first)
+        if captioning:
+            last = last_words[-1] if last_words else first + output[1].shape[1] - 1
+            trace.read_token("text", last)
+
+    def leave_block(module: nn.Module, args: tuple, output: tuple | Tensor) -> None:
+        outputs = {image: output} if image == text else {image: output[0], text: output[1]}
+        for stream, tokens in outputs.items():
+            recorder.after_mlp(stream, tokens)
+
+    handles = [
+        model.mapper.register_forward_pre_hook(begin, with_kwargs=True),
+        model.mapper.register_forward_hook(end),
+        *(block.register_forward_pre_hook(enter_block) for block in model.mapper.blocks),
+        *(block.register_forward_hook(leave_block) for block in model.mapper.blocks),
+    ]
+    for handle in handles:
+        stack.callback(handle.remove)

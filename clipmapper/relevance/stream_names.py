@@ -1,0 +1,48 @@
+"""What the streams of a model are called, and the grid of its image patches."""
+
+import re
+
+from torch import nn
+
+from clipmapper.relevance.capture import Watched
+
+_WORDS = (("image", r"vision|visual|image|vit|dino"), ("text", r"text|language|gpt|bert|llama"))
+
+
+def stream_name(watched: Watched, root: nn.Module) -> str:
+    """image, text, encoder, decoder ...: of the family's line, or from the names on the module's path."""
+    path = watched.name.split(",")[0]
+    for part, name in watched.kind.streams.items():
+        if part in path:
+            return name
+    for name, words in _WORDS:
+        if re.search(words, path, re.IGNORECASE):
+            return name
+    for name in ("decoder", "encoder"):
+        if name in path:
+            return name
+    # A text transformer unpacked into CLIP itself, or one tower recorded alone.
+    kinds = [type(root).__name__]
+    for end in range(1, len(path.split("."))):
+        kinds.append(type(root.get_submodule(".".join(path.split(".")[:end]))).__name__)
+    for kind in reversed(kinds):
+        for name, words in (*_WORDS, ("text", r"CLIP|CoCa")):
+            if re.search(words, kind, re.IGNORECASE if words != r"CLIP|CoCa" else 0):
+                return name
+    return "tokens"
+
+
+def patch_grid(root: nn.Module) -> tuple[int, int] | None:
+    """(rows, columns) of the image patches, where the model says so."""
+    for module in root.modules():
+        for holder in (module, getattr(module, "patch_embed", None)):
+            size = getattr(holder, "grid_size", None)
+            if isinstance(size, tuple | list) and len(size) == 2:
+                return int(size[0]), int(size[1])
+    config = getattr(root, "config", None)
+    config = getattr(config, "vision_config", config)
+    image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if image is None or patch is None:
+        return None
+    rows, columns = ((n, n) if isinstance(n, int) else tuple(n) for n in (image, patch))
+    return rows[0] // columns[0], rows[1] // columns[1]
