@@ -4,10 +4,11 @@ import naive_relevance
 import pytest
 import tiny_models
 import torch
+from compared_methods import METHODS
 from naive_captioning import CaptionRun
 
 from clipmapper.models.tokens import TokenizedText
-from clipmapper.relevance import METHODS, Node, record
+from clipmapper.relevance import Node, record
 
 LENGTHS = (7, 4, 9)
 CASES = {
