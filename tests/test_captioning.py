@@ -20,6 +20,7 @@ from training_models import same_bits
 import clipmapper
 from clipmapper import config
 from clipmapper.data.caption_truth import CaptionTruth
+from clipmapper.data.coco_captions import CocoCaptions
 from clipmapper.data.scene_captions import draw_caption
 from clipmapper.data.scenes import draw_scene
 from clipmapper.data.scenes_captions import ScenesCaptions
@@ -122,7 +123,7 @@ def test_every_word_of_the_world_is_in_the_wordings(architecture, data):
 
 def test_coco_is_one_clear_line():
     with pytest.raises(UserError, match=r"data.folder=photos: this version cannot read COCO's captions yet"):
-        instantiate({"_target_": "clipmapper.data.coco_captions.CocoCaptions", "folder": "photos"})
+        CocoCaptions("photos")
 
 
 # Batches
@@ -279,10 +280,10 @@ def test_validation_metrics_are_those_of_the_greedy_captions(fitted, data):
 
 
 @pytest.fixture
-def critical(architecture, data):
-    model = tiny_captioner(architecture, data)
+def critical(fitted, data):
+    """On a captioner that writes something like captions: others have no reward worth comparing."""
     return captions_module(
-        model, data, SelfCriticalModule, references=data.train.references, captions=3, seed=7
+        fitted[0].model, data, SelfCriticalModule, references=data.train.references, captions=3, seed=7
     )
 
 

@@ -210,10 +210,7 @@ def test_target_of_training_is_a_task(run, choice):
     target = run.config("train", *with_what_belongs_to_it(choice)).training._target_
     module, _, name = target.rpartition(".")
     task = getattr(importlib.import_module(module), name)
-    assert list(inspect.signature(task).parameters) == ["config", "data"]
-    for method in ("prepare", "module", "labelled", "results", "tables"):
-        wanted = inspect.signature(getattr(Task, method)).parameters
-        assert list(inspect.signature(getattr(task, method)).parameters) == list(wanted)
+    assert issubclass(task, Task) and not task.__abstractmethods__
 
 
 # Mistakes

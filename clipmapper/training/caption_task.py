@@ -1,11 +1,12 @@
 """Training on captions: what :mod:`clipmapper.training.run` needs of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 from rich.table import Table
 
@@ -25,12 +26,13 @@ from clipmapper.training.caption_report import (
 )
 from clipmapper.training.captioning import SCORES, CaptionModule, JudgedCaption
 from clipmapper.training.self_critical import SelfCriticalModule
+from clipmapper.training.task import Task
 
 VALIDATION_SPLITS = ("validation", "held_out")
 
 
-class CaptionTask:
-    """A :class:`~clipmapper.training.task.Task`."""
+class CaptionTask(Task):
+    """See :class:`~clipmapper.training.task.Task`."""
 
     validation_splits = VALIDATION_SPLITS
 
@@ -42,14 +44,14 @@ class CaptionTask:
         else:
             self.model = _loaded(config)
 
-    def prepare(self, explainer: None, folder: Path) -> None:
+    def prepare(self, explainer: Callback | None, folder: Path) -> None:
         training = self.config.training
         cached = training.token_cache and self.config.encoder.frozen
         self.splits = {
             name: CaptionBatches(self.model, getattr(self.data, name), name, cached)
             for name in ("train", *VALIDATION_SPLITS)
         }
-        self.batch_at = drawn_batches(
+        self._batch_at = drawn_batches(
             self.splits["train"], batch_size=training.batch_size, seed=self.config.seed
         )
 
@@ -74,6 +76,9 @@ class CaptionTask:
             self._module = CaptionModule(**common, label_smoothing=training.label_smoothing)
         return self._module
 
+    def batch_at(self, step: int) -> dict:
+        return self._batch_at(step)
+
     def labelled(self, split: str) -> CaptionBatches:
         return self.splits[split]
 
@@ -95,7 +100,7 @@ class CaptionTask:
             log_samples(trainer.logger, rows, split.images, trainer.global_step)
         return {"captions": splits, "samples": rows}
 
-    def tables(self, results: Mapping) -> Sequence[Table]:
+    def tables(self, results: Mapping) -> list[Table]:
         return [score_table(results["captions"]), truth_table(results["captions"]["validation"])]
 
     @torch.no_grad()

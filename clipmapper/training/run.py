@@ -9,12 +9,14 @@ from pathlib import Path
 import lightning
 import torch
 import wandb
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch.utils.data import DataLoader
 
-from clipmapper.config import TrainConfig
+from clipmapper.config import Section, TrainConfig
+from clipmapper.errors import UserError
 from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
 from clipmapper.training.less_noise import less_noise
 from clipmapper.training.module import Labelled, StepBatches
@@ -31,10 +33,10 @@ def train(config: TrainConfig) -> Path:
     """
     began = time.monotonic()
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
-    explainer = None if config.callbacks is None else instantiate(asdict(config.callbacks))
+    explainer = None if config.callbacks is None else _built(config.callbacks)
     resumed = folder_to_resume(config.output, config.name, settings) if config.resume else None
     lightning.seed_everything(config.seed, verbose=False)
-    data = instantiate(asdict(config.data))
+    data = _built(config.data)
     task: Task = instantiate({"_target_": config.training._target_, "_partial_": True})(config, data)
     model = task.model
     model.description["data"] = asdict(config.data)
@@ -123,6 +125,17 @@ def _fit(
     if unseen or training.max_steps % trainer.val_check_interval:
         trainer.validate(module, validation, verbose=False)
     return trainer
+
+
+def _built(section: Section):
+    """What the ``_target_`` of a section stands for."""
+    try:
+        return instantiate(asdict(section))
+    except InstantiationException as error:
+        # Hydra wraps what a constructor raises in an error of its own, with lines about where.
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        raise
 
 
 def _logger(config: TrainConfig, folder: Path) -> WandbLogger | CSVLogger:

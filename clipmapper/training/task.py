@@ -1,10 +1,11 @@
 """What a task (answering questions, writing captions) adds to a run; the rest, run.py, is shared."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import lightning
+from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 from torch import nn
 
@@ -12,8 +13,7 @@ from clipmapper.config import TrainConfig
 from clipmapper.training.module import TaskModule
 
 
-@runtime_checkable
-class Task(Protocol):
+class Task(ABC):
     """``training._target_`` names the class, which is called with the run's settings and its data.
 
     ``model``: on the settings' device when ``prepare`` is called. ``validation_splits``: names of the splits
@@ -23,22 +23,30 @@ class Task(Protocol):
     model: nn.Module
     validation_splits: Sequence[str]
 
+    @abstractmethod
     def __init__(self, config: TrainConfig, data) -> None:
         """Check the settings against the data and build the model (``UserError`` where they do not fit)."""
 
-    def prepare(self, explainer, folder: Path) -> None:
-        """Everything before the first step. ``explainer``: the settings' callback or None."""
+    @abstractmethod
+    def prepare(self, explainer: Callback | None, folder: Path) -> None:
+        """Everything before the first step. ``explainer``: the callback of the settings."""
 
-    def module(self) -> TaskModule: ...
+    @abstractmethod
+    def module(self) -> TaskModule:
+        """What Lightning trains."""
 
+    @abstractmethod
     def batch_at(self, step: int) -> dict:
         """The training batch of a step, the same whenever it is asked for."""
 
+    @abstractmethod
     def labelled(self, split: str):
         """What has ``labelled(batch_size)``, the batches of a validation split in order."""
 
-    def results(self, trainer: lightning.Trainer, folder: Path) -> Mapping:
+    @abstractmethod
+    def results(self, trainer: lightning.Trainer, folder: Path) -> dict:
         """What came out, for ``results.json``, behind the last validation."""
 
-    def tables(self, results: Mapping) -> Sequence[Table]:
+    @abstractmethod
+    def tables(self, results: Mapping) -> list[Table]:
         """``results`` to be printed."""

@@ -1,6 +1,6 @@
 """Training on questions: what :mod:`clipmapper.training.run` needs of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,13 +16,14 @@ from clipmapper.training.explained_samples import choose_samples
 from clipmapper.training.relevance_callback import RelevanceCallback
 from clipmapper.training.scene_batches import SplitBatches, scene_splits, training_batches
 from clipmapper.training.tables import accuracy_table, console
+from clipmapper.training.task import Task
 from clipmapper.training.vqa import VQAModule
 
 VALIDATION_SPLITS = ("validation", "held_out")
 
 
-class VQATask:
-    """A :class:`~clipmapper.training.task.Task`."""
+class VQATask(Task):
+    """See :class:`~clipmapper.training.task.Task`."""
 
     validation_splits = VALIDATION_SPLITS
 
@@ -42,7 +43,7 @@ class VQATask:
         if explainer is not None:
             samples = choose_samples(self.model, self.data.validation, explainer.samples, explainer.seed)
             explainer.prepare(samples, folder / "pictures")
-        self.batch_at = training_batches(
+        self._batch_at = training_batches(
             self.splits["simple"],
             self.splits["train"],
             batch_size=training.batch_size,
@@ -64,6 +65,9 @@ class VQATask:
             self.data.families,
             VALIDATION_SPLITS,
         )
+
+    def batch_at(self, step: int) -> dict:
+        return self._batch_at(step)
 
     def labelled(self, split: str) -> SplitBatches:
         return self.splits[split]
@@ -98,5 +102,5 @@ class VQATask:
             table[family] = row
         return {"accuracy": table}
 
-    def tables(self, results: Mapping) -> Sequence[Table]:
+    def tables(self, results: Mapping) -> list[Table]:
         return [accuracy_table(results["accuracy"])]
