@@ -304,8 +304,6 @@ class CallbacksConfig(Section):
 class RelevanceCallbackConfig(CallbacksConfig):
     """Parameters of :class:`clipmapper.training.relevance_callback.RelevanceCallback`."""
 
-    task = "vqa"
-
     _target_: str = setting()
     methods: list[str] = setting(choices=METHODS)
     every_n_validations: int = setting(minimum=1)

@@ -277,7 +277,6 @@ def test_target_of_training_is_a_task(run, choice):
         # what does not belong together
         (["data=scenes_captions"], "data", "for captioning, but training is for vqa"),
         (["training=captioning"], "model", "for vqa, but training is for captioning"),
-        ([CAPTIONS, "callbacks=relevance"], "callbacks", "for vqa, but training is for cap"),
         ([CAPTIONS, "model=scenes"], "model", "experiment=caption_scenes) chooses what"),
         # captioning
         ([CAPTIONS, "training.objective=reinforce"], "training.objective", "not one of cross_entropy, scst"),
@@ -307,9 +306,9 @@ def test_mistake_in_the_settings_of_training(run, arguments, key, says):
         (
             "explain",
             [],
-            "checkpoint, image, question: no value; give them as checkpoint=… image=… question=…",
+            "checkpoint, image: no value; give them as checkpoint=… image=…",
         ),
-        ("explain", ["checkpoint=a", "image=b"], "question: no value; give it as question=…"),
+        ("explain", ["checkpoint=a"], "image: no value; give it as image=…"),
         ("explain", ["checkpoint=a", "image=b", "question="], "question: is empty"),
         ("explain", ["checkpoint=a", "image=b", "question=c", "method=gea"], "method: 'gea' is not one of"),
         ("explain", ["checkpoint=a", "image=b", "question=c", "device=gpu"], "device: 'gpu' is not one of"),

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 from rich.table import Table
 
@@ -25,6 +24,8 @@ from clipmapper.training.caption_report import (
     truth_table,
 )
 from clipmapper.training.captioning import SCORES, CaptionModule, JudgedCaption
+from clipmapper.training.explained_captions import choose_caption_samples
+from clipmapper.training.relevance_callback import RelevanceCallback
 from clipmapper.training.self_critical import SelfCriticalModule
 from clipmapper.training.task import Task
 
@@ -44,13 +45,18 @@ class CaptionTask(Task):
         else:
             self.model = _loaded(config)
 
-    def prepare(self, explainer: Callback | None, folder: Path) -> None:
+    def prepare(self, explainer: RelevanceCallback | None, folder: Path) -> None:
         training = self.config.training
         cached = training.token_cache and self.config.encoder.frozen
         self.splits = {
             name: CaptionBatches(self.model, getattr(self.data, name), name, cached)
             for name in ("train", *VALIDATION_SPLITS)
         }
+        if explainer is not None:
+            samples = choose_caption_samples(
+                self.model, self.data.validation, explainer.samples, explainer.seed
+            )
+            explainer.prepare(samples, folder / "pictures")
         self._batch_at = drawn_batches(
             self.splits["train"], batch_size=training.batch_size, seed=self.config.seed
         )

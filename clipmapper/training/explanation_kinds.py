@@ -27,7 +27,7 @@ from clipmapper.training.tables import (
 class ExplanationKind:
     """``report(model, samples, methods, ...)``, ``points(samples, methods)`` that its progress adds up to,
     ``scalars(report)`` worth a curve over training, ``write(report, folder, ...)`` pictures, ``log(logger,
-    report, folder, ...)`` them to W&B, and ``tables(numbers)``."""
+    report, folder, ...)`` them to W&B, ``tables(numbers)``, and which picture of ``curves`` says most."""
 
     report: Callable[..., ExplanationReport | CaptionReport]
     points: Callable[[int, int], int]
@@ -35,6 +35,7 @@ class ExplanationKind:
     write: Callable[..., list[Path]]
     log: Callable[..., None]
     tables: Callable[[Mapping], Sequence[Table]]
+    curves: str
 
 
 def explanation_kind(samples: ExplainedSamples | ExplainedCaptions) -> ExplanationKind:
@@ -89,6 +90,7 @@ ANSWERS = ExplanationKind(
     pictures.write_pictures,
     pictures.log_tables,
     _answer_tables,
+    "perturbation_accuracy.png",
 )
 CAPTIONS = ExplanationKind(
     caption_report,
@@ -97,4 +99,5 @@ CAPTIONS = ExplanationKind(
     caption_pictures.write_pictures,
     caption_pictures.log_tables,
     _caption_tables,
+    "perturbation_log_probability.png",
 )

@@ -12,7 +12,7 @@ from clipmapper.relevance import method_named
 from clipmapper.training.caption_explanations import CaptionReport
 from clipmapper.training.explained_captions import ExplainedCaptions
 from clipmapper.training.explained_samples import ExplainedSamples
-from clipmapper.training.explanation_kinds import explanation_kind
+from clipmapper.training.explanation_kinds import ExplanationKind, explanation_kind
 from clipmapper.training.explanation_report import ExplanationReport
 
 
@@ -54,6 +54,13 @@ class RelevanceCallback(lightning.Callback):
         """Say which questions or captions are explained and where pictures go, before ``fit``."""
         self._explained, self._folder = samples, folder
 
+    @property
+    def kind(self) -> ExplanationKind:
+        """Explanations of answers or of captions, as the samples are."""
+        if self._explained is None:
+            raise ValueError("call RelevanceCallback.prepare(samples, folder) before fit")
+        return explanation_kind(self._explained)
+
     def state_dict(self) -> dict[str, int]:
         """So that a resumed run explains at the same validations as an uninterrupted one."""
         return {"validations": self.validations}
@@ -65,9 +72,7 @@ class RelevanceCallback(lightning.Callback):
         self.validations += 1
         if self.validations % self.every_n_validations and trainer.global_step < trainer.max_steps:
             return
-        if self._explained is None or self._folder is None:
-            raise ValueError("call RelevanceCallback.prepare(samples, folder) before fit")
-        kind = explanation_kind(self._explained)
+        kind = self.kind
         total = kind.points(len(self._explained), len(self.methods))
         # Recording turns gradients on inside; under inference mode (Lightning's default) it could not.
         with torch.inference_mode(False), tqdm(total=total, desc="explanations", leave=False) as bar:

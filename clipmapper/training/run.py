@@ -21,7 +21,7 @@ from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
 from clipmapper.training.less_noise import less_noise
 from clipmapper.training.module import Labelled, StepBatches
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS, folder_to_resume, new_run_folder, write_json
-from clipmapper.training.tables import console, files_table, localisation_table, perturbation_table
+from clipmapper.training.tables import console, files_table
 from clipmapper.training.task import Task
 
 
@@ -64,14 +64,10 @@ def train(config: TrainConfig) -> Path:
         out.print(table)
     if explainer is not None and explainer.report is not None:
         results["explanations"] = explainer.report.numbers(explainer.confidence, explainer.seed)
-        for table in (
-            perturbation_table(results["explanations"]),
-            localisation_table(results["explanations"]),
-        ):
-            if table is not None:
-                out.print(table)
+        for table in explainer.kind.tables(results["explanations"]):
+            out.print(table)
         files |= {"heat maps": folder / "pictures", "methods": folder / "pictures" / "methods.png"}
-        files["perturbation curves"] = folder / "pictures" / "perturbation_accuracy.png"
+        files["perturbation curves"] = folder / "pictures" / explainer.kind.curves
     files |= _logged_files(trainer)
     results["files"] = {what: str(path) for what, path in files.items()}
     results["seconds"] = round(time.monotonic() - began, 1)
