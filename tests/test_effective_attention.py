@@ -62,7 +62,7 @@ def test_the_output_of_the_sublayer_is_unchanged(mask, matrix):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("sharp", [1.0, 6.0])
+@pytest.mark.parametrize("sharp", [1.0, 6.0, 60.0])
 def test_efficient_rows_are_distributions(mask, sharp):
     step, A = long_attention(mask, sharp=sharp)
     rows = efficient_matrix(step)

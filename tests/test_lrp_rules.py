@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from clipmapper.errors import UserError
 from clipmapper.relevance import backward_rules
 
 TOKENS, WIDTH, HEADS = 5, 8, 2
@@ -194,3 +195,9 @@ def test_norms_and_attention_of_libra():
     torch.testing.assert_close(y, naive)
     expected = torch.autograd.grad((naive * weight).sum(), x)[0]
     torch.testing.assert_close(torch.autograd.grad((y * weight).sum(), x)[0], expected)
+
+
+def test_lrp_is_refused_where_heads_share_keys():
+    query, key = torch.randn(1, 4, 3, 2, requires_grad=True), torch.randn(1, 2, 3, 2)
+    with pytest.raises(UserError, match="heads share keys"), backward_rules("lrp"):
+        F.scaled_dot_product_attention(query, key, key, enable_gqa=True)

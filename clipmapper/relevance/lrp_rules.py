@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from clipmapper.errors import UserError
+
 _SMALL = 1e-9  # of the released code's safe_divide
 
 
@@ -95,7 +97,7 @@ def attention(
         query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **more
     )
     if query.shape[-3] != key.shape[-3]:
-        raise NotImplementedError("lrp: attention whose heads share keys (grouped queries) has no rule")
+        raise UserError("rules=lrp: not defined for attention whose heads share keys (grouped queries)")
     return _Attention.apply(query, key, value, result, attn_mask, is_causal, scale)
 
 

@@ -24,6 +24,7 @@ def transformer_attribution(trace: AttentionTrace) -> Relevance:
     each head has its own keys. Needs ``trace.backward(y)`` and ``trace.again``.
     """
     relevance = with_rules(trace, "lrp", "transformer_attribution").attention
+    trace = with_rules(trace, "plain", "transformer_attribution")
     numbered = {id(step): i for i, step in enumerate(trace.attention)}
 
     def rule(step: Attention, row: Float[Tensor, "batch rows queries"]):

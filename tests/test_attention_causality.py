@@ -1,0 +1,91 @@
+"""Replacing attention: what keeps its effect changes nothing, what does not changes predictions."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_relevance_naive import MASKS, attention
+
+from clipmapper.errors import UserError
+from clipmapper.evaluation.attention_causality import attention_causality
+from clipmapper.relevance.substitution import (
+    jensen_shannon,
+    random_matrix,
+    substituted_attention,
+    total_variation,
+    uniform_matrix,
+)
+
+
+@pytest.fixture(scope="module")
+def script():
+    path = Path(__file__).resolve().parents[1] / "scripts" / "attention_causality.py"
+    spec = importlib.util.spec_from_file_location("attention_causality_script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_distances_by_hand():
+    a, b = torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([[0.0, 1.0], [0.5, 0.5]])
+    assert total_variation(a, b).tolist() == [1.0, 0.0]
+    torch.testing.assert_close(jensen_shannon(a, b), torch.tensor([1.0, 0.0]))
+    from scipy.spatial.distance import jensenshannon
+
+    p, q = torch.rand(2, 7, dtype=torch.float64)
+    p, q = p / p.sum(), q / q.sum()
+    assert float(jensen_shannon(p, q)) == pytest.approx(jensenshannon(p.numpy(), q.numpy(), base=2))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("matrix", [uniform_matrix, random_matrix(3)], ids=["uniform", "random"])
+def test_substitutes_are_distributions_over_what_may_be_read(mask, matrix):
+    step, A, _ = attention(mask)
+    rows = matrix(step)
+    torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows[..., 0]))
+    assert ((rows > 0) == (A > 0)).all()
+
+
+def test_only_the_chosen_calls_are_changed_and_all_is_restored():
+    step, A, _ = attention("none")
+    original = F.scaled_dot_product_attention
+
+    def run():
+        return [F.scaled_dot_product_attention(step.query, step.key, step.value) for _ in range(3)]
+
+    with substituted_attention(uniform_matrix, layers=[1]) as seen:
+        first, second, third = run()
+    torch.testing.assert_close(first, A @ step.value)
+    torch.testing.assert_close(third, first)
+    torch.testing.assert_close(second, step.value.mean(2, keepdim=True).expand(second.shape))
+    assert len(seen) == 1 and F.scaled_dot_product_attention is original
+    with pytest.raises(KeyError), substituted_attention(uniform_matrix):
+        raise KeyError
+    assert F.scaled_dot_product_attention is original
+
+
+def test_the_script_on_a_text_classifier(script, tmp_path, capsys):
+    output = tmp_path / "new" / "causality.json"
+    assert script.main(["--samples", "16", "--output", str(output), "--seed", "1"]) == 0
+    results = json.loads(output.read_text())
+    assert results["samples"] == 16 and results["layers"] == [0, 1, 2] and results["sublayers"] == 3
+    found = results["substitutes"]
+    for name in ("effective", "efficient"):
+        assert found[name]["predictions_changed"]["mean"] == 0
+        assert found[name]["largest_logit_change"] < 1e-3
+        assert found[name]["total_variation"] > 0.01
+    assert found["effective"]["jensen_shannon"] is None
+    assert 0 < found["efficient"]["jensen_shannon"] < 1
+    assert found["uniform"]["predictions_changed"]["mean"] > 0
+    assert found["random"]["largest_logit_change"] > 1e-2
+    assert str(output) in capsys.readouterr().out
+    assert script.main(["--samples", "16", "--layers", "7", "--output", str(output)]) == 2
+    assert "layers=[7]: the model has attention sub-layers 0 to 2" in capsys.readouterr().err
+
+
+def test_a_model_without_fused_attention_is_refused():
+    with pytest.raises(UserError, match="no attention was seen"):
+        attention_causality([lambda: torch.zeros(2, 3)], None, 0)

@@ -1,0 +1,100 @@
+"""The call forms of captum and Quantus, with their own code as the client."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from captum.metrics import sensitivity_max
+
+from clipmapper.errors import UserError
+from clipmapper.explaining import trace_answers
+from clipmapper.models.tokens import TokenizedText
+from clipmapper.relevance import METHODS, Attribution, quantus_explainer
+
+LENGTHS = (7, 4, 9, 6)
+ANSWERS = [1, 3, 0, 2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_models.clipmapper(tmp_path_factory.mktemp("clip"))
+
+
+IMAGES, TEXT = tiny_models.images(len(LENGTHS)), tiny_models.texts(LENGTHS)
+
+
+def answer(model, images, ids):
+    valid = ids != 0
+    return model(images, TokenizedText(ids, valid, valid), only_class_token=False)
+
+
+def attribution(model, name="weighted"):
+    return Attribution(model, METHODS[name], partial(answer, model))
+
+
+@pytest.mark.parametrize("name", ["weighted", "gae", "weighted_libra", "occlusion"])
+@pytest.mark.parametrize("size", [None, 3])
+def test_output_mirrors_the_inputs_whatever_the_batches(model, name, size):
+    expected = METHODS[name](trace_answers(model, IMAGES, TEXT, ANSWERS).trace)
+    target = torch.tensor(ANSWERS)
+    found = attribution(model, name).attribute((IMAGES, TEXT.ids), target, internal_batch_size=size)
+    assert isinstance(found, tuple) and len(found) == 2
+    for values, stream in zip(found, ("image", "text"), strict=True):
+        torch.testing.assert_close(values, expected.streams[stream], rtol=0, atol=1e-6)
+    alone = attribution(model, name).attribute(IMAGES, target, TEXT.ids, internal_batch_size=size)
+    torch.testing.assert_close(alone, expected.streams["image"], rtol=0, atol=1e-6)
+
+
+def test_targets(model):
+    explain = attribution(model)
+    inputs = IMAGES, TEXT.ids
+    by_number = explain.attribute(inputs, 2)
+    for target in (torch.tensor(2), torch.tensor([2] * 4), [2] * 4, (2,), lambda out: out[:, 2]):
+        for a, b in zip(explain.attribute(inputs, target), by_number, strict=True):
+            assert torch.equal(a, b)
+    contrast, _ = explain.attribute(inputs, lambda out: out[:, 2] - out[:, 0])
+    assert not torch.allclose(contrast, by_number[0], atol=1e-3)
+    with pytest.raises(UserError, match="3 entries for 4 samples"):
+        explain.attribute(inputs, [1, 2, 0])
+    with pytest.raises(UserError, match="not one scalar a sample"):
+        explain.attribute(inputs)
+
+
+def test_captum_s_sensitivity_takes_it(model):
+    generator = torch.Generator().manual_seed(0)
+
+    def perturb(images):
+        noise = torch.randn(images.shape, generator=generator, dtype=images.dtype)
+        return images + 1e-3 * noise
+
+    found = sensitivity_max(
+        attribution(model).attribute, IMAGES, perturb, n_perturb_samples=2,
+        target=torch.tensor(ANSWERS), additional_forward_args=(TEXT.ids,),
+    )  # fmt: skip
+    assert found.shape == (4,) and (found > 0).all() and (found < 0.2).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantus_metrics_take_it(model):
+    quantus = pytest.importorskip("quantus")
+    ids = TEXT.ids[:1]
+
+    def run(model, images):
+        return answer(model, images, ids.expand(len(images), -1))
+
+    explain = quantus_explainer(METHODS["weighted"], run)
+    images, targets = IMAGES.numpy(), np.array(ANSWERS)
+    maps = explain(model, images, targets)
+    assert maps.shape == (4, 1, tiny_models.IMAGE_SIZE, tiny_models.IMAGE_SIZE)
+    size = tiny_models.PATCH_SIZE
+    assert (maps[:, :, :size, :size] == maps[:, :, :1, :1]).all(), "a patch's pixels share its relevance"
+    text = TokenizedText(*(t[:1].expand(4, -1) for t in vars(TEXT).values()))
+    expected = METHODS["weighted"](trace_answers(model, IMAGES, text, ANSWERS).trace).image
+    np.testing.assert_allclose(maps[:, 0, ::size, ::size], expected.numpy(), rtol=0, atol=1e-10)
+    sparseness = quantus.Sparseness(disable_warnings=True, display_progressbar=False)
+    scores = sparseness(
+        model=model, x_batch=images, y_batch=targets, a_batch=None, explain_func=explain, channel_first=True
+    )
+    assert len(scores) == 4 and all(0 < score < 1 for score in scores)
