@@ -312,7 +312,11 @@ def test_mistake_in_the_settings_of_training(run, arguments, key, says):
         ("explain", ["checkpoint=a", "image=b", "question="], "question: is empty"),
         ("explain", ["checkpoint=a", "image=b", "question=c", "method=gea"], "method: 'gea' is not one of"),
         ("explain", ["checkpoint=a", "image=b", "question=c", "device=gpu"], "device: 'gpu' is not one of"),
-        ("explain", ["model=scenes"], "model: there is no such setting; there are answer, checkpoint"),
+        (
+            "explain",
+            ["model=scenes"],
+            "model: there is no such setting; there are answer, caption, c",
+        ),
         ("perturb", ["checkpoint=a", "split=heldout"], "split: 'heldout' is not one of validation, held_out"),
         ("pretrain_clip", ["variants=7"], "batch_size: "),
         ("pretrain_clip", ["steps=7"], "steps: there is no such setting; did you mean max_steps"),

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 import training_models
+from compared_methods import METHODS
 from PIL import Image
 
 import clipmapper
@@ -14,7 +15,7 @@ from clipmapper.evaluation.ptb_tokenizer import ptb_tokenise
 from clipmapper.explaining_captions import explain_caption_methods
 from clipmapper.models.caption_decoding import Decoding
 from clipmapper.models.tokens import word_positions
-from clipmapper.relevance import METHODS, record
+from clipmapper.relevance import record
 from clipmapper.relevance.several import each_scalar
 from clipmapper.tracing_captions import trace_caption
 
@@ -251,9 +252,10 @@ def test_plot_writes_a_picture(plain, picture, tmp_path):
         ({"answer": "red"}, "this model writes captions"),
     ],
 )
-def test_mistakes_are_one_line(plain, picture, options, message):
+def test_mistakes_are_one_line(architecture, picture, options, message):
+    model = caption_models.captioner(architecture).float()
     with pytest.raises(UserError, match=message) as error:
-        clipmapper.explain(plain, picture, **options)
+        clipmapper.explain(model, picture, **options)
     assert "\n" not in str(error.value)
 
 

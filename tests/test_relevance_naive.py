@@ -469,5 +469,5 @@ def test_relevance_says_what_a_trace_does_not_have():
         _ = relevance.image
     with pytest.raises(ValueError, match="no text stream"):
         _ = relevance.text
-    with pytest.raises(ValueError, match=r"set trace\.read"):
+    with pytest.raises(ValueError, match=r"trace\.read_token"):
         weighted(replace(run.trace, read=None))

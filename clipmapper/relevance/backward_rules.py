@@ -17,17 +17,15 @@ lrp         relevance halved at A V     relevance as it is   relevance as it is 
 halve where two factors meet, ``attn_lrp`` at products of two activations as well (gated MLPs).
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import QuickGELU as OpenClipQuickGELU
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers.activations import NewGELUActivation, QuickGELUActivation
 
-from clipmapper.models.attention import QuickGELU
 from clipmapper.relevance import lrp_rules
 from clipmapper.relevance.gated_rules import (
     detached_norm,
@@ -39,13 +37,21 @@ from clipmapper.relevance.gated_rules import (
 
 RULES = ("plain", "libra", "attn_lrp", "lrp")
 
-# Activations that are written out as x · gate(x), which no single operator shows.
-COMPOSED: Mapping[type[nn.Module], Callable] = {
-    QuickGELU: quick_gelu_gate,
-    OpenClipQuickGELU: quick_gelu_gate,
-    QuickGELUActivation: quick_gelu_gate,
-    NewGELUActivation: new_gelu_gate,
+# Activations that are written out as x · gate(x), which no single operator shows. By name, so that no library
+# is imported that the model at hand does not use.
+COMPOSED: Mapping[str, Callable] = {
+    "clipmapper.models.attention.QuickGELU": quick_gelu_gate,
+    "open_clip.transformer.QuickGELU": quick_gelu_gate,
+    "transformers.activations.QuickGELUActivation": quick_gelu_gate,
+    "transformers.activations.NewGELUActivation": new_gelu_gate,
 }
+
+
+def _composed_activations() -> Iterator[tuple[type[nn.Module], Callable]]:
+    for name, gate in COMPOSED.items():
+        module, _, kind = name.rpartition(".")
+        if module in sys.modules:
+            yield getattr(sys.modules[module], kind), gate
 
 
 @contextmanager
@@ -69,7 +75,7 @@ def backward_rules(rules: str) -> Iterator[None]:
     table = {"libra": _LIBRA, "attn_lrp": _ATTN_LRP, "lrp": _LRP}[rules]
     activation = lrp_rules.same_relevance if rules == "lrp" else gated
     with ExitStack() as stack:
-        for kind, gate in COMPOSED.items():
+        for kind, gate in _composed_activations():
             _replace(stack, kind, "forward", _composed(activation, kind.forward, gate))
         # Functions of torch.nn.functional hand themselves to the mode whole; with this they run, and the
         # operators that they call (in multi_head_attention_forward, say) are seen one by one.

@@ -68,11 +68,19 @@ class Call:
 class Capture:
     """Records calls in the order in which they end, and gives each to ``on_call``."""
 
-    def __init__(self, model: nn.Module, watched: Iterable[Watched], on_call: Callable[[Call], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        watched: Iterable[Watched],
+        on_call: Callable[[Call], None],
+        *,
+        all_known: bool = False,
+    ) -> None:
+        """``all_known``: attention that is not watched is no mistake."""
         self.model = model
         self.watched = list(watched)
         self.called: set[int] = set()
-        self._on_call = on_call
+        self._on_call, self._all_known = on_call, all_known
         self._running: list[Call] = []
         self._borrowed: list[Tensor] = []
 
@@ -193,7 +201,8 @@ class Capture:
             )
             call = self._running[-1] if self._running else None
             if call is None:
-                self._refuse_unknown()
+                if not self._all_known:
+                    self._refuse_unknown()
                 return mixed
             if call.attention:
                 raise RuntimeError(f"{call.watched.name}: attends twice; a sub-layer is one attention")

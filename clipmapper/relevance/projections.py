@@ -1,23 +1,21 @@
 """Output projections of attention modules, as maps from one head's values to the residual stream."""
 
 from jaxtyping import Float
-from open_clip.transformer import ResidualAttentionBlock
-from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 
-from clipmapper.models.attention import AttentionSublayer
-
-# The linear layer after attention, and what scales its output before it is added (LayerScale).
+# The linear layer after attention, and what scales its output before it is added (LayerScale). By name, so
+# that no library is imported that the model at hand does not use.
 PROJECTION = {
-    ResidualAttentionBlock: ("attn.out_proj", "ls_1"),
-    TimmBlock: ("attn.proj", "ls1"),
-    AttentionSublayer: ("output", ""),
+    "open_clip.transformer.ResidualAttentionBlock": ("attn.out_proj", "ls_1"),
+    "timm.models.vision_transformer.Block": ("attn.proj", "ls1"),
+    "clipmapper.models.attention.AttentionSublayer": ("output", ""),
 }
 
 
 def output_weight(module: nn.Module, heads: int) -> Float[Tensor, "heads channels width"] | None:
     """W_O (with the scale), cut into its heads; None for a kind of module that is not known here."""
-    kind = next((k for k in PROJECTION if isinstance(module, k)), None)
+    names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]
+    kind = next((name for name in names if name in PROJECTION), None)
     if kind is None:
         return None
     place, scale = PROJECTION[kind]

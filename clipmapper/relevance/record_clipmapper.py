@@ -66,7 +66,9 @@ def record_clipmapper(
     """See :func:`clipmapper.relevance.recorders.record`."""
     trace = AttentionTrace(rules=rules)
     recorder = _Recorder(trace)
-    capture = Capture(model, [*_tower_sublayers(model), *_mapper_sublayers(model)], recorder.add)
+    # All known: a captioner may write its caption with the hooks out of the way, then be recorded reading it.
+    sublayers = [*_tower_sublayers(model), *_mapper_sublayers(model)]
+    capture = Capture(model, sublayers, recorder.add, all_known=True)
     with ExitStack() as stack:
         _watch_mapper(stack, recorder, model)
         for watched in capture.watched:
