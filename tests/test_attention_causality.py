@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 import torch.nn.functional as F
 from test_relevance_naive import MASKS, attention
@@ -89,3 +90,18 @@ def test_the_script_on_a_text_classifier(script, tmp_path, capsys):
 def test_a_model_without_fused_attention_is_refused():
     with pytest.raises(UserError, match="no attention was seen"):
         attention_causality([lambda: torch.zeros(2, 3)], None, 0)
+
+
+def test_on_clipmapper(tmp_path):
+    """Every sub-layer of towers and mapper, in float64; then only those of the mapper."""
+    model = tiny_models.clipmapper(tmp_path, "single_flow")
+    images, text = tiny_models.images(3), tiny_models.texts((7, 4, 9))
+    predict = [lambda: model(images, text, only_class_token=False)]
+    whole = attention_causality(predict, None, 0)
+    assert whole["sublayers"] == 2 + 2 + 2 and whole["samples"] == 3
+    mapper = attention_causality(predict, [4, 5], 0)
+    assert mapper["layers"] == [4, 5]
+    for results in (whole, mapper):
+        for name in ("effective", "efficient"):
+            assert results["substitutes"][name]["largest_logit_change"] < 1e-6
+        assert results["substitutes"]["uniform"]["largest_logit_change"] > 1e-2

@@ -24,12 +24,9 @@ from clipmapper.relevance.result import Relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join
 from clipmapper.relevance.weighted import weighted
 
-# Of the dual problem of a row with negative entries. Newton's method needs about ten steps, except for rows
-# that attend next to nothing but one key: what satisfies the conditions is then a tiny set, and multipliers
-# are huge. Those rows go to non-negative least squares, with the conditions weighed by _WEIGHT.
-_STEPS, _HALVINGS = 40, 30
-_SOLVED, _RESIDUAL = 1e-13, 1e-9
+# How much more the conditions of a row with negative entries count than its norm, until it is polished.
 _WEIGHT = 1e5
+_RESIDUAL = 1e-9
 
 Matrix = Float[Tensor, "batch heads queries keys"]
 
@@ -94,9 +91,9 @@ def efficient_matrix(step: Attention) -> Matrix:
     A probability distribution that has the same effect as ``A_i``, after Naim & Asher 2024 (arXiv
     2410.18541), who ask for one; *this construction is ours*. Without ``u ≥ 0`` it is the projection on the
     column space of ``[V, 1]``; rows where that has negative entries are solved as a quadratic programme, by
-    its dual: ``u = relu(W λ)`` with ``Wᵀ relu(W λ) = Wᵀ A_i`` (W a basis of that space), by Newton's method.
-    A_i itself satisfies the conditions, so there is always a solution, and it is unique. (A row for which it
-    cannot be found to 1e-9, next to one-hot, keeps A_i, which is as good as the only one there.)
+    Lawson and Hanson's active-set method (scipy's ``nnls``) and, on the keys that it leaves positive, in
+    closed form. A_i itself satisfies the conditions, so there is always a solution, and it is unique. (A row
+    for which it cannot be found to 1e-9, next to one-hot, keeps A_i, which is as good as the only one there.)
     """
     return _per_head(step, _distributions, ones=True)
 
@@ -143,67 +140,30 @@ def _project(rows: Tensor, basis: Tensor) -> Float[Tensor, "queries keys"]:
 def _distributions(rows: Tensor, basis: Tensor) -> Float[Tensor, "queries keys"]:
     target = _coordinates(rows, basis)
     result = _combine(target, basis)
-    negative = (result < 0).any(dim=-1)
-    if negative.any():
-        part = basis if basis.ndim == 2 else basis[negative]
-        found = _least_norm(target[negative], part)
-        for row in (_misses(found, target[negative], part) > _RESIDUAL).nonzero().flatten().tolist():
-            W = part if part.ndim == 2 else part[row]
-            found[row] = _least_squares(target[negative][row], W)
-        missed = _misses(found, target[negative], part) > _RESIDUAL
-        result[negative] = torch.where(missed[:, None], rows[negative], found)
+    for i in (result < 0).any(dim=-1).nonzero().flatten().tolist():
+        W = (basis if basis.ndim == 2 else basis[i]).cpu().numpy()
+        found = _least_norm(target[i].cpu().numpy(), W)
+        result[i] = rows[i] if found is None else torch.from_numpy(found).to(result)
     return result
 
 
-def _misses(u: Tensor, target: Tensor, basis: Tensor) -> Float[Tensor, "rows"]:
-    return (_coordinates(u, basis) - target).abs().amax(dim=-1)
-
-
-def _least_squares(target: Float[Tensor, "rank"], W: Float[Tensor, "keys rank"]) -> Float[Tensor, "keys"]:
-    """The same row by Lawson and Hanson's active-set method."""
-    A = np.concatenate([_WEIGHT * W.T.cpu().numpy(), np.eye(len(W))])
-    b = np.concatenate([_WEIGHT * target.cpu().numpy(), np.zeros(len(W))])
+def _least_norm(
+    target: Float[np.ndarray, "rank"], W: Float[np.ndarray, "keys rank"]
+) -> Float[np.ndarray, "keys"] | None:
+    """The shortest ``u ≥ 0`` with ``Wᵀ u = target``; None where it is not found."""
+    conditions = np.concatenate([_WEIGHT * W.T, np.eye(len(W))])
+    wanted = np.concatenate([_WEIGHT * target, np.zeros(len(W))])
     try:
-        return torch.from_numpy(nnls(A, b)[0]).to(W)
-    except RuntimeError:  # too many iterations: the caller sees that the row misses its conditions
-        return torch.zeros(len(W)).to(W)
-
-
-def _least_norm(target: Float[Tensor, "rows rank"], basis: Tensor) -> Float[Tensor, "rows keys"]:
-    """``relu(W λ)`` where the convex function ``½‖relu(W λ)‖² − target · λ`` is smallest."""
-    W = basis.expand(target.shape[0], -1, -1)
-    found = _combine(target, W).clamp(min=0)
-    multiplier, todo = target.clone(), torch.arange(len(target), device=target.device)
-    identity = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
-    for _ in range(_STEPS):
-        u, height, slope = _dual(multiplier, W, target)
-        found[todo] = u
-        open_ = slope.abs().amax(dim=-1) > _SOLVED
-        if not bool(open_.any()):
-            return found
-        todo, multiplier, W, target = todo[open_], multiplier[open_], W[open_], target[open_]
-        u, height, slope = u[open_], height[open_], slope[open_]
-        # A little of the identity: the curvature is singular where few entries are positive.
-        damping = (1e-3 * slope.abs().amax(dim=-1)).clamp(1e-12, 1e-3)
-        curvature = (W * (u > 0)[..., None]).mT @ W + damping[:, None, None] * identity
-        step = -torch.linalg.solve(curvature, slope)
-        length, descent = torch.ones_like(height), (step * slope).sum(dim=-1)
-        for _ in range(_HALVINGS):
-            trial = _dual(multiplier + length[:, None] * step, W, target)[1]
-            worse = trial > height + 1e-4 * length * descent + 1e-15
-            if not bool(worse.any()):
-                break
-            length = torch.where(worse, length / 2, length)
-        multiplier = multiplier + length[:, None] * step
-    found[todo] = _dual(multiplier, W, target)[0]
-    return found
-
-
-def _dual(multiplier: Tensor, W: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """relu(W λ), the function whose minimum is wanted, and its gradient."""
-    u = _combine(multiplier, W).clamp(min=0)
-    height = u.square().sum(dim=-1) / 2 - (target * multiplier).sum(dim=-1)
-    return u, height, _coordinates(u, W) - target
+        rough, _ = nnls(conditions, wanted)
+    except RuntimeError:  # too many iterations
+        return None
+    positive = rough > 0
+    polished = np.zeros_like(rough)
+    polished[positive] = np.linalg.lstsq(W[positive].T, target, rcond=None)[0]
+    for u in (polished, rough):
+        if u.min() >= 0 and np.abs(W.T @ u - target).max() <= _RESIDUAL:
+            return u
+    return None
 
 
 def _positive(relevance: Relevance) -> Relevance:

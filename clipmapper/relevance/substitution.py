@@ -77,11 +77,15 @@ def substituted_attention(
         seen.append((own, other))
         return other.to(value.dtype) @ value
 
+    # Without gradients nn.MultiheadAttention would take a kernel of its own, past the function patched here.
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     F.scaled_dot_product_attention = attention
     try:
         yield seen
     finally:
         F.scaled_dot_product_attention = original
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def total_variation(a: Float[Tensor, "*rows keys"], b: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows"]:
