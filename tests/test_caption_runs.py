@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import test_wandb
@@ -103,11 +104,20 @@ def test_the_same_is_logged_to_wandb(folder):
         area = results["perturbation"]["caption"]["positive"]["log_probability"][method]["area"]["mean"]
         assert logged[-1] == pytest.approx(area)
     assert run.logged("localisation/colour/mass/weighted")
-    table = run.logged("explanations")[-1]
-    (path,) = [file for file in run.files if file == table["path"]]
-    columns = json.loads((offline / "files" / path).read_text())["columns"]
-    assert columns == ["image", "word by word", "caption", "references", "curves"]
-    assert run.logged("pictures/perturbation_log_probability") and run.logged("pictures/methods")
+    assert run.logged("explanations._type") == ["table-file"] and run.logged("explanations.nrows") == [2]
+    artifacts = [contents_of(artifact) for artifact in run.artifacts]
+    (contents,) = [found for found in artifacts if "explanations.table.json" in found]
+    table = json.loads(contents["explanations.table.json"].read_text())
+    assert table["columns"] == ["image", "word by word", "caption", "references", "curves"]
+    for cell in (table["data"][0][k] for k in (0, 1, 4)):
+        with Image.open(contents[cell["path"]]) as image:
+            image.load()
+    for name in ("methods", "perturbation_log_probability", "perturbation_word_probability"):
+        assert run.logged(f"pictures/{name}._type") == ["image-file"]
+
+
+def contents_of(artifact) -> dict[str, Path]:
+    return {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
 
 
 def test_explain_writes_a_strip(command, picture, tmp_path):
