@@ -67,6 +67,7 @@ class Attention:
     mixed_gradient: Tensor | None = None
     before_gradient: Tensor | None = None
     added_gradient: Tensor | None = None
+    pools: bool = False  # nothing is before it: its queries are learned, and its output is `added` alone
     # Where mixed, before and added are in the graph; () when it is gone.
     edges: tuple[Edge, ...] = field(default=(), repr=False)
 
@@ -303,8 +304,8 @@ class AttentionTrace:
         """``read`` and ``also_read``. Raises ``ValueError`` when nothing is read."""
         if self.read is None:
             raise ValueError(
-                "the trace does not say which token's row is read: trace.backward(y) finds what y reads, "
-                "trace.read_token(stream, position) sets it"
+                "the trace does not say which token's row is read: set trace.read, by "
+                "trace.read_token(stream, position) or by trace.backward(y), which finds what y reads"
             )
         return [self.read, *self.also_read]
 
