@@ -29,6 +29,11 @@ class Spec:
 
 
 @dataclass
+class Sublayer(naive_relevance.Sublayer):
+    pools: bool = False
+
+
+@dataclass
 class Run:
     sublayers: list
     size: int
@@ -139,7 +144,8 @@ def run(model, specs, places, reads, forward, tokens_first=False) -> list[Run]:
     for number, (spec, (x, a, A)) in enumerate(zip(specs, kept, strict=True)):
         zero = torch.zeros_like(one(a))
         sublayers.append(
-            naive_relevance.Sublayer(
+            Sublayer(
+                pools=spec.x is None,
                 queries=places[spec.queries],
                 keys=places[spec.keys],
                 keys_state=number if spec.state is None else spec.state,
@@ -169,6 +175,8 @@ def rollout(run: Run) -> Tensor:
             if run.read in s.queries:
                 after = after.clone()
                 after[s.queries] = mixing @ after[s.queries]
+        elif s.pools:
+            new[s.queries] = states[-1][s.queries] + s.A.mean(0) @ states[s.keys_state][s.keys]
         elif run.read in s.queries:
             crossing, after = number, eye
         states.append(new)
@@ -179,7 +187,32 @@ def rollout(run: Run) -> Tensor:
     return result
 
 
-METHODS = {"weighted": naive_relevance.weighted, "gae": naive_relevance.gae, "rollout": rollout}
+def gae(run: Run) -> Tensor:
+    """As in ``naive_relevance``; what the keys owe to third streams comes along in the same way."""
+
+    def N(block):
+        rest = block - torch.eye(len(block), dtype=block.dtype)
+        sums = rest.sum(-1, keepdim=True)
+        return torch.where(sums != 0, rest / sums, rest) + torch.eye(len(block), dtype=block.dtype)
+
+    states = [torch.eye(run.size, dtype=run.logits.dtype)]
+    for s in run.sublayers:
+        R, read, A = states[-1], states[s.keys_state], naive_relevance.positive(s)
+        new = R.clone()
+        if s.cross:
+            across = N(R[s.queries][:, s.queries]).T @ A @ N(read[s.keys][:, s.keys])
+            for column in range(run.size):
+                if column in s.keys:
+                    new[s.queries, column] = R[s.queries, column] + across[:, s.keys.index(column)]
+                else:
+                    new[s.queries, column] = R[s.queries, column] + A @ read[s.keys, column]
+        else:
+            new[s.queries] = R[s.queries] + A @ R[s.queries]
+        states.append(new)
+    return states[-1][run.read]
+
+
+METHODS = {"weighted": naive_relevance.weighted, "gae": gae, "rollout": rollout}
 
 
 def relevance(runs: list[Run], name: str) -> Tensor:

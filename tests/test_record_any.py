@@ -394,22 +394,34 @@ def open_clip_tower():
 
 
 def open_clip_coca():
+    """Image tower, pooled into 1 + 3 tokens; text tower with a class token; a decoder that reads both."""
     import open_clip
 
-    config = {"context_length": 8, "vocab_size": 40, "width": D, "heads": HEADS, "layers": 2}
-    model = ready(
-        open_clip.CoCa(
-            D,
-            multimodal_cfg={**config, "mlp_ratio": 2},
-            text_cfg={**config, "embed_cls": True, "output_tokens": True},
-            vision_cfg={
-                "image_size": 12, "patch_size": 4, "layers": 2, "width": D, "head_width": 4,
-                "attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2,
-                "output_tokens": True,
-            },
-        )
+    text = {"context_length": 8, "vocab_size": 40, "width": D, "heads": HEADS, "layers": 2}
+    vision = {
+        "image_size": 12, "patch_size": 4, "layers": 2, "width": D, "head_width": 4, "output_tokens": True,
+        "attentional_pool": True, "attn_pooler_queries": 4, "attn_pooler_heads": 2,
+    }  # fmt: skip
+    model = open_clip.CoCa(
+        D,
+        multimodal_cfg={**text, "mlp_ratio": 2},
+        text_cfg={**text, "embed_cls": True, "output_tokens": True},
+        vision_cfg=vision,
+    )
+    specs = selfs("image", "visual.transformer.resblocks", 2, "", "ls_1")
+    specs.append(Spec("pool", "image", None, "visual.attn_pool.attn"))
+    specs += selfs("text", "text.transformer.resblocks", 2, "", "ls_1")
+    for n in range(2):
+        at = "text_decoder"
+        specs.append(Spec("words", "words", f"{at}.resblocks.{n}", f"{at}.resblocks.{n}.ls_1"))
+        specs.append(Spec("words", "read", f"{at}.cross_attn.{n}", f"{at}.cross_attn.{n}.ls_1"))
+    # The decoder is given all pooled tokens but the first, and the words but the last and the class token.
+    places = number(image=10, pool=4, text=9)
+    places |= {"read": places["pool"][1:], "words": places["text"][:7]}
+    return Case(
+        ready(model), {"image": pixels(2), "text": ids(2, 8)}, lambda o: o["logits"][:, 5, 9], specs, places,
+        [places["text"][5]], streams={"image": "image", "pool": "pool", "text": "text"},
     )  # fmt: skip
-    return model
 
 
 def timm_vit(**more):
@@ -441,7 +453,7 @@ CASES = {
     make.__name__: make
     for make in (
         hf_vit, hf_dinov2, hf_bert, hf_roberta, hf_distilbert, hf_gpt2, hf_llama, hf_t5, hf_clip, hf_siglip,
-        hf_lxmert, hf_visual_bert, hf_vilt, hf_blip, open_clip_tower, timm_class_token,
+        hf_lxmert, hf_visual_bert, hf_vilt, hf_blip, open_clip_tower, open_clip_coca, timm_class_token,
         timm_pooled_by_attention,
     )
 }  # fmt: skip

@@ -165,7 +165,7 @@ def test_methods_without_a_backward_ask_for_the_row():
     case = families.hf_vit()
     with record(case.model) as trace:
         case.run(case.model, case.inputs)
-    with pytest.raises(ValueError, match=r"trace.read_token\(stream, position\) sets it"):
+    with pytest.raises(ValueError, match=r"set trace\.read, by trace\.read_token\(stream, position\)"):
         METHODS["rollout"](trace)
     trace.read_token("image", torch.tensor([0, 0]))
     assert METHODS["rollout"](trace).image.shape == (2, 3, 3)

@@ -23,6 +23,8 @@ def rollout(trace: AttentionTrace) -> Relevance:
         if step.query_node.stream == step.key_node.stream:
             # rownorm(A + I) = (A + I) / 2, since every row of A sums to 1.
             return row / 2, to_keys / 2
+        if step.pools:  # learned queries have no relevance to take along; whoever reads them reads the keys
+            return row, to_keys
         if step.query_node.stream not in crossing:
             return row, None
         crossing.remove(step.query_node.stream)

@@ -60,6 +60,7 @@ class Call:
             output_node=output_node,
             before=before,
             added=self.added,
+            pools=self.before is None,
             edges=(self.mixed_edge, self.before_edge or Edge(), self.added_edge),
             **self.attention,
         )

@@ -50,14 +50,16 @@ def gae(trace: AttentionTrace) -> Relevance:
 def _cross(
     step: Attention, state: dict[Node, Tensor], own: dict[str, Tensor]
 ) -> Float[Tensor, "batch queries inputs"]:
-    """Eqs. 8 to 11 for one cross-attention."""
+    """Eqs. 8 to 11 for one cross-attention.
+
+    What the keys owe to any third stream (an image that was pooled into them) comes along as in eq. 11.
+    """
     relevance, other = state[step.query_node], state[step.key_node]
     s, q = own[step.query_node.stream], own[step.key_node.stream]
     attention = positive_attention(step)
-    updated = relevance.clone()
+    updated = relevance + attention @ other
     to_other = _normalised(relevance[..., s]).transpose(1, 2) @ attention @ _normalised(other[..., q])
-    updated[..., q] += to_other
-    updated[..., s] += attention @ other[..., s]
+    updated[..., q] = relevance[..., q] + to_other
     return updated
 
 

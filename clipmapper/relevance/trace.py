@@ -70,6 +70,7 @@ class Attention:
     replaced: Tensor | None = None  # [batch, heads, queries, keys]: a matrix that stands in for A
     output_weight: Tensor | None = None  # W_O [heads, channels, width], where the recorder knows it
     after: Tensor | None = None  # [batch, queries, width]: the stream after the MLP that follows; None: none
+    pools: bool = False  # nothing is before it: its queries are learned, and its output is `added` alone
     # Where mixed, before and added are in the graph; () when it is gone.
     edges: tuple[Edge, ...] = field(default=(), repr=False)
 
@@ -329,8 +330,8 @@ class AttentionTrace:
         """``read`` and ``also_read``. Raises ``ValueError`` when nothing is read."""
         if self.read is None:
             raise ValueError(
-                "the trace does not say which token's row is read: trace.backward(y) finds what y reads, "
-                "trace.read_token(stream, position) sets it"
+                "the trace does not say which token's row is read: set trace.read, by "
+                "trace.read_token(stream, position) or by trace.backward(y), which finds what y reads"
             )
         return [self.read, *self.also_read]
 
