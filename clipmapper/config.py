@@ -210,6 +210,7 @@ class FamilySharesConfig(Section):
     existence: float = setting(minimum=0)
     counting: float = setting(minimum=0)
     place: float = setting(minimum=0)
+    size: float = setting(minimum=0)
     relation_choose: float = setting(minimum=0)
     relation_open: float = setting(minimum=0)
     relation_yes_no: float = setting(minimum=0)

@@ -65,7 +65,7 @@ def scenes():
 @pytest.fixture(scope="module")
 def asked(scenes):
     """(question, objects of its scene), thousands of them."""
-    every = balanced_questions(scenes, 3)
+    every = balanced_questions(scenes, 5)
     return [(q, scene.objects) for scene, some in zip(scenes, every, strict=True) for q in some]
 
 
@@ -344,6 +344,7 @@ def test_answers_are_balanced(asked, family):
         "place": ("left", "right", "above", "below"),
         "relation_choose": ("left", "right", "above", "below"),
         "relation_open": SHAPES,
+        "size": SIZES,
         "comparison": ("bigger", "smaller"),
     }.get(family, ("yes", "no"))
     assert set(counts) == set(expected)
@@ -752,7 +753,7 @@ def test_samples_are_spread_over_the_families(model, data):
         and set(counts.values()) == {3, 4}
     )
     assert len(set(chosen.ids)) == len(chosen)
-    again, other = choose_samples(model, split, 29, seed=0), choose_samples(model, split, 29, seed=1)
+    again, other = (choose_samples(model, split, len(chosen), seed=s) for s in (0, 1))
     assert again.ids == chosen.ids and set(other.ids) != set(chosen.ids)
     assert choose_samples(model, split, 9, seed=0).ids == chosen.ids[:9]  # more samples keep the first ones
     for k, number in enumerate(chosen.ids):

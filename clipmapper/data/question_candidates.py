@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import permutations
 
 from clipmapper.data.scene_captions import RELATION_MARGIN, describe, plural
-from clipmapper.data.scenes import COLOURS, IMAGE_SIZE, SHAPES, Scene, SceneObject
+from clipmapper.data.scenes import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Scene, SceneObject
 
 DIRECTIONS = ("left", "right", "above", "below")
 _PHRASE = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
@@ -120,6 +120,15 @@ def _place(scene: Scene, rng: random.Random) -> Iterator[Candidate]:
             yield Candidate(stratum, direction, (i,), slots, (items[i].combination,))
 
 
+def _size(scene: Scene, rng: random.Random) -> Iterator[Candidate]:
+    """Of one object what ``comparison`` asks of two."""
+    items = scene.objects
+    for i in _unique([o.combination for o in items]):
+        first, second = rng.sample(SIZES, 2)
+        slots = {"a": describe(items[i], size=False), "d": first, "e": second}
+        yield Candidate(("size",), items[i].size, (i,), slots, (items[i].combination,))
+
+
 def _relation_choose(scene: Scene, rng: random.Random) -> Iterator[Candidate]:
     for i, j, a, b in _pairs(scene):
         for direction in _lies(a, b):
@@ -170,6 +179,7 @@ CANDIDATES = {
     "existence": _existence,
     "counting": _counting,
     "place": _place,
+    "size": _size,
     "relation_choose": _relation_choose,
     "relation_open": _relation_open,
     "relation_yes_no": _relation_yes_no,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from clipmapper.data.question_candidates import CANDIDATES, DIRECTIONS, Candidate
-from clipmapper.data.scenes import COLOURS, HELD_OUT, MAX_OBJECTS, SHAPES, Scene
+from clipmapper.data.scenes import COLOURS, HELD_OUT, MAX_OBJECTS, SHAPES, SIZES, Scene
 
 # Chance of a guess that knows the question's wording, in percent of questions: 1 / number of its answers.
 CHANCE = {
@@ -19,13 +19,14 @@ CHANCE = {
     "existence": 1 / 2,
     "counting": 1 / 4,
     "place": 1 / 2,
+    "size": 1 / 2,
     "relation_choose": 1 / 2,
     "relation_open": 1 / 4,
     "relation_yes_no": 1 / 2,
     "comparison": 1 / 2,
 }
 FAMILIES = tuple(CHANCE)
-ANSWERS = (*COLOURS, *SHAPES, "yes", "no", "0", "1", "2", "3", *DIRECTIONS, "bigger", "smaller")
+ANSWERS = (*COLOURS, *SHAPES, "yes", "no", "0", "1", "2", "3", *DIRECTIONS, *SIZES, "bigger", "smaller")
 
 # Kinds of question in a family and their shares. A hard negative: the colour is there and the shape is there,
 # but not together.
@@ -64,6 +65,11 @@ _TEMPLATES = {
         "where is the {a}: {d} or {e} the middle?",
         "does the {a} lie {d} or {e} the middle?",
     ),
+    "size": (
+        "is the {a} {d} or {e}?",
+        "is it a {d} or a {e} {a}?",
+        "does the {a} look {d} or {e}?",
+    ),
     "relation_choose": (
         "is the {a} {d} or {e} the {b}?",
         "where is the {a}: {d} or {e} the {b}?",
@@ -92,6 +98,7 @@ _ASKING = {
     "existence": (),
     "counting": ("many",),
     "place": DIRECTIONS,
+    "size": SIZES,
     "relation_choose": DIRECTIONS,
     "relation_open": DIRECTIONS,
     "relation_yes_no": DIRECTIONS,
@@ -189,7 +196,7 @@ class _Balance:
             return SHAPES
         if family == "relation_yes_no":
             return ("yes", "no")
-        return ("bigger", "smaller")
+        return SIZES if family == "size" else ("bigger", "smaller")
 
 
 def draw_presupposition(scene: Scene, rng: random.Random) -> str:
