@@ -263,8 +263,11 @@ class TrainerConfig(Section):
 
     accelerator: str = setting(choices=("auto", "cpu", "gpu", "cuda", "mps"))
     devices: str = setting()  # Lightning reads "1" as 1; OmegaConf 2.3 cannot expand a missing `int | str`
+    num_nodes: int = setting(minimum=1)
     precision: str = setting(choices=("32-true", "16-mixed", "bf16-mixed"))
     gradient_clip_val: float = setting(minimum=0)
+    accumulate_grad_batches: int = setting(minimum=1)
+    ema_decay: float | None = setting(above=0, below=1)
     val_check_interval: int | None = setting(minimum=1)
     checkpoint_interval: int = setting(minimum=1)
 

@@ -64,21 +64,27 @@ def write_checkpoint(checkpoint: Mapping, path: Path) -> None:
         ) from error
 
 
-def intact_checkpoint(path: Path) -> tuple[Path, str | None]:
-    """The newest whole checkpoint: ``path``, or the one before it; and a line saying so if it is the latter.
+def restore_checkpoint(path: Path) -> str | None:
+    """Make sure that the checkpoint at ``path`` is whole, by the one before if need be; says so then.
 
     Raises ``UserError`` when neither can be read.
     """
     problem = _problem(path)
     if problem is None:
-        return path, None
+        return None
     previous = previous_of(path)
-    if previous.is_file():
-        problem_before = _problem(previous)
-        if problem_before is None:
-            return previous, f"{path}: {problem}; going on from the one before, {previous}"
-        problem = f"{problem}, and so is the one before ({previous}: {problem_before})"
-    raise UserError(f"resume=true: {path}: {problem}; start a new run without it")
+    if not previous.is_file():
+        raise UserError(f"resume=true: {path}: {problem}; start a new run without it")
+    if (also := _problem(previous)) is not None:
+        raise UserError(
+            f"resume=true: {path}: {problem}, and the one before, {previous}: {also}; start anew without it"
+        )
+    os.replace(previous, path)
+    return f"{path}: {problem}; going on from the one before, {_step(path)} steps"
+
+
+def _step(path: Path) -> int:
+    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
 
 
 def _problem(path: Path) -> str | None:

@@ -48,7 +48,7 @@ class StopAtNonFinite(lightning.Callback):
             trainer.save_checkpoint(self.path)
             kept = f"the weights before it are in {self.path}"
         raise UserError(
-            f"{what} of step {trainer.global_step + 1} is not a finite number; that step was not made and {kept}. "
+            f"{what} of step {trainer.global_step + 1} is not a finite number; it was not made and {kept}. "
             f"Samples: {', '.join(map(str, named))}"
         )
 

@@ -81,7 +81,7 @@ class GracefulInterrupt(lightning.Callback):
 
     def on_fit_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self._restore()
-        if in_any(self.interrupted):  # in the validation behind the last step: there is more to do than to fit
+        if in_any(self.interrupted):  # in the validation behind the last step: the run is not done
             self._stop(trainer)
 
     def on_exception(self, trainer: lightning.Trainer, module, exception: BaseException) -> None:

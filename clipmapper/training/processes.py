@@ -6,15 +6,17 @@ Outside of such a run every function here is the one of a run with one process.
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import lightning
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.environments import ClusterEnvironment
 from torch import distributed
 
+from clipmapper.config import TrainerConfig
 from clipmapper.errors import UserError
 
 _Value = TypeVar("_Value")
@@ -38,7 +40,21 @@ class Share(NamedTuple):
 WHOLE = Share()
 
 
-def start_processes(accelerator: str, devices: str, num_nodes: int) -> torch.device:
+def batches_of(count: int, batch_size: int, share: Share) -> Iterator[range]:
+    """A share of ``count`` numbered samples, in order, in batches of about ``batch_size``.
+
+    Every share has equally many batches and none is empty, because processes may have to wait for each other
+    in each. Raises ``UserError`` when there are fewer samples than shares.
+    """
+    if count < share.of:
+        raise UserError(f"a split of {count} samples cannot be shared among {share.of} processes")
+    mine = range(share.index, count, share.of)
+    batches = min(-(-count // (share.of * batch_size)), count // share.of)
+    for batch in range(batches):
+        yield mine[len(mine) * batch // batches : len(mine) * (batch + 1) // batches]
+
+
+def start_processes(trainer: TrainerConfig) -> torch.device:
     """Make this process one of as many as there are devices; returns the one that is its own.
 
     They are started here (by Lightning, with this process's own command line), unless ``torchrun`` or SLURM
@@ -46,16 +62,23 @@ def start_processes(accelerator: str, devices: str, num_nodes: int) -> torch.dev
     """
     try:
         fabric = lightning.Fabric(
-            accelerator=accelerator, devices=devices, num_nodes=num_nodes, plugins=cluster()
+            accelerator=trainer.accelerator,
+            devices=trainer.devices,
+            num_nodes=trainer.num_nodes,
+            plugins=cluster(),
         )
-    except (RuntimeError, ValueError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        MisconfigurationException,
+    ) as error:
         raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
     if fabric.world_size == 1:
         return fabric.device
     launcher = fabric.strategy.launcher
     if launcher is not None and _in_sweep():
         raise UserError(
-            f"--multirun with {fabric.world_size} processes a run: each would be started with the sweep's whole "
+            f"--multirun with {fabric.world_size} processes a run: each would be started with the sweep's "
             "command line; use trainer.devices=1, or a launcher that starts them itself "
             "(hydra/launcher=submitit_slurm)"
         )
@@ -67,7 +90,7 @@ def start_processes(accelerator: str, devices: str, num_nodes: int) -> torch.dev
 
 
 def cluster() -> list[ClusterEnvironment]:
-    """Plugins for Lightning: on SLURM a run saves and goes back into the queue by itself (interruption.py)."""
+    """Plugins for Lightning. On SLURM a run itself saves and goes back into the queue (interruption.py)."""
     return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
 
 
@@ -82,7 +105,7 @@ def is_main() -> bool:
 
 
 def in_main(work: Callable[[], _Value]) -> _Value:
-    """What the main process gets from ``work``, which it alone does, in every process; so its ``UserError``."""
+    """What ``work`` returns or raises (``UserError``): the main process does it, all of them get it."""
     if not _several():
         return work()
     found: list[Any] = [None, None]
@@ -113,6 +136,15 @@ def in_any(flag: bool) -> bool:
     told = torch.tensor(int(flag))
     distributed.all_reduce(told, op=distributed.ReduceOp.MAX, group=_cpu_group())
     return bool(told)
+
+
+def sum_of_all(number: int) -> int:
+    """The sum over all processes."""
+    if not _several():
+        return number
+    total = torch.tensor(number)
+    distributed.all_reduce(total, group=_cpu_group())
+    return int(total)
 
 
 def said_already(line: str) -> bool:

@@ -1,0 +1,69 @@
+"""Lightning's ``Trainer`` from the settings."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning
+from lightning.pytorch.callbacks import Callback, WeightAveraging
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from clipmapper.config import TrainerConfig
+from clipmapper.training.checkpoint_files import DurableCheckpointIO
+from clipmapper.training.processes import cluster, this_share
+
+
+def build_trainer(
+    settings: TrainerConfig,
+    max_steps: int,
+    folder: Path,
+    logger: Logger | bool,
+    callbacks: Sequence[Callback],
+) -> lightning.Trainer:
+    """For the processes that :func:`~clipmapper.training.processes.start_processes` has started."""
+    averaging = [] if settings.ema_decay is None else [_averaging(settings.ema_decay)]
+    between = steps_between_validations(settings, max_steps)
+    return lightning.Trainer(
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=_strategy(settings),
+        plugins=[DurableCheckpointIO(), *cluster()],
+        precision=settings.precision,
+        gradient_clip_val=settings.gradient_clip_val,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        max_steps=max_steps,
+        # Lightning counts batches here, of which a step has several.
+        val_check_interval=between * settings.accumulate_grad_batches,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=20,
+        logger=logger,
+        callbacks=[*averaging, *callbacks],
+        default_root_dir=folder,
+        enable_model_summary=False,
+        # Every process is given its share already.
+        use_distributed_sampler=False,
+    )
+
+
+def steps_between_validations(settings: TrainerConfig, max_steps: int) -> int:
+    """At most ``max_steps``."""
+    return min(settings.val_check_interval or max_steps, max_steps)
+
+
+def _strategy(settings: TrainerConfig) -> Strategy | str:
+    if this_share().of == 1:
+        return "auto"
+    # Nothing that is trained changes a buffer, and processes need not validate in step.
+    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _averaging(decay: float) -> WeightAveraging:
+    """Lightning's own averaging with torch's exponential average.
+
+    ``EMAWeightAveraging`` computes decay · a + (1 − decay) · w, whose rounding would change frozen weights;
+    this form, a + (1 − decay)(w − a), does not. Buffers are copied: masks, which hold −∞, have no average.
+    """
+    return WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
