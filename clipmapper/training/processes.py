@@ -147,13 +147,35 @@ def sum_of_all(number: int) -> int:
     return int(total)
 
 
-def said_already(line: str) -> bool:
-    """Whether another process has met the same mistake, so that the user reads of it once."""
+def check_shares(batch_size: int, accumulated: int) -> None:
+    """Raises ``UserError`` where a batch cannot be divided into equal parts."""
+    processes = this_share().of
+    if batch_size % (processes * accumulated):
+        raise UserError(
+            f"training.batch_size: {batch_size} samples cannot be divided evenly into {processes} processes × "
+            f"{accumulated} (trainer.accumulate_grad_batches) parts; it is the batch of all of them together"
+        )
+
+
+def say_once(line: str) -> bool:
+    """Whether the user is to read of this mistake from this process: another may have met it as well."""
+    if not _several():
+        return True
+    try:
+        store = distributed.distributed_c10d._get_default_store()
+        store.add("failed", 1)
+        return store.add(f"said: {line}", 1) == 1
+    except RuntimeError:  # the main process, which keeps the store, is gone: it has said something
+        return False
+
+
+def another_has_failed() -> bool:
+    """Whether another process has ended with a mistake that the user has read of."""
     if not _several():
         return False
     try:
-        return distributed.distributed_c10d._get_default_store().add(f"said: {line}", 1) > 1
-    except RuntimeError:  # the main process, which keeps the store, is gone: it has said something
+        return distributed.distributed_c10d._get_default_store().add("failed", 0) > 0
+    except RuntimeError:
         return True
 
 

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import lightning
 import torch
-import wandb
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
 from clipmapper.config import Section, TrainConfig
@@ -22,7 +21,15 @@ from clipmapper.training.finite import StopAtNonFinite
 from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
 from clipmapper.training.less_noise import less_noise
 from clipmapper.training.module import Labelled, StepBatches
-from clipmapper.training.processes import in_main, is_main, said_already, start_processes, this_share
+from clipmapper.training.processes import (
+    another_has_failed,
+    check_shares,
+    in_main,
+    is_main,
+    say_once,
+    start_processes,
+    this_share,
+)
 from clipmapper.training.run_folder import (
     CHECKPOINT,
     RESULTS,
@@ -31,6 +38,7 @@ from clipmapper.training.run_folder import (
     run_of_requeued_job,
     write_json,
 )
+from clipmapper.training.run_logger import logged_files, run_logger
 from clipmapper.training.tables import console, files_table
 from clipmapper.training.task import Task
 from clipmapper.training.trainer import build_trainer, steps_between_validations
@@ -47,9 +55,9 @@ def train(config: TrainConfig) -> Path:
     try:
         return _train(config, device)
     except UserError as error:
-        if said_already(str(error)):
-            raise SystemExit(2) from error
-        raise
+        if say_once(str(error)):
+            raise
+        raise SystemExit(2) from error
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
@@ -58,10 +66,15 @@ def train(config: TrainConfig) -> Path:
         if is_main():
             raise
         raise SystemExit(0) from None  # the main process says it
+    except RuntimeError as error:
+        if another_has_failed():  # this one only waited for it in vain
+            raise SystemExit(2) from error
+        raise
 
 
 def _train(config: TrainConfig, device: torch.device) -> Path:
     began = time.monotonic()
+    check_shares(config.training.batch_size, config.trainer.accumulate_grad_batches)
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
     explainer = None if config.callbacks is None else _built(config.callbacks)
     resumed = folder_to_resume(config.output, config.name, settings) if config.resume else None
@@ -84,48 +97,42 @@ def _train(config: TrainConfig, device: torch.device) -> Path:
 
     model.to(device)
     task.prepare(explainer, folder)
-    with less_noise(), _stopping():
-        trainer = _fit(config, task, explainer, folder, resumed is not None)
-        trainer.save_checkpoint(folder / CHECKPOINT)
-    if is_main():
+    with run_logger(config.logger, folder, config.name) if is_main() else nullcontext(False) as logger:
+        with less_noise(), _stopping():
+            trainer = _fit(config, task, explainer, logger, folder, resumed is not None)
+            trainer.save_checkpoint(folder / CHECKPOINT)
+        if not is_main():
+            return folder
         model.to(device)
-        _say_what_came_out(config, task, explainer, trainer, folder, began)
-    return folder
 
-
-def _say_what_came_out(
-    config: TrainConfig,
-    task: Task,
-    explainer: Callback | None,
-    trainer: lightning.Trainer,
-    folder: Path,
-    began: float,
-) -> None:
-    """Tables, and results.json."""
-    settings = {key: value for key, value in asdict(config).items() if key != "resume"}
-    out = console()
-    found = task.results(trainer, folder)
-    results: dict = {"name": config.name, "settings": settings, **found}
-    files = {"checkpoint": folder / CHECKPOINT, "results": folder / RESULTS}
-    for table in task.tables(found):
-        out.print(table)
-    if explainer is not None and explainer.report is not None:
-        results["explanations"] = explainer.report.numbers(explainer.confidence, explainer.seed)
-        for table in explainer.kind.tables(results["explanations"]):
+        found = task.results(trainer, folder)
+        results: dict = {"name": config.name, "settings": settings, **found}
+        files = {"checkpoint": folder / CHECKPOINT, "results": folder / RESULTS}
+        for table in task.tables(found):
             out.print(table)
-        files |= {"heat maps": folder / "pictures", "methods": folder / "pictures" / "methods.png"}
-        files["perturbation curves"] = folder / "pictures" / explainer.kind.curves
-    files |= _logged_files(trainer)
+        if explainer is not None and explainer.report is not None:
+            results["explanations"] = explainer.report.numbers(explainer.confidence, explainer.seed)
+            for table in explainer.kind.tables(results["explanations"]):
+                out.print(table)
+            files |= {"heat maps": folder / "pictures", "methods": folder / "pictures" / "methods.png"}
+            files["perturbation curves"] = folder / "pictures" / explainer.kind.curves
+    files |= logged_files(logger, folder)
     results["files"] = {what: str(path) for what, path in files.items()}
     results["seconds"] = round(time.monotonic() - began, 1)
     write_json(folder / RESULTS, results)
     previous_of(folder / CHECKPOINT).unlink(missing_ok=True)  # the run is finished: nothing resumes it
     out.print(files_table(files))
     out.print(f"{results['seconds']:.0f} s in all")
+    return folder
 
 
 def _fit(
-    config: TrainConfig, task: Task, explainer: Callback | None, folder: Path, resume: bool
+    config: TrainConfig,
+    task: Task,
+    explainer: Callback | None,
+    logger: Logger | bool,
+    folder: Path,
+    resume: bool,
 ) -> lightning.Trainer:
     training = config.training
     checkpoint = folder / CHECKPOINT
@@ -143,7 +150,6 @@ def _fit(
     ]
     if explainer is not None:
         callbacks.append(explainer)
-    logger = _logger(config, folder) if is_main() else False
     trainer = build_trainer(config.trainer, training.max_steps, folder, logger, callbacks)
     module = task.module()
     share = this_share()
@@ -177,24 +183,6 @@ def _built(section: Section):
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error
         raise
-
-
-def _logger(config: TrainConfig, folder: Path) -> WandbLogger | CSVLogger:
-    settings = asdict(config.logger)
-    if settings.pop("_target_").endswith("WandbLogger"):
-        # Offline runs stay silent: wandb's own lines about syncing would stand between our tables, the last
-        # of which has the folder. Online, wandb says where the run is.
-        quiet = wandb.Settings(silent=settings["mode"] == "offline")
-        return WandbLogger(experiment=wandb.init(**settings, dir=folder, name=config.name, settings=quiet))
-    return CSVLogger(save_dir=folder, name="csv", **settings)
-
-
-def _logged_files(trainer: lightning.Trainer) -> dict[str, Path]:
-    if isinstance(trainer.logger, WandbLogger):
-        directory = Path(trainer.logger.experiment.dir).parent
-        trainer.logger.experiment.finish()
-        return {"W&B run": directory}
-    return {"metrics": Path(trainer.logger.log_dir) / "metrics.csv"}
 
 
 @contextmanager
