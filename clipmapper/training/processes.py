@@ -18,6 +18,7 @@ from torch import distributed
 
 from clipmapper.config import TrainerConfig
 from clipmapper.errors import UserError
+from clipmapper.training.less_noise import less_noise
 
 _Value = TypeVar("_Value")
 
@@ -82,7 +83,8 @@ def start_processes(trainer: TrainerConfig) -> torch.device:
             "command line; use trainer.devices=1, or a launcher that starts them itself "
             "(hydra/launcher=submitit_slurm)"
         )
-    fabric.launch()
+    with less_noise("lightning.fabric"):
+        fabric.launch()
     _cpu_group()
     if not is_main():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as this process lives
@@ -152,7 +154,7 @@ def check_shares(batch_size: int, accumulated: int) -> None:
     processes = this_share().of
     if batch_size % (processes * accumulated):
         raise UserError(
-            f"training.batch_size: {batch_size} samples cannot be divided evenly into {processes} processes × "
+            f"training.batch_size: {batch_size} samples cannot be divided into {processes} processes × "
             f"{accumulated} (trainer.accumulate_grad_batches) parts; it is the batch of all of them together"
         )
 

@@ -56,8 +56,11 @@ def steps_between_validations(settings: TrainerConfig, max_steps: int) -> int:
 def _strategy(settings: TrainerConfig) -> Strategy | str:
     if this_share().of == 1:
         return "auto"
-    # Nothing that is trained changes a buffer, and processes need not validate in step.
-    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DDPStrategy(
+        broadcast_buffers=False,  # training changes none
+        gradient_as_bucket_view=True,
+        find_unused_parameters=True,  # the last block's text side in VQA, CLIP's logit scale
+    )
 
 
 def _averaging(decay: float) -> WeightAveraging:
