@@ -8,13 +8,20 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from clipmapper.models.build import DESCRIPTION
+from clipmapper.models.fine_tuning import learning_rate_scales, without_adapters
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.training.optimisation import adamw, warmup_cosine
 from clipmapper.training.processes import WHOLE, Share, sum_of_all, this_share
 
 
 class TaskModule(lightning.LightningModule):
-    """A model in training: AdamW, warm-up, cosine, in steps. A batch is a dictionary."""
+    """A model in training: AdamW, warm-up, cosine, in steps. A batch is a dictionary.
+
+    ``layer_decay``: of the encoder's learning rates
+    (:func:`clipmapper.models.fine_tuning.learning_rate_scales`), to be set before ``fit``.
+    """
+
+    layer_decay = 1.0
 
     def __init__(
         self, model: nn.Module, learning_rate: float, weight_decay: float, warmup_steps: int, max_steps: int
@@ -25,9 +32,18 @@ class TaskModule(lightning.LightningModule):
         self.warmup_steps, self.max_steps = warmup_steps, max_steps
 
     def configure_optimizers(self) -> dict:
-        optimiser = adamw(self.model, self.learning_rate, self.weight_decay)
+        scales = learning_rate_scales(self.model.encoder, self.layer_decay)
+        optimiser = adamw(self.model, self.learning_rate, self.weight_decay, scales=scales)
         schedule = warmup_cosine(optimiser, self.warmup_steps, self.max_steps)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_validation_start(self) -> None:
+        """What validates and explains reads the encoder as a plain one, without adapters."""
+        self._plain = without_adapters(self.model.encoder)
+        self._plain.__enter__()
+
+    def on_validation_end(self) -> None:
+        self._plain.__exit__(None, None, None)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint[DESCRIPTION] = self.model.description

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from clipmapper.config import Section, TrainConfig
 from clipmapper.errors import UserError
+from clipmapper.models.fine_tuning import merge_adapters
 from clipmapper.training.checkpoint_files import NO_ROOM, previous_of, restore_checkpoint
 from clipmapper.training.finite import StopAtNonFinite
 from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
@@ -104,6 +105,7 @@ def _train(config: TrainConfig, device: torch.device) -> Path:
         if not is_main():
             return folder
         model.to(device)
+        merge_adapters(model.encoder)
 
         found = task.results(trainer, folder)
         results: dict = {"name": config.name, "settings": settings, **found}
@@ -152,6 +154,7 @@ def _fit(
         callbacks.append(explainer)
     trainer = build_trainer(config.trainer, training.max_steps, folder, logger, callbacks)
     module = task.module()
+    module.layer_decay = training.layer_decay
     share = this_share()
     batches = StepBatches(
         task.batch_at,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning
+from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -22,7 +23,7 @@ def build_trainer(
     callbacks: Sequence[Callback],
 ) -> lightning.Trainer:
     """For the processes that :func:`~clipmapper.training.processes.start_processes` has started."""
-    averaging = [] if settings.ema_decay is None else [_averaging(settings.ema_decay)]
+    averaging = [] if settings.ema_decay is None else [AveragedWeights(settings.ema_decay)]
     between = steps_between_validations(settings, max_steps)
     return lightning.Trainer(
         accelerator=settings.accelerator,
@@ -40,7 +41,7 @@ def build_trainer(
         num_sanity_val_steps=0,
         log_every_n_steps=20,
         logger=logger,
-        callbacks=[*averaging, *callbacks],
+        callbacks=[*callbacks, *averaging],
         default_root_dir=folder,
         enable_model_summary=False,
         # Every process is given its share already.
@@ -63,10 +64,27 @@ def _strategy(settings: TrainerConfig) -> Strategy | str:
     )
 
 
-def _averaging(decay: float) -> WeightAveraging:
-    """Lightning's own averaging with torch's exponential average.
+class AveragedWeights(WeightAveraging):
+    """Lightning's own averaging with torch's exponential moving average.
 
     ``EMAWeightAveraging`` computes decay · a + (1 − decay) · w, whose rounding would change frozen weights;
     this form, a + (1 − decay)(w − a), does not. Buffers are copied: masks, which hold −∞, have no average.
+
+    Lightning puts the averages in for the batches of a validation; here they stay in for the callbacks behind
+    the last batch, which explain the model. To be the last callback.
     """
-    return WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def __init__(self, decay: float) -> None:
+        super().__init__(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def on_validation_epoch_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """See ``on_validation_start``."""
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        """See ``on_validation_end``."""
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_epoch_start(trainer, pl_module)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_epoch_end(trainer, pl_module)
