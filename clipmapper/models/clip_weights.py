@@ -32,9 +32,9 @@ def build_clip(architecture: str, pretrained: str | None, image_size: int | None
     ``architecture``: a name that open_clip knows, or the path of a model configuration in open_clip's own
     JSON format. ``pretrained``: an open_clip tag ("openai", "laion2b_s34b_b79k", ...), the path of a local
     checkpoint (safetensors or torch format), or None for random weights. Local files are loaded without
-    executing pickled code. ``image_size``: side of the images in pixels, for another than the architecture's:
-    position embeddings are interpolated as open_clip does. Raises ``UserError`` for anything that is not there
-    or does not fit.
+    executing pickled code. ``image_size``: side of an image in pixels, for another than the architecture's;
+    position embeddings are interpolated as open_clip does. Raises ``UserError`` for anything that is not
+    there or does not fit.
     """
     name = registered_name(architecture)
     if "hf_model_name" in open_clip.get_model_config(name)["text_cfg"]:
@@ -90,7 +90,7 @@ def _check_image_size(visual: nn.Module, image_size: int) -> None:
     if image_size % side:
         near = max(side, round(image_size / side) * side)
         raise UserError(
-            f"encoder.image_size={image_size}: not a multiple of the {side} pixels of a patch; nearest: {near}"
+            f"encoder.image_size={image_size}: no multiple of the {side} pixels of a patch; nearest: {near}"
         )
 
 
