@@ -58,7 +58,7 @@ class TaskModule(lightning.LightningModule):
         Processes and accumulated gradients average the means of their parts as if each had equally many
         terms: of questions they have, of captions, whose terms are words, they have not.
         """
-        parts = this_share().of * batch["parts"]
+        parts = this_share().of * batch.get("parts", 1)
         return 1.0 if parts == 1 else self.terms(batch) * parts / sum_of_all(batch["parts_terms"])
 
     def transfer_batch_to_device(self, batch, device: torch.device, dataloader_idx: int):
