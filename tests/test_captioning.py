@@ -499,7 +499,7 @@ def test_encoder_that_is_not_frozen_learns(settings, finished):
 
 @pytest.mark.parametrize("experiment", ["caption_coco_b32"])
 def test_experiment_on_coco_says_what_is_missing(experiment, tmp_path):
-    given = training_models.train_settings(f"experiment={experiment}", f"output={tmp_path}")
+    given = training_models.train_settings(f"experiment={experiment}", "trainer=cpu", f"output={tmp_path}")
     with pytest.raises(UserError, match=r"data.folder=data/coco: this version cannot read COCO's captions"):
         train(given)
     assert list(tmp_path.iterdir()) == []  # nothing was begun
