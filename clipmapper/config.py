@@ -240,6 +240,7 @@ class VQATrainingConfig(TrainingConfig):
     first_families: list[str] = setting()
     first_share: float = setting(minimum=0, maximum=1)
     shares: FamilySharesConfig = field(default_factory=FamilySharesConfig)
+    told_by_size: float = setting(minimum=0, maximum=1)
     blind_steps: int = setting(minimum=1)
 
     def problems(self) -> Iterator[tuple[str, str]]:

@@ -112,7 +112,8 @@ class SceneQuestion:
 
     ``deciding_objects``: positions in ``scene.objects`` of those whose pixels decide the answer (for "no"
     and "0": the objects that share a property with what is asked for, or all of them where none does).
-    ``deciding_words``: the words whose change would change what is asked.
+    ``deciding_words``: the words whose change would change what is asked. ``told_by_size``: the colour or
+    shape of one of two objects that only their size tells apart.
     """
 
     family: str
@@ -120,6 +121,7 @@ class SceneQuestion:
     answer: str
     deciding_objects: tuple[int, ...]
     deciding_words: tuple[str, ...]
+    told_by_size: bool = False
 
 
 def balanced_questions(
@@ -219,4 +221,4 @@ def _word(family: str, candidate: Candidate, rng: random.Random) -> SceneQuestio
     words = set(text.replace("?", " ").replace(",", " ").replace(":", " ").split())
     content = {w for slot in ("a", "b") for w in candidate.slots.get(slot, "").split()} - {"things"}
     deciding = tuple(sorted(words & (content | set(_ASKING[family]))))
-    return SceneQuestion(family, text, candidate.answer, candidate.objects, deciding)
+    return SceneQuestion(family, text, candidate.answer, candidate.objects, deciding, candidate.told_by_size)
