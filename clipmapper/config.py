@@ -199,6 +199,9 @@ class TrainingConfig(Section):
     weight_decay: float = setting(minimum=0)
     warmup_steps: int = setting(minimum=0)
     token_cache: bool = setting()
+    token_cache_folder: str | None = setting(text=True)
+    token_precision: str = setting(choices=("float16", "float32"))
+    token_workers: int = setting(minimum=0)
 
 
 @dataclass
