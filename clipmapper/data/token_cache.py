@@ -72,7 +72,14 @@ class TokenStore:
     def _loaded(self, load: Load, parts: Iterable[range]) -> Iterable[tuple[range, Any]]:
         if self.workers == 0:
             return ((part, load(part)) for part in parts)
-        return DataLoader(_Loading(load), batch_size=None, sampler=parts, num_workers=self.workers)
+        return DataLoader(
+            _Loading(load), batch_size=None, sampler=parts, num_workers=self.workers, collate_fn=_as_it_is
+        )
+
+
+def _as_it_is(loaded: tuple[range, Any]) -> tuple[range, Any]:
+    """torch's own way would make a list of the range."""
+    return loaded
 
 
 class _Loading(Dataset):

@@ -25,8 +25,8 @@ def image_identity(encoder: ClipEncoder) -> dict:
         "preprocessing": {
             **visual.preprocess_cfg,
             "image_size": list(size) if isinstance(size, tuple) else [size, size],
-            "mean": list(visual.image_mean),
-            "std": list(visual.image_std),
+            "image_mean": list(visual.image_mean),
+            "image_std": list(visual.image_std),
         },
     }
 
