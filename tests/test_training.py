@@ -235,7 +235,7 @@ def test_blind_baseline_sees_no_image(architecture, store):
     torch.manual_seed(1)
     first = accuracy()
     for split in splits.values():
-        if cached:
+        if store is not None:
             split.cache.image_tokens.fill_(torch.nan)
         else:
             split.split = replace(split.split, images=255 - split.split.images)
