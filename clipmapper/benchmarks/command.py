@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from clipmapper.benchmarks import captions
+from clipmapper.benchmarks import captions, loading
 from clipmapper.benchmarks.timing import write_results
 from clipmapper.errors import UserError
 
@@ -36,6 +36,12 @@ BENCHMARKS = {
         captions.explanation,
         "{words} words: {times[together][median_s]:.3f} s together, {times[separately][median_s]:.3f} s one "
         "by one: ratio {ratio:.3f} ({ratio_to_plain:.3f} to a plain forward and backward a token)",
+    ),
+    "data": Benchmark(
+        loading.loading_arguments,
+        loading.loading,
+        "{images_per_s_and_core[pillow_torchvision]:.0f} images/s and core as the loaders do it, "
+        "{images_per_s_and_core[pillow]:.0f} as open_clip does: {speed_up:.2f} times",
     ),
 }
 
