@@ -18,6 +18,8 @@ from clipmapper.data.records import Record, RecordData
 from clipmapper.data.shard_files import write_shards
 from clipmapper.data.shard_stream import ShardStream, in_order, read_index
 from clipmapper.errors import UserError
+from clipmapper.training.processes import Share
+from clipmapper.training.shard_batches import shard_batches
 
 IMAGES, SHARD = 22, 3
 
@@ -212,3 +214,29 @@ def test_an_image_of_an_unknown_format_becomes_a_png(tmp_path):
             RecordData({"train": [broken], "validation": [broken]}, None),
             tmp_path / "b", images_per_shard=5, seed=0,
         )  # fmt: skip
+
+
+class Steps(IterableDataset):
+    """The steps of a share's workers, dealt as training deals them."""
+
+    def __init__(self, batch_at, first: int, last: int, share: Share) -> None:
+        self.batch_at, self.first, self.last, self.share = batch_at, first, last, share
+
+    def __iter__(self):
+        worker = get_worker_info()
+        for step in range(self.first + worker.id, self.last, worker.num_workers):
+            yield step, self.batch_at(step, self.share)
+
+
+@pytest.mark.parametrize("first", [1, 4])
+def test_training_resumed_at_a_step_sees_the_samples_that_it_would_have_seen(folder, first):
+    def batches(first: int, share: Share) -> dict[int, list[int]]:
+        batch_at = shard_batches(stream(folder), lambda records: {"ids": [r.id for r in records]}, 7)
+        loader = DataLoader(Steps(batch_at, first, 9, share), batch_size=None, num_workers=2)
+        return {int(step): batch["ids"] for step, batch in loader}
+
+    for share, size in ((Share(0, 2), 4), (Share(1, 2), 3)):
+        whole, resumed = batches(0, share), batches(first, share)
+        assert list(whole) == list(range(9)) and all(len(ids) == size for ids in whole.values())
+        assert list(resumed) == list(range(first, 9))
+        assert all(resumed[step] == whole[step] for step in resumed)
