@@ -28,4 +28,4 @@ def test_images_are_those_of_open_clip_to_a_level(name, shape):
     wanted = image_transform_v2(settings, is_train=False)(image)
     assert found.shape == wanted.shape
     levels = (found - wanted).abs() * torch.tensor(settings.std)[:, None, None] * 255
-    assert float(levels.max()) < 1.01 and float(levels.mean()) < 0.02
+    assert float(levels.max()) < 1.01 and float(levels.mean()) < 0.2
