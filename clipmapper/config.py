@@ -244,6 +244,7 @@ class CaptionTrainingConfig(TrainingConfig):
 
     objective: str = setting(choices=("cross_entropy", "scst"))
     checkpoint: str | None = setting(text=True)
+    captions: int = setting(minimum=1)
     label_smoothing: float = setting(minimum=0, below=1)
     scst_captions: int = setting(minimum=1)
     logged_captions: int = setting(minimum=0)

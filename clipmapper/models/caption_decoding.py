@@ -16,6 +16,10 @@ from clipmapper.models.caption_tokens import spell, with_ends
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.tokens import TokenizedText, padding_id
 
+# What transformers calls the memory of earlier words, here and in GPT-2: "cache" since 5.24 or somewhat before,
+# "past_key_values" until then.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 # What only one way of decoding reads, and its value when it is not given.
 METHODS: Mapping[str, Mapping[str, float]] = {
     "greedy": {},
@@ -222,6 +226,7 @@ class _Decoder(PreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Int[Tensor, "rows tokens"],
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         attention_mask: Int[Tensor, "rows all_tokens"] | None = None,
         use_cache: bool = True,
@@ -229,20 +234,22 @@ class _Decoder(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits of the next token; rows are the captions being written, those of an image in succession.
 
-        ``generate`` always gives the last three; nothing here depends on them. (No token is masked: captions
-        that have ended are only filled up until the others have, too.)
+        ``cache`` or ``past_key_values``: see ``CACHE``. ``generate`` always gives the last three; nothing here
+        depends on them. (No token is masked: captions that have ended are only filled up until the others
+        have, too.)
         """
         (captioner,) = self._captioner
         ids = self.token_ids(input_ids)
-        if past_key_values is None:
+        remembered = past_key_values if cache is None else cache
+        if remembered is None:
             logits = self._from_the_start(captioner, ids)
         else:
-            remember = [partial(past_key_values.update, layer_idx=i) for i in range(captioner.caches)]
-            past = past_key_values.get_seq_length()
+            remember = [partial(remembered.update, layer_idx=i) for i in range(captioner.caches)]
+            past = remembered.get_seq_length()
             logits = captioner.step_logits(ids, self.memory, past, remember, known_only=True)
         if self._tokens is not None:
             logits = torch.nn.functional.pad(logits, (0, 1), value=-math.inf)
-        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=logits[:, None], **{CACHE: remembered})
 
     def _from_the_start(
         self, captioner: Captioner, ids: Int[Tensor, "rows tokens"]

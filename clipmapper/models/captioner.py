@@ -101,7 +101,7 @@ class Captioner(nn.Module):
 
     def caption_logits(
         self,
-        image_tokens: Float[Tensor, "batch image image_width"],
+        image_tokens: Float[Tensor, "images image image_width"],
         text_tokens: Float[Tensor, "batch tokens text_width"],
         valid: Bool[Tensor, "batch tokens"],
         *,
@@ -110,10 +110,18 @@ class Captioner(nn.Module):
         only_text: bool = True,
         known_only: bool = False,
     ) -> Float[Tensor, "batch tokens scored"]:
-        """Stage 2 alone, from the encoder's tokens (cached, or shared by many captions of an image).
+        """Stage 2 alone, from the encoder's tokens (cached, or shared by several captions of an image).
 
         ``known_only``: just the tokens that the head can say (:meth:`Vocabulary.known_scores`), for training.
+        With fewer images than captions, each image is for so many captions in succession: its side of the
+        mapper runs once. Neither ``keep`` nor ``image_ignore`` is possible then, and padding may only be
+        behind the captions.
         """
+        if len(image_tokens) < len(text_tokens):
+            if keep is not None or image_ignore is not None:
+                raise ValueError("patches can be left out where every caption has an image of its own")
+            text = self._several(image_tokens, text_tokens)
+            return self.head.known_scores(text) if known_only else self.head(text)
         _, text = self.mapper(
             image_tokens,
             text_tokens,
@@ -123,6 +131,15 @@ class Captioner(nn.Module):
             only_text=only_text,
         )
         return self.head.known_scores(text) if known_only else self.head(text)
+
+    def _several(
+        self,
+        image_tokens: Float[Tensor, "images image image_width"],
+        text_tokens: Float[Tensor, "captions tokens text_width"],
+    ) -> Float[Tensor, "captions tokens width"]:
+        """Final text tokens of several captions of each image."""
+        memory = self.mapper.image_memory(image_tokens)
+        return self.mapper.text_step(text_tokens, memory, 0, [lambda k, v: (k, v)] * len(self.mapper.blocks))
 
     @property
     def caches(self) -> int:

@@ -58,7 +58,11 @@ class CaptionTask(Task):
             )
             explainer.prepare(samples, folder / "pictures")
         self._batch_at = drawn_batches(
-            self.splits["train"], batch_size=training.batch_size, seed=self.config.seed
+            self.splits["train"],
+            batch_size=training.batch_size,
+            # scst draws its own.
+            captions=training.captions if training.objective == "cross_entropy" else 1,
+            seed=self.config.seed,
         )
 
     def module(self) -> CaptionModule:
