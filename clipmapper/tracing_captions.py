@@ -77,11 +77,11 @@ def trace_caption(
             scores = model.caption_logits(image_tokens, text_tokens, text.valid, only_text=False)[0]
     finally:
         model.train(was_training)
-    words = word_positions(model.encoder.tokenizer, text.ids[0], text.removable[0])
+    words = word_positions(model.tokenizer, text.ids[0], text.removable[0])
     if not words:
         raise UserError("the model's caption of this image is empty: there is no word to explain")
     told = (
-        spell(model.encoder.tokenizer, text.ids[0][text.removable[0]]) if caption is None else caption.strip()
+        spell(model.tokenizer, text.ids[0][text.removable[0]]) if caption is None else caption.strip()
     )
     return TracedCaption(told, trace, text, scores, image_tokens.detach(), words)
 

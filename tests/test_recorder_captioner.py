@@ -20,6 +20,16 @@ CASES = {
     "single_flow, class token": {"kind": "single_flow", "class_token": True, "depth": 3, "seed": 5},
     "single_flow, text embedding": {"kind": "single_flow", "text_embedding_only": True, "seed": 6},
     "single_flow, CoCa": {"kind": "single_flow", "text_tower": "class_token", "seed": 7},
+    "dual_flow, GPT-2 prefix": {"kind": "dual_flow", "decoder": "gpt2_prefix", "seed": 8},
+    "dual_flow, GPT-2 cross": {"kind": "dual_flow", "decoder": "gpt2_cross", "class_token": True, "seed": 9},
+    "single_flow, GPT-2 prefix": {"kind": "single_flow", "decoder": "gpt2_prefix", "seed": 10},
+    "single_flow, GPT-2 cross": {"kind": "single_flow", "decoder": "gpt2_cross", "seed": 11},
+    "dual_flow, GPT-2 cross, text embedding": {
+        "kind": "dual_flow", "decoder": "gpt2_cross", "text_embedding_only": True, "seed": 12
+    },
+    "dual_flow, CoCa, GPT-2 prefix": {
+        "kind": "dual_flow", "text_tower": "class_token", "decoder": "gpt2_prefix", "seed": 13
+    },
     "dual_flow, SigLIP": {"kind": "dual_flow", "text_tower": "unmasked", "text_embedding_only": True},
 }
 IMAGES, TEXT = tiny_models.images(len(LENGTHS)), tiny_models.texts(LENGTHS)

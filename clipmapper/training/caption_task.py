@@ -119,7 +119,7 @@ class CaptionTask(Task):
         for batch in self.splits[split].labelled(500):
             batch = self._module.transfer_batch_to_device(batch, self.model.device, 0)
             # The same words would be drawn for images at the same place of two batches: harmless.
-            drawing = Decoding("nucleus", top_p=0.9, max_length=self._module.longest, seed=self.config.seed)
+            drawing = Decoding("nucleus", top_p=0.9, max_length=self.model.longest, seed=self.config.seed)
             captions = self._module.write(self._module.image_tokens(batch), drawing)
             found += self._module.judged(split, batch["numbers"], captions)
         return found

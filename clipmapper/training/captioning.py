@@ -56,11 +56,6 @@ class CaptionModule(TaskModule):
         self.scores = torch.nn.ModuleDict({split: CaptionScores(SCORES) for split in judges})
         self.written: dict[str, list[JudgedCaption]] = {}
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest caption that the text tower has room for behind the start token."""
-        return self.model.encoder.context_length - 1
-
     def image_tokens(self, batch: Mapping) -> Float[Tensor, "batch image width"]:
         if "image_tokens" in batch:
             return batch["image_tokens"]
@@ -93,7 +88,7 @@ class CaptionModule(TaskModule):
         image_tokens = self.image_tokens(batch)
         loss = self.loss(image_tokens, batch["text"], 0.0)
         self.log(f"{split}/loss", loss, batch_size=len(image_tokens), add_dataloader_idx=False)
-        captions = self.write(image_tokens, Decoding("greedy", max_length=self.longest))
+        captions = self.write(image_tokens, Decoding("greedy", max_length=self.model.longest))
         self.scores[split].update(captions, batch["references"])
         self.written[split] += self.judged(split, batch["numbers"], captions)
         for name in ("correct", "complete"):
