@@ -72,16 +72,15 @@ class CaptionRun(naive_relevance.Run):
             x = torch.cat([seen, said])
             x, places = x + gpt2.wpe.weight[: len(x)], self.visual + self.text
             later = torch.ones(len(x), len(x)).triu(1).bool()
-        # What is read of the image is its state before GPT-2, whose blocks change the prefix but not this.
         entered = len(self.sublayers)
         for block in gpt2.h:
             q, k, v = self._conv(block.attn.c_attn, block.ln_1(x)).chunk(3, dim=-1)
-            x = x + self._attend(block.attn, q, k, v, x, places, places, later, len(self.sublayers))
+            x = x + self._gpt2_attend(block.attn, q, k, v, x, places, places, later, len(self.sublayers))
             if decoder.cross:
                 q = self._conv(block.crossattention.q_attn, block.ln_cross_attn(x))
                 k, v = self._conv(block.crossattention.c_attn, seen).chunk(2, dim=-1)
                 nothing = torch.zeros(len(q), len(k), dtype=torch.bool)
-                x = x + self._attend(
+                x = x + self._gpt2_attend(
                     block.crossattention, q, k, v, x, places, self.visual, nothing, entered
                 )
             hidden = self._conv(block.mlp.c_fc, block.ln_2(x))
@@ -93,7 +92,7 @@ class CaptionRun(naive_relevance.Run):
     def _conv(layer, x: Tensor) -> Tensor:
         return x @ layer.weight + layer.bias
 
-    def _attend(self, attention, q, k, v, x, places, keys, hidden, entered: int) -> Tensor:
+    def _gpt2_attend(self, attention, q, k, v, x, places, keys, hidden, entered: int) -> Tensor:
         q, k, v = (t.unflatten(-1, (attention.num_heads, -1)).transpose(0, 1) for t in (q, k, v))
         scores = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(hidden, float("-inf"))
         A = scores.exp() / scores.exp().sum(-1, keepdim=True)

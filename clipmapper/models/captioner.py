@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clipmapper.errors import UserError
 from clipmapper.models.attention import KeysValues, Remember
-from clipmapper.models.caption_head import CaptionHead, TiedCaptionHead
+from clipmapper.models.caption_head import Vocabulary
 from clipmapper.models.caption_tokens import CaptionEnds, caption_ends, caption_tokens
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.mapper import Mapper
@@ -33,7 +33,7 @@ class Captioner(nn.Module):
         self,
         encoder: ClipEncoder,
         mapper: Mapper,
-        head: CaptionHead | TiedCaptionHead,
+        head: Vocabulary,
         *,
         ends: CaptionEnds | None = None,
         text_embedding_only: bool = False,
