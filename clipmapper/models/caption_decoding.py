@@ -16,10 +16,6 @@ from clipmapper.models.caption_tokens import spell, with_ends
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.tokens import TokenizedText, padding_id
 
-# What transformers calls the memory of earlier words, here and in GPT-2: "cache" since 5.24 or somewhat before,
-# "past_key_values" until then.
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-
 # What only one way of decoding reads, and its value when it is not given.
 METHODS: Mapping[str, Mapping[str, float]] = {
     "greedy": {},
@@ -233,22 +229,23 @@ class _Decoder(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits of the next token; rows are the captions being written, those of an image in succession.
 
-        ``cache`` or ``past_key_values``: see ``CACHE``. ``generate`` always gives the last three; nothing here
-        depends on them. (No token is masked: captions that have ended are only filled up until the others
-        have, too.)
+        ``generate`` always gives the last three; nothing here depends on them. (No token is masked: captions
+        that have ended are only filled up until the others have, too.) What is remembered is ``cache`` to
+        transformers since 5.24, ``past_key_values`` before; it is changed in place, so that the output need
+        not name it.
         """
+        cache = past_key_values if cache is None else cache
         (captioner,) = self._captioner
         ids = self.token_ids(input_ids)
-        remembered = past_key_values if cache is None else cache
-        if remembered is None:
+        if cache is None:
             logits = self._from_the_start(captioner, ids)
         else:
-            remember = [partial(remembered.update, layer_idx=i) for i in range(captioner.caches)]
-            past = remembered.get_seq_length()
+            remember = [partial(cache.update, layer_idx=i) for i in range(captioner.caches)]
+            past = cache.get_seq_length()
             logits = captioner.step_logits(ids, self.memory, past, remember, known_only=True)
         if self._tokens is not None:
             logits = torch.nn.functional.pad(logits, (0, 1), value=-math.inf)
-        return CausalLMOutputWithPast(logits=logits[:, None], **{CACHE: remembered})
+        return CausalLMOutputWithPast(logits=logits[:, None])
 
     def _from_the_start(
         self, captioner: Captioner, ids: Int[Tensor, "rows tokens"]
