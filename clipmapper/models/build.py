@@ -91,7 +91,10 @@ def build_captioner(
             tokenizer=tokenizer,
             text_embedding_only=text_embedding_only,
         )
-        described = {"config": plain_config(language_model), "tokenizer": tokenizer and tokenizer.description()}
+        described = {
+            "config": plain_config(language_model),
+            "tokenizer": tokenizer and tokenizer.description(),
+        }
         built.description = describe("captioning", encoder, model, tokens=tokens, gpt2=described)
         return built
     embedding = stage_1.text_tower.owner.token_embedding

@@ -53,6 +53,9 @@ class Captioner(nn.Module):
         self.text_embedding_only = text_embedding_only
         self._ends = ends
 
+    # Which attention sub-layers (by the names that a trace has for them) end in what the head reads.
+    read_from = "mapper"
+
     @property
     def device(self) -> torch.device:
         return next(self.mapper.parameters()).device
@@ -157,6 +160,10 @@ class Captioner(nn.Module):
             only_text=only_text,
         )
         return text
+
+    def scores(self, state: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
+        """The head on tokens of the residual stream that it was made for."""
+        return self.head(state)
 
     def _several(
         self,

@@ -1,4 +1,4 @@
-"""GPT-2 from ``transformers`` as a decoder of captions: by its sizes, or from a local folder; and its tokenizer."""
+"""GPT-2 from ``transformers`` as a decoder of captions, new or from a local folder, and its tokenizer."""
 
 import json
 import tempfile
@@ -90,9 +90,9 @@ def plain_config(model: GPT2LMHeadModel) -> dict:
 def local_gpt2(path: str, cross: bool) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
     """A pretrained model of the GPT-2 family and its tokenizer, from a folder in ``transformers``' format.
 
-    Nothing is downloaded, and no code of the folder is run. With ``cross`` it gets cross-attention sub-layers,
-    whose weights are random unless the folder has some. Raises ``UserError`` when the folder lacks weights,
-    configuration or tokenizer, when they are damaged, or belong to another kind of model.
+    Nothing is downloaded, and no code of the folder is run. With ``cross`` it gets cross-attention
+    sub-layers, whose weights are random unless the folder has some. Raises ``UserError`` when the folder
+    lacks weights, configuration or tokenizer, when they are damaged, or belong to another kind of model.
     """
     folder, what = Path(path), f"model.gpt2.path={path}"
     if not folder.is_dir():
@@ -105,9 +105,9 @@ def local_gpt2(path: str, cross: bool) -> tuple[GPT2LMHeadModel, PreTrainedToken
         raise UserError(f"{what}: a model of the kind {kind!r}, not of the GPT-2 family (model_type gpt2)")
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(
-            f"{what}: there are no tokenizer files in it (tokenizer.json, or vocab.json with merges.txt); save "
-            "them beside the weights with tokenizer.save_pretrained, or leave model.gpt2.path out for a new "
-            "GPT-2 on CLIP's tokens"
+            f"{what}: there are no tokenizer files in it (tokenizer.json, or vocab.json with merges.txt); "
+            "save them beside the weights with tokenizer.save_pretrained, or leave model.gpt2.path out for a "
+            "new GPT-2 on CLIP's tokens"
         )
     try:
         with _quiet():
@@ -131,7 +131,8 @@ def local_gpt2(path: str, cross: bool) -> tuple[GPT2LMHeadModel, PreTrainedToken
         raise UserError(f"{what}: its tokenizer has no end token, so captions would never end")
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
-            f"{what}: its tokenizer has {len(tokenizer)} tokens, its weights are for {model.config.vocab_size}"
+            f"{what}: its tokenizer has {len(tokenizer)} tokens, its weights are for "
+            f"{model.config.vocab_size}"
         )
     model.config.use_cache = False
     return model.float().eval(), tokenizer

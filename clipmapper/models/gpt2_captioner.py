@@ -41,8 +41,8 @@ class GPT2Captioner(Captioner):
     ) -> None:
         if tokenizer is not None and not text_embedding_only:
             raise UserError(
-                "model.gpt2.path: GPT-2's own tokens are not those of CLIP's text tower, so captions cannot pass "
-                "it; use model.text_embedding_only=true"
+                "model.gpt2.path: GPT-2's own tokens are not those of CLIP's text tower, so captions cannot "
+                "pass it; use model.text_embedding_only=true"
             )
         super().__init__(encoder, mapper, head, ends=ends, text_embedding_only=text_embedding_only)
         self.decoder = decoder
@@ -91,14 +91,17 @@ class GPT2Captioner(Captioner):
     ) -> Float[Tensor, "batch tokens inner"]:
         """GPT-2 reads the image's final tokens, so the mapper computes them whatever ``only_text`` says."""
         read, words = self._parts(text_tokens)
-        image, text = self.mapper(
-            image_tokens, read, keep=keep, image_ignore=image_ignore, text_valid=valid
-        )
+        image, text = self.mapper(image_tokens, read, keep=keep, image_ignore=image_ignore, text_valid=valid)
         image_valid = None
         if image_ignore is not None:
             prefix = image_ignore.new_ones(len(image), image.shape[1] - image_ignore.shape[1])
             image_valid = torch.cat([prefix, ~image_ignore], dim=1)
         return self.decoder(image, text, words, image_valid=image_valid, text_valid=valid, keep=keep)
+
+    read_from = "GPT-2"
+
+    def scores(self, state: Float[Tensor, "*rows inner"]) -> Float[Tensor, "*rows vocabulary"]:
+        return self.head(self.decoder.gpt2.ln_f(state))
 
     def image_memory(
         self,

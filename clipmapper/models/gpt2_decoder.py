@@ -105,8 +105,8 @@ class GPT2Decoder(nn.Module):
             parts = ((image, image_valid), (text, text_valid))
             valid = [t.new_ones(t.shape[:2], dtype=torch.bool) if v is None else v for t, v in parts]
             mask, more = torch.cat(valid, dim=1), {}
-            # Without a mask transformers takes a gap in the positions, where a patch is missing, for the border
-            # between two texts.
+            # Without a mask transformers takes a gap in the positions, where a patch is missing, for the
+            # border between two texts.
             mask = _mask(mask) if keep is None else mask.long()
         out = self.gpt2(
             inputs_embeds=said, position_ids=places, attention_mask=mask, use_cache=False, **more
@@ -131,7 +131,9 @@ class GPT2Decoder(nn.Module):
         if self.cross:
             for block in self.gpt2.h:
                 attention = block.crossattention
-                memory.append(KeysValues(*(_heads(attention, t) for t in attention.c_attn(seen).chunk(2, -1))))
+                memory.append(
+                    KeysValues(*(_heads(attention, t) for t in attention.c_attn(seen).chunk(2, -1)))
+                )
             return memory
         tokens = seen + self.gpt2.wpe(self._image_places(image, keep))
         mask = causal_mask(tokens.shape[1], tokens.shape[1], tokens.device)
@@ -177,7 +179,13 @@ class GPT2Decoder(nn.Module):
         return self.gpt2.ln_f(tokens)
 
     def _attended(
-        self, number: int, attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+        self,
+        number: int,
+        attention: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
     ) -> Float[Tensor, "rows new inner"]:
         """What an attention sub-layer adds to the residual stream."""
         config = self.language_model.config

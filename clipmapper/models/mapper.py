@@ -126,7 +126,10 @@ class Mapper(nn.Module):
         *,
         whole: bool = True,
     ) -> tuple[list[KeysValues], Float[Tensor, "batch all_image width"]]:
-        """:meth:`image_memory`, and the image's final tokens (not ``whole``: as they enter the last block)."""
+        """:meth:`image_memory`, and the image's final tokens.
+
+        Not ``whole``: as they enter the last block, of which no word reads more.
+        """
         if not self.captioning:
             raise ValueError("the image of this mapper reads the text; build it with captioning=True")
         image = self.embed_image(image_tokens, keep)

@@ -31,8 +31,9 @@ class CaptionModule(TaskModule):
     """Cross-entropy of every word given those before it, with label smoothing.
 
     A batch is a dictionary with ``text`` (:class:`~clipmapper.models.tokens.TokenizedText`, one caption an
-    image; for training also several, those of an image in succession), ``references`` (several captions of each image) and either ``image_tokens`` (of a frozen encoder,
-    cached) or ``images``. For validation also ``numbers``, which image of the split each is.
+    image; for training also several, those of an image in succession), ``references`` (several captions of
+    each image) and either ``image_tokens`` (of a frozen encoder, cached) or ``images``. For validation also
+    ``numbers``, which image of the split each is.
 
     Validation: the loss without smoothing, the scores of greedy captions, and the shares of them that are
     ``correct`` and ``complete`` by the split's ``judges`` (number of the image, caption → truth). ``written``

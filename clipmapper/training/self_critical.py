@@ -36,7 +36,9 @@ class SelfCriticalModule(CaptionModule):
         image_tokens = self.image_tokens(batch)
         greedy = write_captions(self.model, image_tokens, Decoding("greedy", max_length=self.model.longest))
         seed = int(np.random.SeedSequence((self.seed, self.global_step)).generate_state(1)[0])
-        drawing = Decoding("nucleus", captions=self.captions, max_length=self.model.longest, top_p=1.0, seed=seed)
+        drawing = Decoding(
+            "nucleus", captions=self.captions, max_length=self.model.longest, top_p=1.0, seed=seed
+        )
         drawn = write_captions(self.model, image_tokens, drawing)
         reward = self.rewards(drawn.texts, batch["references"])
         baseline = self.rewards(greedy.texts, batch["references"])
