@@ -25,9 +25,9 @@ AT_ONCE = 16  # tokens whose gradients are held together
 class TracedCaption:
     """A caption, and the forward that says how probable each of its tokens is.
 
-    ``caption``: its text. ``model``, ``pixels``: who wrote it, of what. ``scores``: logits of the token behind
-    each position, with their graph. ``words``: each word of the caption with the positions of its tokens.
-    ``image_tokens``: of the encoder, without graph.
+    ``caption``: its text. ``model``, ``pixels``: who wrote it, of what. ``scores``: logits of the token
+    behind each position, with their graph. ``words``: each word of the caption with the positions of its
+    tokens. ``image_tokens``: of the encoder, without graph.
     """
 
     caption: str

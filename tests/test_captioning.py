@@ -419,6 +419,20 @@ def test_checkpoint_of_a_run_writes_the_captions_of_its_results(finished):
         assert sample["reference"] == split.references[sample["image"]][0]
 
 
+@pytest.mark.parametrize("decoder", ["gpt2_prefix", "gpt2_cross"])
+def test_a_run_with_gpt2(settings, decoder):
+    """Trained, judged and saved by the same command; the file alone writes the captions of the results."""
+    sizes = ("model.gpt2.width=16", "model.gpt2.heads=2", "model.gpt2.layers=1", "training.max_steps=2")
+    chosen = ("experiment=caption_scenes_gpt2", f"model.decoder={decoder}", f"name={decoder}")
+    folder = train(settings(*chosen, *sizes))
+    model = clipmapper.load(folder / CHECKPOINT)
+    assert model.decoder.cross == (decoder == "gpt2_cross")
+    pictures = instantiate(model.description["data"]).validation.images
+    for row in results_of(folder)["samples"]:
+        how = Decoding("greedy", max_length=model.longest)
+        assert model.caption(pictures[row["image"]], how) == row["caption"]
+
+
 def test_interrupted_and_resumed_is_as_if_never_interrupted(settings, finished, monkeypatch):
     stopped = settings("name=stopped")
     original = CaptionModule.training_step
