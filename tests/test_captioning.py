@@ -325,7 +325,7 @@ def test_loss_is_the_reward_over_the_greedy_one_times_log_probability(critical, 
     critical.log_dict = lambda values, **_: logged.update(values)
     loss = critical.training_step(batch, 0)
     seed = int(np.random.SeedSequence((7, 0)).generate_state(1)[0])
-    longest = critical.longest
+    longest = critical.model.longest
     drawing = Decoding("nucleus", captions=3, max_length=longest, top_p=1.0, seed=seed)
     drawn = write_captions(critical.model, batch["image_tokens"], drawing)
     greedy = write_captions(critical.model, batch["image_tokens"], Decoding("greedy", max_length=longest))
