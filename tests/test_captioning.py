@@ -154,8 +154,8 @@ def test_batch_of_a_step_is_always_the_same_and_captions_are_drawn_anew(architec
             image = of_step[number // 2]
             assert data.train.truth(image, caption).complete
             said.setdefault(image, []).append(caption)
-    assert np.mean([len(set(captions)) / len(captions) for captions in said.values()]) > 0.7
-    assert np.mean(longest) < 0.85 * max(longest)  # captions of a length come together
+    assert np.mean([len(set(captions)) / len(captions) for captions in said.values()]) > 0.6
+    assert np.mean(longest) < 0.7 * max(longest)  # captions of a length come together
     other = drawn_batches(split, batch_size=5, captions=2, seed=4)
     assert other(0)["references"] != batch_at(0)["references"]
 
@@ -220,7 +220,7 @@ def fitted(architecture, data):
     train_split = CaptionBatches(model, data.train, "train", cached=True)
     captions = [references[0] for references in data.train.references[:6]]
     module = captions_module(model, data)
-    trainer = fit(module, lambda step: train_split.batch(range(6), captions), data, 60)
+    trainer = fit(module, lambda step, share: train_split.batch(range(6), captions), data, 60)
     return module, trainer, train_split, captions
 
 
@@ -349,13 +349,13 @@ def test_reward_rises(architecture, data):
     """From a captioner that knows the words but not yet which fit: what is drawn scores better and better."""
     model = tiny_captioner(architecture, data)
     split = CaptionBatches(model, data.train, "train", cached=True)
-    captions = [references[0] for references in data.train.references]
+    captions = [references[0] for references in data.train.references[:6]]
     numbers = range(len(captions))
-    fit(captions_module(model, data, steps=25), lambda step: split.batch(numbers, captions), data, 25)
+    fit(captions_module(model, data, steps=25), lambda step, share: split.batch(numbers, captions), data, 25)
     module = captions_module(
-        model, data, SelfCriticalModule, steps=60, references=data.train.references, captions=5, seed=0
+        model, data, SelfCriticalModule, steps=30, references=data.train.references, captions=4, seed=0
     )
-    module.learning_rate = 3e-3
+    module.learning_rate = 5e-3
     rewards = []
     original = module.log_dict
 
@@ -364,8 +364,8 @@ def test_reward_rises(architecture, data):
         original(values, **more)
 
     module.log_dict = noting
-    fit(module, lambda step: split.batch(numbers, captions), data, 60)
-    assert len(rewards) == 60
+    fit(module, lambda step, share: split.batch(numbers, captions), data, 30)
+    assert len(rewards) == 30
     assert np.mean(rewards[-10:]) > 1.2 * np.mean(rewards[:10]) > 0
 
 
@@ -518,7 +518,7 @@ def test_encoder_that_is_not_frozen_learns(settings, finished):
 
 @pytest.mark.parametrize("experiment", ["caption_coco_b32"])
 def test_experiment_on_coco_says_what_is_missing(experiment, tmp_path):
-    given = training_models.train_settings(f"experiment={experiment}", f"output={tmp_path}")
+    given = training_models.train_settings(f"experiment={experiment}", "trainer=cpu", f"output={tmp_path}")
     with pytest.raises(UserError, match=r"data.folder=data/coco: this version cannot read COCO's captions"):
         train(given)
     assert list(tmp_path.iterdir()) == []  # nothing was begun

@@ -84,4 +84,3 @@ class ScenesCaptions:
         ]
         images, instances = render_all(scenes)
         return CaptionSplit(images, [captions(scene, self.references) for scene in scenes], scenes, instances)
-

@@ -13,6 +13,7 @@ from clipmapper.data.images import clip_input
 from clipmapper.data.scenes_captions import CaptionSplit
 from clipmapper.data.token_cache import build_image_cache
 from clipmapper.models.captioner import Captioner
+from clipmapper.training.processes import WHOLE, Share, batches_of
 
 
 class CaptionBatches:
@@ -30,6 +31,7 @@ class CaptionBatches:
         batch: dict = {
             "text": self.model.tokenize(captions),
             "references": [self.split.references[image] for image in images],
+            "ids": [f"{self.name}/{image}" for image in images],
         }
         if self.image_tokens is not None:
             batch["image_tokens"] = self.image_tokens[torch.tensor(images)].float()
@@ -37,10 +39,10 @@ class CaptionBatches:
             batch["images"] = self._pixels(self.split.images[list(images)])
         return batch
 
-    def labelled(self, batch_size: int) -> Iterator[dict]:
-        """All images in order, with their numbers; the caption is the first reference."""
-        for start in range(0, len(self.split), batch_size):
-            numbers = list(range(start, min(start + batch_size, len(self.split))))
+    def labelled(self, batch_size: int, share: Share = WHOLE) -> Iterator[dict]:
+        """A share of all images in order, with their numbers; the caption is the first reference."""
+        for rows in batches_of(len(self.split), batch_size, share):
+            numbers = list(rows)
             captions = [self.split.references[number][0] for number in numbers]
             yield self.batch(numbers, captions) | {"numbers": numbers}
 
@@ -65,8 +67,9 @@ _TOGETHER = 8
 
 def drawn_batches(
     split: CaptionBatches, *, batch_size: int, captions: int, seed: int
-) -> Callable[[int], dict]:
-    """The training batch of every step: every image once an epoch, with ``captions`` newly drawn captions.
+) -> Callable[[int, Share], dict]:
+    """A share of the training batch of every step: every image once an epoch, each with ``captions`` newly
+    drawn captions.
 
     Images whose captions are about as long come in the same batch.
     """
@@ -77,7 +80,7 @@ def drawn_batches(
         return np.random.default_rng((seed, epoch)).permutation(count).tolist()
 
     @lru_cache(maxsize=1)
-    def together(number: int) -> list[tuple[list[int], list[str]]]:
+    def together(number: int) -> list[list[tuple[int, list[str]]]]:
         first = number * _TOGETHER * batch_size
         images = [order(p // count)[p % count] for p in range(first, first + _TOGETHER * batch_size)]
         rng = random.Random(f"captions/{seed}/{number}")
@@ -85,12 +88,10 @@ def drawn_batches(
         drawn.sort(key=lambda one: max(len(caption.split()) for caption in one[1]))
         batches = [drawn[start : start + batch_size] for start in range(0, len(drawn), batch_size)]
         rng.shuffle(batches)
-        return [
-            ([image for image, _ in batch], [caption for _, told in batch for caption in told])
-            for batch in batches
-        ]
+        return batches
 
-    def batch_at(step: int) -> dict:
-        return split.batch(*together(step // _TOGETHER)[step % _TOGETHER])
+    def batch_at(step: int, share: Share = WHOLE) -> dict:
+        rows = share.rows(together(step // _TOGETHER)[step % _TOGETHER])
+        return split.batch([image for image, _ in rows], [caption for _, told in rows for caption in told])
 
     return batch_at
