@@ -24,6 +24,7 @@ from clipmapper.data.coco_captions import CocoCaptions
 from clipmapper.data.scene_captions import draw_caption
 from clipmapper.data.scenes import draw_scene
 from clipmapper.data.scenes_captions import ScenesCaptions
+from clipmapper.data.token_cache import TokenStore
 from clipmapper.errors import UserError
 from clipmapper.evaluation.caption_scores import score_captions
 from clipmapper.evaluation.cider import cider_d
@@ -131,33 +132,38 @@ def test_coco_is_one_clear_line():
 
 def test_batch_of_a_step_is_always_the_same_and_captions_are_drawn_anew(architecture, data):
     model = tiny_captioner(architecture, data)
-    split = CaptionBatches(model, data.train, "train", cached=True)
+    split = CaptionBatches(model, data.train, "train", store=TokenStore())
     asked = []
     original = split.batch
     split.batch = lambda images, captions: (
         asked.append((list(images), list(captions))),
         original(images, captions),
     )[1]
-    batch_at = drawn_batches(split, batch_size=5, seed=3)
-    for step in (*range(12), 4):
+    batch_at = drawn_batches(split, batch_size=5, captions=2, seed=3)
+    for step in (*range(24), 4):
         batch = batch_at(step)
         assert batch["image_tokens"].shape[0] == len(batch["references"]) == 5
-    assert asked[4] == asked[12]
-    images = [image for of_step, _ in asked[:12] for image in of_step]
-    epochs = [images[start : start + 12] for start in range(0, 60, 12)]
-    assert all(sorted(epoch) == list(range(12)) for epoch in epochs) and len({tuple(e) for e in epochs}) == 5
+        assert batch["text"].ids.shape[0] == 10
+    assert asked[4] == asked[24]
+    images = [image for of_step, _ in asked[:24] for image in of_step]
+    assert [images.count(image) for image in range(12)] == [10] * 12  # 24 batches of 5 are 10 epochs
     said: dict[int, list[str]] = {}
-    for of_step, captions in asked[:12]:
-        for image, caption in zip(of_step, captions, strict=True):
+    longest = []
+    for of_step, captions in asked[:24]:
+        longest.append(max(len(caption.split()) for caption in captions))
+        for number, caption in enumerate(captions):
+            image = of_step[number // 2]
             assert data.train.truth(image, caption).complete
             said.setdefault(image, []).append(caption)
-    assert np.mean([len(set(captions)) / len(captions) for captions in said.values()]) > 0.8
-    assert drawn_batches(split, batch_size=5, seed=4)(0)["references"] != batch_at(0)["references"]
+    assert np.mean([len(set(captions)) / len(captions) for captions in said.values()]) > 0.6
+    assert np.mean(longest) < 0.7 * max(longest)  # captions of a length come together
+    other = drawn_batches(split, batch_size=5, captions=2, seed=4)
+    assert other(0)["references"] != batch_at(0)["references"]
 
 
 def test_cached_tokens_are_those_of_the_pixels(architecture, data):
     model = tiny_captioner(architecture, data)
-    batches = [CaptionBatches(model, data.train, "train", cached=cached) for cached in (True, False)]
+    batches = [CaptionBatches(model, data.train, "train", store=store) for store in (TokenStore(), None)]
     cached, pixels = (split.batch([3, 0], ["a ring", "two objects: two rings"]) for split in batches)
     assert set(cached) ^ set(pixels) == {"image_tokens", "images"}
     module = captions_module(model, data)
@@ -201,7 +207,7 @@ def fit(module, batch_at, data, steps: int) -> lightning.Trainer:
     )
     loaders = [DataLoader(StepBatches(batch_at, 0, steps), batch_size=None)]
     for name in ("validation", "held_out"):
-        split = CaptionBatches(module.model, getattr(data, name), name, cached=True)
+        split = CaptionBatches(module.model, getattr(data, name), name, store=TokenStore())
         loaders.append(DataLoader(Labelled(split, batch_size=3), batch_size=None))
     with less_noise():
         trainer.fit(module, loaders[0], loaders[1:])
@@ -212,7 +218,7 @@ def fit(module, batch_at, data, steps: int) -> lightning.Trainer:
 def fitted(architecture, data):
     """A captioner that was trained on six captions until it knew them, with its module and trainer."""
     model = tiny_captioner(architecture, data)
-    train_split = CaptionBatches(model, data.train, "train", cached=True)
+    train_split = CaptionBatches(model, data.train, "train", store=TokenStore())
     captions = [references[0] for references in data.train.references[:6]]
     module = captions_module(model, data)
     trainer = fit(module, lambda step, share: train_split.batch(range(6), captions), data, 60)
@@ -255,7 +261,7 @@ def test_validation_metrics_are_those_of_the_greedy_captions(fitted, data):
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     for name in ("validation", "held_out"):
         split = getattr(data, name)
-        batches = CaptionBatches(module.model, split, name, cached=True)
+        batches = CaptionBatches(module.model, split, name, store=TokenStore())
         tokens = batches.image_tokens.float()
         longest = Decoding("greedy", max_length=module.model.encoder.context_length - 1)
         written = [texts[0] for texts in write_captions(module.model, tokens, longest).texts]
@@ -314,13 +320,13 @@ def test_log_probability_of_a_caption_is_the_sum_over_its_words(critical, data):
 
 def test_loss_is_the_reward_over_the_greedy_one_times_log_probability(critical, data):
     """Rennie et al. 2017, equation 9, with the mean of the drawn captions."""
-    split = CaptionBatches(critical.model, data.train, "train", cached=True)
+    split = CaptionBatches(critical.model, data.train, "train", store=TokenStore())
     batch = split.batch([0, 5], [data.train.references[0][0], data.train.references[5][0]])
     logged = {}
     critical.log_dict = lambda values, **_: logged.update(values)
     loss = critical.training_step(batch, 0)
     seed = int(np.random.SeedSequence((7, 0)).generate_state(1)[0])
-    longest = critical.longest
+    longest = critical.model.longest
     drawing = Decoding("nucleus", captions=3, max_length=longest, top_p=1.0, seed=seed)
     drawn = write_captions(critical.model, batch["image_tokens"], drawing)
     greedy = write_captions(critical.model, batch["image_tokens"], Decoding("greedy", max_length=longest))
@@ -343,7 +349,7 @@ def test_loss_is_the_reward_over_the_greedy_one_times_log_probability(critical, 
 def test_reward_rises(architecture, data):
     """From a captioner that knows the words but not yet which fit: what is drawn scores better and better."""
     model = tiny_captioner(architecture, data)
-    split = CaptionBatches(model, data.train, "train", cached=True)
+    split = CaptionBatches(model, data.train, "train", store=TokenStore())
     captions = [references[0] for references in data.train.references[:6]]
     numbers = range(len(captions))
     fit(captions_module(model, data, steps=25), lambda step, share: split.batch(numbers, captions), data, 25)
@@ -412,6 +418,20 @@ def test_checkpoint_of_a_run_writes_the_captions_of_its_results(finished):
     for sample in results_of(finished)["samples"]:
         assert model.caption(split.images[sample["image"]], longest) == sample["caption"]
         assert sample["reference"] == split.references[sample["image"]][0]
+
+
+@pytest.mark.parametrize("decoder", ["gpt2_prefix", "gpt2_cross"])
+def test_a_run_with_gpt2(settings, decoder):
+    """Trained, judged and saved by the same command; the file alone writes the captions of the results."""
+    sizes = ("model.gpt2.width=16", "model.gpt2.heads=2", "model.gpt2.layers=1", "training.max_steps=2")
+    chosen = ("experiment=caption_scenes_gpt2", f"model.decoder={decoder}", f"name={decoder}")
+    folder = train(settings(*chosen, *sizes))
+    model = clipmapper.load(folder / CHECKPOINT)
+    assert model.decoder.cross == (decoder == "gpt2_cross")
+    pictures = instantiate(model.description["data"]).validation.images
+    for row in results_of(folder)["samples"]:
+        how = Decoding("greedy", max_length=model.longest)
+        assert model.caption(pictures[row["image"]], how) == row["caption"]
 
 
 def test_interrupted_and_resumed_is_as_if_never_interrupted(settings, finished, monkeypatch):
