@@ -64,7 +64,7 @@ def trace_caption(
     was_training = model.training
     model.eval()
     try:
-        with record(model) as trace, attention_for_several():
+        with attention_for_several(), record(model) as trace:
             image_tokens = model.encoder.image_tokens(pixels)
             if caption is None:
                 with _without_hooks(model):
