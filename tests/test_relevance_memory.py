@@ -7,7 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from clipmapper.benchmarks import subjects
 from clipmapper.benchmarks.memory import peak_bytes
-from clipmapper.relevance import gae, record, weighted
+from clipmapper.relevance import gae, propagation, record, weighted
 from clipmapper.relevance.several import attention_for_several, each_scalar
 
 CPU = torch.device("cpu")
@@ -101,7 +101,9 @@ def test_memory_grows_with_the_number_of_tokens(folder):
         assert peaks[method, 320] < 5 * peaks[method, 160]
 
 
-def test_recording_keeps_no_more_than_saliency(folder):
+def test_recording_keeps_no_more_than_saliency(folder, monkeypatch):
+    # In so small a model the few megabytes of one block of attention would be all that is seen.
+    monkeypatch.setattr(propagation, "_BLOCK", 2**14)
     subject = subjects.image_tower("vit", tiny_models.clip_config(folder), 1, CPU, force_image_size=160)
 
     def explain():
@@ -109,4 +111,4 @@ def test_recording_keeps_no_more_than_saliency(folder):
         trace.backward(y)
         weighted(trace)
 
-    assert peak_bytes(explain, CPU) <= 1.05 * peak_bytes(subject.floor, CPU)
+    assert peak_bytes(explain, CPU) <= 1.02 * peak_bytes(subject.floor, CPU)

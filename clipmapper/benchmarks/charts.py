@@ -30,7 +30,7 @@ def ratio_chart(
         for group, rows in groups.items():
             if i == 0:
                 axes.annotate(
-                    group, (0, y), xycoords=("axes fraction", "data"), xytext=(-215, 0),
+                    group, (0, y), xycoords=("axes fraction", "data"), xytext=(-180, 0),
                     textcoords="offset points", va="center", fontsize=8.5, fontweight="bold", color=_INK,
                     annotation_clip=False,
                 )  # fmt: skip
