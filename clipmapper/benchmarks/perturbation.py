@@ -42,7 +42,7 @@ def perturbation_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=128, help="most variants in one forward")
     parser.add_argument(
-        "--patience", type=float, default=300, help="seconds after which a way is repeated no more"
+        "--patience", type=float, default=300.0, help="seconds after which a way is repeated no more"
     )
     parser.add_argument("--device", default="auto")
 

@@ -42,7 +42,7 @@ def relevance_arguments(parser: ArgumentParser) -> None:
         help="also the resident memory of a process that explains once, above the loaded model's",
     )  # fmt: skip
     parser.add_argument(
-        "--patience", type=float, default=60, help="seconds after which a way is repeated no more"
+        "--patience", type=float, default=60.0, help="seconds after which a way is repeated no more"
     )
     parser.add_argument("--device", default="auto")
 
