@@ -16,7 +16,8 @@ class ClipTransform:
 
     Differs from open_clip's, which resizes with Pillow, by one level of 255 here and there, and takes about
     two thirds of the time (``scripts/benchmark.py data`` measures both). ``preprocess``:
-    ``visual.preprocess_cfg`` of an image tower. Images that are to be padded, or to fill a rectangle, go through open_clip's transform.
+    ``visual.preprocess_cfg`` of an image tower. Images that are to be padded, or to fill a rectangle, go
+    through open_clip's transform.
     """
 
     def __init__(self, preprocess: Mapping) -> None:
