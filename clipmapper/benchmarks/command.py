@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from clipmapper.benchmarks import captions, perturbation, relevance
+from clipmapper.benchmarks import captions, loading, perturbation, relevance, token_caching
 from clipmapper.benchmarks.timing import write_results
 from clipmapper.errors import UserError
 
@@ -47,6 +47,19 @@ BENCHMARKS = {
         perturbation.perturbation,
         show=perturbation.show,
         plot=perturbation.plot,
+    ),
+    "cache": Benchmark(
+        token_caching.caching_arguments,
+        token_caching.caching,
+        "{steps_per_s[pixels]:.2f} steps/s from pixels, {steps_per_s[memory]:.2f} from tokens in memory, "
+        "{steps_per_s[files]:.2f} in files: {speed_up:.1f} times; half precision: "
+        "{half_precision[same_answer]:.2%} of answers the same",
+    ),
+    "data": Benchmark(
+        loading.loading_arguments,
+        loading.loading,
+        "{images_per_s_and_core[pillow_torchvision]:.0f} images/s and core as the loaders do it, "
+        "{images_per_s_and_core[pillow]:.0f} as open_clip does: {speed_up:.2f} times",
     ),
 }
 
