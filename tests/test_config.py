@@ -45,7 +45,9 @@ CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.ya
 def with_what_belongs_to_it(choice: str) -> list[str]:
     """The choice, and the experiment whose task it is for."""
     group, _, name = choice.partition("=")
-    captions = group != "experiment" and "caption" in name
+    if choice in ("data=manifest", "data=huggingface", "experiment=caption_manifest"):
+        return [choice, "data.path=my"]
+    captions = group != "experiment" and "caption" in name and name != "coco_captions"
     return [CAPTIONS, choice] if captions else [choice]
 
 
@@ -154,7 +156,9 @@ def test_groups_have_one_class_per_implementation(run):
     given = run.config("train")
     assert type(given.logger) is config.WandbLoggerConfig and given.logger.mode == "offline"
     assert type(given.data) is config.ScenesVQAConfig
-    assert type(given.model) is config.VQAModelConfig and type(given.training) is config.VQATrainingConfig
+    assert (
+        type(given.model) is config.VQAModelConfig and type(given.training) is config.ScenesVQATrainingConfig
+    )
     captions = run.config("train", CAPTIONS)
     assert type(captions.data) is config.ScenesCaptionsConfig and captions.callbacks is None
     assert type(captions.model) is config.CaptionModelConfig

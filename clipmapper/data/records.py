@@ -136,7 +136,6 @@ class RecordData:
     ----------
     splits : name → records; "train" and "validation" at least, each not empty, "test" where there is one.
     vocabulary : the answers that the model is to know; None for captions.
-    validation_splits : the splits that are scored while training.
     workers : processes that decode images, 0 for none.
     notes : lines that the run prints about the data (images left out, answers unknown to the vocabulary).
     """
@@ -159,6 +158,12 @@ class RecordData:
         """ "vqa" or "captioning"."""
         return "captioning" if self.vocabulary is None else "vqa"
 
+    def split(self, name: str) -> Sequence[Record]:
+        """Raises ``UserError`` for a split that is not there."""
+        if name not in self.splits:
+            raise UserError(f"split={name}: the data has {', '.join(self.splits)}")
+        return self.splits[name]
+
     @property
     def train(self) -> Sequence[Record]:
         return self.splits["train"]
@@ -177,8 +182,8 @@ class RecordData:
         return tuple(sorted({record.family for record in self.validation}))
 
     def wordings(self) -> list[str]:
-        """All captions that are trained on."""
-        return [caption for record in self.train for caption in record.captions]
+        """All captions: those of validation are scored by the head, so it must know their words too."""
+        return [caption for some in self.splits.values() for record in some for caption in record.captions]
 
     def summary(self) -> list[str]:
         """What a run says about its data, before it begins."""
@@ -193,3 +198,12 @@ class RecordData:
         if self.vocabulary is not None:
             lines.append(f"{len(self.answers)} answers")
         return lines + self.notes
+
+
+def check_task(data: RecordData, task: str) -> None:
+    """Raise ``UserError`` where training is for the other task than the data."""
+    if data.task != task:
+        has, lacks, choose = ("captions", "questions", "experiment=caption_manifest, or training=captioning "
+            "with a captioner as model") if data.task == "captioning" else ("questions", "captions",
+            "training=vqa and a model that answers")  # fmt: skip
+        raise UserError(f"data: it has {has} and no {lacks}, but training is for {task}; choose {choose}")

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from rich.progress import Progress
 from torch import Tensor
 
@@ -43,6 +44,10 @@ class CaptionBatches:
             numbers = list(range(start, min(start + batch_size, len(self.split))))
             captions = [self.split.references[number][0] for number in numbers]
             yield self.batch(numbers, captions) | {"numbers": numbers}
+
+    def picture(self, image: int) -> UInt8[np.ndarray, "height width 3"]:
+        """An image to be looked at."""
+        return self.split.images[image]
 
     def _pixels(self, images: np.ndarray) -> Tensor:
         return clip_input(images, self.model.encoder.clip.visual)

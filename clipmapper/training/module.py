@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from clipmapper.models.build import DESCRIPTION
 from clipmapper.models.tokens import TokenizedText
@@ -45,7 +45,10 @@ class StepBatches(IterableDataset):
         self.batch_at, self.first_step, self.max_steps = batch_at, first_step, max_steps
 
     def __iter__(self) -> Iterator[dict]:
-        for step in range(self.first_step, self.max_steps):
+        # A DataLoader takes batches from its workers in turn.
+        worker = get_worker_info()
+        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for step in range(self.first_step + first, self.max_steps, stride):
             yield self.batch_at(step)
 
 

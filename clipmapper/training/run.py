@@ -9,14 +9,14 @@ from pathlib import Path
 import lightning
 import torch
 import wandb
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from torch.utils.data import DataLoader
 
-from clipmapper.config import Section, TrainConfig
-from clipmapper.errors import UserError
+from clipmapper.config import TrainConfig
+from clipmapper.data.records import RecordData
+from clipmapper.training.instances import built
 from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
 from clipmapper.training.less_noise import less_noise
 from clipmapper.training.module import Labelled, StepBatches
@@ -25,18 +25,20 @@ from clipmapper.training.tables import console, files_table
 from clipmapper.training.task import Task
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, data: RecordData | None = None) -> Path:
     """Train with these settings; returns the run's folder. See the README for what is in it.
+
+    ``data``: in place of the settings'; :func:`clipmapper.data.huggingface.records_of` makes it of an object.
 
     Raises ``UserError`` for settings that cannot work, before anything long begins, and
     :class:`~clipmapper.training.interruption.RunInterrupted` when the user stops the run.
     """
     began = time.monotonic()
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
-    explainer = None if config.callbacks is None else _built(config.callbacks)
+    explainer = None if config.callbacks is None else built(asdict(config.callbacks))
     resumed = folder_to_resume(config.output, config.name, settings) if config.resume else None
     lightning.seed_everything(config.seed, verbose=False)
-    data = _built(config.data)
+    data = data or built(asdict(config.data))
     task: Task = instantiate({"_target_": config.training._target_, "_partial_": True})(config, data)
     model = task.model
     model.description["data"] = asdict(config.data)
@@ -44,10 +46,8 @@ def train(config: TrainConfig) -> Path:
     out = console()
     out.print(f"{'Resuming' if resumed else 'Run'} {folder}")
 
-    rendering = time.monotonic()
-    images = sum(len(getattr(data, name).images) for name in data.sizes)
-    rendering = time.monotonic() - rendering
-    out.print(f"{images} scenes rendered in {rendering:.0f} s ({images / rendering:.0f} images/s)")
+    for line in _data_lines(data):
+        out.print(line, markup=False)
 
     trainer_device = _device(config)
     model.to(trainer_device)
@@ -111,9 +111,14 @@ def _fit(
         enable_model_summary=False,
     )
     module = task.module()
-    batches = DataLoader(StepBatches(task.batch_at, first_step, training.max_steps), batch_size=None)
+    # Forked, so that nothing is copied and batches need not be told how to travel.
+    loading = {"num_workers": task.workers, "multiprocessing_context": "fork"} if task.workers else {}
+    batches = DataLoader(
+        StepBatches(task.batch_at, first_step, training.max_steps), batch_size=None, **loading
+    )
     validation = [
-        DataLoader(Labelled(task.labelled(name)), batch_size=None) for name in task.validation_splits
+        DataLoader(Labelled(task.labelled(name)), batch_size=None, **loading)
+        for name in task.validation_splits
     ]
     trainer.fit(module, batches, validation, ckpt_path=checkpoint if resume else None, weights_only=True)
     # A run that was stopped in its last validation is resumed behind its last step: fit does nothing.
@@ -123,15 +128,15 @@ def _fit(
     return trainer
 
 
-def _built(section: Section):
-    """What the ``_target_`` of a section stands for."""
-    try:
-        return instantiate(asdict(section))
-    except InstantiationException as error:
-        # Hydra wraps what a constructor raises in an error of its own, with lines about where.
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from error
-        raise
+def _data_lines(data) -> Iterator[str]:
+    """What the data are; the built-in scenes are rendered here."""
+    if isinstance(data, RecordData):
+        yield from data.summary()
+        return
+    began = time.monotonic()
+    images = sum(len(getattr(data, name).images) for name in data.sizes)
+    rendering = time.monotonic() - began
+    yield f"{images} scenes rendered in {rendering:.0f} s ({images / rendering:.0f} images/s)"
 
 
 def _logger(config: TrainConfig, folder: Path) -> WandbLogger | CSVLogger:

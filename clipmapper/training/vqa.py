@@ -18,7 +18,9 @@ class VQAModule(TaskModule):
     A batch is a dictionary with ``targets`` Float[batch, answers] (soft accuracy of each answer) and either
     ``image_tokens``, ``text_tokens``, ``text_valid`` (of a frozen encoder, cached) or ``images`` and ``text``
     (:class:`~clipmapper.models.tokens.TokenizedText`). For validation also ``answers`` (those that people
-    gave, a list for each question) and ``families``.
+    gave, a list for each question), ``families`` and, where the data set has them, ``ids``.
+
+    ``answered`` holds (id, answer) of the last validation, by split.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class VQAModule(TaskModule):
         self.accuracy = torch.nn.ModuleDict(
             {split: MulticlassAccuracy(len(model.answers), average="micro") for split in splits}
         )
+        self.answered: dict[str, list[tuple[int | str, str]]] = {}
         self.soft_accuracy = torch.nn.ModuleDict(
             {split: VQASoftAccuracy(tuple(families)) for split in splits}
         )
@@ -53,11 +56,19 @@ class VQAModule(TaskModule):
     def validation_step(self, batch: Mapping, index: int, dataloader_idx: int = 0) -> None:
         logits = self.logits(batch)
         split = self.splits[dataloader_idx]
-        self.accuracy[split].update(logits, batch["targets"].argmax(dim=1))
-        predictions = [self.model.answers[i] for i in logits.argmax(dim=1).tolist()]
+        found, best = logits.argmax(dim=1), batch["targets"].argmax(dim=1)
+        # Where no right answer is in the vocabulary, any other than the one that is given stands for it.
+        unknown = ~batch["targets"].any(dim=1)
+        self.accuracy[split].update(logits, torch.where(unknown, (found + 1) % logits.shape[1], best))
+        predictions = [self.model.answers[i] for i in found.tolist()]
+        if "ids" in batch:
+            self.answered[split] += zip(batch["ids"], predictions, strict=True)
         self.soft_accuracy[split].update(predictions, batch["answers"], batch["families"])
         loss = answer_loss(logits, batch["targets"])
         self.log(f"{split}/loss", loss, batch_size=len(logits), add_dataloader_idx=False)
+
+    def on_validation_epoch_start(self) -> None:
+        self.answered = {split: [] for split in self.splits}
 
     def on_validation_epoch_end(self) -> None:
         for split in self.splits:
