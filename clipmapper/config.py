@@ -191,6 +191,7 @@ class AnswersConfig(RecordDataConfig):
 
     least_answers: int = setting(minimum=1)
     targets: str = setting(choices=("soft", "thirds", "three"))
+    accuracy: str = setting(choices=("vqa", "a_okvqa"))
 
 
 @dataclass

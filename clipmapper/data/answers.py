@@ -8,7 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clipmapper.evaluation.vqa_accuracy import normalise_answer
+from clipmapper.evaluation.vqa_accuracy import (
+    direct_answer_accuracy,
+    normalise_answer,
+    vqa_soft_accuracy,
+)
 
 _FEW = 4  # with fewer human answers than this no prediction could reach 1 by the official rule
 
@@ -21,6 +25,9 @@ RULES = {
     # Antol et al.: an answer is right when at least three people gave it; here nothing else counts.
     "three": lambda n: float(n >= 3),
 }
+
+# How right a prediction is, given the human answers.
+ACCURACIES = {"vqa": vqa_soft_accuracy, "a_okvqa": direct_answer_accuracy}
 
 
 class AnswerVocabulary:

@@ -63,6 +63,7 @@ def flickr_captions_data(
         where=tokens,
         least_answers=1,
         targets="soft",
+        accuracy="vqa",
         validation_share=validation_share,
         split_seed=split_seed,
         on_bad_image=on_bad_image,

@@ -22,6 +22,7 @@ def manifest_data(
     *,
     least_answers: int = 1,
     targets: str = "soft",
+    accuracy: str = "vqa",
     validation_share: float = 0.1,
     split_seed: int = 0,
     on_bad_image: str = "error",
@@ -37,6 +38,7 @@ def manifest_data(
     validation_path, test_path : files of these splits; then ``path`` is for training.
     least_answers : how often an answer occurs in training to be one that the model can give.
     targets : how right an answer is: a key of :data:`clipmapper.data.answers.RULES`.
+    accuracy : a key of :data:`clipmapper.data.answers.ACCURACIES`.
     validation_share, split_seed : of the images, where no split for validation is given.
     on_bad_image : "error" or "skip".
     workers : processes that decode images while training.
@@ -72,6 +74,7 @@ def manifest_data(
         where=path,
         least_answers=least_answers,
         targets=targets,
+        accuracy=accuracy,
         validation_share=validation_share,
         split_seed=split_seed,
         on_bad_image=on_bad_image,
@@ -86,6 +89,7 @@ def data_of(
     where: str,
     least_answers: int,
     targets: str,
+    accuracy: str,
     validation_share: float,
     split_seed: int,
     on_bad_image: str,
@@ -118,7 +122,9 @@ def data_of(
             stop_for([Problem(where, "fewer than two different answers in train", what)])
         notes += unknown_answers(readable["validation"], vocabulary)
     order = [name for name in ("train", "validation", "test") if readable.get(name)]
-    return RecordData({name: readable[name] for name in order}, vocabulary, workers=workers, notes=notes)
+    return RecordData(
+        {name: readable[name] for name in order}, vocabulary, accuracy=accuracy, workers=workers, notes=notes
+    )
 
 
 def unknown_answers(records: Sequence[Record], vocabulary) -> list[str]:

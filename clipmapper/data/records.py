@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clipmapper.data.answers import AnswerVocabulary, annotators
+from clipmapper.data.answers import ACCURACIES, AnswerVocabulary, annotators
 from clipmapper.data.images import as_pil
 from clipmapper.errors import UserError
 
@@ -136,6 +136,7 @@ class RecordData:
     ----------
     splits : name → records; "train" and "validation" at least, each not empty, "test" where there is one.
     vocabulary : the answers that the model is to know; None for captions.
+    accuracy : how answers are scored, a key of :data:`clipmapper.data.answers.ACCURACIES`.
     workers : processes that decode images, 0 for none.
     notes : lines that the run prints about the data (images left out, answers unknown to the vocabulary).
     """
@@ -145,9 +146,11 @@ class RecordData:
         splits: Mapping[str, Sequence[Record]],
         vocabulary: AnswerVocabulary | None,
         *,
+        accuracy: str = "vqa",
         workers: int = 0,
         notes: Sequence[str] = (),
     ) -> None:
+        self.accuracy = ACCURACIES[accuracy]
         self.splits = dict(splits)
         self.vocabulary = vocabulary
         self.workers = workers

@@ -19,6 +19,7 @@ def vqa_v2_data(
     *,
     least_answers: int = 9,
     targets: str = "soft",
+    accuracy: str = "vqa",
     on_bad_image: str = "error",
     workers: int = 0,
 ) -> RecordData:
@@ -34,7 +35,7 @@ def vqa_v2_data(
     least_answers : an answer that is the ``multiple_choice_answer`` of as many questions of train2014 and
         val2014 (where their annotations are there) is in the vocabulary: 3129 answers with 9, as is usual.
     targets : a key of :data:`clipmapper.data.answers.RULES`.
-    on_bad_image, workers : as of :func:`clipmapper.data.manifest.manifest_data`.
+    accuracy, on_bad_image, workers : as of :func:`clipmapper.data.manifest.manifest_data`.
 
     Raises ``UserError`` for missing files and for questions without an annotation.
     """
@@ -58,7 +59,7 @@ def vqa_v2_data(
     if validation in train:
         notes.append(f"validation: {validation} is trained on, so its accuracy says nothing about new images")
     notes += unknown_answers(readable["validation"], vocabulary)
-    return RecordData(readable, vocabulary, workers=workers, notes=notes)
+    return RecordData(readable, vocabulary, accuracy=accuracy, workers=workers, notes=notes)
 
 
 def read_vqa_v2(folder: Path, subset: str) -> list[Record]:

@@ -1,6 +1,6 @@
 """The question-only baseline: what the wording of a question alone gives away."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ def blind_accuracy(
     learning_rate: float,
     weight_decay: float,
     seed: int,
+    score: Callable[[str, Sequence[str]], float] = vqa_soft_accuracy,
 ) -> dict[str, float]:
     """Accuracy per family (and "overall") of the same mapper trained on questions without images.
 
@@ -64,12 +65,9 @@ def blind_accuracy(
             batch = validation.questions_only(numbers)
             for number, found in zip(numbers.tolist(), logits(batch).argmax(dim=1).tolist(), strict=True):
                 people = batch["answers"][number - start] if "answers" in batch else None
-                score = _score(model.answers[found], people, batch["targets"][number - start, found])
-                right.setdefault(validation.split.questions[number].family, []).append(score)
-                right["overall"].append(score)
+                # Where all ten people agree anyway, the target is the accuracy.
+                target = float(batch["targets"][number - start, found])
+                hit = target if people is None else score(model.answers[found], people)
+                right.setdefault(validation.split.questions[number].family, []).append(hit)
+                right["overall"].append(hit)
     return {family: sum(scores) / len(scores) for family, scores in right.items()}
-
-
-def _score(answer: str, people: Sequence[str] | None, target: Tensor) -> float:
-    """The official accuracy, or, where all ten people agree anyway, the target."""
-    return float(target) if people is None else vqa_soft_accuracy(answer, people)

@@ -1,13 +1,13 @@
 """Training CLIPmapper for visual question answering."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from clipmapper.evaluation.vqa_accuracy import VQASoftAccuracy
+from clipmapper.evaluation.vqa_accuracy import VQASoftAccuracy, vqa_soft_accuracy
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.training.module import TaskModule
 
@@ -20,7 +20,8 @@ class VQAModule(TaskModule):
     (:class:`~clipmapper.models.tokens.TokenizedText`). For validation also ``answers`` (those that people
     gave, a list for each question), ``families`` and, where the data set has them, ``ids``.
 
-    ``answered`` holds (id, answer) of the last validation, by split.
+    ``score``: how right an answer is, given those of people. ``answered`` holds (id, answer) of the last
+    validation, by split.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class VQAModule(TaskModule):
         max_steps: int,
         families: Sequence[str],
         splits: Sequence[str] = ("validation",),
+        score: Callable[[str, Sequence[str]], float] = vqa_soft_accuracy,
     ) -> None:
         super().__init__(model, learning_rate, weight_decay, warmup_steps, max_steps)
         self.splits = tuple(splits)
@@ -40,7 +42,7 @@ class VQAModule(TaskModule):
         )
         self.answered: dict[str, list[tuple[int | str, str]]] = {}
         self.soft_accuracy = torch.nn.ModuleDict(
-            {split: VQASoftAccuracy(tuple(families)) for split in splits}
+            {split: VQASoftAccuracy(tuple(families), score) for split in splits}
         )
 
     def logits(self, batch: Mapping) -> Float[Tensor, "batch answers"]:

@@ -13,6 +13,7 @@ from clipmapper.data.records import RecordData, check_task
 from clipmapper.data.scenes_vqa import ScenesVQA
 from clipmapper.data.vqa_results import write_results
 from clipmapper.errors import UserError
+from clipmapper.evaluation.vqa_accuracy import vqa_soft_accuracy
 from clipmapper.models.build import build_clipmapper
 from clipmapper.training.blind import blind_accuracy
 from clipmapper.training.explained_records import samples_of
@@ -34,8 +35,9 @@ class VQATask(Task):
         if isinstance(data, RecordData):
             check_task(data, "vqa")
             self.validation_splits, self.workers = ("validation",), data.workers
+            self._score = data.accuracy
         else:
-            self.validation_splits = VALIDATION_SPLITS
+            self.validation_splits, self._score = VALIDATION_SPLITS, vqa_soft_accuracy
             self._check_families()
         self.model = build_clipmapper(asdict(config.encoder), asdict(config.model), data.answers)
 
@@ -84,6 +86,7 @@ class VQATask(Task):
             training.max_steps,
             self.data.families,
             self.validation_splits,
+            self._score,
         )
         return self._module
 
@@ -146,6 +149,7 @@ class VQATask(Task):
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
             seed=self.config.seed,
+            score=self._score,
         )
 
     def tables(self, results: Mapping) -> list[Table]:
