@@ -85,6 +85,16 @@ def seen_part(image: Image.Image, visual: nn.Module) -> UInt8[np.ndarray, "heigh
     return np.asarray(canvas)
 
 
+def picture_of(
+    image: str | Path | bytes | Image.Image | np.ndarray | Tensor,
+    pixels: Float[Tensor, "1 3 height width"],
+    visual: nn.Module,
+) -> UInt8[np.ndarray, "tall wide 3"]:
+    """What is shown of an explained image: :func:`seen_part`, or, of an image that was given
+    as a tensor, the ``pixels`` that ``visual`` reads."""
+    return displayed_image(pixels, visual) if isinstance(image, Tensor) else seen_part(as_pil(image), visual)
+
+
 def displayed_image(
     pixels: Float[Tensor, "1 3 height width"], visual: nn.Module
 ) -> UInt8[np.ndarray, "height width 3"]:

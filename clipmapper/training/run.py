@@ -38,10 +38,12 @@ def train(config: TrainConfig, data: RecordData | None = None) -> Path:
     explainer = None if config.callbacks is None else built(asdict(config.callbacks))
     resumed = folder_to_resume(config.output, config.name, settings) if config.resume else None
     lightning.seed_everything(config.seed, verbose=False)
-    data = data or built(asdict(config.data))
+    described = None if data else asdict(config.data)
+    data = data or built(described)
     task: Task = instantiate({"_target_": config.training._target_, "_partial_": True})(config, data)
     model = task.model
-    model.description["data"] = asdict(config.data)
+    if described:  # an object of the caller's can't be found again from a checkpoint
+        model.description["data"] = described
     folder = resumed or new_run_folder(config.output, config.name, settings)
     out = console()
     out.print(f"{'Resuming' if resumed else 'Run'} {folder}")
