@@ -192,18 +192,23 @@ def test_real_captions_in_the_official_layout(tmp_path):
     assert record.captions[0] == "Man in apron standing on front of oven with pans and bakeware"
 
 
-@pytest.mark.parametrize("layout", ["token", "comma", "bar"])
-def test_flickr_token_files(tmp_path, layout):
+def flickr_folder(folder: Path, layout: str = "token") -> Path:
     names = [f"{n}.jpg" for n in range(4)]
     for name in names:
-        image(tmp_path / "images" / name)
+        image(folder / "images" / name)
     pairs = [(name, k, f"A man, number {k}, runs .") for name in names for k in range(5)]
     text = {
         "token": [f"{name}#{k}\t{caption}" for name, k, caption in pairs],
         "comma": ["image,caption", *(f'{name},"{caption}"' for name, _, caption in pairs)],
         "bar": ["image_name| comment_number| comment", *(f"{n}| {k}| {c}" for n, k, c in pairs)],
     }[layout]
-    (tmp_path / "captions.txt").write_text("\n".join(text) + "\n")
+    (folder / "captions.txt").write_text("\n".join(text) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["token", "comma", "bar"])
+def test_flickr_token_files(tmp_path, layout):
+    flickr_folder(tmp_path, layout)
     lists = tmp_path / "lists"
     lists.mkdir()
     (lists / "Flickr_8k.trainImages.txt").write_text("0.jpg\n1.jpg\n")

@@ -11,11 +11,14 @@ import torch
 import training_models
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from test_official_data import coco_folder, flickr_folder, vqa_v2_folder
 
 import clipmapper
 from clipmapper import cli
 from clipmapper.data.huggingface import records_of
 from clipmapper.data.images import as_pil, seen_part
+from clipmapper.data.vqa_results import official_accuracy
+from clipmapper.data.vqa_v2 import annotations_file
 from clipmapper.settings import train_settings
 from clipmapper.training.run import train
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
@@ -58,7 +61,8 @@ def place(tmp_path_factory):
 def run(place, *settings: str):
     # Later ones win, and architecture is of a CLIP with room for few patches.
     architecture = training_models.tiny_clip(place)
-    common = (*SETTINGS, f"encoder.architecture={architecture}", f"output={place / 'outputs'}")
+    given = SETTINGS if "callbacks=none" not in settings else [s for s in SETTINGS if "callbacks." not in s]
+    common = (*given, f"encoder.architecture={architecture}", f"output={place / 'outputs'}")
     return train(training_models.train_settings(*settings, *common))
 
 
@@ -214,3 +218,37 @@ def test_an_object_in_python_is_trained_on(place, tmp_path):
     assert results["accuracy"]["overall"]["questions"] == len(data.validation)
     assert results["accuracy"]["overall"]["blind"] is None
     assert "data" not in clipmapper.load(folder / CHECKPOINT).description
+
+
+OFFICIAL = {
+    "vqa_v2": (vqa_v2_folder, ("data.test=test-dev2015", "data.least_answers=1", "training.blind_steps=0")),
+    "coco_captions": (coco_folder, ()),
+    "flickr8k": (flickr_folder, ()),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_files_from_start_to_finish(name, tmp_path):
+    make, more = OFFICIAL[name]
+    folder = make(tmp_path / name)
+    if name == "flickr8k":
+        more = (f"data.tokens={folder / 'captions.txt'}", f"data.images={folder / 'images'}")
+        more += ("data.split_files=null", "data.validation_share=0.3")
+    else:
+        more += (f"data.folder={folder}",)
+    small = ("model.width=32", "model.depth=1", "callbacks=none", "data.workers=0")
+    done = run(tmp_path, f"data={name}", *more, *small)
+    results = json.loads((done / RESULTS).read_text())
+    assert results["name"] == name
+    if name == "vqa_v2":
+        assert set(results["accuracy"]) == {"number", "yes/no", "overall"}
+        written = json.loads((done / "answers_validation.json").read_text())
+        annotations = json.loads(annotations_file(folder, "val2014").read_text())["annotations"]
+        official = official_accuracy(written, annotations)
+        assert 100 * results["accuracy"]["overall"]["validation"] == pytest.approx(
+            official["overall"], abs=0.01
+        )
+        assert json.loads((done / "answers_test.json").read_text())[0]["question_id"] == 7000
+    else:
+        written = json.loads((done / "captions_validation.json").read_text())
+        assert results["captions"]["validation"]["greedy"]["captions"] == len(written) > 0

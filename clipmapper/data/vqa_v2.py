@@ -1,13 +1,14 @@
 """VQA v2 (Goyal et al. 2017, arXiv 1612.00837) in the files that visualqa.org gives."""
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from clipmapper.data.answers import AnswerVocabulary, frequent_answers
+from clipmapper.data.answers import AnswerVocabulary, frequent_answers, normalised
 from clipmapper.data.image_checks import readable_only
 from clipmapper.data.manifest import unknown_answers
 from clipmapper.data.official_files import coco_image, entries, read_json
-from clipmapper.data.records import Record, RecordData
+from clipmapper.data.records import OTHER, Record, RecordData
 from clipmapper.errors import UserError
 
 
@@ -80,7 +81,7 @@ def read_vqa_v2(folder: Path, subset: str) -> list[Record]:
         if not subset.startswith("test") and number not in answered:
             where = annotations_file(folder, subset)
             raise UserError(f"{where}: question {number} of {file.name} is not annotated")
-        answers, kind = answered.get(number, ((), "other"))
+        answers, kind = answered.get(number, ((), OTHER))
         path = coco_image(folder, images, image)
         found.append(
             Record(
@@ -105,18 +106,25 @@ def annotations_file(folder: Path, subset: str) -> Path:
 
 
 def _annotations(folder: Path, subset: str) -> dict[int, tuple[Sequence[str], str]]:
+    # Some subsets of VQA v2 that go round have lost the answer types.
     return {
-        entry["question_id"]: ([person["answer"] for person in entry["answers"]], entry["answer_type"])
+        entry["question_id"]: (_people(entry), entry.get("answer_type", OTHER))
         for entry in _annotated(folder, subset)
     }
 
 
 def _usual_answers(folder: Path, subsets: Sequence[str]) -> Iterable[str]:
     for subset in subsets:
-        yield from (entry["multiple_choice_answer"] for entry in _annotated(folder, subset))
+        for entry in _annotated(folder, subset):
+            usual = entry.get("multiple_choice_answer")
+            yield Counter(map(normalised, _people(entry))).most_common(1)[0][0] if usual is None else usual
+
+
+def _people(entry: Mapping) -> list[str]:
+    return [person["answer"] for person in entry["answers"]]
 
 
 def _annotated(folder: Path, subset: str) -> Sequence:
     file = annotations_file(folder, subset)
-    keys = ("question_id", "answers", "answer_type", "multiple_choice_answer")
-    return entries(read_json(file, f"the annotations of {subset}"), "annotations", file, keys)
+    content = read_json(file, f"the annotations of {subset}")
+    return entries(content, "annotations", file, ("question_id", "answers"))

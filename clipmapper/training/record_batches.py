@@ -80,8 +80,7 @@ class RecordCaptions:
     def __init__(self, model: Captioner, records: Sequence[Record]) -> None:
         self.split = CaptionRecords(records)
         self.dataset = RecordDataset(records, model.encoder.preprocess())
-        tokenizer, ends = model.encoder.tokenizer, model.ends
-        self.collate = CaptionCollate(lambda captions: caption_tokens(tokenizer, ends, captions))
+        self.collate = CaptionCollate(partial(caption_tokens, model.encoder.tokenizer, model.ends))
 
     def batch(self, images: Sequence[int], captions: Sequence[str]) -> dict:
         """A batch of these images, each with one caption (see :class:`CaptionModule`)."""
