@@ -166,8 +166,9 @@ def test_an_image_that_has_gone_stops_with_its_line(answering, place, command):
 # What the model sees of a photograph
 
 
-class Visual:
+class Visual(torch.nn.Module):
     def __init__(self, resize_mode: str) -> None:
+        super().__init__()
         self.image_size = (24, 24)
         self.preprocess_cfg = {
             "size": (24, 24), "mode": "RGB", "mean": (0, 0, 0), "std": (1, 1, 1), "fill_color": 0,
