@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from clipmapper.models.caption_tokens import caption_tokens
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.tokens import tokenize
+from clipmapper.training.processes import WHOLE, Share, batches_of
 
 # Photographs in a batch of validation: of 224 x 224 pixels they take 77 MB.
 _LABELLED = 128
@@ -68,9 +70,9 @@ class RecordQuestions:
         """The same batch without its images."""
         return self.collate.without_images([self.dataset.records[int(number)] for number in questions])
 
-    def labelled(self, batch_size: int) -> Iterator[dict]:
-        """All questions in order, with what validation needs."""
-        for rows in _in_order(len(self.split), batch_size):
+    def labelled(self, batch_size: int, share: Share = WHOLE) -> Iterator[dict]:
+        """A share of all questions in order, with what validation needs."""
+        for rows in _in_order(len(self.split), batch_size, share):
             yield self.batch(torch.tensor(rows))
 
 
@@ -86,9 +88,9 @@ class RecordCaptions:
         """A batch of these images, each with one caption (see :class:`CaptionModule`)."""
         return self.collate([self.dataset[number] for number in images], captions)
 
-    def labelled(self, batch_size: int) -> Iterator[dict]:
-        """All images in order, with their numbers; the caption is the first."""
-        for rows in _in_order(len(self.split), batch_size):
+    def labelled(self, batch_size: int, share: Share = WHOLE) -> Iterator[dict]:
+        """A share of all images in order, with their numbers; the caption is the first."""
+        for rows in _in_order(len(self.split), batch_size, share):
             captions = [self.split.records[number].captions[0] for number in rows]
             yield self.batch(rows, captions) | {"numbers": list(rows)}
 
@@ -113,17 +115,15 @@ def epochs(count: int, batch_size: int, seed: int) -> Callable[[int], list[int]]
     return numbers_at
 
 
-def question_batches(split: RecordQuestions, *, batch_size: int, seed: int) -> Callable[[int], dict]:
-    """The training batch of every step."""
+def question_batches(split: RecordQuestions, *, batch_size: int, seed: int) -> Callable[[int, Share], dict]:
+    """A share of the training batch of every step."""
     numbers_at = epochs(len(split.split), batch_size, seed)
-    return lambda step: split.batch(torch.tensor(numbers_at(step)))
+    return lambda step, share=WHOLE: split.batch(torch.tensor(share.rows(numbers_at(step))))
 
 
-def _in_order(count: int, batch_size: int) -> Iterator[range]:
+def _in_order(count: int, batch_size: int, share: Share) -> Iterator[range]:
     """Rows of batches; in a worker of a ``DataLoader``, which takes batches from its workers in turn, every
     so many of them."""
-    size = min(batch_size, _LABELLED)
     worker = get_worker_info()
     first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
-    for start in range(first * size, count, stride * size):
-        yield range(start, min(start + size, count))
+    yield from islice(batches_of(count, min(batch_size, _LABELLED), share), first, None, stride)

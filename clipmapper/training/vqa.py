@@ -10,6 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from clipmapper.evaluation.vqa_accuracy import VQASoftAccuracy, vqa_soft_accuracy
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.training.module import TaskModule
+from clipmapper.training.processes import from_all
 
 
 class VQAModule(TaskModule):
@@ -52,7 +53,7 @@ class VQAModule(TaskModule):
 
     def training_step(self, batch: Mapping, index: int) -> Tensor:
         loss = answer_loss(self.logits(batch), batch["targets"])
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["targets"]))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["targets"]), sync_dist=True)
         return loss
 
     def validation_step(self, batch: Mapping, index: int, dataloader_idx: int = 0) -> None:
@@ -67,12 +68,17 @@ class VQAModule(TaskModule):
             self.answered[split] += zip(batch["ids"], predictions, strict=True)
         self.soft_accuracy[split].update(predictions, batch["answers"], batch["families"])
         loss = answer_loss(logits, batch["targets"])
-        self.log(f"{split}/loss", loss, batch_size=len(logits), add_dataloader_idx=False)
+        self.log(f"{split}/loss", loss, batch_size=len(logits), add_dataloader_idx=False, sync_dist=True)
 
     def on_validation_epoch_start(self) -> None:
         self.answered = {split: [] for split in self.splits}
 
     def on_validation_epoch_end(self) -> None:
+        for split, mine in self.answered.items():
+            # Shares are every so many rows of a split: put back in turn, they are in its order.
+            parts = from_all(mine)
+            longest = max(map(len, parts))
+            self.answered[split] = [part[row] for row in range(longest) for part in parts if row < len(part)]
         for split in self.splits:
             if self.accuracy[split].update_called:
                 self.log(f"{split}/top1", self.accuracy[split].compute())

@@ -17,6 +17,7 @@ from clipmapper.evaluation.vqa_accuracy import vqa_soft_accuracy
 from clipmapper.models.build import build_clipmapper
 from clipmapper.training.blind import blind_accuracy
 from clipmapper.training.explained_records import samples_of
+from clipmapper.training.processes import Share
 from clipmapper.training.record_batches import RecordQuestions, question_batches
 from clipmapper.training.relevance_callback import RelevanceCallback
 from clipmapper.training.scene_batches import SplitBatches, scene_splits, training_batches
@@ -90,8 +91,8 @@ class VQATask(Task):
         )
         return self._module
 
-    def batch_at(self, step: int) -> dict:
-        return self._batch_at(step)
+    def batch_at(self, step: int, share: Share) -> dict:
+        return self._batch_at(step, share)
 
     def labelled(self, split: str) -> SplitBatches | RecordQuestions:
         return self.splits[split]
