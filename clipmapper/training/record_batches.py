@@ -82,7 +82,7 @@ class RecordCaptions:
     def __init__(self, model: Captioner, records: Sequence[Record]) -> None:
         self.split = CaptionRecords(records)
         self.dataset = RecordDataset(records, model.encoder.preprocess())
-        self.collate = CaptionCollate(partial(caption_tokens, model.encoder.tokenizer, model.ends))
+        self.collate = CaptionCollate(partial(caption_tokens, model.tokenizer, model.ends))
 
     def batch(self, images: Sequence[int], captions: Sequence[str]) -> dict:
         """A batch of these images, each with one caption (see :class:`CaptionModule`)."""
