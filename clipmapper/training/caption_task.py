@@ -26,6 +26,7 @@ from clipmapper.training.caption_report import (
     truth_table,
 )
 from clipmapper.training.captioning import SCORES, CaptionModule, JudgedCaption
+from clipmapper.training.encoder_tokens import token_store
 from clipmapper.training.explained_records import samples_of
 from clipmapper.training.processes import Share
 from clipmapper.training.record_batches import RecordCaptions
@@ -55,13 +56,13 @@ class CaptionTask(Task):
 
     def prepare(self, explainer: RelevanceCallback | None, folder: Path) -> None:
         training = self.config.training
-        cached = training.token_cache and self.config.encoder.frozen
         names = ("train", *self.validation_splits)
         if isinstance(self.data, RecordData):
             self.splits = {name: RecordCaptions(self.model, self.data.splits[name]) for name in names}
         else:
+            store = token_store(self.config)
             self.splits = {
-                name: CaptionBatches(self.model, getattr(self.data, name), name, cached) for name in names
+                name: CaptionBatches(self.model, getattr(self.data, name), name, store) for name in names
             }
         if explainer is not None:
             samples = samples_of(self.model, self.data, "validation", explainer.samples, explainer.seed)

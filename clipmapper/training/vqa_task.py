@@ -16,6 +16,7 @@ from clipmapper.errors import UserError
 from clipmapper.evaluation.vqa_accuracy import vqa_soft_accuracy
 from clipmapper.models.build import build_clipmapper
 from clipmapper.training.blind import blind_accuracy
+from clipmapper.training.encoder_tokens import token_store
 from clipmapper.training.explained_records import samples_of
 from clipmapper.training.processes import Share
 from clipmapper.training.record_batches import RecordQuestions, question_batches
@@ -63,9 +64,11 @@ class VQATask(Task):
                 self.splits["train"], batch_size=training.batch_size, seed=self.config.seed
             )
             return
-        # The class token that CoCa's text tower appends would be cut off with a cached text's padding.
-        cached = training.token_cache and not self.model.encoder.text_tower.appended_class_token
-        self.splits = scene_splits(self.model, self.data, cached=cached and self.config.encoder.frozen)
+        store = token_store(self.config)
+        if self.model.encoder.text_tower.appended_class_token:
+            # The class token that CoCa's text tower appends would be cut off with a cached text's padding.
+            store = None
+        self.splits = scene_splits(self.model, self.data, store)
         self._batch_at = training_batches(
             self.splits["simple"],
             self.splits["train"],
