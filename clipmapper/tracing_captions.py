@@ -83,9 +83,7 @@ def trace_caption(
     words = word_positions(model.tokenizer, text.ids[0], text.removable[0])
     if not words:
         raise UserError("the model's caption of this image is empty: there is no word to explain")
-    told = (
-        spell(model.tokenizer, text.ids[0][text.removable[0]]) if caption is None else caption.strip()
-    )
+    told = spell(model.tokenizer, text.ids[0][text.removable[0]]) if caption is None else caption.strip()
     return TracedCaption(told, model, pixels, trace, text, scores, image_tokens.detach(), words)
 
 
