@@ -852,7 +852,7 @@ def test_what_training_asks(model, data):
             asked.extend((self.name, self.split.questions[int(n)]) for n in numbers)
             return {}
 
-    simple, train = (Noted(model, getattr(data, name), name, cached=False) for name in ("simple", "train"))
+    simple, train = (Noted(model, getattr(data, name), name, None) for name in ("simple", "train"))
     batch_at = training_batches(
         simple,
         train,
