@@ -240,6 +240,28 @@ def test_attention_that_is_not_known_is_named():
     refused(Own(fused=False), UserError, "Own has no attention that the recorder knows")
 
 
+@pytest.mark.parametrize("place", ["first", "between", "last"])
+def test_attention_that_is_neither_known_nor_fused_is_named_wherever_it_is(place):
+    """Its softmax gives it away; before the first layer and behind the last nothing else would."""
+    model = Mixed(Own(fused=False) if place == "between" else nn.Identity())
+    if place != "between":
+        whole = [model, Own(fused=False)] if place == "last" else [Own(fused=False), model]
+        model = nn.Sequential(*whole)
+    refused(model, RuntimeError, r"inner: Mixing attends in no sub-layer that the recorder knows")
+
+
+def test_probabilities_of_classes_are_no_attention():
+    head = nn.Sequential(nn.Linear(8, 4), nn.Softmax(dim=-1))
+    model = nn.Sequential(Mixed(nn.Identity()), head).eval()
+    softmax = (torch.softmax, F.softmax, torch.Tensor.softmax)
+    with record(model) as trace:
+        y = torch.softmax(model(TOKENS), dim=-1)[:, 1, 3].log()
+    trace.backward(y)
+    assert trace.read[1].tolist() == [1, 1]
+    assert (torch.softmax, F.softmax, torch.Tensor.softmax) == softmax
+    assert "softmax" not in vars(torch.Tensor)
+
+
 def test_known_attention_that_is_not_fused_is_named():
     model = Mixed(nn.Identity())
     model.second.self_attn = MyAttention(False)
@@ -311,9 +333,19 @@ def test_swin_is_refused_by_name():
     )
     with (
         pytest.raises(
-            UserError, match=r"layers\.0\.blocks\.0\.attn: the recorder does not know WindowAttention"
+            UserError, match=r"layers\.0\.blocks\.0\.attn: WindowAttention attends within windows; .*\(Swin\)"
         ),
         record(model),
+    ):
+        pass
+    from transformers import SwinConfig, SwinForImageClassification
+
+    config = SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2
+    )
+    with (
+        pytest.raises(UserError, match=r"attention: Swin\w+ attends within windows; .*\(Swin\)"),
+        record(SwinForImageClassification(config)),
     ):
         pass
 

@@ -4,11 +4,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clipmapper.relevance.method import explanation
 from clipmapper.relevance.propagation import positive_attention
 from clipmapper.relevance.result import Relevance, as_relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
 
 
+@explanation(gradient=True, layers=True)
 def gae(trace: AttentionTrace) -> Relevance:
     """Relevance by Chefer et al. 2021, with ``Ā = E_h relu(∇A ⊙ A)`` (eq. 5).
 
