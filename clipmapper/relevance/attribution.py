@@ -93,6 +93,11 @@ def select(out: Tensor, target: Target, rows: Tensor, batch: int) -> Tensor:
     """One scalar a sample of an output [len(rows), ...], ``target`` as captum reads it."""
     if callable(target):
         y = target(out)
+    elif not isinstance(out, Tensor):
+        raise UserError(
+            f"the forward gives {type(out).__name__}, no tensor: give forward=lambda *inputs: "
+            "model(...).logits, or as target a function of what it gives"
+        )
     elif target is None:
         y = out[:, 0] if out.ndim == 2 and out.shape[1] == 1 else out
     else:

@@ -1,6 +1,7 @@
 """Methods on the relevance that LRP gives to attention matrices (Chefer, Gur, Wolf, CVPR 2021)."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from jaxtyping import Float
 from torch import Tensor
@@ -52,9 +53,16 @@ def partial_lrp(trace: AttentionTrace, sign: str = "positive") -> Relevance:
     which the read token reads each modality. ``sign``: "negative" relevance instead, as positive numbers, or
     "both". Defined where :func:`transformer_attribution` is.
     """
-    part = {"positive": lambda R: R.clamp(min=0), "negative": lambda R: (-R).clamp(min=0), "both": lambda R: R}
+    trace = with_rules(trace, "lrp", "partial_lrp")
 
-    def matrix(step: Attention, queries: slice) -> Float[Tensor, "batch queries keys"]:
-        return part[sign](attention_relevance(step)).mean(dim=1)[:, queries]
+    def part(factor: int) -> Relevance:
+        def matrix(step: Attention, queries: slice) -> Float[Tensor, "batch queries keys"]:
+            return (factor * attention_relevance(step)).clamp(min=0).mean(dim=1)[:, queries]
 
-    return last_attention(with_rules(trace, "lrp", "partial_lrp"), matrix)
+        return last_attention(trace, matrix)
+
+    if sign != "both":
+        return part(1 if sign == "positive" else -1)
+    against = part(-1).streams
+    whole = part(1)
+    return replace(whole, streams={s: values - against[s] for s, values in whole.streams.items()})
