@@ -2,19 +2,24 @@
 
 import csv
 import json
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import training_models
+import wandb
 from PIL import Image
 from wandb.proto import wandb_internal_pb2
 
 from clipmapper.config import COMPARED_METHODS as METHODS
+from clipmapper.config import WandbLoggerConfig
 from clipmapper.data.scene_questions import FAMILIES
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
 from clipmapper.training.run import train
+from clipmapper.training.run_folder import RESULTS
+from clipmapper.training.run_logger import logged_files, run_logger
 
 _BLOCK, _HEADER = 32768, 7  # bytes
 _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
@@ -65,7 +70,7 @@ class OfflineRun:
                 self.files += [file.path for file in record.files.files]
             elif kind == "run":
                 self.run = record.run
-        self.ended = kind == "exit"
+        self.status = record.exit.exit_code if kind == "exit" else None  # None: not ended
 
     def logged(self, key: str) -> list:
         return [row[key] for row in self.history if key in row]
@@ -109,7 +114,7 @@ def in_results(explanations: dict, name: str) -> float:
 
 
 def test_run_is_complete_and_asked_for_nothing(offline, trained):
-    assert offline.ended
+    assert offline.status == 0
     assert (offline.run.project, offline.run.display_name) == ("clipmapper", "vqa_scenes")
     assert "wandb" not in trained.errors.lower()
 
@@ -195,3 +200,80 @@ def test_csv_holds_the_same_numbers(tmp_path):
         values = list(column(f"validation/accuracy/{family}").values())
         assert len(values) == 2
         assert values[-1] == pytest.approx(results["accuracy"][family]["validation"])
+
+
+# The file of an offline run is complete when the run says where it is.
+
+
+@pytest.fixture
+def offline_logger(tmp_path, monkeypatch):
+    """``offline_logger()`` in a block: a logger of a run in ``tmp_path / "run"``."""
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
+    (tmp_path / "run").mkdir()
+    settings = WandbLoggerConfig(
+        _target_="lightning.pytorch.loggers.WandbLogger", project="of the test", mode="offline"
+    )
+    return lambda: run_logger(settings, tmp_path / "run", "small")
+
+
+def test_run_beside_one_of_the_calling_program(tmp_path, monkeypatch):
+    """W&B's service then runs already, in another working directory, and the output's path is relative."""
+    architecture = training_models.tiny_clip(tmp_path)
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb-data"))
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "first")
+    own = wandb.init(
+        mode="offline", dir=tmp_path / "first", project="own", settings=wandb.Settings(silent=True)
+    )
+    try:
+        monkeypatch.chdir(tmp_path / "second")
+        overrides = (*training_models.SMALL_RUN, "callbacks=none", "training.max_steps=1")
+        folder = train(training_models.train_settings(*overrides, f"encoder.architecture={architecture}"))
+        own.log({"mine": 3})
+    finally:
+        own.finish()
+        wandb.teardown()
+    assert not folder.is_absolute() and not list((tmp_path / "first").glob("outputs"))
+    logged = Path(json.loads((folder / RESULTS).read_text())["files"]["W&B run"])
+    assert logged.parent == folder / "wandb"
+    (path,) = logged.glob("run-*.wandb")
+    assert any(record.WhichOneof("record_type") == "history" for record in records(path))
+    assert OfflineRun(Path(own.dir).parent).logged("mine") == [3]
+
+
+def test_file_is_complete_at_once(offline_logger, tmp_path):
+    for number in range(3):
+        with offline_logger() as logger:
+            logger.log_metrics({"number": number, "filling": "x" * 100_000})
+        run = OfflineRun(logged_files(logger, tmp_path / "run")["W&B run"])
+        assert run.status == 0 and run.logged("number") == [number]
+        assert "WANDB_SERVICE" not in os.environ  # or the next process would write by way of this one's
+
+
+def test_run_that_fails_is_complete_too(offline_logger, tmp_path):
+    with pytest.raises(KeyboardInterrupt), offline_logger() as logger:
+        logger.log_metrics({"number": 7})
+        raise KeyboardInterrupt
+    run = OfflineRun(logged_files(logger, tmp_path / "run")["W&B run"])
+    assert run.status == 1 and run.logged("number") == [7]
+
+
+def test_lost_file_is_said(offline_logger, tmp_path):
+    with offline_logger() as logger:
+        (path,) = tmp_path.glob("run/wandb/offline-run-*/run-*.wandb")
+        path.unlink()
+    with pytest.warns(UserWarning, match=r"no run-\*\.wandb in .*offline-run-.*results\.json"):
+        assert logged_files(logger, tmp_path / "run") == {}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no service"), SystemExit(3)])
+def test_results_outlive_a_service_that_fails(offline_logger, monkeypatch, error):
+    def failing(*args, **kwargs):
+        raise error
+
+    with pytest.warns(UserWarning, match="the run could not be finished"), offline_logger() as logger:
+        run, finish = logger.experiment, type(logger.experiment).finish
+        monkeypatch.setattr(type(run), "finish", failing)
+    finish(run)
+    wandb.teardown()

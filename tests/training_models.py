@@ -133,7 +133,12 @@ def console_command(*arguments: str, folder: Path) -> Finished:
 
 def _process(command: list[str], folder: Path) -> Finished:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_DATA_DIR": str(folder / "wandb-data")}
-    for name in ("HYDRA_FULL_ERROR", "WANDB_MODE", "WANDB_SILENT"):  # as for a user who has set nothing
+    for name in (
+        "HYDRA_FULL_ERROR",
+        "WANDB_MODE",
+        "WANDB_SERVICE",
+        "WANDB_SILENT",
+    ):  # as for a user who has set nothing
         environment.pop(name, None)
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=folder, env=environment, timeout=600, check=False

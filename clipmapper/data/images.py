@@ -1,6 +1,7 @@
 """Opening images that users give, and bringing rendered ones to what a CLIP reads."""
 
 import struct
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 from clipmapper.errors import UserError
 
 
-def as_pil(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
-    """An RGB image, turned upright by its EXIF orientation.
+def as_pil(image: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
+    """An RGB image, turned upright by its EXIF orientation. ``bytes`` are those of an image file.
 
     Raises ``UserError`` for a file that is not there or is not an image.
     """
@@ -24,16 +25,17 @@ def as_pil(image: str | Path | Image.Image | np.ndarray) -> Image.Image:
                 f"image: an array must be uint8 [height, width, 3], not {image.dtype} {list(image.shape)}"
             )
         return Image.fromarray(image)
-    if isinstance(image, str | Path):
-        path = Path(image)
-        if not path.is_file():
-            raise UserError(f"image={image}: no such file")
-        try:
-            with Image.open(path) as opened:
-                return _upright_rgb(opened)
-        except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
-            raise UserError(f"image={image}: not a readable image ({error})") from error
-    return _upright_rgb(image)
+    if isinstance(image, Image.Image):
+        return _upright_rgb(image)
+    name = f"image={image}" if isinstance(image, str | Path) else f"image of {len(image)} bytes"
+    if isinstance(image, str | Path) and not Path(image).is_file():
+        raise UserError(f"{name}: no such file")
+    try:
+        with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            return _upright_rgb(opened)
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        reason = str(error).partition(" <_io")[0]  # Pillow names the object that it read from
+        raise UserError(f"{name}: not a readable image ({reason})") from error
 
 
 def clip_input(

@@ -222,6 +222,7 @@ class _Decoder(PreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Int[Tensor, "rows tokens"],
+        cache: Cache | None = None,
         past_key_values: Cache | None = None,
         attention_mask: Int[Tensor, "rows all_tokens"] | None = None,
         use_cache: bool = True,
@@ -230,19 +231,22 @@ class _Decoder(PreTrainedModel, GenerationMixin):
         """Logits of the next token; rows are the captions being written, those of an image in succession.
 
         ``generate`` always gives the last three; nothing here depends on them. (No token is masked: captions
-        that have ended are only filled up until the others have, too.)
+        that have ended are only filled up until the others have, too.) What is remembered is ``cache`` to
+        transformers since 5.24, ``past_key_values`` before; it is changed in place, so that the output need
+        not name it.
         """
+        cache = past_key_values if cache is None else cache
         (captioner,) = self._captioner
         ids = self.token_ids(input_ids)
-        if past_key_values is None:
+        if cache is None:
             logits = self._from_the_start(captioner, ids)
         else:
-            remember = [partial(past_key_values.update, layer_idx=i) for i in range(captioner.caches)]
-            past = past_key_values.get_seq_length()
+            remember = [partial(cache.update, layer_idx=i) for i in range(captioner.caches)]
+            past = cache.get_seq_length()
             logits = captioner.step_logits(ids, self.memory, past, remember, known_only=True)
         if self._tokens is not None:
             logits = torch.nn.functional.pad(logits, (0, 1), value=-math.inf)
-        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=logits[:, None])
 
     def _from_the_start(
         self, captioner: Captioner, ids: Int[Tensor, "rows tokens"]

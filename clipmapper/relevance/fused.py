@@ -62,10 +62,12 @@ def _blip_text(
     attention_mask=None,
     encoder_hidden_states=None,
     encoder_attention_mask=None,
-    past_key_values=None,
+    cache=None,
+    past_key_values=None,  # its name before transformers 5.24
     **others,
 ):
-    if past_key_values is not None and past_key_values.get_seq_length():
+    cache = past_key_values if cache is None else cache
+    if cache is not None and cache.get_seq_length():
         raise ValueError("a forward behind remembered words can't be recorded; use_cache=False")
     if encoder_hidden_states is None:
         return _attend(module, hidden_states, hidden_states, attention_mask), None

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import lightning
 import torch
-import wandb
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
 from clipmapper.config import Section, TrainConfig
@@ -21,6 +20,7 @@ from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
 from clipmapper.training.less_noise import less_noise
 from clipmapper.training.module import Labelled, StepBatches
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS, folder_to_resume, new_run_folder, write_json
+from clipmapper.training.run_logger import logged_files, run_logger
 from clipmapper.training.tables import console, files_table
 from clipmapper.training.task import Task
 
@@ -52,23 +52,24 @@ def train(config: TrainConfig) -> Path:
     trainer_device = _device(config)
     model.to(trainer_device)
     task.prepare(explainer, folder)
-    with less_noise(), _stopping():
-        trainer = _fit(config, task, explainer, folder, resumed is not None)
-        trainer.save_checkpoint(folder / CHECKPOINT)
-    model.to(trainer_device)
+    with run_logger(config.logger, folder, config.name) as logger:
+        with less_noise(), _stopping():
+            trainer = _fit(config, task, explainer, logger, folder, resumed is not None)
+            trainer.save_checkpoint(folder / CHECKPOINT)
+        model.to(trainer_device)
 
-    found = task.results(trainer, folder)
-    results: dict = {"name": config.name, "settings": settings, **found}
-    files = {"checkpoint": folder / CHECKPOINT, "results": folder / RESULTS}
-    for table in task.tables(found):
-        out.print(table)
-    if explainer is not None and explainer.report is not None:
-        results["explanations"] = explainer.report.numbers(explainer.confidence, explainer.seed)
-        for table in explainer.kind.tables(results["explanations"]):
+        found = task.results(trainer, folder)
+        results: dict = {"name": config.name, "settings": settings, **found}
+        files = {"checkpoint": folder / CHECKPOINT, "results": folder / RESULTS}
+        for table in task.tables(found):
             out.print(table)
-        files |= {"heat maps": folder / "pictures", "methods": folder / "pictures" / "methods.png"}
-        files["perturbation curves"] = folder / "pictures" / explainer.kind.curves
-    files |= _logged_files(trainer)
+        if explainer is not None and explainer.report is not None:
+            results["explanations"] = explainer.report.numbers(explainer.confidence, explainer.seed)
+            for table in explainer.kind.tables(results["explanations"]):
+                out.print(table)
+            files |= {"heat maps": folder / "pictures", "methods": folder / "pictures" / "methods.png"}
+            files["perturbation curves"] = folder / "pictures" / explainer.kind.curves
+    files |= logged_files(logger, folder)
     results["files"] = {what: str(path) for what, path in files.items()}
     results["seconds"] = round(time.monotonic() - began, 1)
     write_json(folder / RESULTS, results)
@@ -78,7 +79,7 @@ def train(config: TrainConfig) -> Path:
 
 
 def _fit(
-    config: TrainConfig, task: Task, explainer: Callback | None, folder: Path, resume: bool
+    config: TrainConfig, task: Task, explainer: Callback | None, logger: Logger, folder: Path, resume: bool
 ) -> lightning.Trainer:
     training = config.training
     checkpoint = folder / CHECKPOINT
@@ -105,7 +106,7 @@ def _fit(
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,
         log_every_n_steps=20,
-        logger=_logger(config, folder),
+        logger=logger,
         callbacks=callbacks,
         default_root_dir=folder,
         enable_model_summary=False,
@@ -132,24 +133,6 @@ def _built(section: Section):
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from error
         raise
-
-
-def _logger(config: TrainConfig, folder: Path) -> WandbLogger | CSVLogger:
-    settings = asdict(config.logger)
-    if settings.pop("_target_").endswith("WandbLogger"):
-        # Offline runs stay silent: wandb's own lines about syncing would stand between our tables, the last
-        # of which has the folder. Online, wandb says where the run is.
-        quiet = wandb.Settings(silent=settings["mode"] == "offline")
-        return WandbLogger(experiment=wandb.init(**settings, dir=folder, name=config.name, settings=quiet))
-    return CSVLogger(save_dir=folder, name="csv", **settings)
-
-
-def _logged_files(trainer: lightning.Trainer) -> dict[str, Path]:
-    if isinstance(trainer.logger, WandbLogger):
-        directory = Path(trainer.logger.experiment.dir).parent
-        trainer.logger.experiment.finish()
-        return {"W&B run": directory}
-    return {"metrics": Path(trainer.logger.log_dir) / "metrics.csv"}
 
 
 @contextmanager

@@ -1,0 +1,195 @@
+"""The record that every real data set is turned into, and batches made of records."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from clipmapper.data.answers import AnswerVocabulary, annotators
+from clipmapper.data.images import as_pil
+from clipmapper.errors import UserError
+
+OTHER = "other"  # the family of a question whose data set has no answer types
+
+
+@runtime_checkable
+class StoredImage(Protocol):
+    """An image that is fetched when it is needed, such as a row of a Hugging Face data set."""
+
+    def read(self) -> bytes | Image.Image:
+        """The encoded file, or the image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One question about an image, or one image with its captions.
+
+    Attributes
+    ----------
+    id : the data set's own question (image) id, an int where the official results file wants one.
+    image : path, the bytes of an image file, or a :class:`StoredImage`.
+    image_id : the same for all records of an image; splits are made by it.
+    question, answers, family : for visual question answering. ``answers`` are those that people gave, one an
+        annotator: annotators are told apart by place, so data whose answers have no id (VizWiz) count right.
+        None of them for a test split. ``family`` is the answer type (VQA v2) or whatever accuracies are
+        reported by.
+    captions : for captioning, what people wrote.
+    source : file and line, for messages.
+    """
+
+    id: int | str
+    image: Path | bytes | StoredImage
+    image_id: str
+    question: str | None = None
+    answers: tuple[str, ...] = ()
+    family: str = OTHER
+    captions: tuple[str, ...] = ()
+    source: str = ""
+
+    def pil(self) -> Image.Image:
+        """The image in RGB, turned upright by its EXIF orientation. Raises ``UserError`` with the source."""
+        try:
+            return as_pil(self.image.read() if isinstance(self.image, StoredImage) else self.image)
+        except UserError as error:
+            raise UserError(f"{self.source}: {error}" if self.source else str(error)) from error
+
+
+class RecordDataset(Dataset):
+    """Records with their images as the encoder reads them.
+
+    ``transform``: PIL image → Float[3, height, width], such as
+    :meth:`clipmapper.models.encoder.ClipEncoder.preprocess`. An item is (record, pixels); a list of them goes
+    into :class:`VQACollate` or :class:`CaptionCollate`. Raises ``UserError`` for an unreadable image.
+    """
+
+    def __init__(self, records: Sequence[Record], transform: Callable[[Image.Image], Tensor]) -> None:
+        self.records, self.transform = records, transform
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, number: int) -> tuple[Record, Float[Tensor, "3 height width"]]:
+        record = self.records[number]
+        return record, self.transform(record.pil())
+
+
+Item = tuple[Record, Float[Tensor, "3 height width"]]
+
+
+class VQACollate:
+    """A batch of questions, as :class:`clipmapper.training.vqa.VQAModule` documents it.
+
+    ``tokenize``: texts → :class:`~clipmapper.models.tokens.TokenizedText`. The batch also has ``ids``.
+    """
+
+    def __init__(self, tokenize: Callable[[Sequence[str]], object], vocabulary: AnswerVocabulary) -> None:
+        self.tokenize, self.vocabulary = tokenize, vocabulary
+
+    def __call__(self, items: Sequence[Item]) -> dict:
+        batch = self.without_images([record for record, _ in items])
+        return batch | {"images": torch.stack([pixels for _, pixels in items])}
+
+    def without_images(self, records: Sequence[Record]) -> dict:
+        """Everything but ``images``."""
+        return {
+            "text": self.tokenize([record.question for record in records]),
+            "targets": torch.stack([self.vocabulary.targets(record.answers) for record in records]),
+            "answers": [annotators(record.answers) for record in records],
+            "families": [record.family for record in records],
+            "ids": [record.id for record in records],
+        }
+
+
+class CaptionCollate:
+    """A batch of images with one caption each, as :class:`clipmapper.training.captioning.CaptionModule`
+    documents it.
+
+    ``tokenize``: captions → :class:`~clipmapper.models.tokens.TokenizedText`. The batch also has ``ids``.
+    """
+
+    def __init__(self, tokenize: Callable[[Sequence[str]], object]) -> None:
+        self.tokenize = tokenize
+
+    def __call__(self, items: Sequence[Item], captions: Sequence[str]) -> dict:
+        batch = self.without_images([record for record, _ in items], captions)
+        return batch | {"images": torch.stack([pixels for _, pixels in items])}
+
+    def without_images(self, records: Sequence[Record], captions: Sequence[str]) -> dict:
+        """Everything but ``images``."""
+        return {
+            "text": self.tokenize(captions),
+            "references": [list(record.captions) for record in records],
+            "ids": [record.id for record in records],
+        }
+
+
+class RecordData:
+    """A data set of records that training can take: what ``data._target_`` builds.
+
+    Parameters
+    ----------
+    splits : name → records; "train" and "validation" at least, each not empty, "test" where there is one.
+    vocabulary : the answers that the model is to know; None for captions.
+    validation_splits : the splits that are scored while training.
+    workers : processes that decode images, 0 for none.
+    notes : lines that the run prints about the data (images left out, answers unknown to the vocabulary).
+    """
+
+    def __init__(
+        self,
+        splits: Mapping[str, Sequence[Record]],
+        vocabulary: AnswerVocabulary | None,
+        *,
+        workers: int = 0,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.splits = dict(splits)
+        self.vocabulary = vocabulary
+        self.workers = workers
+        self.notes = list(notes)
+
+    @property
+    def task(self) -> str:
+        """ "vqa" or "captioning"."""
+        return "captioning" if self.vocabulary is None else "vqa"
+
+    @property
+    def train(self) -> Sequence[Record]:
+        return self.splits["train"]
+
+    @property
+    def validation(self) -> Sequence[Record]:
+        return self.splits["validation"]
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        return () if self.vocabulary is None else self.vocabulary.answers
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Of all splits that are scored, in alphabetical order."""
+        return tuple(sorted({record.family for record in self.validation}))
+
+    def wordings(self) -> list[str]:
+        """All captions that are trained on."""
+        return [caption for record in self.train for caption in record.captions]
+
+    def summary(self) -> list[str]:
+        """What a run says about its data, before it begins."""
+        lines = []
+        for name, records in self.splits.items():
+            images = len({record.image_id for record in records})
+            if self.vocabulary is None:
+                what = f"{sum(len(record.captions) for record in records)} captions"
+            else:
+                what = f"{len(records)} questions"
+            lines.append(f"{name}: {images} images, {what}")
+        if self.vocabulary is not None:
+            lines.append(f"{len(self.answers)} answers")
+        return lines + self.notes
