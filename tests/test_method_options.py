@@ -97,7 +97,7 @@ def test_signs_of_a_hand_worked_row():
 
     node, zero = Node("t", 0), [[0.0]] * 3
     A = [[0.2, 0.3, 0.5]] * 3
-    step = sublayer(node, node, [A], [[[1.0, -1.0, 0.0]] * 3], before=zero, added=zero)
+    step = sublayer(node, node, [A], [[[0.2, -0.3, 0.0]] * 3], before=zero, added=zero)
     trace = AttentionTrace([step], {"t": 3}, {}, ("t",), (Node("t", 1), torch.tensor([0])))
     expected = {"positive": [1.2, 0, 0], "negative": [1.0, 0.3, 0], "both": [0.2, -0.3, 0]}
     for sign, row in expected.items():
@@ -225,3 +225,17 @@ def test_relevance_of_words_and_patches_in_one_sequence():
         assert streams["text"][:, 11:13].any() and not streams["text"][:, 2:11].any()
         assert streams["image"][:, 1:].any()
     assert maps(trace)
+
+
+def test_tokens_are_replaced_in_the_first_call_of_a_shared_block():
+    case = families.shared_block()
+    tokens = case.inputs["tokens"]
+    with record(case.model) as trace:
+        y = case.y(case.model(tokens))
+    trace.backward(y)
+    trace.again = Again(case.model, lambda rows: case.y(case.model(tokens[rows])))
+    changed = tokens.clone()
+    changed[:, 4] = 0
+    expected = (y - case.y(case.model(changed))).detach()
+    found = METHODS["occlusion"](trace, sign="both").streams["tokens"][:, 4]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

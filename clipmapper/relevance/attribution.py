@@ -89,7 +89,7 @@ class Attribution:
         return trace
 
 
-def select(out: Tensor, target: Target, rows: Tensor, batch: int) -> Tensor:
+def select(out: object, target: Target, rows: Tensor, batch: int) -> Tensor:
     """One scalar a sample of an output [len(rows), ...], ``target`` as captum reads it."""
     if callable(target):
         y = target(out)

@@ -7,8 +7,6 @@ Not ``attn_lrp`` and ``partial_lrp``: they *are* rules for the backward pass. Of
 import inspect
 from collections.abc import Callable
 
-from torch import Tensor
-
 from clipmapper.relevance.again import with_rules
 from clipmapper.relevance.captum_methods import integrated_gradients
 from clipmapper.relevance.effective import effective_weighted, efficient_weighted
@@ -47,7 +45,7 @@ def with_libra(method: Callable[..., Relevance]) -> Callable[..., Relevance]:
     Takes a trace that was recorded so, or any with ``trace.again``. Options are those of the method.
     """
 
-    def balanced(trace: AttentionTrace, y: Tensor | None = None, **options) -> Relevance:
+    def balanced(trace: AttentionTrace, y: object = None, **options) -> Relevance:
         trace = differentiated(trace, y, gradient=True)
         return method(with_rules(trace, "libra", balanced.__name__), **options)
 

@@ -35,7 +35,7 @@ def explanation(*, gradient: bool = False, layers: bool = False) -> Callable:
         offered = {"sign": gradient, "start_layer": layers}
 
         @functools.wraps(function)
-        def method(trace: AttentionTrace, y: Tensor | None = None, **options) -> Relevance:
+        def method(trace: AttentionTrace, y: object = None, **options) -> Relevance:
             for name in options:
                 if name not in own and not offered.get(name, False):
                     why = _WHY_NOT.get(name, f"its options are {', '.join(_options(signature)) or 'none'}")
@@ -69,8 +69,11 @@ def _options(signature: inspect.Signature) -> list[str]:
     return [name for name in signature.parameters if name not in ("trace", "y")]
 
 
-def differentiated(trace: AttentionTrace, y: Tensor | None, gradient: bool) -> AttentionTrace:
-    """The trace after its backward of ``y``; as it is for None, or where y is not needed."""
+def differentiated(trace: AttentionTrace, y: object, gradient: bool) -> AttentionTrace:
+    """The trace after its backward of ``y``; as it is for None, or where y is not needed.
+
+    Raises ``UserError`` for a y that is no tensor (an option by position, say).
+    """
     if y is not None and not isinstance(y, Tensor):
         raise UserError(f"y={y!r}: the explained scalar must be a tensor [batch]; options are given by name")
     if y is None or trace.explained is y or not (gradient or trace.reads_what_y_reads):

@@ -243,7 +243,7 @@ class AttentionTrace:
             return self.valid[stream]
         return torch.ones(self.batch, self.lengths[stream], dtype=torch.bool, device=self.device)
 
-    def backward(self, y: Float[Tensor, "batch"], keep_graph: bool = False) -> None:
+    def backward(self, y: Float[Tensor, "*batch"], keep_graph: bool = False) -> None:
         """The one backward: gradients of ``y.sum()`` at every sub-layer (samples do not interact).
 
         ``keep_graph``: another scalar of the same forward (the next word of a caption) may follow; its
