@@ -192,3 +192,28 @@ def test_quantus_faithfulness_and_randomisation_take_it():
     random = quantus.MPRT(layer_order="top_down", **quiet)
     layers = random(**arguments)
     assert len(layers) > 3 and all(np.isfinite(list(v)).all() for v in layers.values())
+
+
+def test_each_input_gets_its_own_stream_whatever_the_order():
+    """SigLIP runs its words first and has pooling queries for a third stream."""
+    case = families.hf_siglip()
+    ids, images = case.inputs["input_ids"], case.inputs["pixel_values"]
+    with record(case.model) as trace:
+        y = case.y(case.model(**case.inputs))
+    expected = METHODS["weighted"](trace, y).streams
+
+    def forward(first, second):
+        pair = (first, second) if first.ndim == 2 else (second, first)
+        return case.model(input_ids=pair[0], pixel_values=pair[1])
+
+    explain = Attribution(case.model, METHODS["weighted"], forward)
+    for inputs in ((ids, images), (images, ids)):
+        found = explain.attribute(inputs, case.y)
+        for given, values in zip(inputs, found, strict=True):
+            torch.testing.assert_close(values, expected["text" if given is ids else "image"])
+    alone = Attribution(case.model, METHODS["weighted"], lambda words: case.model(words, images))
+    torch.testing.assert_close(alone.attribute(ids, case.y), expected["text"])
+    with pytest.raises(UserError, match="3 inputs, but the model's input streams are"):
+        Attribution(case.model, METHODS["weighted"], lambda a, b, c: forward(a, b)).attribute(
+            (ids, images, images), case.y
+        )

@@ -239,3 +239,26 @@ def test_tokens_are_replaced_in_the_first_call_of_a_shared_block():
     expected = (y - case.y(case.model(changed))).detach()
     found = METHODS["occlusion"](trace, sign="both").streams["tokens"][:, 4]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "model, method, message",
+    [
+        ("hf_gpt2_reading", "input_x_gradient", "stream 'context' is only read, by cross-attention"),
+        ("hf_gpt2_reading", "occlusion", "occlusion: the tokens of stream 'context' can't be replaced"),
+        ("torch_multihead, batch_first=True", "occlusion", "added to outside of it"),
+        ("timm_norm_behind", "alti", r"alti needs the output projection of blocks\.1, which"),
+        ("hf_bert", "token_tm", "token_tm is defined for pre-LayerNorm models: bert.encoder.layer.1"),
+    ],
+)
+def test_where_a_method_is_not_defined_it_says_so(model, method, message):
+    case = families.CASES[model]()
+    with record(case.model) as trace:
+        y = case.y(case.run(case.model, case.inputs))
+    trace.backward(y)
+    trace.again = Again(case.model, lambda rows: case.y(case.run(case.model, case.inputs)))
+    with pytest.raises(UserError, match=message):
+        METHODS[method](trace)
+    if model == "hf_gpt2_reading":
+        streams = METHODS["alti"](trace).streams
+        assert streams["context"].any() and streams["text"].any()

@@ -1,7 +1,9 @@
 """The generic recorder around the forward: nothing left behind, errors that name the module, odd callers."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import test_record_any as families
@@ -13,6 +15,7 @@ from torch import nn
 from clipmapper.errors import UserError
 from clipmapper.relevance import METHODS, Join, Node, record
 
+ROOT = Path(__file__).resolve().parents[1]
 METHOD_NAMES = ("weighted", "gae", "rollout")
 FAMILIES = (
     "hf_bert",
@@ -382,3 +385,14 @@ def test_no_library_is_imported_that_is_not_in_use():
 
 def test_the_hooks_that_are_looked_for_exist():
     assert all(hasattr(nn.Linear(1, 1), kind) for kind in HOOKS)
+
+
+def test_the_table_of_models_names_tests_and_every_model_that_is_tested():
+    text = (ROOT / "docs" / "recorder.md").read_text().split("## Models × recorder")[1]
+    cells = [line.split("|")[-2] for line in text.splitlines() if line.startswith("| ")]
+    named = {name for cell in cells for name in re.findall(r"`(\w+)", cell)}
+    here = {name for name in vars(families) | globals() if name.startswith("test_")}
+    made = {name.split(",")[0] for name in families.CASES}
+    assert made <= named
+    for name in named - made - here - {"weighted", "rollout"}:
+        assert (ROOT / "tests" / f"{name}.py").exists(), name
