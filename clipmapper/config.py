@@ -101,6 +101,14 @@ class EncoderConfig(Section):
     architecture: str = setting(text=True)
     pretrained: str | None = setting(text=True)
     frozen: bool = setting()
+    image_size: int | None = setting(minimum=1)
+    trained_blocks: int | None = setting(minimum=1)
+    lora_rank: int | None = setting(minimum=1)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for key in ("trained_blocks", "lora_rank"):
+            if self.frozen and getattr(self, key) is not None:
+                yield key, "a frozen encoder trains nothing; give encoder.frozen=false as well, or null"
 
 
 @dataclass
@@ -198,6 +206,7 @@ class TrainingConfig(Section):
     learning_rate: float = setting(above=0)
     weight_decay: float = setting(minimum=0)
     warmup_steps: int = setting(minimum=0)
+    layer_decay: float = setting(above=0, maximum=1)
     token_cache: bool = setting()
 
 
@@ -263,8 +272,11 @@ class TrainerConfig(Section):
 
     accelerator: str = setting(choices=("auto", "cpu", "gpu", "cuda", "mps"))
     devices: str = setting()  # Lightning reads "1" as 1; OmegaConf 2.3 cannot expand a missing `int | str`
+    num_nodes: int = setting(minimum=1)
     precision: str = setting(choices=("32-true", "16-mixed", "bf16-mixed"))
     gradient_clip_val: float = setting(minimum=0)
+    accumulate_grad_batches: int = setting(minimum=1)
+    ema_decay: float | None = setting(above=0, below=1)
     val_check_interval: int | None = setting(minimum=1)
     checkpoint_interval: int = setting(minimum=1)
 
@@ -342,6 +354,8 @@ class TrainConfig(Section):
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from _empty_texts(self, "name", "output")
         task = self.training.task
+        if self.trainer.ema_decay is not None and self.encoder.lora_rank is not None:
+            yield "trainer.ema_decay", "averages adapters' factors, not their product; give ema_decay=null"
         for key in ("model", "data", "callbacks"):
             section = getattr(self, key)
             if section is not None and section.task and section.task != task:

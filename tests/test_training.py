@@ -165,7 +165,7 @@ class Fitted:
             callbacks=[losses],
         )
         few = torch.arange(40)
-        batches = StepBatches(lambda step: self.splits["train"].batch(few), 0, 80)
+        batches = StepBatches(lambda step, share: self.splits["train"].batch(few), 0, 80)
         validation = [Labelled(self.splits[name]) for name in VALIDATION_SPLITS]
         loaders = [DataLoader(dataset, batch_size=None) for dataset in (batches, *validation)]
         with less_noise():

@@ -15,21 +15,38 @@ from clipmapper.models.caption_tokens import caption_vocabulary
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.encoder import ClipEncoder
+from clipmapper.models.fine_tuning import choose_trained, merge_adapters
 from clipmapper.models.heads import VQAHead
 from clipmapper.models.mapper import MAPPERS, Mapper
 from clipmapper.shipped import shipped_path
 
+# What a description says of the encoder only where it is chosen.
+_CHOSEN = ("image_size", "trained_blocks", "lora_rank")
 # Under this key a checkpoint holds what it takes to rebuild the model.
 DESCRIPTION = "clipmapper"
+
+
+def build_encoder(encoder: Mapping) -> ClipEncoder:
+    """Stage 1.
+
+    ``encoder``: architecture, pretrained, frozen; where they are not None, image_size, and of one that is not
+    frozen trained_blocks and lora_rank (:func:`clipmapper.models.fine_tuning.choose_trained`).
+    """
+    built = ClipEncoder(
+        encoder["architecture"], encoder["pretrained"], encoder["frozen"], encoder.get("image_size")
+    )
+    if not encoder["frozen"]:
+        choose_trained(built, encoder.get("trained_blocks"), encoder.get("lora_rank"))
+    return built
 
 
 def build_clipmapper(encoder: Mapping, model: Mapping, answers: Sequence[str]) -> CLIPmapper:
     """A CLIPmapper with a pretrained encoder and a new mapper and head.
 
-    ``encoder``: architecture, pretrained, frozen. ``model``: mapper ("dual_flow" or "single_flow"), width,
+    ``encoder``: as for :func:`build_encoder`. ``model``: mapper ("dual_flow" or "single_flow"), width,
     depth, heads, mlp_ratio, image_position_embedding, head_width.
     """
-    stage_1 = ClipEncoder(encoder["architecture"], encoder["pretrained"], encoder["frozen"])
+    stage_1 = build_encoder(encoder)
     mapper, head = build_mapper_and_head(stage_1, model, len(answers))
     built = CLIPmapper(stage_1, mapper, head, answers)
     built.description = describe("vqa", encoder, model, answers=list(answers))
@@ -45,14 +62,14 @@ def build_captioner(
 ) -> Captioner:
     """A captioner with a pretrained encoder and a new mapper and head.
 
-    ``encoder``: architecture, pretrained, frozen. ``model``: mapper, width, depth, heads, mlp_ratio,
+    ``encoder``: as for :func:`build_encoder`. ``model``: mapper, width, depth, heads, mlp_ratio,
     image_position_embedding, tied_head (score words by CLIP's own token embeddings), text_embedding_only
     (leave out CLIP's text tower), vocabulary ("tokenizer": the head knows every token; "data": only those of
     the given ``captions``, or, where these are known, ``tokens``).
 
     Raises ``UserError`` for a CLIP that cannot read a caption that is being written.
     """
-    stage_1 = ClipEncoder(encoder["architecture"], encoder["pretrained"], encoder["frozen"])
+    stage_1 = build_encoder(encoder)
     if model["vocabulary"] == "tokenizer":
         tokens = None
     elif tokens is None:
@@ -101,7 +118,8 @@ def describe(task: str, encoder: Mapping, model: Mapping, **more) -> dict:
         config = json.loads(shipped_path(architecture).read_text())
     return {
         "task": task,
-        "encoder": {"architecture": architecture, "frozen": encoder["frozen"], "config": config},
+        "encoder": {"architecture": architecture, "frozen": encoder["frozen"], "config": config}
+        | {key: encoder[key] for key in _CHOSEN if encoder.get(key) is not None},
         "tokenizer": Path(architecture).stem if config else architecture,
         "model": dict(model),
         **more,
@@ -146,6 +164,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> CLIPmapper | C
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError, OSError) as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"checkpoint={path}: not a readable checkpoint of clipmapper ({line})") from error
+    merge_adapters(model.encoder)
     return model.to(device).eval()
 
 

@@ -13,6 +13,7 @@ from textwrap import shorten
 import open_clip
 import torch
 from jaxtyping import Int
+from open_clip.model import resize_pos_embed
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,13 +26,15 @@ EMBEDDING_IDS = "token_embedding.ids"
 EMBEDDING = "token_embedding.weight"
 
 
-def build_clip(architecture: str, pretrained: str | None) -> nn.Module:
+def build_clip(architecture: str, pretrained: str | None, image_size: int | None = None) -> nn.Module:
     """A CLIP in float32 and evaluation mode.
 
     ``architecture``: a name that open_clip knows, or the path of a model configuration in open_clip's own
     JSON format. ``pretrained``: an open_clip tag ("openai", "laion2b_s34b_b79k", ...), the path of a local
     checkpoint (safetensors or torch format), or None for random weights. Local files are loaded without
-    executing pickled code. Raises ``UserError`` for anything that is not there or does not fit.
+    executing pickled code. ``image_size``: side of an image in pixels, for another than the architecture's;
+    position embeddings are interpolated as open_clip does. Raises ``UserError`` for anything that is not
+    there or does not fit.
     """
     name = registered_name(architecture)
     if "hf_model_name" in open_clip.get_model_config(name)["text_cfg"]:
@@ -56,6 +59,8 @@ def build_clip(architecture: str, pretrained: str | None) -> nn.Module:
                 pretrained_text=False,
                 # In training mode patches at random would be missing from the token sequence.
                 force_patch_dropout=0.0,
+                # timm's towers are resized with their weights inside, below.
+                force_image_size=None if _is_timm(name) else image_size,
                 weights_only=True,
             )
     except Exception as error:
@@ -67,7 +72,26 @@ def build_clip(architecture: str, pretrained: str | None) -> nn.Module:
         raise UserError(f"encoder.architecture={architecture}: {_one_line(error)}") from error
     if path is not None:
         load_clip_weights(clip, path)
+    if image_size is not None:
+        _check_image_size(clip.visual, image_size)
+        if _is_timm(name):
+            clip.visual.set_input_size(image_size)
+            clip.visual.preprocess_cfg["size"] = clip.visual.image_size
     return clip.eval()
+
+
+def _is_timm(name: str) -> bool:
+    return "timm_model_name" in open_clip.get_model_config(name)["vision_cfg"]
+
+
+def _check_image_size(visual: nn.Module, image_size: int) -> None:
+    patches = getattr(visual, "conv1", None) or visual.trunk.patch_embed.proj
+    side = patches.kernel_size[0]
+    if image_size % side:
+        near = max(side, round(image_size / side) * side)
+        raise UserError(
+            f"encoder.image_size={image_size}: no multiple of the {side} pixels of a patch; nearest: {near}"
+        )
 
 
 def build_tokenizer(architecture: str, context_length: int):
@@ -95,7 +119,9 @@ def load_clip_weights(clip: nn.Module, path: Path) -> None:
     """
     try:
         if path.suffix == ".safetensors" and EMBEDDING_IDS in _tensor_names(path):
-            clip.load_state_dict(_spread_embedding(load_file(path), clip))
+            state = _spread_embedding(load_file(path), clip)
+            resize_pos_embed(state, clip)
+            clip.load_state_dict(state)
         else:
             with open_clip_log(), warnings.catch_warnings():
                 # torch asks to report the pickle protocol of a file that it is then right to refuse.

@@ -15,16 +15,23 @@ from clipmapper.models.tokens import padding_id
 class ClipEncoder(nn.Module):
     """A CLIP whose towers give tokens: all visual tokens and all text tokens after the final LayerNorm.
 
-    Parameters: ``architecture`` and ``pretrained`` as in :func:`clipmapper.models.clip_weights.build_clip`.
-    ``frozen``: its weights take no gradient and it stays in evaluation mode.
+    Parameters: ``architecture``, ``pretrained`` and ``image_size`` as in
+    :func:`clipmapper.models.clip_weights.build_clip`. ``frozen``: its weights take no gradient and it stays
+    in evaluation mode; :mod:`clipmapper.models.fine_tuning` says which of one that is not frozen are trained.
     """
 
-    def __init__(self, architecture: str, pretrained: str | None = None, frozen: bool = True) -> None:
+    def __init__(
+        self,
+        architecture: str,
+        pretrained: str | None = None,
+        frozen: bool = True,
+        image_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.architecture = architecture
         self.pretrained = pretrained
         self.frozen = frozen
-        self.clip = build_clip(architecture, pretrained)
+        self.clip = build_clip(architecture, pretrained, image_size)
         # Views on the modules of `clip`: kept out of the module tree so that no weight is listed twice.
         self._towers = (image_tower(self.clip.visual, architecture), TextTower(self.clip, architecture))
         if frozen:

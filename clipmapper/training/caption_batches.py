@@ -13,6 +13,7 @@ from clipmapper.data.images import clip_input
 from clipmapper.data.scenes_captions import CaptionSplit
 from clipmapper.data.token_cache import build_image_cache
 from clipmapper.models.captioner import Captioner
+from clipmapper.training.processes import WHOLE, Share, batches_of
 
 
 class CaptionBatches:
@@ -30,6 +31,7 @@ class CaptionBatches:
         batch: dict = {
             "text": self.model.tokenize(captions),
             "references": [self.split.references[image] for image in images],
+            "ids": [f"{self.name}/{image}" for image in images],
         }
         if self.image_tokens is not None:
             batch["image_tokens"] = self.image_tokens[torch.tensor(images)].float()
@@ -37,10 +39,10 @@ class CaptionBatches:
             batch["images"] = self._pixels(self.split.images[list(images)])
         return batch
 
-    def labelled(self, batch_size: int) -> Iterator[dict]:
-        """All images in order, with their numbers; the caption is the first reference."""
-        for start in range(0, len(self.split), batch_size):
-            numbers = list(range(start, min(start + batch_size, len(self.split))))
+    def labelled(self, batch_size: int, share: Share = WHOLE) -> Iterator[dict]:
+        """A share of all images in order, with their numbers; the caption is the first reference."""
+        for rows in batches_of(len(self.split), batch_size, share):
+            numbers = list(rows)
             captions = [self.split.references[number][0] for number in numbers]
             yield self.batch(numbers, captions) | {"numbers": numbers}
 
@@ -58,18 +60,19 @@ class CaptionBatches:
             )
 
 
-def drawn_batches(split: CaptionBatches, *, batch_size: int, seed: int) -> Callable[[int], dict]:
-    """The training batch of every step: every image once an epoch, with a newly drawn caption."""
+def drawn_batches(split: CaptionBatches, *, batch_size: int, seed: int) -> Callable[[int, Share], dict]:
+    """A share of the training batch of every step: every image once an epoch, with a newly drawn caption."""
     count = len(split.split)
 
     @lru_cache(maxsize=2)
     def order(epoch: int) -> list[int]:
         return np.random.default_rng((seed, epoch)).permutation(count).tolist()
 
-    def batch_at(step: int) -> dict:
+    def batch_at(step: int, share: Share = WHOLE) -> dict:
         places = range(step * batch_size, (step + 1) * batch_size)
         images = [order(place // count)[place % count] for place in places]
         rng = random.Random(f"captions/{seed}/{step}")
-        return split.batch(images, [split.split.draw(image, rng) for image in images])
+        captions = [split.split.draw(image, rng) for image in images]
+        return split.batch(share.rows(images), share.rows(captions))
 
     return batch_at

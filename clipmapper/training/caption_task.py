@@ -25,6 +25,7 @@ from clipmapper.training.caption_report import (
 )
 from clipmapper.training.captioning import SCORES, CaptionModule, JudgedCaption
 from clipmapper.training.explained_captions import choose_caption_samples
+from clipmapper.training.processes import Share
 from clipmapper.training.relevance_callback import RelevanceCallback
 from clipmapper.training.self_critical import SelfCriticalModule
 from clipmapper.training.task import Task
@@ -82,8 +83,8 @@ class CaptionTask(Task):
             self._module = CaptionModule(**common, label_smoothing=training.label_smoothing)
         return self._module
 
-    def batch_at(self, step: int) -> dict:
-        return self._batch_at(step)
+    def batch_at(self, step: int, share: Share) -> dict:
+        return self._batch_at(step, share)
 
     def labelled(self, split: str) -> CaptionBatches:
         return self.splits[split]

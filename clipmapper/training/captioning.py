@@ -13,6 +13,7 @@ from clipmapper.models.caption_decoding import Decoding, write_captions
 from clipmapper.models.captioner import Captioner, caption_loss
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.training.module import TaskModule
+from clipmapper.training.processes import from_all
 
 SCORES = ("cider", "bleu_4", "rouge_l")
 Judge = Callable[[int, str], CaptionTruth]
@@ -80,10 +81,14 @@ class CaptionModule(TaskModule):
         said[:, 0] = False  # the start token is given
         return TokenizedText(self.model.head.places(text.ids, said), text.valid, text.removable)
 
+    def terms(self, batch: Mapping) -> int:
+        """Words that are learnt: all but the start token."""
+        return int(batch["text"].valid[:, 1:].sum())
+
     def training_step(self, batch: Mapping, index: int) -> Tensor:
         loss = self.loss(self.image_tokens(batch), batch["text"], self.label_smoothing)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["text"].ids))
-        return loss
+        self.log("train/loss", loss, prog_bar=True, batch_size=self.terms(batch), sync_dist=True)
+        return loss * self.weight(batch)
 
     def on_validation_epoch_start(self) -> None:
         self.written = {split: [] for split in self.splits}
@@ -92,7 +97,9 @@ class CaptionModule(TaskModule):
         split = self.splits[dataloader_idx]
         image_tokens = self.image_tokens(batch)
         loss = self.loss(image_tokens, batch["text"], 0.0)
-        self.log(f"{split}/loss", loss, batch_size=len(image_tokens), add_dataloader_idx=False)
+        self.log(
+            f"{split}/loss", loss, batch_size=self.terms(batch), add_dataloader_idx=False, sync_dist=True
+        )
         captions = self.write(image_tokens, Decoding("greedy", max_length=self.longest))
         self.scores[split].update(captions, batch["references"])
         self.written[split] += self.judged(split, batch["numbers"], captions)
@@ -103,6 +110,7 @@ class CaptionModule(TaskModule):
                 torch.tensor(share).float().mean(),
                 batch_size=len(share),
                 add_dataloader_idx=False,
+                sync_dist=True,
             )
 
     def write(self, image_tokens: Float[Tensor, "batch image width"], decoding: Decoding) -> list[str]:
@@ -118,6 +126,9 @@ class CaptionModule(TaskModule):
         ]
 
     def on_validation_epoch_end(self) -> None:
+        for split, captions in self.written.items():
+            together = [caption for part in from_all(captions) for caption in part]
+            self.written[split] = sorted(together, key=lambda caption: caption.image)
         for split in self.splits:
             if self.scores[split].update_called:
                 for name, value in self.scores[split].compute().items():

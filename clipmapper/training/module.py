@@ -1,6 +1,6 @@
 """What the modules of all tasks share: the model, its optimiser and what a checkpoint says of it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import lightning
 import torch
@@ -8,12 +8,20 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from clipmapper.models.build import DESCRIPTION
+from clipmapper.models.fine_tuning import learning_rate_scales, without_adapters
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.training.optimisation import adamw, warmup_cosine
+from clipmapper.training.processes import WHOLE, Share, sum_of_all, this_share
 
 
 class TaskModule(lightning.LightningModule):
-    """A model in training: AdamW, warm-up, cosine, in steps. A batch is a dictionary."""
+    """A model in training: AdamW, warm-up, cosine, in steps. A batch is a dictionary.
+
+    ``layer_decay``: of the encoder's learning rates
+    (:func:`clipmapper.models.fine_tuning.learning_rate_scales`), to be set before ``fit``.
+    """
+
+    layer_decay = 1.0
 
     def __init__(
         self, model: nn.Module, learning_rate: float, weight_decay: float, warmup_steps: int, max_steps: int
@@ -24,12 +32,34 @@ class TaskModule(lightning.LightningModule):
         self.warmup_steps, self.max_steps = warmup_steps, max_steps
 
     def configure_optimizers(self) -> dict:
-        optimiser = adamw(self.model, self.learning_rate, self.weight_decay)
+        scales = learning_rate_scales(self.model.encoder, self.layer_decay)
+        optimiser = adamw(self.model, self.learning_rate, self.weight_decay, scales=scales)
         schedule = warmup_cosine(optimiser, self.warmup_steps, self.max_steps)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def on_validation_start(self) -> None:
+        """What validates and explains reads the encoder as a plain one, without adapters."""
+        self._plain = without_adapters(self.model.encoder)
+        self._plain.__enter__()
+
+    def on_validation_end(self) -> None:
+        self._plain.__exit__(None, None, None)
+
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint[DESCRIPTION] = self.model.description
+
+    def terms(self, batch: dict) -> int:
+        """How many terms the loss of a batch is the mean of."""
+        return len(batch["ids"])
+
+    def weight(self, batch: dict) -> float:
+        """What a part's loss is multiplied by, so that the mean over parts is the loss of the whole batch.
+
+        Processes and accumulated gradients average the means of their parts as if each had equally many
+        terms: of questions they have, of captions, whose terms are words, they have not.
+        """
+        parts = this_share().of * batch.get("parts", 1)
+        return 1.0 if parts == 1 else self.terms(batch) * parts / sum_of_all(batch["parts_terms"])
 
     def transfer_batch_to_device(self, batch, device: torch.device, dataloader_idx: int):
         return {k: v.to(device) if isinstance(v, Tensor | TokenizedText) else v for k, v in batch.items()}
@@ -38,22 +68,35 @@ class TaskModule(lightning.LightningModule):
 class StepBatches(IterableDataset):
     """Training batches as a function of the step: a resumed run sees what an uninterrupted one would.
 
-    ``batch_at(step)`` makes one batch.
+    ``batch_at(step, share)`` makes a share of the batch of a step: that of this process, in as many parts as
+    gradients are accumulated over. ``terms``: of :class:`TaskModule`.
     """
 
-    def __init__(self, batch_at, first_step: int, max_steps: int) -> None:
+    def __init__(
+        self,
+        batch_at: Callable[[int, Share], dict],
+        first_step: int,
+        max_steps: int,
+        share: Share = WHOLE,
+        accumulated: int = 1,
+        terms: Callable[[dict], int] = lambda batch: len(batch["ids"]),
+    ) -> None:
         self.batch_at, self.first_step, self.max_steps = batch_at, first_step, max_steps
+        self.terms = terms
+        self.shares = [share.part(index, accumulated) for index in range(accumulated)]
 
     def __iter__(self) -> Iterator[dict]:
         for step in range(self.first_step, self.max_steps):
-            yield self.batch_at(step)
+            parts = [self.batch_at(step, share) for share in self.shares]
+            terms = sum(map(self.terms, parts))
+            yield from (part | {"parts": len(parts), "parts_terms": terms} for part in parts)
 
 
 class Labelled(IterableDataset):
-    """A split in order, in batches with what validation needs: those of ``split.labelled(batch_size)``."""
+    """A share of a split in order, in batches with what validation needs: ``split.labelled``'s."""
 
-    def __init__(self, split, batch_size: int = 500) -> None:
-        self.split, self.batch_size = split, batch_size
+    def __init__(self, split, batch_size: int = 500, share: Share = WHOLE) -> None:
+        self.split, self.batch_size, self.share = split, batch_size, share
 
     def __iter__(self) -> Iterator[dict]:
-        return self.split.labelled(self.batch_size)
+        return self.split.labelled(self.batch_size, self.share)

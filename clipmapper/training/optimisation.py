@@ -1,6 +1,8 @@
 """The optimiser and its schedule, the same for every model that is trained here."""
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -12,14 +14,26 @@ def adamw(
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.98),
     fused: bool | None = None,
+    scales: Mapping[nn.Parameter, float] = MappingProxyType({}),
 ) -> torch.optim.AdamW:
-    """AdamW over what takes a gradient; no decay on norms, biases, embeddings' vectors and scalars."""
+    """AdamW over what takes a gradient; no decay on norms, biases, embeddings' vectors and scalars.
+
+    ``scales``: of the learning rate, of parameters that have another than 1.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, fused=fused)
+    for weight in sorted(trained, key=lambda p: p.ndim < 2):  # with decay first; otherwise in their order
+        key = (weight_decay if weight.ndim >= 2 else 0.0, scales.get(weight, 1.0))
+        groups.setdefault(key, []).append(weight)
+    return torch.optim.AdamW(
+        [
+            {"params": weights, "weight_decay": decay, "lr": learning_rate * scale}
+            for (decay, scale), weights in groups.items()
+        ],
+        lr=learning_rate,
+        betas=betas,
+        fused=fused,
+    )
 
 
 def warmup_cosine(

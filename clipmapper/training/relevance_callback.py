@@ -14,6 +14,8 @@ from clipmapper.training.explained_captions import ExplainedCaptions
 from clipmapper.training.explained_samples import ExplainedSamples
 from clipmapper.training.explanation_kinds import ExplanationKind, explanation_kind
 from clipmapper.training.explanation_report import ExplanationReport
+from clipmapper.training.processes import from_all, is_main, this_share
+from clipmapper.training.shared_explanations import part_of, together
 
 
 class RelevanceCallback(lightning.Callback):
@@ -24,6 +26,7 @@ class RelevanceCallback(lightning.Callback):
     pictures to ``folder/pictures``, and to W&B also a table with image, heat map, coloured question, answer,
     truth and curves (of captions: image, strip of maps, caption, references and curves). Training goes on as
     if the callback had not been there: no gradient, mode, flag or random state that it uses is touched.
+    Of several processes each explains its part; the main one has the report of all, and writes.
 
     Parameters: ``methods`` by name (``UserError`` for an unknown one), ``pictures`` how many samples are
     drawn, ``batch_size`` perturbed variants a forward, ``confidence`` of the intervals.
@@ -73,21 +76,35 @@ class RelevanceCallback(lightning.Callback):
         if self.validations % self.every_n_validations and trainer.global_step < trainer.max_steps:
             return
         kind = self.kind
-        total = kind.points(len(self._explained), len(self.methods))
-        # Recording turns gradients on inside; under inference mode (Lightning's default) it could not.
-        with torch.inference_mode(False), tqdm(total=total, desc="explanations", leave=False) as bar:
-            self.report = kind.report(
-                module.model,
-                self._explained,
-                self.methods,
-                chunk=50,
-                batch_size=self.batch_size,
-                seed=self.seed,
-                progress=bar.update,
-            )
+        mine = part_of(self._explained, this_share())
+        report = None if mine is None else self._explain(module.model, mine)
+        reports = [part for part in from_all(report) if part is not None]
+        if not is_main():
+            return
+        self.report = together(self._explained, reports) if len(reports) > 1 else reports[0]
         self.written = kind.write(self.report, self._folder, count=self.pictures, confidence=self.confidence)
         scalars = kind.scalars(self.report)
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
             if isinstance(logger, WandbLogger):
                 kind.log(logger, self.report, self._folder, step=trainer.global_step)
+
+    def _explain(
+        self, model: torch.nn.Module, samples: ExplainedSamples | ExplainedCaptions
+    ) -> ExplanationReport | CaptionReport:
+        total = self.kind.points(len(samples), len(self.methods))
+        hidden = not is_main()
+        # Recording turns gradients on inside; under inference mode (Lightning's default) it could not.
+        with (
+            torch.inference_mode(False),
+            tqdm(total=total, desc="explanations", leave=False, disable=hidden) as bar,
+        ):
+            return self.kind.report(
+                model,
+                samples,
+                self.methods,
+                chunk=50,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                progress=bar.update,
+            )

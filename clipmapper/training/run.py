@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,32 +16,79 @@ from torch.utils.data import DataLoader
 
 from clipmapper.config import Section, TrainConfig
 from clipmapper.errors import UserError
+from clipmapper.models.fine_tuning import merge_adapters
+from clipmapper.training.checkpoint_files import NO_ROOM, previous_of, restore_checkpoint
+from clipmapper.training.finite import StopAtNonFinite
 from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
 from clipmapper.training.less_noise import less_noise
 from clipmapper.training.module import Labelled, StepBatches
-from clipmapper.training.run_folder import CHECKPOINT, RESULTS, folder_to_resume, new_run_folder, write_json
+from clipmapper.training.processes import (
+    another_has_failed,
+    check_shares,
+    in_main,
+    is_main,
+    say_once,
+    start_processes,
+    this_share,
+)
+from clipmapper.training.run_folder import (
+    CHECKPOINT,
+    RESULTS,
+    folder_to_resume,
+    new_run_folder,
+    run_of_requeued_job,
+    write_json,
+)
 from clipmapper.training.run_logger import logged_files, run_logger
 from clipmapper.training.tables import console, files_table
 from clipmapper.training.task import Task
+from clipmapper.training.trainer import build_trainer, steps_between_validations
 
 
 def train(config: TrainConfig) -> Path:
     """Train with these settings; returns the run's folder. See the README for what is in it.
 
-    Raises ``UserError`` for settings that cannot work, before anything long begins, and
+    Raises ``UserError`` for settings that cannot work, before anything long begins, and where the run cannot
+    go on (no room on the disk, a loss that is no number); and
     :class:`~clipmapper.training.interruption.RunInterrupted` when the user stops the run.
     """
+    device = start_processes(config.trainer)
+    try:
+        return _train(config, device)
+    except UserError as error:
+        if say_once(str(error)):
+            raise
+        raise SystemExit(2) from error
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise UserError(f"no room to write ({error.strerror}): {error.filename or config.output}") from error
+    except RunInterrupted:
+        if is_main():
+            raise
+        raise SystemExit(0) from None  # the main process says it
+    except RuntimeError as error:
+        if another_has_failed():  # this one only waited for it in vain
+            raise SystemExit(2) from error
+        raise
+
+
+def _train(config: TrainConfig, device: torch.device) -> Path:
     began = time.monotonic()
+    check_shares(config.training.batch_size, config.trainer.accumulate_grad_batches)
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
     explainer = None if config.callbacks is None else _built(config.callbacks)
     resumed = folder_to_resume(config.output, config.name, settings) if config.resume else None
+    resumed = resumed or in_main(lambda: run_of_requeued_job(config.output, config.name))
     lightning.seed_everything(config.seed, verbose=False)
     data = _built(config.data)
     task: Task = instantiate({"_target_": config.training._target_, "_partial_": True})(config, data)
     model = task.model
     model.description["data"] = asdict(config.data)
-    folder = resumed or new_run_folder(config.output, config.name, settings)
     out = console()
+    if resumed and (line := in_main(lambda: restore_checkpoint(resumed / CHECKPOINT))):
+        out.print(line, soft_wrap=True)
+    folder = resumed or in_main(lambda: new_run_folder(config.output, config.name, settings))
     out.print(f"{'Resuming' if resumed else 'Run'} {folder}")
 
     rendering = time.monotonic()
@@ -49,14 +96,16 @@ def train(config: TrainConfig) -> Path:
     rendering = time.monotonic() - rendering
     out.print(f"{images} scenes rendered in {rendering:.0f} s ({images / rendering:.0f} images/s)")
 
-    trainer_device = _device(config)
-    model.to(trainer_device)
+    model.to(device)
     task.prepare(explainer, folder)
-    with run_logger(config.logger, folder, config.name) as logger:
+    with run_logger(config.logger, folder, config.name) if is_main() else nullcontext(False) as logger:
         with less_noise(), _stopping():
             trainer = _fit(config, task, explainer, logger, folder, resumed is not None)
             trainer.save_checkpoint(folder / CHECKPOINT)
-        model.to(trainer_device)
+        if not is_main():
+            return folder
+        model.to(device)
+        merge_adapters(model.encoder)
 
         found = task.results(trainer, folder)
         results: dict = {"name": config.name, "settings": settings, **found}
@@ -73,17 +122,23 @@ def train(config: TrainConfig) -> Path:
     results["files"] = {what: str(path) for what, path in files.items()}
     results["seconds"] = round(time.monotonic() - began, 1)
     write_json(folder / RESULTS, results)
+    previous_of(folder / CHECKPOINT).unlink(missing_ok=True)  # the run is finished: nothing resumes it
     out.print(files_table(files))
     out.print(f"{results['seconds']:.0f} s in all")
     return folder
 
 
 def _fit(
-    config: TrainConfig, task: Task, explainer: Callback | None, logger: Logger, folder: Path, resume: bool
+    config: TrainConfig,
+    task: Task,
+    explainer: Callback | None,
+    logger: Logger | bool,
+    folder: Path,
+    resume: bool,
 ) -> lightning.Trainer:
     training = config.training
     checkpoint = folder / CHECKPOINT
-    first_step = int(torch.load(checkpoint, weights_only=True)["global_step"]) if resume else 0
+    first_step = int(torch.load(checkpoint, weights_only=True, mmap=True)["global_step"]) if resume else 0
     callbacks: list[Callback] = [
         ModelCheckpoint(
             dirpath=checkpoint.parent,
@@ -91,35 +146,33 @@ def _fit(
             every_n_train_steps=config.trainer.checkpoint_interval,
             enable_version_counter=False,
         ),
+        StopAtNonFinite(checkpoint),
         GracefulInterrupt(checkpoint),
         TQDMProgressBar(refresh_rate=20),
     ]
     if explainer is not None:
         callbacks.append(explainer)
-    trainer = lightning.Trainer(
-        accelerator=config.trainer.accelerator,
-        devices=config.trainer.devices,
-        precision=config.trainer.precision,
-        gradient_clip_val=config.trainer.gradient_clip_val,
-        max_steps=training.max_steps,
-        val_check_interval=min(config.trainer.val_check_interval or training.max_steps, training.max_steps),
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        log_every_n_steps=20,
-        logger=logger,
-        callbacks=callbacks,
-        default_root_dir=folder,
-        enable_model_summary=False,
-    )
+    trainer = build_trainer(config.trainer, training.max_steps, folder, logger, callbacks)
     module = task.module()
-    batches = DataLoader(StepBatches(task.batch_at, first_step, training.max_steps), batch_size=None)
+    module.layer_decay = training.layer_decay
+    share = this_share()
+    batches = StepBatches(
+        task.batch_at,
+        first_step,
+        training.max_steps,
+        share,
+        config.trainer.accumulate_grad_batches,
+        module.terms,
+    )
     validation = [
-        DataLoader(Labelled(task.labelled(name)), batch_size=None) for name in task.validation_splits
+        DataLoader(Labelled(task.labelled(name), share=share), batch_size=None)
+        for name in task.validation_splits
     ]
-    trainer.fit(module, batches, validation, ckpt_path=checkpoint if resume else None, weights_only=True)
+    loader = DataLoader(batches, batch_size=None)
+    trainer.fit(module, loader, validation, ckpt_path=checkpoint if resume else None, weights_only=True)
     # A run that was stopped in its last validation is resumed behind its last step: fit does nothing.
     unseen = f"{task.validation_splits[0]}/loss" not in trainer.callback_metrics
-    if unseen or training.max_steps % trainer.val_check_interval:
+    if unseen or training.max_steps % steps_between_validations(config.trainer, training.max_steps):
         trainer.validate(module, validation, verbose=False)
     return trainer
 
@@ -144,12 +197,3 @@ def _stopping() -> Iterator[None]:
         if isinstance(leaving.__context__, KeyboardInterrupt):
             raise RunInterrupted("stopped after training, while validating") from leaving
         raise
-
-
-def _device(config: TrainConfig) -> torch.device:
-    accelerator = config.trainer.accelerator
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda")
-    if accelerator in ("auto", "mps") and torch.backends.mps.is_available():
-        return torch.device("mps")
-    return torch.device("cpu")

@@ -9,10 +9,12 @@ from pathlib import Path
 import yaml
 
 from clipmapper.errors import UserError
+from clipmapper.training.checkpoint_files import previous_of
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 CONFIG = "config.yaml"
 RESULTS = "results.json"
+JOB = "slurm_job"
 
 
 def new_run_folder(output: str, name: str, settings: Mapping) -> Path:
@@ -24,7 +26,27 @@ def new_run_folder(output: str, name: str, settings: Mapping) -> Path:
         folder = folder.with_name(f"{folder.name.split('+')[0]}+{number}")
     (folder / CHECKPOINT.parent).mkdir(parents=True)
     (folder / CONFIG).write_text(yaml.safe_dump(dict(settings), sort_keys=False))
+    if job := _slurm_job():
+        (folder / JOB).write_text(job)
     return folder
+
+
+def run_of_requeued_job(output: str, name: str) -> Path | None:
+    """The unfinished run that this SLURM job had begun before it went back into the queue, if it saved."""
+    if not int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+        return None
+    for note in sorted(Path(output, name).glob(f"*/{JOB}"), reverse=True):
+        folder = note.parent
+        saved = any((folder / file).exists() for file in (CHECKPOINT, previous_of(CHECKPOINT)))
+        if note.read_text() == _slurm_job() and saved and not (folder / RESULTS).exists():
+            return folder
+    return None
+
+
+def _slurm_job() -> str | None:
+    """Which job this is, the same when it is started again. Jobs of an array differ by their task."""
+    job = os.environ.get("SLURM_ARRAY_JOB_ID", os.environ.get("SLURM_JOB_ID"))
+    return None if job is None else f"{job}_{os.environ.get('SLURM_ARRAY_TASK_ID', 0)}"
 
 
 def folder_to_resume(output: str, name: str, settings: Mapping) -> Path:
@@ -32,7 +54,9 @@ def folder_to_resume(output: str, name: str, settings: Mapping) -> Path:
 
     A run goes on with the settings that it was started with; others need a run of their own.
     """
-    runs = sorted((path.parent.parent for path in Path(output, name).glob(f"*/{CHECKPOINT}")), reverse=True)
+    files = (CHECKPOINT, previous_of(CHECKPOINT))
+    found = {path.parent.parent for file in files for path in Path(output, name).glob(f"*/{file}")}
+    runs = sorted(found, reverse=True)
     if not runs:
         raise UserError(
             f"resume=true: no run with a checkpoint in {Path(output, name)}; start one without it"

@@ -12,6 +12,7 @@ from clipmapper.data.scenes_vqa import ScenesVQA, VQASplit
 from clipmapper.data.token_cache import TokenCache, build_token_cache
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.tokens import tokenize
+from clipmapper.training.processes import WHOLE, Share, batches_of
 
 
 class SplitBatches:
@@ -37,15 +38,16 @@ class SplitBatches:
         """The same batch without its images."""
         targets = torch.zeros(len(questions), len(self.model.answers))
         targets[torch.arange(len(questions)), self.answer[questions]] = 1.0
+        batch = {"targets": targets, "ids": [f"{self.name}/{int(q)}" for q in questions]}
         if self.cache is not None:
-            return {"targets": targets} | self.cache.texts(questions)
+            return batch | self.cache.texts(questions)
         texts = [self.split.questions[int(q)].text for q in questions]
-        return {"targets": targets, "text": tokenize(self.model.encoder.tokenizer, texts)}
+        return batch | {"text": tokenize(self.model.encoder.tokenizer, texts)}
 
-    def labelled(self, batch_size: int) -> Iterator[dict]:
-        """All questions in order, with what validation needs."""
-        for start in range(0, len(self.split), batch_size):
-            numbers = torch.arange(start, min(start + batch_size, len(self.split)))
+    def labelled(self, batch_size: int, share: Share = WHOLE) -> Iterator[dict]:
+        """A share of all questions in order, with what validation needs."""
+        for rows in batches_of(len(self.split), batch_size, share):
+            numbers = torch.tensor(rows)
             asked = [self.split.questions[int(n)] for n in numbers]
             # Ten annotators who agree: the official accuracy is then 1 or 0.
             extra = {"answers": [[q.answer] * 10 for q in asked], "families": [q.family for q in asked]}
@@ -85,14 +87,14 @@ def training_batches(
     first_steps: int,
     shares: Mapping[str, float],
     seed: int,
-) -> Callable[[int], dict]:
-    """The batch of every step: simple scenes in the first steps, then all; each drawn by (seed, step).
+) -> Callable[[int, Share], dict]:
+    """A share of the batch of every step: simple scenes first, then all; drawn by (seed, step).
 
     Families are drawn as often as their ``shares`` say; in the first ``first_steps`` only ``first_families``.
     """
     numbers = {split.name: _numbers_by_family(split) for split in (simple, full)}
 
-    def batch_at(step: int) -> dict:
+    def batch_at(step: int, share: Share = WHOLE) -> dict:
         source = simple if step < simple_steps else full
         of_family = numbers[source.name]
         asked = [f for f in first_families if f in of_family] if step < first_steps else []
@@ -105,7 +107,7 @@ def training_batches(
         sizes = np.array([len(of_family[family]) for family in asked])[drawn]
         places = (rng.random(batch_size) * sizes).astype(int)
         questions = [of_family[asked[k]][place] for k, place in zip(drawn, places, strict=True)]
-        return source.batch(torch.tensor(np.array(questions)))
+        return source.batch(torch.tensor(np.array(share.rows(questions))))
 
     return batch_at
 

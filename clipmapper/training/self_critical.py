@@ -12,6 +12,7 @@ from clipmapper.evaluation.ptb_tokenizer import ptb_tokenise
 from clipmapper.models.caption_decoding import Decoding, write_captions
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.training.captioning import CaptionModule
+from clipmapper.training.processes import this_share
 
 
 class SelfCriticalModule(CaptionModule):
@@ -35,7 +36,10 @@ class SelfCriticalModule(CaptionModule):
     def training_step(self, batch: Mapping, index: int) -> Tensor:
         image_tokens = self.image_tokens(batch)
         greedy = write_captions(self.model, image_tokens, Decoding("greedy", max_length=self.longest))
-        seed = int(np.random.SeedSequence((self.seed, self.global_step)).generate_state(1)[0])
+        # Of several processes each draws other noise (one process alone would draw yet other captions).
+        process = this_share().index
+        entropy = (self.seed, self.global_step, process) if process else (self.seed, self.global_step)
+        seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
         drawing = Decoding("nucleus", captions=self.captions, max_length=self.longest, top_p=1.0, seed=seed)
         drawn = write_captions(self.model, image_tokens, drawing)
         reward = self.rewards(drawn.texts, batch["references"])
@@ -43,7 +47,7 @@ class SelfCriticalModule(CaptionModule):
         log_p = self.log_probability(image_tokens.repeat_interleave(self.captions, dim=0), drawn.tokens)
         loss = -((reward - baseline).flatten().to(log_p) * log_p).mean()
         logged = {"train/loss": loss, "train/reward": reward.mean(), "train/greedy_reward": baseline.mean()}
-        self.log_dict(logged, prog_bar=True, batch_size=len(image_tokens))
+        self.log_dict(logged, prog_bar=True, batch_size=len(image_tokens), sync_dist=True)
         return loss
 
     def rewards(

@@ -11,6 +11,7 @@ from torch import nn
 
 from clipmapper.config import TrainConfig
 from clipmapper.training.module import TaskModule
+from clipmapper.training.processes import Share
 
 
 class Task(ABC):
@@ -36,12 +37,18 @@ class Task(ABC):
         """What Lightning trains."""
 
     @abstractmethod
-    def batch_at(self, step: int) -> dict:
-        """The training batch of a step, the same whenever it is asked for."""
+    def batch_at(self, step: int, share: Share) -> dict:
+        """A share of the training batch of a step, the same whenever it is asked for.
+
+        The shares of a step together are its batch, whatever their number. ``ids`` names the samples.
+        """
 
     @abstractmethod
     def labelled(self, split: str):
-        """What has ``labelled(batch_size)``, the batches of a validation split in order."""
+        """What has ``labelled(batch_size, share)``: a share of a validation split in order, in batches.
+
+        As :func:`~clipmapper.training.processes.batches_of` shares it out.
+        """
 
     @abstractmethod
     def results(self, trainer: lightning.Trainer, folder: Path) -> dict:

@@ -47,7 +47,7 @@ class VQAModule(TaskModule):
 
     def training_step(self, batch: Mapping, index: int) -> Tensor:
         loss = answer_loss(self.logits(batch), batch["targets"])
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["targets"]))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["targets"]), sync_dist=True)
         return loss
 
     def validation_step(self, batch: Mapping, index: int, dataloader_idx: int = 0) -> None:
@@ -57,7 +57,7 @@ class VQAModule(TaskModule):
         predictions = [self.model.answers[i] for i in logits.argmax(dim=1).tolist()]
         self.soft_accuracy[split].update(predictions, batch["answers"], batch["families"])
         loss = answer_loss(logits, batch["targets"])
-        self.log(f"{split}/loss", loss, batch_size=len(logits), add_dataloader_idx=False)
+        self.log(f"{split}/loss", loss, batch_size=len(logits), add_dataloader_idx=False, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         for split in self.splits:

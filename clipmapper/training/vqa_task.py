@@ -13,6 +13,7 @@ from clipmapper.errors import UserError
 from clipmapper.models.build import build_clipmapper
 from clipmapper.training.blind import blind_accuracy
 from clipmapper.training.explained_samples import choose_samples
+from clipmapper.training.processes import Share
 from clipmapper.training.relevance_callback import RelevanceCallback
 from clipmapper.training.scene_batches import SplitBatches, scene_splits, training_batches
 from clipmapper.training.tables import accuracy_table, console
@@ -66,8 +67,8 @@ class VQATask(Task):
             VALIDATION_SPLITS,
         )
 
-    def batch_at(self, step: int) -> dict:
-        return self._batch_at(step)
+    def batch_at(self, step: int, share: Share) -> dict:
+        return self._batch_at(step, share)
 
     def labelled(self, split: str) -> SplitBatches:
         return self.splits[split]
