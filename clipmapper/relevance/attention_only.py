@@ -1,5 +1,6 @@
 """Methods that look at attention and at nothing else: no gradient is needed."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -75,8 +76,11 @@ def on_inputs(
     join = next((s for s in trace.steps if isinstance(s, Join) and s.output == Node(stream, 0)), None)
     if join is None:
         return {stream: row}
-    pieces = join.spread(row, [trace.lengths[part.stream] for part in join.parts])
+    sizes = [trace.lengths[part.stream] for part in join.parts]
+    held = join.spread(torch.ones_like(row), sizes)
     inputs = {}
-    for part, piece in zip(join.parts, pieces, strict=True):
-        inputs.update(on_inputs(trace, part.stream, piece))
+    for part, piece, holds in zip(join.parts, join.spread(row, sizes), held, strict=True):
+        # A stream that was taken out of others (the image, of one flow) may hold nothing of some.
+        if bool(holds.any()):
+            inputs.update(on_inputs(trace, part.stream, piece))
     return inputs
