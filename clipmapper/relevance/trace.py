@@ -350,7 +350,8 @@ class AttentionTrace:
             return torch.arange(length, device=self.device).expand(batch, -1)
         places = torch.full((batch, length), -1, device=self.device)
         for join in self.steps:
-            if isinstance(join, Join) and join.output == Node(holder, 0):
+            # (Not where a stream only goes to its next version, see layers.py.)
+            if isinstance(join, Join) and join.output.stream == holder != join.parts[0].stream:
                 inner = [self._numbered(stream, part.stream) for part in join.parts]
                 tokens = join.gather(inner)
                 row, place = (tokens >= 0).nonzero(as_tuple=True)
