@@ -233,6 +233,9 @@ class TrainingConfig(Section):
     warmup_steps: int = setting(minimum=0)
     layer_decay: float = setting(above=0, maximum=1)
     token_cache: bool = setting()
+    token_cache_folder: str | None = setting(text=True)
+    token_precision: str = setting(choices=("float16", "float32"))
+    token_workers: int = setting(minimum=0)
 
 
 @dataclass

@@ -44,6 +44,30 @@ def test_explanation(tiny, tmp_path, capsys):
     assert "one by one: ratio" in capsys.readouterr().out
 
 
+def test_data(tmp_path, capsys):
+    arguments = ["--count", "3", "--size", "32", "--workers", "0", "--repeats", "1"]
+    command.main(["data", *arguments, "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "data.json").read_text())
+    speed = found["images_per_s_and_core"]
+    assert speed["pillow"] == pytest.approx(3 / found["times"]["pillow"]["median_s"])
+    assert found["speed_up"] == pytest.approx(speed["pillow_torchvision"] / speed["pillow"])
+    assert found["deviation"]["pillow"] == 0 and found["deviation"]["pillow_torchvision"] < 0.05
+    assert found["loader_images_per_s"]["0"] > 0 and "images/s and core" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as leaving:
+        command.main(["data", "--images", str(tmp_path), "--output", str(tmp_path)])
+    assert leaving.value.code == 2 and "no JPEG there" in capsys.readouterr().err
+
+
+def test_cache(tiny, tmp_path, capsys):
+    command.main(["cache", *tiny, "--scenes", "6", "--batch-size", "4"])
+    found = json.loads((tmp_path / "out" / "cache.json").read_text())
+    assert found["speed_up"] == pytest.approx(found["steps_per_s"]["memory"] / found["steps_per_s"]["pixels"])
+    half = found["half_precision"]
+    assert 0.5 < half["same_answer"] <= 1 and set(half["accuracy"]) == {"half", "single"}
+    assert 0 < half["largest_logit_difference"] < 0.1
+    assert "from pixels" in capsys.readouterr().out
+
+
 def test_mistakes(tiny, capsys):
     for arguments in (["decoding", "--repeats", "0"], ["flying"], []):
         with pytest.raises(SystemExit) as leaving:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from clipmapper.benchmarks import captions
+from clipmapper.benchmarks import captions, loading, token_caching
 from clipmapper.benchmarks.timing import write_results
 from clipmapper.errors import UserError
 
@@ -36,6 +36,19 @@ BENCHMARKS = {
         captions.explanation,
         "{words} words: {times[together][median_s]:.3f} s together, {times[separately][median_s]:.3f} s one "
         "by one: ratio {ratio:.3f} ({ratio_to_plain:.3f} to a plain forward and backward a token)",
+    ),
+    "cache": Benchmark(
+        token_caching.caching_arguments,
+        token_caching.caching,
+        "{steps_per_s[pixels]:.2f} steps/s from pixels, {steps_per_s[memory]:.2f} from tokens in memory, "
+        "{steps_per_s[files]:.2f} in files: {speed_up:.1f} times; half precision: "
+        "{half_precision[same_answer]:.2%} of answers the same",
+    ),
+    "data": Benchmark(
+        loading.loading_arguments,
+        loading.loading,
+        "{images_per_s_and_core[pillow_torchvision]:.0f} images/s and core as the loaders do it, "
+        "{images_per_s_and_core[pillow]:.0f} as open_clip does: {speed_up:.2f} times",
     ),
 }
 

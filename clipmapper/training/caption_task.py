@@ -24,6 +24,7 @@ from clipmapper.training.caption_report import (
     truth_table,
 )
 from clipmapper.training.captioning import SCORES, CaptionModule, JudgedCaption
+from clipmapper.training.encoder_tokens import token_store
 from clipmapper.training.explained_captions import choose_caption_samples
 from clipmapper.training.processes import Share
 from clipmapper.training.relevance_callback import RelevanceCallback
@@ -48,9 +49,9 @@ class CaptionTask(Task):
 
     def prepare(self, explainer: RelevanceCallback | None, folder: Path) -> None:
         training = self.config.training
-        cached = training.token_cache and self.config.encoder.frozen
+        store = token_store(self.config)
         self.splits = {
-            name: CaptionBatches(self.model, getattr(self.data, name), name, cached)
+            name: CaptionBatches(self.model, getattr(self.data, name), name, store)
             for name in ("train", *VALIDATION_SPLITS)
         }
         if explainer is not None:

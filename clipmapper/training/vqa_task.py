@@ -12,6 +12,7 @@ from clipmapper.data.scenes_vqa import ScenesVQA
 from clipmapper.errors import UserError
 from clipmapper.models.build import build_clipmapper
 from clipmapper.training.blind import blind_accuracy
+from clipmapper.training.encoder_tokens import token_store
 from clipmapper.training.explained_samples import choose_samples
 from clipmapper.training.processes import Share
 from clipmapper.training.relevance_callback import RelevanceCallback
@@ -38,9 +39,11 @@ class VQATask(Task):
 
     def prepare(self, explainer: RelevanceCallback | None, folder: Path) -> None:
         training = self.config.training
-        # The class token that CoCa's text tower appends would be cut off with a cached text's padding.
-        cached = training.token_cache and not self.model.encoder.text_tower.appended_class_token
-        self.splits = scene_splits(self.model, self.data, cached=cached and self.config.encoder.frozen)
+        store = token_store(self.config)
+        if self.model.encoder.text_tower.appended_class_token:
+            # The class token that CoCa's text tower appends would be cut off with a cached text's padding.
+            store = None
+        self.splits = scene_splits(self.model, self.data, store)
         if explainer is not None:
             samples = choose_samples(self.model, self.data.validation, explainer.samples, explainer.seed)
             explainer.prepare(samples, folder / "pictures")
