@@ -32,7 +32,8 @@ def loading_arguments(parser: ArgumentParser) -> None:
 def loading(options: Namespace) -> dict:
     """Images/s by each way to decode and resize on one core, and by loaders with workers.
 
-    ``deviation``: from open_clip's own transform, in levels of 255. The loaders use ``pillow_torchvision``.
+    ``deviation``: from open_clip's own transform, in levels of 255. ``pillow_torchvision`` is
+    :class:`ClipTransform`.
     """
     files = _files(options)
     ways = _ways(options.size)

@@ -15,8 +15,9 @@ class ClipTransform:
     """An RGB image as ``open_clip``'s own transform leaves it, decoded by Pillow and resized by torchvision.
 
     Differs from open_clip's, which resizes with Pillow, by one level of 255 here and there, and takes about
-    half the time (``scripts/benchmark.py data`` measures both). ``preprocess``: ``visual.preprocess_cfg`` of
-    an image tower. Images that are to be padded, or to fill a rectangle, go through open_clip's transform.
+    two thirds of the time (``scripts/benchmark.py data`` measures both). ``preprocess``:
+    ``visual.preprocess_cfg`` of an image tower. Images that are to be padded, or to fill a rectangle, go
+    through open_clip's transform.
     """
 
     def __init__(self, preprocess: Mapping) -> None:

@@ -10,7 +10,7 @@ from clipmapper.relevance.again import with_rules
 from clipmapper.relevance.attention_only import last_attention
 from clipmapper.relevance.layers import from_layer
 from clipmapper.relevance.method import explanation
-from clipmapper.relevance.propagation import propagate
+from clipmapper.relevance.propagation import part_of, propagate
 from clipmapper.relevance.result import Relevance, as_relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace
 
@@ -56,8 +56,8 @@ def partial_lrp(trace: AttentionTrace, sign: str = "positive") -> Relevance:
     trace = with_rules(trace, "lrp", "partial_lrp")
 
     def part(factor: int) -> Relevance:
-        def matrix(step: Attention, queries: slice) -> Float[Tensor, "batch queries keys"]:
-            return (factor * attention_relevance(step)).clamp(min=0).mean(dim=1)[:, queries]
+        def matrix(step: Attention, samples: slice, queries: slice) -> Float[Tensor, "samples queries keys"]:
+            return (factor * attention_relevance(part_of(step, samples, queries))).clamp(min=0).mean(dim=1)
 
         return last_attention(trace, matrix)
 

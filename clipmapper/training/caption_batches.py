@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from rich.progress import Progress
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from clipmapper.data.token_cache import TokenStore
 from clipmapper.models.captioner import Captioner
 from clipmapper.training.encoder_tokens import ArrayImages, image_tokens
 from clipmapper.training.processes import WHOLE, Share, batches_of
+from clipmapper.training.record_batches import RecordCaptions
 
 
 class CaptionBatches:
@@ -54,6 +56,10 @@ class CaptionBatches:
             captions = [self.split.references[number][0] for number in numbers]
             yield self.batch(numbers, captions) | {"numbers": numbers}
 
+    def picture(self, image: int) -> UInt8[np.ndarray, "height width 3"]:
+        """An image to be looked at."""
+        return self.split.images[image]
+
     def _pixels(self, images: np.ndarray) -> Tensor:
         return clip_input(images, self.model.encoder.clip.visual)
 
@@ -64,7 +70,7 @@ _TOGETHER = 8
 
 
 def drawn_batches(
-    split: CaptionBatches, *, batch_size: int, captions: int, seed: int
+    split: CaptionBatches | RecordCaptions, *, batch_size: int, captions: int, seed: int
 ) -> Callable[[int, Share], dict]:
     """A share of the training batch of every step: every image once an epoch, each with ``captions`` newly
     drawn captions.
