@@ -31,6 +31,8 @@ class Spec:
 @dataclass
 class Sublayer(naive_relevance.Sublayer):
     pools: bool = False
+    norm: nn.Module | None = None  # LayerNorm behind the addition
+    given: Tensor | None = None  # [M, C] the keys' tokens as the sub-layer gets them, where they are no x
 
 
 @dataclass
@@ -75,14 +77,24 @@ def watched(model: nn.Module, specs: list[Spec]):
 
 
 @contextmanager
-def slow_attention():
-    """``scaled_dot_product_attention`` by its definition; the list holds its probabilities."""
+def slow_attention(rules="plain"):
+    """``scaled_dot_product_attention`` by its definition; the list holds its probabilities.
+
+    ``rules``: "libra" makes them constants, "attn_lrp" halves what meets in a product, by detaching.
+    """
     original, seen = F.scaled_dot_product_attention, []
+
+    def half(t):
+        return (t + t.detach()) / 2 if rules == "attn_lrp" else t
+
+    def leaf(probabilities):
+        return probabilities.detach().requires_grad_() if rules == "libra" else probabilities
 
     def slow(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
         if enable_gqa:
             key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], 1) for t in (key, value))
-        scores = query @ key.transpose(-2, -1) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+        factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        scores = half(query) @ half(key).transpose(-2, -1) * factor
         if is_causal:
             later = torch.ones(scores.shape[-2:]).triu(1).bool()
             scores = scores.masked_fill(later, float("-inf"))
@@ -91,31 +103,34 @@ def slow_attention():
                 scores = scores.masked_fill(~attn_mask, float("-inf"))
             else:
                 scores = scores + attn_mask
-        probabilities = scores.softmax(-1)
+        probabilities = leaf(scores.softmax(-1))
         seen.append(probabilities)
-        return probabilities @ value
+        return half(probabilities) @ half(value)
 
     softmax = F.softmax
 
     def step_by_step(scores, *args, **kwargs):
         """Of models that compute attention step by step; some would do this part in float32."""
         kwargs.pop("dtype", None)
-        seen.append(softmax(scores, *args, **kwargs))
+        seen.append(leaf(softmax(scores, *args, **kwargs)))
         return seen[-1]
 
+    matmul = torch.matmul
     F.scaled_dot_product_attention, F.softmax = slow, step_by_step
+    if rules == "attn_lrp":
+        torch.matmul = lambda a, b: matmul(half(a), half(b))
     try:
         yield seen
     finally:
-        F.scaled_dot_product_attention, F.softmax = original, softmax
+        F.scaled_dot_product_attention, F.softmax, torch.matmul = original, softmax, matmul
 
 
-def run(model, specs, places, reads, forward, tokens_first=False) -> list[Run]:
+def run(model, specs, places, reads, forward, tokens_first=False, rules="plain") -> list[Run]:
     """``forward()`` gives y (a scalar) and the probabilities in order of the specs, or None.
 
     ``places``: the numbers of a stream's tokens; ``reads``: the tokens whose rows are read.
     """
-    with torch.enable_grad(), watched(model, specs) as (xs, attended), slow_attention() as slow:
+    with torch.enable_grad(), watched(model, specs) as (xs, attended), slow_attention(rules) as slow:
         y, probabilities = forward()
         probabilities = slow if probabilities is None else probabilities
         assert len(probabilities) == len(specs), (len(probabilities), len(specs))

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from clipmapper.errors import UserError
 from clipmapper.relevance import backward_rules
 
 TOKENS, WIDTH, HEADS = 5, 8, 2
@@ -197,7 +196,114 @@ def test_norms_and_attention_of_libra():
     torch.testing.assert_close(torch.autograd.grad((y * weight).sum(), x)[0], expected)
 
 
-def test_lrp_is_refused_where_heads_share_keys():
-    query, key = torch.randn(1, 4, 3, 2, requires_grad=True), torch.randn(1, 2, 3, 2)
-    with pytest.raises(UserError, match="heads share keys"), backward_rules("lrp"):
-        F.scaled_dot_product_attention(query, key, key, enable_gqa=True)
+def test_keys_that_heads_share_get_the_relevance_of_all_of_them():
+    torch.manual_seed(2)
+    query, key, value = (torch.randn(1, n, 3, 2, dtype=torch.float64) for n in (4, 2, 2))
+    for tensor in (query, key, value):
+        tensor.requires_grad_()
+    weight = torch.randn(1, 4, 3, 2, dtype=torch.float64)
+    found = []
+    for shared in (True, False):
+        with backward_rules("lrp"):
+            if shared:
+                out = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+            else:
+                each = [t.repeat_interleave(2, dim=1) for t in (key, value)]
+                out = F.scaled_dot_product_attention(query, *each)
+        found.append(torch.autograd.grad((out * weight).sum(), (query, key, value)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_product_of_two_activations_is_halved():
+    a, b = (torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    with backward_rules("lrp"):
+        product = a * b
+    for tensor, gradient in zip((a, b), torch.autograd.grad(product.sum(), (a, b)), strict=True):
+        torch.testing.assert_close((tensor * gradient).detach(), (product / 2).detach())
+
+
+def explicit_blocks(model, x):
+    """Two blocks and a head on token 0: per block A, R^A and ∇A of one sample."""
+    records = []
+    for norm_1, qkv, out, norm_2, up, down in model.layers():
+        normed = norm_1(x)
+        q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(0, 1) for t in qkv(normed).chunk(3, dim=-1))
+        scores = q @ k.mT
+        A = (scores / q.shape[-1] ** 0.5).softmax(-1)
+        if not A.requires_grad:
+            A.requires_grad_()
+        mixed = A @ v
+        flat = mixed.transpose(0, 1).flatten(1)
+        a = out(flat)
+        x1 = x + a
+        normed_2 = norm_2(x1)
+        active = F.gelu(up(normed_2))
+        b = down(active)
+        records.append((x, normed, q, k, v, scores, A, mixed, flat, a, x1, normed_2, active, b))
+        x = x1 + b
+    normed = model.vit.norm(x)
+    y = model.vit.head(normed)[0, 1]
+    gradients = torch.autograd.grad(y, [r[6] for r in records])
+    R = torch.zeros_like(x)
+    one_hot = torch.zeros(model.vit.head.out_features, dtype=x.dtype)
+    one_hot[1] = 1
+    R[0] = linear_relevance(one_hot, normed[0], model.vit.head)
+    found = []
+    for (_, qkv, out, _, up, down), record, gradient in zip(
+        reversed(model.layers()), reversed(records), reversed(gradients), strict=True
+    ):
+        x, normed, q, k, v, scores, A, mixed, flat, a, x1, normed_2, active, b = record
+        R_x1, R_b = shared(R, x1, b)
+        R_x1 = R_x1 + linear_relevance(linear_relevance(R_b, active, down), normed_2, up)
+        R_x, R_a = shared(R_x1, x, a)
+        S = linear_relevance(R_a, flat, out).unflatten(-1, (HEADS, -1)).transpose(0, 1) / mixed
+        R_A, R_v = A * (S @ v.mT) / 2, v * (A.mT @ S) / 2
+        S = R_A / scores
+        R_q, R_k = q * (S @ k) / 2, k * (S.mT @ q) / 2
+        packed = torch.cat([t.transpose(0, 1).flatten(1) for t in (R_q, R_k, R_v)], dim=-1)
+        R = R_x + linear_relevance(packed, normed, qkv)
+        found.append((R_A.detach(), gradient))
+    return found[::-1]
+
+
+class Timm:
+    """A timm ViT and the modules of its blocks in order."""
+
+    def __init__(self):
+        import timm
+
+        torch.manual_seed(3)
+        self.vit = timm.models.vision_transformer.VisionTransformer(
+            8, 4, embed_dim=WIDTH, depth=2, num_heads=HEADS, num_classes=3, mlp_ratio=2
+        )
+        self.vit.double().eval().requires_grad_(False)
+        for parameter in self.vit.parameters():
+            nn.init.normal_(parameter, std=0.6)
+
+    def layers(self):
+        return [(b.norm1, b.attn.qkv, b.attn.proj, b.norm2, b.mlp.fc1, b.mlp.fc2) for b in self.vit.blocks]
+
+
+def test_the_methods_on_a_vit():
+    """Transformer attribution ``C ← C + E_h relu(∇A ⊙ R^A) C``; partial LRP is R^A of the last layer."""
+    from clipmapper.relevance import Again, partial_lrp, record, transformer_attribution
+
+    model, images = Timm(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    with record(model.vit) as trace:
+        y = model.vit(images)[:, 1]
+    trace.backward(y)
+    trace.again = Again(model.vit, lambda rows: model.vit(images[rows])[:, 1])
+    attributed = transformer_attribution(trace).streams["image"]
+    partial = partial_lrp(trace).streams["image"]
+    vit = model.vit
+    for sample in range(2):
+        tokens = vit._pos_embed(vit.patch_embed(images[sample : sample + 1]))[0].detach().requires_grad_()
+        found = explicit_blocks(model, tokens)
+        C = torch.eye(len(tokens), dtype=torch.float64)
+        for R_A, gradient in found:
+            C = C + (gradient * R_A).clamp(min=0).mean(0) @ C
+        assert (C[0] > 1e-3 * C[0].max()).sum() > 2
+        torch.testing.assert_close(attributed[sample], C[0].detach(), rtol=1e-5, atol=1e-7)
+        last = found[-1][0].clamp(min=0).mean(0)[0]
+        torch.testing.assert_close(partial[sample], last, rtol=1e-5, atol=1e-7)

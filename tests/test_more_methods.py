@@ -248,7 +248,7 @@ def test_occlusion_and_integrated_gradients_of_sets_of_tokens(explained):
     rows = torch.arange(trace.batch)
     from clipmapper.relevance.again import input_tokens
 
-    tokens = input_tokens(trace)
+    tokens = input_tokens(trace, "occlusion")
     y = case.logits.gather(1, case.answers[:, None])[:, 0]
     with torch.no_grad():
         torch.testing.assert_close(again.score(trace, rows, tokens), y)
@@ -271,7 +271,7 @@ def test_input_x_gradient_equals_captum(explained):
     from clipmapper.relevance.again import input_tokens
 
     case = explained(MODELS[0])
-    tokens = input_tokens(case.trace)
+    tokens = input_tokens(case.trace, "input_x_gradient")
 
     def forward(image, text):
         return case.trace.again.score(
@@ -355,11 +355,11 @@ def test_a_method_that_needs_another_forward_says_so(explained):
         with pytest.raises(UserError, match=f"{name} runs the model more than once: set trace.again"):
             METHODS[name](trace)
     for step in trace.attention:
-        step.output_weight, kept = None, step.output_weight
+        step.projection, kept = None, step.projection
         for name in ("alti", "token_tm"):
             with pytest.raises(UserError, match=f"{name} needs the output projection"):
                 METHODS[name](trace)
-        step.output_weight = kept
+        step.projection = kept
         break
     with pytest.raises(UserError, match="sign='none': must be one of"):
         METHODS["input_x_gradient"](trace, sign="none")

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import naive_any
@@ -136,6 +137,34 @@ def hf_gpt2():
 def hf_llama():
     config = transformers.LlamaConfig(**WORDS, num_key_value_heads=2)
     return decoder(ready(transformers.LlamaForCausalLM(config)), "model.layers", "self_attn")
+
+
+def hf_mistral():
+    config = transformers.MistralConfig(**WORDS, num_key_value_heads=2, sliding_window=None)
+    return decoder(ready(transformers.MistralForCausalLM(config)), "model.layers", "self_attn")
+
+
+def hf_qwen2():
+    config = transformers.Qwen2Config(**WORDS, num_key_value_heads=1)
+    return decoder(ready(transformers.Qwen2ForCausalLM(config)), "model.layers", "self_attn")
+
+
+def hf_gpt2_reading():
+    """With cross-attention to tokens that no sub-layer of its own changes."""
+    config = transformers.GPT2Config(
+        n_embd=D, n_layer=LAYERS, n_head=HEADS, n_inner=24, vocab_size=40, n_positions=24,
+        add_cross_attention=True,
+    )  # fmt: skip
+    specs = []
+    for n in range(LAYERS):
+        at = f"transformer.h.{n}"
+        specs.append(Spec("text", "text", at, f"{at}.attn"))
+        specs.append(Spec("text", "context", f"{at}.ln_cross_attn", f"{at}.crossattention"))
+    read = torch.randn(2, 6, D, dtype=torch.float64)
+    return Case(
+        ready(transformers.GPT2LMHeadModel(config)), {"input_ids": ids(2, 7), "encoder_hidden_states": read},
+        lambda o: o.logits[:, 5, 9], specs, number(text=7, context=6), [5],
+    )  # fmt: skip
 
 
 def hf_t5():
@@ -433,6 +462,54 @@ def timm_vit(**more):
     return ready(model)
 
 
+class Repeating(nn.Module):
+    """One block, three times, as in ALBERT."""
+
+    def __init__(self, norm_first):
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(D, HEADS, 24, batch_first=True, norm_first=norm_first)
+
+    def forward(self, tokens):
+        for _ in range(3):
+            tokens = self.block(tokens)
+        return tokens
+
+
+def shared_block(norm_first=True):
+    specs = [Spec("tokens", "tokens", "block", "block.dropout1")] * 3
+    return Case(
+        ready(Repeating(norm_first)), {"tokens": torch.randn(2, 7, D, dtype=torch.float64)},
+        lambda o: o[:, 3, 2], specs, number(tokens=7), [3],
+    )  # fmt: skip
+
+
+def timm_norm_behind():
+    from timm.models.vision_transformer import ResPostBlock
+
+    return Case(
+        timm_vit(block_fn=ResPostBlock), {"x": pixels(2)}, lambda o: o[:, 1],
+        selfs("image", "blocks", LAYERS, "", "drop_path1"), number(image=10), [0],
+    )  # fmt: skip
+
+
+def timm_eva(**more):
+    """Rotary positions and gated MLPs."""
+    import timm
+
+    model = timm.models.eva.Eva(
+        12, 4, embed_dim=D, depth=LAYERS, num_heads=HEADS, num_classes=5, use_rot_pos_emb=True,
+        swiglu_mlp=True, init_values=0.5, global_pool="token", ref_feat_shape=(3, 3), **more,
+    )  # fmt: skip
+    return Case(
+        ready(model), {"x": pixels(2)}, lambda o: o[:, 1],
+        selfs("image", "blocks", LAYERS, "", "drop_path1"), number(image=10), [0],
+    )  # fmt: skip
+
+
+def timm_eva_post_norm():
+    return timm_eva(use_post_norm=True)
+
+
 def timm_class_token():
     return Case(
         timm_vit(), {"x": pixels(2)}, lambda o: o[:, 1], selfs("image", "blocks", LAYERS, "", "drop_path1"),
@@ -454,7 +531,8 @@ CASES = {
     for make in (
         hf_vit, hf_dinov2, hf_bert, hf_roberta, hf_distilbert, hf_gpt2, hf_llama, hf_t5, hf_clip, hf_siglip,
         hf_lxmert, hf_visual_bert, hf_vilt, hf_blip, open_clip_tower, open_clip_coca, timm_class_token,
-        timm_pooled_by_attention,
+        timm_pooled_by_attention, hf_mistral, hf_qwen2, hf_gpt2_reading, shared_block, timm_norm_behind,
+        timm_eva, timm_eva_post_norm,
     )
 }  # fmt: skip
 for first in (True, False):
@@ -465,8 +543,8 @@ for first in (True, False):
     CASES[f"torch_multihead, batch_first={first}"] = lambda first=first: torch_multihead(first)
 
 
-def naive_runs(case, row):
-    """The naive runs of one sample, without its padding."""
+def naive_runs(case, row, rules="plain", around=nullcontext):
+    """The naive runs of one sample, without its padding, inside the context ``around(model)``."""
     model = copy.deepcopy(case.model)
     if case.attentions is not None:
         model.set_attn_implementation("eager")
@@ -500,7 +578,9 @@ def naive_runs(case, row):
         outputs = case.run(model, inputs)
         return case.y(outputs)[0], None if case.attentions is None else case.attentions(outputs)
 
-    return naive_any.run(model, case.specs, places, reads, forward, case.tokens_first), places
+    with around(model):
+        runs = naive_any.run(model, case.specs, places, reads, forward, case.tokens_first, rules)
+    return runs, places
 
 
 def check_joined(case, trace):

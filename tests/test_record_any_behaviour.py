@@ -1,7 +1,9 @@
 """The generic recorder around the forward: nothing left behind, errors that name the module, odd callers."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import test_record_any as families
@@ -13,6 +15,7 @@ from torch import nn
 from clipmapper.errors import UserError
 from clipmapper.relevance import METHODS, Join, Node, record
 
+ROOT = Path(__file__).resolve().parents[1]
 METHOD_NAMES = ("weighted", "gae", "rollout")
 FAMILIES = (
     "hf_bert",
@@ -240,6 +243,28 @@ def test_attention_that_is_not_known_is_named():
     refused(Own(fused=False), UserError, "Own has no attention that the recorder knows")
 
 
+@pytest.mark.parametrize("place", ["first", "between", "last"])
+def test_attention_that_is_neither_known_nor_fused_is_named_wherever_it_is(place):
+    """Its softmax gives it away; before the first layer and behind the last nothing else would."""
+    model = Mixed(Own(fused=False) if place == "between" else nn.Identity())
+    if place != "between":
+        whole = [model, Own(fused=False)] if place == "last" else [Own(fused=False), model]
+        model = nn.Sequential(*whole)
+    refused(model, RuntimeError, r"inner: Mixing attends in no sub-layer that the recorder knows")
+
+
+def test_probabilities_of_classes_are_no_attention():
+    head = nn.Sequential(nn.Linear(8, 4), nn.Softmax(dim=-1))
+    model = nn.Sequential(Mixed(nn.Identity()), head).eval()
+    softmax = (torch.softmax, F.softmax, torch.Tensor.softmax)
+    with record(model) as trace:
+        y = torch.softmax(model(TOKENS), dim=-1)[:, 1, 3].log()
+    trace.backward(y)
+    assert trace.read[1].tolist() == [1, 1]
+    assert (torch.softmax, F.softmax, torch.Tensor.softmax) == softmax
+    assert "softmax" not in vars(torch.Tensor)
+
+
 def test_known_attention_that_is_not_fused_is_named():
     model = Mixed(nn.Identity())
     model.second.self_attn = MyAttention(False)
@@ -311,9 +336,19 @@ def test_swin_is_refused_by_name():
     )
     with (
         pytest.raises(
-            UserError, match=r"layers\.0\.blocks\.0\.attn: the recorder does not know WindowAttention"
+            UserError, match=r"layers\.0\.blocks\.0\.attn: WindowAttention attends within windows; .*\(Swin\)"
         ),
         record(model),
+    ):
+        pass
+    from transformers import SwinConfig, SwinForImageClassification
+
+    config = SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2
+    )
+    with (
+        pytest.raises(UserError, match=r"attention: Swin\w+ attends within windows; .*\(Swin\)"),
+        record(SwinForImageClassification(config)),
     ):
         pass
 
@@ -350,3 +385,14 @@ def test_no_library_is_imported_that_is_not_in_use():
 
 def test_the_hooks_that_are_looked_for_exist():
     assert all(hasattr(nn.Linear(1, 1), kind) for kind in HOOKS)
+
+
+def test_the_table_of_models_names_tests_and_every_model_that_is_tested():
+    text = (ROOT / "docs" / "recorder.md").read_text().split("## Models × recorder")[1]
+    cells = [line.split("|")[-2] for line in text.splitlines() if line.startswith("| ")]
+    named = {name for cell in cells for name in re.findall(r"`(\w+)", cell)}
+    here = {name for name in vars(families) | globals() if name.startswith("test_")}
+    made = {name.split(",")[0] for name in families.CASES}
+    assert made <= named
+    for name in named - made - here - {"weighted", "rollout"}:
+        assert (ROOT / "tests" / f"{name}.py").exists(), name

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
+from clipmapper.evaluation.statistics import Interval, bootstrap_intervals
+
 # Relevance per pixel is a quotient: patches of different size that should tie differ in the last bits.
 # Gaps of this share of the sample's largest value are ties.
 _TIE = 1e-12
@@ -39,6 +41,13 @@ class Localisation:
     rank: Float[np.ndarray, "samples"]
     pointing: Float[np.ndarray, "samples"]
     area: Float[np.ndarray, "samples"]
+
+    def summary(self, *, confidence: float = 0.95, seed: int = 0) -> dict[str, Interval]:
+        """Mean and bootstrap interval of each score, all from the same resamples of the samples."""
+        names = ("mass", "rank", "pointing", "area")
+        columns = np.stack([getattr(self, name) for name in names], axis=1)
+        intervals = bootstrap_intervals(columns, confidence=confidence, seed=seed)
+        return dict(zip(names, intervals, strict=True))
 
 
 def image_cells(

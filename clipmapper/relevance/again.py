@@ -7,6 +7,7 @@ that only need other backward rules work without it on a trace that was recorded
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -14,8 +15,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
+from clipmapper.relevance.backward_rules import backward_rules
+from clipmapper.relevance.capture import argument, replaced
+from clipmapper.relevance.fused import fused_attention
+from clipmapper.relevance.multihead import without_weights
 from clipmapper.relevance.recorders import record
-from clipmapper.relevance.trace import Attention, AttentionTrace
+from clipmapper.relevance.trace import Attention, AttentionTrace, Entry
 
 Forward = Callable[[Int[Tensor, "variants"]], Float[Tensor, "variants"]]
 
@@ -32,6 +37,19 @@ class Readout(Protocol):
     def __call__(self, pooled: Float[Tensor, "batch width"]) -> Float[Tensor, "batch"]: ...
 
 
+@dataclass(frozen=True)
+class _Opposite:
+    """The head with its sign turned."""
+
+    readout: Readout
+
+    def applies(self, step: Attention) -> bool:
+        return self.readout.applies(step)
+
+    def __call__(self, pooled: Float[Tensor, "batch width"]) -> Float[Tensor, "batch"]:
+        return -self.readout(pooled)
+
+
 class Again:
     """A model and a forward of it: ``forward(rows)`` gives y for these samples of the traced batch.
 
@@ -42,19 +60,25 @@ class Again:
         self.model, self.forward, self.readout = model, forward, readout
         self._recorded: dict[str, AttentionTrace] = {}
 
+    def opposite(self) -> "Again":
+        """The same for −y."""
+        readout = None if self.readout is None else _Opposite(self.readout)
+        return Again(self.model, lambda rows: -self.forward(rows), readout)
+
     def recorded(self, trace: AttentionTrace, rules: str) -> AttentionTrace:
         """The same forward and backward under other backward rules (made once for each)."""
         if rules not in self._recorded:
             with self._evaluating(), record(self.model, trace.samples, rules) as again:
                 y = self.forward(self._all(trace))
             again.backward(y)
+            again.again = self
             self._recorded[rules] = again
         return self._recorded[rules]
 
-    def scaled(self, trace: AttentionTrace, factor: float) -> AttentionTrace:
+    def scaled(self, trace: AttentionTrace, factor: float, method: str) -> AttentionTrace:
         """Recorded with the input tokens (:func:`input_tokens`) multiplied by ``factor``."""
-        tokens = {stream: factor * values for stream, values in input_tokens(trace).items()}
-        recording = record(self.model, trace.samples)
+        tokens = {s: factor * values for s, values in input_tokens(trace, method).items()}
+        recording = record(self.model, trace.samples, trace.rules)
         # Substituted inside, so that those hooks run before the recorder's, which is to see the new tokens.
         with self._evaluating(), recording as again, _substituted(trace, tokens):
             y = self.forward(self._all(trace))
@@ -63,15 +87,25 @@ class Again:
 
     def undifferentiated(self, trace: AttentionTrace) -> AttentionTrace:
         """Recorded, without the backward: its tensors still hold the graph."""
-        with self._evaluating(), record(self.model, trace.samples) as again:
+        with self._evaluating(), record(self.model, trace.samples, trace.rules) as again:
             self.forward(self._all(trace))
         return again
 
     def score(
         self, trace: AttentionTrace, rows: Int[Tensor, "variants"], tokens: Mapping[str, Tensor]
     ) -> Float[Tensor, "variants"]:
-        """y of variants of the samples ``rows`` with these input tokens; differentiable in the tokens."""
-        with self._evaluating(), _substituted(trace, tokens):
+        """y of variants of the samples ``rows`` with these input tokens; differentiable in the tokens.
+
+        By the trace's backward rules.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._evaluating())
+            if trace.rules != "plain":
+                # Rules are for the fused function.
+                stack.enter_context(fused_attention(self.model))
+                stack.enter_context(without_weights(self.model))
+                stack.enter_context(backward_rules(trace.rules))
+            stack.enter_context(_substituted(trace, tokens, rows))
             return self.forward(rows)
 
     def _all(self, trace: AttentionTrace) -> Tensor:
@@ -102,29 +136,67 @@ def with_rules(trace: AttentionTrace, rules: str, method: str) -> AttentionTrace
     return trace if trace.rules == rules else again(trace, method).recorded(trace, rules)
 
 
-def input_tokens(trace: AttentionTrace) -> dict[str, Tensor]:
-    """The tokens [batch, tokens, width] of every input stream as they entered its first sub-layer.
+def input_tokens(trace: AttentionTrace, method: str) -> dict[str, Tensor]:
+    """The tokens [batch, tokens, width] of every input stream as they come in (``trace.entries``).
 
-    That is after position embeddings (and CLIP's first LayerNorm). A stream that has no sub-layer of its own
-    before it is joined with others (a class token that the mapper adds) is left out.
+    That is after position embeddings (and CLIP's first LayerNorm). Learned queries and class tokens, which
+    are part of the model, are left out. Raises ``UserError`` for any other stream whose tokens can't be
+    replaced.
     """
+    pooling = {step.query_node.stream for step in trace.attention if step.pools}
     found = {}
-    for step in trace.attention:
-        node = step.query_node
-        if node.version == 0 and node.stream in trace.inputs:
-            found.setdefault(node.stream, step.before.detach())
+    for stream in trace.inputs:
+        entry = trace.entries.get(stream)
+        if entry is not None:
+            tokens = next(s for s in trace.attention if s.query_node == entry.node).before.detach()
+            found[stream] = tokens if entry.places is None else taken(tokens, entry.places)
+        elif stream not in pooling and stream != "class_token":
+            raise UserError(
+                f"{method}: the tokens of stream {stream!r} can't be replaced by others: no known sub-layer "
+                "changes them first (they are only read, or added to outside of it)"
+            )
     return found
 
 
+def taken(tokens: Tensor, places: Int[Tensor, "batch _tokens"]) -> Tensor:
+    """The tokens at these places; 0 for those that are at none."""
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+    return tokens[rows, places.clamp(min=0)] * (places >= 0)[..., None]
+
+
 @contextmanager
-def _substituted(trace: AttentionTrace, tokens: Mapping[str, Tensor]) -> Iterator[None]:
-    """The modules of each stream's first sub-layer are given these tokens in place of their own."""
-
-    def hook(values: Tensor):
-        return lambda module, args: (values, *args[1:])
-
+def _substituted(
+    trace: AttentionTrace, tokens: Mapping[str, Tensor], rows: Tensor | None = None
+) -> Iterator[None]:
+    """Where each stream comes in, these tokens (of the samples ``rows``) take the place of its own."""
     with ExitStack() as stack:
         for stream, values in tokens.items():
-            handle = trace.entries[stream].register_forward_pre_hook(hook(values), prepend=True)
+            entry = trace.entries[stream]
+            places = entry.places if entry.places is None or rows is None else entry.places[rows]
+            hook = _Substitution(entry, values, places)
+            handle = entry.module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
             stack.callback(handle.remove)
         yield
+
+
+@dataclass
+class _Substitution:
+    """A hook on a module, for one of its calls."""
+
+    entry: Entry
+    values: Float[Tensor, "batch _tokens width"]
+    places: Int[Tensor, "batch _tokens"] | None
+    calls: int = 0
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        number, self.calls = self.calls, self.calls + 1
+        if number != self.entry.call:
+            return None
+        values = self.values
+        if self.places is not None:
+            given = argument(module, args, kwargs, None)
+            tokens = (given.transpose(0, 1) if self.entry.transposed else given).clone()
+            row, token = (self.places >= 0).nonzero(as_tuple=True)
+            tokens[row, self.places[row, token]] = values[row, token]
+            values = tokens
+        return replaced(module, args, kwargs, values.transpose(0, 1) if self.entry.transposed else values)

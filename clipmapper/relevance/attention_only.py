@@ -1,13 +1,16 @@
 """Methods that look at attention and at nothing else: no gradient is needed."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clipmapper.relevance.method import explanation
 from clipmapper.relevance.propagation import Matrix, mean_attention, propagate, rows_times
 from clipmapper.relevance.result import Relevance, as_relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
 
 
+@explanation(layers=True)
 def rollout(trace: AttentionTrace) -> Relevance:
     """Attention rollout (Abnar & Zuidema 2020, arXiv 2005.00928): ``Ã = rownorm(E_h A + I)``, multiplied up.
 
@@ -34,8 +37,13 @@ def rollout(trace: AttentionTrace) -> Relevance:
     return as_relevance(trace, {stream: row[:, 0] for stream, row in rows.items()})
 
 
+@explanation()
 def raw_attention(trace: AttentionTrace) -> Relevance:
-    """Mean attention of the heads in the last sub-layer in which the read token reads each modality."""
+    """Mean attention of the heads in the last sub-layer in which the read token reads each modality.
+
+    Where it reads tokens that were pooled from others by learned queries (CoCa's decoder), they pass on what
+    they get as their own attention says.
+    """
     return last_attention(trace, mean_attention)
 
 
@@ -52,22 +60,27 @@ def last_attention(trace: AttentionTrace, matrix: Matrix) -> Relevance:
         if step.query_node.stream in rows and source not in seen:
             seen.add(source)
             to_keys, _ = rows_times(matrix, step, rows[step.query_node.stream], normalise=False)
-            for stream, part in _split(trace, source, to_keys).items():
-                # A stream that was taken out of others (the image, of one flow) may hold nothing of some.
-                if bool((trace.places(stream, source) >= 0).any()):
-                    found.setdefault(stream, part[:, 0])
+            for stream, part in on_inputs(trace, source, to_keys).items():
+                found.setdefault(stream, part[:, 0])
     return as_relevance(trace, found)
 
 
-def _split(
+def on_inputs(
     trace: AttentionTrace, stream: str, row: Float[Tensor, "batch 1 tokens"]
 ) -> dict[str, Float[Tensor, "batch 1 _part"]]:
-    """A row over a stream's tokens, given to the input streams that the stream was joined from."""
+    """A row over a stream's tokens, given to the input streams that the stream was joined or pooled from."""
+    pool = next((s for s in trace.attention if s.pools and s.query_node.stream == stream), None)
+    if pool is not None:  # learned queries have nothing of their own
+        to_keys, _ = rows_times(mean_attention, pool, row, normalise=False)
+        return on_inputs(trace, pool.key_node.stream, to_keys)
     join = next((s for s in trace.steps if isinstance(s, Join) and s.output == Node(stream, 0)), None)
     if join is None:
         return {stream: row}
-    pieces = join.spread(row, [trace.lengths[part.stream] for part in join.parts])
+    sizes = [trace.lengths[part.stream] for part in join.parts]
+    held = join.spread(torch.ones_like(row), sizes)
     inputs = {}
-    for part, piece in zip(join.parts, pieces, strict=True):
-        inputs.update(_split(trace, part.stream, piece))
+    for part, piece, holds in zip(join.parts, join.spread(row, sizes), held, strict=True):
+        # A stream that was taken out of others (the image, of one flow) may hold nothing of some.
+        if bool(holds.any()):
+            inputs.update(on_inputs(trace, part.stream, piece))
     return inputs

@@ -26,7 +26,8 @@ class Attribution:
     method : a function of a trace, such as those in ``METHODS``.
     forward : called as ``forward(*inputs, *additional_forward_args)``, gives the model's output (default: the
         model). It must compute every token, as a recording needs.
-    streams : the input stream that each of the inputs becomes (default: the trace's, in order).
+    streams : the input stream that each of the inputs becomes (default: images [batch, 3, height, width] the
+        image's, whole numbers the text's, and others those that are left, in order).
     """
 
     def __init__(
@@ -51,7 +52,8 @@ class Attribution:
         """Relevance [batch, tokens] of each input; a tuple if a tuple was given.
 
         Tensors among ``additional_forward_args`` whose first axis is the batch are divided with it.
-        ``options`` go to the method. Raises ``UserError`` where ``target`` does not fit the output.
+        ``options`` go to the method. Raises ``UserError`` where ``target`` does not fit the output, and where
+        there are fewer streams than inputs.
         """
         given = inputs if isinstance(inputs, tuple) else (inputs,)
         extra = additional_forward_args
@@ -61,10 +63,9 @@ class Attribution:
         parts = []
         for start in range(0, batch, size):
             rows = torch.arange(start, min(start + size, batch))
-            relevance = self.method(self.trace(given, target, extra, rows), **options)
-            names = self.streams
-            if names is None:
-                names = [s for s in relevance.streams if s != "class_token"][: len(given)]
+            trace = self.trace(given, target, extra, rows)
+            relevance = self.method(trace, **options)
+            names = _streams_of(given, trace) if self.streams is None else self.streams
             parts.append([relevance.streams[name] for name in names])
         joined = tuple(torch.cat(values) for values in zip(*parts, strict=True))
         return joined if isinstance(inputs, tuple) else joined[0]
@@ -89,10 +90,31 @@ class Attribution:
         return trace
 
 
-def select(out: Tensor, target: Target, rows: Tensor, batch: int) -> Tensor:
+def _streams_of(inputs: tuple[Tensor, ...], trace: AttentionTrace) -> list[str]:
+    """The stream of each input; learned queries and a class token of the model's are none."""
+    pooling = {step.query_node.stream for step in trace.attention if step.pools}
+    left = [s for s in trace.inputs if s not in pooling and s != "class_token"]
+    if len(left) < len(inputs):
+        raise UserError(f"{len(inputs)} inputs, but the model's input streams are {', '.join(left)}")
+    found: list[str | None] = []
+    for value in inputs:
+        whole = not (value.is_floating_point() or value.is_complex())
+        stream = trace.image_stream if value.ndim == 4 else trace.text_stream if whole else None
+        found.append(stream if stream in left else None)
+        if stream in left:
+            left.remove(stream)
+    return [left.pop(0) if stream is None else stream for stream in found]
+
+
+def select(out: object, target: Target, rows: Tensor, batch: int) -> Tensor:
     """One scalar a sample of an output [len(rows), ...], ``target`` as captum reads it."""
     if callable(target):
         y = target(out)
+    elif not isinstance(out, Tensor):
+        raise UserError(
+            f"the forward gives {type(out).__name__}, no tensor: give forward=lambda *inputs: "
+            "model(...).logits, or as target a function of what it gives"
+        )
     elif target is None:
         y = out[:, 0] if out.ndim == 2 and out.shape[1] == 1 else out
     else:

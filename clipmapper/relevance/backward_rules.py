@@ -14,7 +14,7 @@ lrp         relevance halved at A V     relevance as it is   relevance as it is 
 ==========  ==========================  ===================  =====================  ==================
 
 ``lrp`` and ``attn_lrp`` propagate *relevance*: a tensor's relevance is the tensor times its gradient. Both
-halve where two factors meet, ``attn_lrp`` at products of two activations as well (gated MLPs).
+halve where two factors meet, at products of two activations as well (gated MLPs).
 """
 
 import sys
@@ -147,4 +147,5 @@ _LRP = {
     "scaled_dot_product_attention": lrp_rules.attention,
     "linear": lrp_rules.linear,
     "add": lrp_rules.add,
+    "mul": _halved_product,
 }

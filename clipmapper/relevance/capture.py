@@ -7,6 +7,7 @@ weights that are used twice in a forward give two records.
 
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from clipmapper.relevance.families import Sublayer
 from clipmapper.relevance.multihead import without_weights
-from clipmapper.relevance.trace import Attention, Edge, Node
+from clipmapper.relevance.trace import Attention, Edge, Entry, Node
+from clipmapper.relevance.unfused import softmax_noticed
 
 
 @dataclass(eq=False)
@@ -50,7 +52,14 @@ class Call:
     added_edge: Edge | None = None
     mixed_edge: Edge | None = None
     attention: dict = field(default_factory=dict)
+    after: Tensor | None = None  # the stream after the block, where the module is one
+    begun_at: nn.Module | None = None  # the module that got the tokens before the sub-layer ...
+    number: int = 0  # ... in its call of this number
     record: Attention | None = None
+
+    def entry(self, node: Node, places: Tensor | None = None) -> Entry:
+        """Where these tokens come in."""
+        return Entry(self.begun_at, self.number, self.watched.tokens_first, node, places)
 
     def as_attention(self, query_node: Node, key_node: Node, output_node: Node) -> Attention:
         """The record of this call, in its place in the graph of streams."""
@@ -65,6 +74,9 @@ class Call:
             added=self.added,
             total=self.total,
             pools=self.before is None,
+            context=self.context,
+            after=self.after,
+            projection=self.watched.kind.projected(self.watched.module),
             edges=(self.mixed_edge, self.before_edge or Edge(), self.added_edge),
             **self.attention,
         )
@@ -95,6 +107,7 @@ class Capture:
         self.called: set[int] = set()
         self._on_call, self._all_known = on_call, all_known
         self._running: list[Call] = []
+        self._begun: Counter[int] = Counter()
         self._borrowed: list[Tensor] = []
         self._last: Call | None = None  # the last one that has ended
         self._masks: dict[int, tuple[Tensor, Tensor]] = {}
@@ -124,6 +137,8 @@ class Capture:
             if "torch._dynamo" in sys.modules:
                 # A compiled model runs as it was written: its hooks are not part of what was compiled.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if not self._all_known:
+                stack.enter_context(softmax_noticed(self._refuse_softmax))
             original = F.scaled_dot_product_attention
             F.scaled_dot_product_attention = self._remembering(original)
             stack.callback(setattr, F, "scaled_dot_product_attention", original)
@@ -157,7 +172,8 @@ class Capture:
             stack.callback(handle.remove)
 
     def _begin(self, watched: Watched, module: nn.Module, args: tuple, kwargs: dict):
-        call = Call(watched)
+        call = Call(watched, begun_at=module, number=self._begun[id(watched)])
+        self._begun[id(watched)] += 1
         self._running.append(call)
         if watched.kind.before is None:
             return None
@@ -264,6 +280,10 @@ class Capture:
             return mixed
 
         return recorded
+
+    def _refuse_softmax(self) -> None:
+        if not self._running:
+            self._refuse_unknown()
 
     def _added_to_scores(self, mask: Tensor | None, query: Tensor) -> Tensor | None:
         """A boolean mask of queries × keys as numbers, made once for all layers that are given it.

@@ -2,10 +2,12 @@
 
 import torch
 
+from clipmapper.relevance.method import explanation
 from clipmapper.relevance.result import Relevance, as_relevance
 from clipmapper.relevance.trace import AttentionTrace
 
 
+@explanation()
 def random(trace: AttentionTrace, seed: int = 0) -> Relevance:
     """Uniform scores in [0, 1), a function of the seed and of each sample's identity (``trace.samples``)."""
     identities = range(trace.batch) if trace.samples is None else trace.samples

@@ -20,6 +20,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from clipmapper.relevance.attention_only import raw_attention, rollout
+from clipmapper.relevance.method import explanation
 from clipmapper.relevance.result import Relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join
 from clipmapper.relevance.weighted import weighted
@@ -31,11 +32,13 @@ _RESIDUAL = 1e-9
 Matrix = Float[Tensor, "batch heads queries keys"]
 
 
+@explanation()
 def effective_attention(trace: AttentionTrace) -> Relevance:
     """:func:`raw_attention` on effective attention; entries below 0 count as 0."""
     return _positive(raw_attention(with_attention(trace, effective_matrix)))
 
 
+@explanation(layers=True)
 def effective_rollout(trace: AttentionTrace) -> Relevance:
     """:func:`rollout` on effective attention.
 
@@ -50,21 +53,25 @@ def effective_rollout(trace: AttentionTrace) -> Relevance:
     return rollout(with_attention(trace, matrix))
 
 
+@explanation(gradient=True, layers=True)
 def effective_weighted(trace: AttentionTrace) -> Relevance:
     """:func:`weighted` with effective attention in place of A. Needs ``trace.backward(y)``."""
     return weighted(with_attention(trace, effective_matrix))
 
 
+@explanation()
 def efficient_attention(trace: AttentionTrace) -> Relevance:
     """:func:`raw_attention` on efficient attention."""
     return raw_attention(with_attention(trace, efficient_matrix))
 
 
+@explanation(layers=True)
 def efficient_rollout(trace: AttentionTrace) -> Relevance:
     """:func:`rollout` on efficient attention."""
     return rollout(with_attention(trace, efficient_matrix))
 
 
+@explanation(gradient=True, layers=True)
 def efficient_weighted(trace: AttentionTrace) -> Relevance:
     """:func:`weighted` with efficient attention in place of A. Needs ``trace.backward(y)``."""
     return weighted(with_attention(trace, efficient_matrix))

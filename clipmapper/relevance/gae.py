@@ -4,11 +4,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clipmapper.relevance.method import explanation
 from clipmapper.relevance.propagation import positive_attention, propagate, rows_times
 from clipmapper.relevance.result import Relevance, as_relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
 
 
+@explanation(gradient=True, layers=True)
 def gae(trace: AttentionTrace) -> Relevance:
     """Relevance by Chefer et al. 2021, with ``Ā = E_h relu(∇A ⊙ A)`` (eq. 5).
 
@@ -19,7 +21,9 @@ def gae(trace: AttentionTrace) -> Relevance:
     Every stream is updated (WRA's released code never runs the text side's cross-attention of the dual-flow
     mapper, which makes its baseline too weak). The keys' relevance is that of the state in which they were
     read, so the order of the two directions of a block does not matter. A row of ``R − I`` that is 0 stays
-    0 in N (the released LXMERT code divides 0 by 0 there). The result depends on the scale of y.
+    0 in N (the released LXMERT code divides 0 by 0 there). The read token's own entry is kept (that code sets
+    it to 0 for display). All layers count; the released CLIP notebook's default is ``start_layer=-1``. The
+    result depends on the scale of y.
     Needs ``trace.backward(y)``.
     """
     if all(step.is_self for step in trace.attention):

@@ -4,13 +4,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from clipmapper.errors import UserError
 from clipmapper.relevance.again import with_rules
 from clipmapper.relevance.attention_only import last_attention
+from clipmapper.relevance.method import explanation
 from clipmapper.relevance.propagation import part_of
 from clipmapper.relevance.result import Relevance, as_relevance, with_sign
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
 
 
+@explanation(gradient=True)
 def grad_cam(trace: AttentionTrace) -> Relevance:
     """Grad-CAM (Selvaraju et al. 2017) on attention, as Chefer et al. 2021 use it as a baseline.
 
@@ -31,6 +34,7 @@ def grad_cam(trace: AttentionTrace) -> Relevance:
     return last_attention(trace, matrix)
 
 
+@explanation(gradient=True)
 def grad_eclip(trace: AttentionTrace) -> Relevance:
     """Grad-ECLIP (Zhao et al. 2024, ICML) of the last sub-layer in which the read token reads each modality.
 
@@ -57,24 +61,34 @@ def grad_eclip(trace: AttentionTrace) -> Relevance:
     return last_attention(trace, matrix)
 
 
+@explanation()
 def input_x_gradient(trace: AttentionTrace, sign: str = "positive") -> Relevance:
     """Gradient × input on the tokens that enter the first sub-layers, summed over channels.
 
     The tokens are those after position embeddings. ``sign``: "positive" evidence, "negative" (as positive
     numbers), or "both", which sum up to the first-order change of y. Equal to captum's ``InputXGradient`` on
-    these tokens (a test compares them). Defined for every trace. Needs ``trace.backward(y)``.
+    these tokens (a test compares them). Defined for every trace in which each input stream has a sub-layer of
+    its own (learned queries that pool, which are no input, get 0). Needs ``trace.backward(y)``.
     """
     found: dict[str, Tensor] = {}
+    pooling = {step.query_node.stream for step in trace.attention if step.pools}
     for step in trace.attention:
         node = step.query_node
-        if node.version == 0:
+        if node.version == 0 and not step.pools:
             gradient, _ = step.gradients()
             product = (gradient * step.before.detach()).sum(dim=-1)
             for stream, values in _entered(trace, node, product).items():
                 found.setdefault(stream, values)
+    for stream in trace.inputs:
+        if stream not in found and stream not in pooling:
+            raise UserError(
+                f"input × gradient: stream {stream!r} is only read, by cross-attention; the gradient at its "
+                "tokens is not recorded"
+            )
     return with_sign(as_relevance(trace, found), sign)
 
 
+@explanation()
 def attn_lrp(trace: AttentionTrace, sign: str = "positive") -> Relevance:
     """AttnLRP (Achtibat et al. 2024, arXiv 2402.05602): gradient × input under its backward rules.
 
@@ -82,7 +96,7 @@ def attn_lrp(trace: AttentionTrace, sign: str = "positive") -> Relevance:
     relevance. Defined for models of linear layers, norms, GELU, SiLU or ReLU, products, and attention by
     ``scaled_dot_product_attention``; what else a model computes is differentiated plainly.
     """
-    return input_x_gradient(with_rules(trace, "attn_lrp", "attn_lrp"), sign)
+    return input_x_gradient(with_rules(trace, "attn_lrp", "attn_lrp"), sign=sign)
 
 
 def _entered(trace: AttentionTrace, node: Node, values: Tensor) -> dict[str, Tensor]:
@@ -92,5 +106,5 @@ def _entered(trace: AttentionTrace, node: Node, values: Tensor) -> dict[str, Ten
     join = next((s for s in trace.steps if isinstance(s, Join) and s.output == node), None)
     if join is None:
         return {}
-    pieces = values.split([trace.lengths[part.stream] for part in join.parts], dim=-1)
-    return {p.stream: v for p, v in zip(join.parts, pieces, strict=True) if p.version == 0}
+    pieces = join.spread(values[:, None], [trace.lengths[part.stream] for part in join.parts])
+    return {p.stream: v[:, 0] for p, v in zip(join.parts, pieces, strict=True) if p.version == 0}

@@ -1,15 +1,22 @@
 """LeGrad: every layer is read out by the model's head."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from clipmapper.errors import UserError
 from clipmapper.relevance.again import again
+from clipmapper.relevance.attention_only import on_inputs
+from clipmapper.relevance.backward_rules import backward_rules
+from clipmapper.relevance.layers import from_layer
+from clipmapper.relevance.method import explanation
 from clipmapper.relevance.result import Relevance, as_relevance
-from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
+from clipmapper.relevance.trace import Attention, AttentionTrace
 
 
-def legrad(trace: AttentionTrace) -> Relevance:
+@explanation(gradient=True)
+def legrad(trace: AttentionTrace, start_layer: int | Mapping[str, int] = 0) -> Relevance:
     """LeGrad (Bousselham et al. 2024, arXiv 2404.03214).
 
     ``s_l`` is what the model's head gives for the mean of layer l's tokens (after its MLP; padding left out);
@@ -19,12 +26,15 @@ def legrad(trace: AttentionTrace) -> Relevance:
 
     Defined for the layers whose residual stream the head reads (``Again.readout``): those of CLIPmapper's
     mapper, all blocks of a single ViT. In a mapper with two flows the layer of a cross-attention adds to the
-    other stream's tokens (ours; the paper has one stream).
+    other stream's tokens (ours; the paper has one stream). ``start_layer`` (default: all layers, as in the
+    paper's formula; the released code begins in the middle): see
+    :func:`~clipmapper.relevance.layers.from_layer`.
+    Raises ``UserError`` without a readout, or where the end of the last layer was not recorded.
     """
     running = again(trace, "legrad")
     if running.readout is None:
         raise UserError("legrad reads every layer by the model's head: set Again.readout to it")
-    recorded = running.undifferentiated(trace)
+    recorded = from_layer(running.undifferentiated(trace), start_layer)
     read_stream = trace.reads[0][0].stream
     totals: dict[str, Tensor] = {}
     layer: list[Attention] = []
@@ -35,7 +45,7 @@ def legrad(trace: AttentionTrace) -> Relevance:
         if step.after is None:
             continue
         inside = recorded.padding_free(read_stream)[..., None].to(step.after.dtype)
-        with torch.enable_grad():
+        with torch.enable_grad(), backward_rules(trace.rules):
             pooled = (step.after * inside).sum(dim=1) / inside.sum(dim=1)
             score = running.readout(pooled).sum()
         found = torch.autograd.grad(score, [s.mixed for s in layer], retain_graph=True)
@@ -48,24 +58,17 @@ def legrad(trace: AttentionTrace) -> Relevance:
             totals[source] = totals[source] + column if source in totals else column
         layer = []
     recorded.release_graph()
-    if not totals:
+    if layer or not totals:
         raise UserError(
-            "legrad: of no layer that the head reads it is known what comes after its MLP; it is for "
-            "CLIPmapper and captioners"
+            f"legrad reads layers where they end, and the recorder sees no end of the last layer of stream "
+            f"{read_stream!r} that the readout applies to; whole blocks have one (ViT, GPT-2), parts do not "
+            "(BERT, T5)"
         )
     streams = {}
     for stream, values in totals.items():
-        for part, piece in _inputs(recorded, stream, values).items():
-            streams[part] = _scaled(piece, recorded.padding_free(part))
+        for part, piece in on_inputs(recorded, stream, values[:, None]).items():
+            streams[part] = _scaled(piece[:, 0], recorded.padding_free(part))
     return as_relevance(trace, streams)
-
-
-def _inputs(trace: AttentionTrace, stream: str, values: Tensor) -> dict[str, Tensor]:
-    join = next((s for s in trace.steps if isinstance(s, Join) and s.output == Node(stream, 0)), None)
-    if join is None:
-        return {stream: values}
-    pieces = values.split([trace.lengths[part.stream] for part in join.parts], dim=-1)
-    return {part.stream: piece for part, piece in zip(join.parts, pieces, strict=True)}
 
 
 def _scaled(values: Tensor, valid: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ those of the released code (``modules/layers_ours.py``, α = 1):
 - linear layers: z⁺, ``R_in = x⁺ (W⁺ᵀ S) + x⁻ (W⁻ᵀ S)``, ``S = R / (W⁺ x⁺ + W⁻ x⁻)``;
 - norms and activations: relevance passes as it is;
 - products (A V and Q Kᵀ): ``R / z`` times the gradient times the factor, halved for each of the two;
+- products of two activations (gated MLPs, which the released code does not have): halved likewise;
 - additions of two activations: the same, then both parts scaled so that they share R in the ratio of their
   absolute sums. The sums are taken per sample (the first axis); the released code explains one at a time.
 """
@@ -15,8 +16,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-
-from clipmapper.errors import UserError
 
 _SMALL = 1e-9  # of the released code's safe_divide
 
@@ -96,8 +95,9 @@ def attention(
     result = func(
         query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **more
     )
-    if query.shape[-3] != key.shape[-3]:
-        raise UserError("rules=lrp: not defined for attention whose heads share keys (grouped queries)")
+    groups = query.shape[-3] // key.shape[-3]
+    if groups > 1:  # shared by several heads: their relevance adds up, as at any tensor that is read twice
+        key, value = (t.repeat_interleave(groups, dim=-3) for t in (key, value))
     return _Attention.apply(query, key, value, result, attn_mask, is_causal, scale)
 
 

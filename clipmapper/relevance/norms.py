@@ -1,5 +1,7 @@
 """Methods that measure by norms of vectors what attention moves: ALTI, TokenTM, Beyond Intuition."""
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -7,6 +9,9 @@ from torch import Tensor
 from clipmapper.errors import UserError
 from clipmapper.relevance.again import again
 from clipmapper.relevance.attention_only import last_attention
+from clipmapper.relevance.layers import from_layer
+from clipmapper.relevance.method import explanation
+from clipmapper.relevance.projections import Projection, is_linear
 from clipmapper.relevance.propagation import mean_attention, propagate
 from clipmapper.relevance.result import Relevance, as_relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
@@ -15,32 +20,39 @@ _BLOCK = 16  # query rows whose contributions, keys × width each, are held at a
 _INTEGRATION_STEPS = 20  # of the paper
 
 
+@explanation(layers=True)
 def alti(trace: AttentionTrace) -> Relevance:
     """ALTI (Ferrando et al. 2022, arXiv 2203.04212), rolled out.
 
     With ``T_i(x_j) = Σ_h A_ij^h v_j^h W_O^h`` (and x_i with j = i) and ``y_i = x_i + a_i``, the contribution
-    of j to i is ``max(0, ‖y_i‖₁ − ‖y_i − T_i(x_j)‖₁)``, rows divided by their sums. Taken on the residual
-    stream, as suits pre-LayerNorm models; the paper's models normalise after the addition, and it takes that
-    LayerNorm (linearised) into T. Cross-attention: the token's own residual is one more contributor (ALTI+,
-    Ferrando et al. 2022, arXiv 2205.11631). A row without positive contributions keeps its relevance.
+    of j to i is ``max(0, ‖y_i‖₁ − ‖y_i − T_i(x_j)‖₁)``, rows divided by their sums. In post-LayerNorm models
+    (the paper's) y_i and T_i go through the LayerNorm behind the addition, linearised as in the paper: its
+    mean is linear, its σ a constant. In pre-LayerNorm models they are taken on the residual stream. Biases
+    are left out of T_i, as in the paper. Cross-attention: the token's own residual is one more contributor
+    (ALTI+, Ferrando et al. 2022, arXiv 2205.11631); attention that pools has none. A row without positive
+    contributions keeps its relevance.
     Defined where the recorder knows the output projection. No gradient is needed.
     """
 
     def rule(step: Attention, row: Float[Tensor, "batch rows queries"]):
-        weight = _output_weight(step, "alti")
+        projection, weight = _projection(step, "alti"), _output_weight(step, "alti")
         moved = step.value.detach() @ weight  # [batch, heads, keys, width]
         A, x = step.probabilities(), step.before.detach()
-        y = x + step.added.detach()
+        stream = x + step.added.detach()
+        norm = projection.norm
+        y = stream if norm is None else norm(stream).detach()
+        residual = projection.normalised(stream, x)
         own, to_keys = torch.zeros_like(row), row.new_zeros(*row.shape[:2], step.key.shape[2])
         for start in range(0, y.shape[1], _BLOCK):
             i = torch.arange(start, min(start + _BLOCK, y.shape[1]), device=y.device)
             contribution = torch.einsum("bhij,bhjc->bijc", A[:, :, i], moved)
+            contribution = projection.normalised(stream[:, i, None], contribution)
+            whole = y[:, i].abs().sum(-1)
             if step.is_self:
-                contribution[:, torch.arange(len(i)), i] += x[:, i]
+                contribution[:, torch.arange(len(i)), i] += residual[:, i]
                 stays = row.new_zeros(len(y), len(i))
             else:
-                stays = (y[:, i].abs().sum(-1) - step.added.detach()[:, i].abs().sum(-1)).clamp(min=0)
-            whole = y[:, i].abs().sum(-1)
+                stays = (whole - (y - residual)[:, i].abs().sum(-1)).clamp(min=0)
             share = (whole[..., None] - (y[:, i, None] - contribution).abs().sum(-1)).clamp(min=0)
             total = share.sum(-1) + stays
             nothing = total <= 0
@@ -53,6 +65,7 @@ def alti(trace: AttentionTrace) -> Relevance:
     return as_relevance(trace, {stream: row[:, 0] for stream, row in rows.items()})
 
 
+@explanation(gradient=True, layers=True)
 def token_tm(trace: AttentionTrace) -> Relevance:
     """TokenTM (Wu et al., CVPR 2024, arXiv 2403.14552).
 
@@ -60,22 +73,34 @@ def token_tm(trace: AttentionTrace) -> Relevance:
     ``C ← (I + W) C``, with ``W_i = ‖ẽ_i‖ / ‖e_i‖ · softmax_i(cos(e_i, ẽ_i))``: e the tokens on the residual
     stream, ẽ what the sub-layer makes of each by itself (``v_i W_O`` all heads together; the MLP's output).
     A is the mean over heads. The softmax leaves out padding. Cross-attention, which the paper does not have,
-    follows the same rule with the keys' tokens. The MLPs of a model's last block only scale the result.
-    Defined where the recorder knows the output projection and the MLPs. Needs ``trace.backward(y)``.
+    follows the same rule with the keys' tokens, and attention that pools has no I. An MLP behind the last
+    sub-layer only scales the read row; where the recorder does not see its end it is left out.
+    Defined where the recorder knows the output projection, for pre-LayerNorm models: with a LayerNorm behind
+    the addition (BERT) it is not said what e and ẽ are. Needs ``trace.backward(y)``.
     """
 
     def rule(step: Attention, row: Float[Tensor, "batch rows queries"]):
+        if _projection(step, "token_tm").norm is not None:
+            raise UserError(
+                f"token_tm is defined for pre-LayerNorm models: {step.name} has its LayerNorm behind the "
+                "addition"
+            )
         if step.after is not None:
             e = (step.before + step.added).detach()
             row = row * (1 + _transformed(trace, step.query_node, e, step.after.detach() - e))[:, None]
         values = torch.einsum("bhjd,hdc->bjc", step.value.detach(), _output_weight(step, "token_tm"))
-        weight = _transformed(trace, step.key_node, _tokens(trace, step.key_node, "token_tm"), values)
+        weight = _transformed(trace, step.key_node, _read_tokens(step), values)
         moves = step.probabilities().mean(dim=1) * step.probability_gradient().clamp(min=0).mean(dim=1)
-        return row, (row @ moves) * weight[:, None]
+        stays = torch.zeros_like(row) if step.pools else row
+        return stays, (row @ moves) * weight[:, None]
 
     rows = propagate(trace, trace.read_row(), rule)
-    lengths = {s: _tokens(trace, Node(s, 0), "token_tm").norm(dim=-1) for s in rows}
-    return as_relevance(trace, {stream: row[:, 0] * lengths[stream] for stream, row in rows.items()})
+    pooling = {step.query_node.stream for step in trace.attention if step.pools}
+    found = {}
+    for stream in rows.keys() - pooling:
+        length = _tokens(trace, Node(stream, 0), "token_tm").norm(dim=-1)
+        found[stream] = rows[stream][:, 0] * length
+    return as_relevance(trace, found)
 
 
 def _transformed(
@@ -89,7 +114,8 @@ def _transformed(
     return share * new.norm(dim=-1) / length.masked_fill(length == 0, 1.0)
 
 
-def beyond_intuition(trace: AttentionTrace) -> Relevance:
+@explanation(gradient=True)
+def beyond_intuition(trace: AttentionTrace, start_layer: int | Mapping[str, int] = 0) -> Relevance:
     """Beyond Intuition (Chen et al., TMLR 2023), token-wise.
 
     ``R ← R + E_h A diag(‖v_j W_O‖ / ‖z_j‖) R`` over the sub-layers, then ⊙ ``E_h relu(mean_k ∇A_L)`` over
@@ -105,12 +131,12 @@ def beyond_intuition(trace: AttentionTrace) -> Relevance:
     def rule(step: Attention, row: Float[Tensor, "batch rows queries"]):
         weight = _output_weight(step, "beyond_intuition")
         moved = torch.einsum("bhjd,hdc->bjc", step.value.detach(), weight).norm(dim=-1)
-        length = _tokens(trace, step.key_node, "beyond_intuition").norm(dim=-1)
+        length = _read_tokens(step).norm(dim=-1)
         ratio = moved / length.masked_fill(length == 0, 1.0)
         mean = step.probabilities().mean(dim=1)
-        return row, (row @ mean) * ratio[:, None]
+        return torch.zeros_like(row) if step.pools else row, (row @ mean) * ratio[:, None]
 
-    reasoned = propagate(trace, trace.read_row(), rule)
+    reasoned = propagate(from_layer(trace, start_layer), trace.read_row(), rule)
     last: list[int] = []
     numbered = {id(step): i for i, step in enumerate(trace.attention)}
 
@@ -121,7 +147,7 @@ def beyond_intuition(trace: AttentionTrace) -> Relevance:
     last_attention(trace, noting)
     gradients = dict.fromkeys(last, 0.0)
     for k in range(_INTEGRATION_STEPS):
-        scaled = running.scaled(trace, k / (_INTEGRATION_STEPS - 1)).attention
+        scaled = running.scaled(trace, k / (_INTEGRATION_STEPS - 1), "beyond_intuition").attention
         for i in gradients:
             gradients[i] = gradients[i] + scaled[i].probability_gradient() / _INTEGRATION_STEPS
 
@@ -132,13 +158,22 @@ def beyond_intuition(trace: AttentionTrace) -> Relevance:
     return as_relevance(trace, {s: row[:, 0] * weights[s] for s, row in reasoned.items()})
 
 
-def _output_weight(step: Attention, method: str) -> Float[Tensor, "heads channels width"]:
-    if step.output_weight is None:
+def _projection(step: Attention, method: str) -> Projection:
+    if step.projection is None or not is_linear(step.projection, step.mixed, step.added):
         raise UserError(
-            f"{method} needs the output projection of {step.name}, which the recorder does not know; add its "
-            "kind of module to clipmapper.relevance.projections.PROJECTION"
+            f"{method} needs the output projection of {step.name}, which the recorder does not know: its "
+            "line in clipmapper/relevance/families.py names none, or something else is done to its result"
         )
-    return step.output_weight
+    return step.projection
+
+
+def _output_weight(step: Attention, method: str) -> Float[Tensor, "heads channels width"]:
+    return _projection(step, method).weight(step.mixed.shape[1]).to(step.mixed.dtype)
+
+
+def _read_tokens(step: Attention) -> Float[Tensor, "batch keys width"]:
+    """The tokens that are read: on their residual stream, or as another part of the model hands them over."""
+    return (step.before if step.context is None else step.context).detach()
 
 
 def _tokens(trace: AttentionTrace, node: Node, method: str) -> Float[Tensor, "batch tokens width"]:
@@ -148,7 +183,8 @@ def _tokens(trace: AttentionTrace, node: Node, method: str) -> Float[Tensor, "ba
             return step.before.detach()
     for join in (s for s in trace.steps if isinstance(s, Join)):
         if node in join.parts:
-            begin = sum(trace.lengths[p.stream] for p in join.parts[: join.parts.index(node)])
-            whole = _tokens(trace, join.output, method)
-            return whole[:, begin : begin + trace.lengths[node.stream]]
+            sizes = [trace.lengths[part.stream] for part in join.parts]
+            # As rows, one a channel; what the join leaves behind is 0.
+            rows = join.spread(_tokens(trace, join.output, method).transpose(1, 2), sizes)
+            return rows[join.parts.index(node)].transpose(1, 2)
     raise UserError(f"{method}: the tokens of stream {node.stream!r} were not recorded in the state read")

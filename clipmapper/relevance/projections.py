@@ -1,26 +1,72 @@
-"""Output projections of attention modules, as maps from one head's values to the residual stream."""
+"""How what attention mixes gets to the residual stream: output projection, its scale, and a norm behind."""
 
+from dataclasses import dataclass
+
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-# The linear layer after attention, and what scales its output before it is added (LayerScale). By name, so
-# that no library is imported that the model at hand does not use.
-PROJECTION = {
-    "open_clip.transformer.ResidualAttentionBlock": ("attn.out_proj", "ls_1"),
-    "timm.models.vision_transformer.Block": ("attn.proj", "ls1"),
-    "clipmapper.models.attention.AttentionSublayer": ("output", ""),
-}
+
+@dataclass(frozen=True)
+class Projection:
+    """The modules behind attention, by whose present weights methods ask.
+
+    ``linear``: the output projection (``nn.Linear``, or GPT-2's ``Conv1D``, which keeps its weight turned).
+    ``scale``: what its output is multiplied with, channel by channel, before it is added (LayerScale).
+    ``norm``: the LayerNorm that the sum goes through (post-LayerNorm blocks); None: the sum is the stream.
+    """
+
+    linear: nn.Module
+    scale: nn.Module | Tensor | None = None
+    norm: nn.Module | None = None
+
+    def weight(self, heads: int) -> Float[Tensor, "heads channels width"]:
+        """W_O (with the scale), cut into its heads."""
+        weight = self.linear.weight.detach()
+        if isinstance(self.linear, nn.Linear):
+            weight = weight.T
+        scale = self.scale
+        for name in ("gamma", "lambda1"):
+            scale = getattr(scale, name, scale)
+        if isinstance(scale, Tensor):
+            weight = weight * scale.detach()
+        return weight.unflatten(0, (heads, -1))
+
+    def normalised(
+        self, stream: Float[Tensor, "*any width"], parts: Float[Tensor, "*more width"]
+    ) -> Float[Tensor, "*more width"]:
+        """``parts`` of the sum ``stream``, through the norm as it acts on the sum (σ a constant)."""
+        if self.norm is None:
+            return parts
+        deviation = (stream.var(dim=-1, unbiased=False, keepdim=True) + self.norm.eps).sqrt()
+        return (parts - parts.mean(dim=-1, keepdim=True)) / deviation * self.norm.weight.detach()
 
 
-def output_weight(module: nn.Module, heads: int) -> Float[Tensor, "heads channels width"] | None:
-    """W_O (with the scale), cut into its heads; None for a kind of module that is not known here."""
-    names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]
-    kind = next((name for name in names if name in PROJECTION), None)
-    if kind is None:
+def projection_of(module: nn.Module, linear: str, scale: str | None, norm: str | None) -> Projection | None:
+    """From the paths of a family's line; None where this version of the module has no such part."""
+    try:
+        found = [None if path is None else _at(module, path) for path in (linear, scale, norm)]
+    except AttributeError:
         return None
-    place, scale = PROJECTION[kind]
-    weight = module.get_submodule(place).weight.detach().T
-    gamma = getattr(module.get_submodule(scale), "gamma", None) if scale else None
-    if gamma is not None:
-        weight = weight * gamma.detach()
-    return weight.unflatten(0, (heads, -1))
+    return Projection(*found)
+
+
+def _at(module: nn.Module, path: str) -> nn.Module | Tensor:
+    value = module
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def is_linear(
+    projection: Projection,
+    mixed: Float[Tensor, "batch heads queries channels"],
+    added: Float[Tensor, "batch queries width"],
+) -> bool:
+    """Is what is added really the projection of what was mixed (plus a bias)? Seen at two tokens."""
+    mixed, added = mixed.detach(), added.detach()
+    rows = mixed.transpose(1, 2).flatten(0, 1)[[0, -1]].flatten(1)
+    ends = added.flatten(0, 1)[[0, -1]]
+    moved = (rows[1] - rows[0]) @ projection.weight(mixed.shape[1]).flatten(0, 1).to(rows)
+    tolerance = 1e-1 if torch.finfo(added.dtype).eps > 1e-5 else 1e-3
+    return bool((moved - (ends[1] - ends[0])).norm() <= tolerance * ends.norm() + 1e-9)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from clipmapper.errors import UserError
 from clipmapper.relevance.backward_rules import backward_rules
@@ -27,11 +27,23 @@ def record_any(model: nn.Module, samples: Sequence[int] | None, rules: str) -> I
     with ExitStack() as stack:
         stack.enter_context(fused_attention(root))
         stack.enter_context(capture())
+        _note_ends_of_blocks(stack, capture, calls)
         stack.enter_context(backward_rules(rules))
         yield trace
         # While gradients are still on: finding the streams may take small backward passes.
         _complete(trace, capture, calls, root)
     trace.samples = samples
+
+
+def _note_ends_of_blocks(stack: ExitStack, capture: Capture, calls: list[Call]) -> None:
+    def end(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        last = next((call for call in reversed(calls) if call.watched.module is module), None)
+        if last is not None:
+            tokens = output[0] if isinstance(output, tuple) else output
+            last.after = last.added_edge.turned(tokens)
+
+    for module in {watched.module for watched in capture.watched if watched.kind.block}:
+        stack.callback(module.register_forward_hook(end).remove)
 
 
 def _complete(trace: AttentionTrace, capture: Capture, calls: list[Call], root: nn.Module) -> None:
@@ -73,6 +85,11 @@ def sublayers_in(root: nn.Module) -> list[Watched]:
     for name, module in unknown.items():
         if not any(w.name.startswith(f"{name}." if name else "") for w in watched):
             kind = type(module).__name__
+            if re.search(r"window|swin", kind, re.IGNORECASE):
+                raise UserError(
+                    f"{name or 'the model'}: {kind} attends within windows; hierarchical models (Swin) can't "
+                    "be recorded, since their layers do not have the same tokens. Use one without (ViT)"
+                )
             raise UserError(f"{name or 'the model'}: the recorder does not know {kind}; {_HOW}")
     if not watched:
         raise UserError(f"{type(root).__name__} has no attention that the recorder knows; {_HOW}")

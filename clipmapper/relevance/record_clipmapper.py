@@ -18,7 +18,6 @@ from clipmapper.models.mapper import DualFlowMapper
 from clipmapper.relevance.backward_rules import backward_rules
 from clipmapper.relevance.capture import Call, Capture, Watched
 from clipmapper.relevance.families import sublayers_of
-from clipmapper.relevance.projections import output_weight
 from clipmapper.relevance.trace import AttentionTrace, Join, Node
 
 
@@ -49,9 +48,8 @@ class _Recorder:
         self.version[stream] = after.version
         self.trace.lengths.setdefault(stream, call.before.shape[1])
         step = call.as_attention(before, key, after)
-        step.output_weight = output_weight(call.watched.module, step.query.shape[1])
-        if before.version == 0:
-            self.trace.entries.setdefault(stream, call.watched.module)
+        if before.version == 0 and not call.watched.kind.adds_outside:
+            self.trace.entries.setdefault(stream, call.entry(before))
         self.trace.steps.append(step)
 
     def join(self, stream: str, parts: Sequence[str], index: Tensor | None = None) -> None:

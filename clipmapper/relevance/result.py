@@ -60,11 +60,16 @@ def with_sign(relevance: Relevance, sign: str) -> Relevance:
 
     Evidence against y is given as positive numbers. Raises ``UserError`` for another word.
     """
+    check_sign(sign)
     change = {
         "both": lambda v: v,
         "positive": lambda v: v.clamp(min=0),
         "negative": lambda v: (-v).clamp(min=0),
     }
-    if sign not in change:
-        raise UserError(f"sign={sign!r}: must be one of positive, negative, both")
     return replace(relevance, streams={s: change[sign](v) for s, v in relevance.streams.items()})
+
+
+def check_sign(sign: str) -> None:
+    """Raises ``UserError`` for a word that is no sign."""
+    if sign not in ("positive", "negative", "both"):
+        raise UserError(f"sign={sign!r}: must be one of positive, negative, both")

@@ -118,6 +118,7 @@ def _rows(
             step = replace(
                 step,
                 **{name: row_each(getattr(step, name)) for name in _FORWARD},
+                context=None if step.context is None else row_each(step.context),
                 mixed_gradient=next(gradients),
                 before_gradient=next(gradients),
                 added_gradient=next(gradients),

@@ -13,7 +13,7 @@ from torch import Tensor
 from clipmapper.errors import UserError
 from clipmapper.relevance.capture import Call
 from clipmapper.relevance.stream_names import stream_name
-from clipmapper.relevance.trace import AttentionTrace, Edge, Join, Node
+from clipmapper.relevance.trace import Attention, AttentionTrace, Edge, Join, Node
 
 # Operations that leave every token where it is. After any other, where the tokens went is measured.
 _TOKENWISE = {
@@ -40,6 +40,7 @@ class StreamGraph:
         self._source: dict[Node, Edge] = {}  # a place that a state's gradient passes
         self._resolved: dict[Place, Node] = {}
         self._without_graph: dict[int, tuple[Tensor, Node]] = {}
+        self._made: dict[Node, Attention] = {}
         self._batch: int | None = None
 
     def add(self, call: Call) -> None:
@@ -67,9 +68,26 @@ class StreamGraph:
         self._known[_place(call.added_edge)] = output
         self._source[output] = call.added_edge
         step = call.as_attention(query, key, output)
+        if query in self._made and call.before is not None:
+            self._made[query].after = call.before  # what is between two sub-layers of a stream is the MLP
+        self._made[output] = step
         trace.steps.append(step)
+        self._enter(step, call)
         if step.is_self:
             self._note_padding(step)
+
+    def _enter(self, step: Attention, call: Call) -> None:
+        """Note which input streams come in here."""
+        if step.pools or step.query_node.version or call.watched.kind.adds_outside:
+            return  # an addition outside would still see the tokens that were there
+        trace, node = self.trace, step.query_node
+        if node.stream in trace.inputs:
+            trace.entries.setdefault(node.stream, call.entry(node))
+        for join in (s for s in trace.steps if isinstance(s, Join) and s.output == node):
+            for part in join.parts:
+                if part.version == 0 and part.stream in trace.inputs:
+                    places = trace.places(part.stream, node.stream)
+                    trace.entries.setdefault(part.stream, call.entry(node, places))
 
     def _check(self, call: Call, query: Node, key: Node) -> None:
         seen = tuple(call.attention[part].shape[2] for part in ("query", "key"))
@@ -179,11 +197,10 @@ class StreamGraph:
 
     def _note_padding(self, step) -> None:
         """Keys that no query may read are padding."""
-        stream, mask = step.key_node.stream, step.mask
-        if mask is None or stream in self.trace.valid:
+        stream = step.key_node.stream
+        if step.mask is None or stream in self.trace.valid:
             return
-        # "Not at all" is -inf, the most negative number or, in older code, -10000.
-        allowed = mask if mask.dtype == torch.bool else mask > -9999
+        allowed = step.allowed()
         while allowed.ndim < 4:
             allowed = allowed[None]
         read = allowed.expand(*allowed.shape[:3], step.key.shape[2]).any(dim=2).any(dim=1)

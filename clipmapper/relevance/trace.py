@@ -5,6 +5,7 @@ in which they are after so many attention sub-layers. Its edges are attention su
 and concatenations of streams (:class:`Join`). Every explanation method is a pure function of a trace.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,6 +14,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from clipmapper.relevance.projections import Projection
+
+# "Not at all" is -inf, the most negative number or, in older code, -10000.
+_FORBIDDEN = -9999
 
 
 class Node(NamedTuple):
@@ -42,6 +48,21 @@ class Edge:
         return tensor.transpose(0, 1) if self.transposed else tensor
 
 
+@dataclass(frozen=True)
+class Entry:
+    """Where the tokens of an input stream come in: the first argument of one call of a module.
+
+    ``call`` counts the calls of this module in a forward. ``node``: what the first sub-layer there reads.
+    ``places``: where the stream's tokens stand in it (-1: nowhere); None: it is nothing but them.
+    """
+
+    module: nn.Module
+    call: int
+    transposed: bool
+    node: Node
+    places: Int[Tensor, "batch _tokens"] | None = None
+
+
 @dataclass
 class Attention:
     """One attention sub-layer: the query stream reads the key stream and goes to its next version.
@@ -68,7 +89,8 @@ class Attention:
     before_gradient: Tensor | None = None
     added_gradient: Tensor | None = None
     replaced: Tensor | None = None  # [batch, heads, queries, keys]: a matrix that stands in for A
-    output_weight: Tensor | None = None  # W_O [heads, channels, width], where the recorder knows it
+    context: Tensor | None = None  # [batch, keys, width]: the tokens that are read, as given; None: `before`
+    projection: Projection | None = None  # what is behind attention, where the recorder knows it
     after: Tensor | None = None  # [batch, queries, width]: the stream after the MLP that follows; None: none
     pools: bool = False  # nothing is before it: its queries are learned, and its output is `added` alone
     # x + a, where the graph holds that and not a: then `added` is their difference, when first asked for.
@@ -94,7 +116,7 @@ class Attention:
         if self.causal:
             allowed = allowed.tril()
         if self.mask is not None:
-            allowed = allowed & (self.mask if self.mask.dtype == torch.bool else self.mask > float("-inf"))
+            allowed = allowed & (self.mask if self.mask.dtype == torch.bool else self.mask > _FORBIDDEN)
         return allowed
 
     def probability_gradient(self) -> Float[Tensor, "batch heads queries keys"]:
@@ -202,7 +224,7 @@ class AttentionTrace:
     grid : (rows, columns) of image patches; the tokens before them are prefix tokens (the class token).
     samples : identity of every sample, which seeds what is random about it.
     rules : by which the backward was made (:mod:`clipmapper.relevance.backward_rules`).
-    entries : the module that every input stream's tokens enter first.
+    entries : where every input stream's tokens come in, as far as others can be put in their place.
     again : the same forward, for methods that run the model more than once.
     """
 
@@ -217,9 +239,20 @@ class AttentionTrace:
     grid: tuple[int, int] | None = None
     samples: Sequence[int] | None = None
     rules: str = "plain"
-    entries: dict[str, nn.Module] = field(default_factory=dict)
+    entries: dict[str, Entry] = field(default_factory=dict)
     again: Any = None  # clipmapper.relevance.again.Again, which needs this module
     _read_was_found: bool = False
+    _explained: weakref.ref | None = None
+
+    @property
+    def explained(self) -> Tensor | None:
+        """The y of the last backward, as long as the caller has it."""
+        return None if self._explained is None else self._explained()
+
+    @property
+    def reads_what_y_reads(self) -> bool:
+        """Nobody has said which row is read, so the backward finds it."""
+        return self.read is None or self._read_was_found
 
     @property
     def attention(self) -> list[Attention]:
@@ -243,19 +276,23 @@ class AttentionTrace:
             return self.valid[stream]
         return torch.ones(self.batch, self.lengths[stream], dtype=torch.bool, device=self.device)
 
-    def backward(self, y: Float[Tensor, "batch"], keep_graph: bool = False) -> None:
+    def backward(self, y: Float[Tensor, "*batch"], keep_graph: bool = False) -> None:
         """The one backward: gradients of ``y.sum()`` at every sub-layer (samples do not interact).
 
         ``keep_graph``: another scalar of the same forward (the next word of a caption) may follow; its
         gradients take the place of these. The last one goes without, and lets go of the graph.
 
-        Raises ``ValueError`` when ``y`` depends on nothing that was recorded.
+        Raises ``ValueError`` when ``y`` depends on nothing that was recorded, or is not one number a sample.
         """
+        if y.ndim > 1 or (y.ndim == 1 and len(y) != self.batch):
+            shape = tuple(y.shape)
+            raise ValueError(f"y has shape {shape}: one number a sample is explained, [{self.batch}]")
         if not y.requires_grad:
             raise ValueError("y does not depend on the recorded forward: run the model inside the recorder")
         edges = [edge for step in self.attention for edge in step.edges if edge.edge is not None]
         if not edges:
             raise RuntimeError("the graph is gone: backward(y, keep_graph=True) lets another one follow")
+        explained = weakref.ref(y)
         with torch.inference_mode(False), torch.enable_grad():
             if self.rules == "lrp":
                 # The relevance that is passed on is 1 (Chefer et al.'s one-hot vector), not y.
@@ -273,7 +310,8 @@ class AttentionTrace:
                 else edge.turned(gradients[id(edge)])
                 for tensor, edge in zip(recorded, step.edges, strict=True)
             )
-        if self.read is None or self._read_was_found:
+        self._explained = explained
+        if self.reads_what_y_reads:
             self._find_read()
         if not keep_graph:
             self.release_graph()
@@ -312,7 +350,9 @@ class AttentionTrace:
             step.edges = ()
             for name in ("query", "key", "value", "mixed", "before", "added"):
                 setattr(step, name, getattr(step, name).detach())
-            step.after = None if step.after is None else step.after.detach()
+            for name in ("after", "context"):
+                value = getattr(step, name)
+                setattr(step, name, None if value is None else value.detach())
 
     def read_token(self, stream: str, position: Int[Tensor, "batch"]) -> None:
         """Set ``read`` to the row of an input stream's token, in the node whose row was to be read.
@@ -320,7 +360,7 @@ class AttentionTrace:
         ``position`` counts in the input stream, whatever streams it has been joined with since. Raises
         ``ValueError`` when the node that is read holds no token of that stream, or not this one.
         """
-        node = self._last_holding(stream) if self.read is None or self._read_was_found else self.read[0]
+        node = self._last_holding(stream) if self.reads_what_y_reads else self.read[0]
         places = self.places(stream, node.stream).to(position.device)
         found = places[torch.arange(len(position), device=position.device), position]
         if (found < 0).any():
@@ -343,7 +383,8 @@ class AttentionTrace:
             return torch.arange(length, device=self.device).expand(batch, -1)
         places = torch.full((batch, length), -1, device=self.device)
         for join in self.steps:
-            if isinstance(join, Join) and join.output.stream == holder:
+            # (Not where a stream only goes to its next version, see layers.py.)
+            if isinstance(join, Join) and join.output.stream == holder != join.parts[0].stream:
                 inner = [self._numbered(stream, part.stream) for part in join.parts]
                 tokens = join.gather(inner)
                 row, place = (tokens >= 0).nonzero(as_tuple=True)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from clipmapper.relevance.method import explanation
 from clipmapper.relevance.propagation import (
     Matrix,
     Rule,
@@ -20,6 +21,7 @@ from clipmapper.relevance.result import Relevance, as_relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace
 
 
+@explanation(gradient=True, layers=True)
 def weighted(trace: AttentionTrace) -> Relevance:
     """Weighted relevance, one pair of weights per sample and sub-layer (WRA).
 
@@ -34,6 +36,7 @@ def weighted(trace: AttentionTrace) -> Relevance:
     return _accumulate(trace, weighted_rule(trace))
 
 
+@explanation(gradient=True, layers=True)
 def weighted_token(trace: AttentionTrace) -> Relevance:
     """As :func:`weighted` with one pair of weights per token: means over channels only.
 
@@ -42,11 +45,13 @@ def weighted_token(trace: AttentionTrace) -> Relevance:
     return _accumulate(trace, weighted_token_rule(trace))
 
 
+@explanation(layers=True)
 def weighted_half(trace: AttentionTrace) -> Relevance:
     """The ablation of WRA's released code: α = β = ½ and Â the mean attention of the heads, no gradient."""
     return _accumulate(trace, weighted_half_rule(trace))
 
 
+@explanation(gradient=True, layers=True)
 def weighted_norm(trace: AttentionTrace) -> Relevance:
     """As :func:`weighted` with norms for importance: ``s_pre = mean_i ‖x_i‖``, ``s_post = mean_i ‖a_i‖``.
 
@@ -56,6 +61,7 @@ def weighted_norm(trace: AttentionTrace) -> Relevance:
     return _accumulate(trace, weighted_norm_rule(trace))
 
 
+@explanation(gradient=True, layers=True)
 def weighted_token_norm(trace: AttentionTrace) -> Relevance:
     """As :func:`weighted_norm` with one pair of weights per token."""
     return _accumulate(trace, weighted_token_norm_rule(trace))

@@ -1,0 +1,97 @@
+"""What all explanation methods have in common: how they are called."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from clipmapper.errors import UserError
+from clipmapper.relevance.layers import from_layer
+from clipmapper.relevance.result import Relevance, check_sign
+from clipmapper.relevance.trace import Attention, AttentionTrace
+
+_WHY_NOT = {
+    "sign": "it uses no gradient, so nothing in it speaks against y",
+    "start_layer": "it does not accumulate over layers",
+}
+
+
+def explanation(*, gradient: bool = False, layers: bool = False) -> Callable:
+    """Makes a function of a trace a method: ``method(trace, y=None, **options) -> Relevance``.
+
+    ``y``: Float[batch], the explained scalar; the backward is made here unless it has been made of this very
+    tensor. (The graph is kept for another y; ``trace.backward(y)`` beforehand lets go of it.)
+
+    With ``gradient`` there is an option ``sign``: "positive" is the method itself, what speaks for y;
+    "negative" is the method for −y, what speaks against it, as positive numbers; "both" is their difference.
+    With ``layers`` there is ``start_layer``, see :func:`clipmapper.relevance.layers.from_layer`. A function
+    may have options of these names itself. An option that a method does not have raises ``UserError``.
+    """
+
+    def decorate(function: Callable[..., Relevance]) -> Callable[..., Relevance]:
+        own = inspect.signature(function).parameters
+        offered = {"sign": gradient, "start_layer": layers}
+
+        @functools.wraps(function)
+        def method(trace: AttentionTrace, y: object = None, **options) -> Relevance:
+            for name in options:
+                if name not in own and not offered.get(name, False):
+                    why = _WHY_NOT.get(name, f"its options are {', '.join(_options(signature)) or 'none'}")
+                    raise UserError(f"{function.__name__} has no option {name}: {why}")
+            check_sign(options.get("sign", "positive"))
+            trace = differentiated(trace, y, "sign" in own or gradient)
+            if "start_layer" not in own:
+                trace = from_layer(trace, options.pop("start_layer", 0))
+            sign = "positive" if "sign" in own else options.pop("sign", "positive")
+            if sign == "positive":
+                return function(trace, **options)
+            against = function(opposite(trace), **options)
+            if sign == "negative":
+                return against
+            streams = function(trace, **options).streams
+            return replace(against, streams={s: v - against.streams[s] for s, v in streams.items()})
+
+        parameters = list(own.values())
+        parameters.insert(1, inspect.Parameter("y", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None))
+        for name, default in (("sign", "positive"), ("start_layer", 0)):
+            if offered[name] and name not in own:
+                parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
+        signature = inspect.Signature(parameters, return_annotation=Relevance)
+        method.__signature__ = signature
+        return method
+
+    return decorate
+
+
+def _options(signature: inspect.Signature) -> list[str]:
+    return [name for name in signature.parameters if name not in ("trace", "y")]
+
+
+def differentiated(trace: AttentionTrace, y: object, gradient: bool) -> AttentionTrace:
+    """The trace after its backward of ``y``; as it is for None, or where y is not needed.
+
+    Raises ``UserError`` for a y that is no tensor (an option by position, say).
+    """
+    if y is not None and not isinstance(y, Tensor):
+        raise UserError(f"y={y!r}: the explained scalar must be a tensor [batch]; options are given by name")
+    if y is None or trace.explained is y or not (gradient or trace.reads_what_y_reads):
+        return trace
+    trace.backward(y, keep_graph=True)
+    # The forward that can be made again may explain another scalar.
+    return replace(trace, again=None)
+
+
+def opposite(trace: AttentionTrace) -> AttentionTrace:
+    """The trace of −y."""
+
+    def turned(step):
+        if not isinstance(step, Attention):
+            return step
+        names = ("mixed_gradient", "before_gradient", "added_gradient")
+        gradients = {name: getattr(step, name) for name in names}
+        return replace(step, **{name: None if g is None else -g for name, g in gradients.items()})
+
+    again = None if trace.again is None else trace.again.opposite()
+    return replace(trace, steps=[turned(step) for step in trace.steps], again=again)
