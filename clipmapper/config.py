@@ -273,9 +273,11 @@ class TrainerConfig(Section):
     accelerator: str = setting(choices=("auto", "cpu", "gpu", "cuda", "mps"))
     devices: str = setting()  # Lightning reads "1" as 1; OmegaConf 2.3 cannot expand a missing `int | str`
     num_nodes: int = setting(minimum=1)
+    strategy: str = setting(choices=("ddp", "fsdp2"))
     precision: str = setting(choices=("32-true", "16-mixed", "bf16-mixed"))
     gradient_clip_val: float = setting(minimum=0)
     accumulate_grad_batches: int = setting(minimum=1)
+    compile: bool = setting()
     ema_decay: float | None = setting(above=0, below=1)
     val_check_interval: int | None = setting(minimum=1)
     checkpoint_interval: int = setting(minimum=1)
@@ -283,6 +285,10 @@ class TrainerConfig(Section):
     def problems(self) -> Iterator[tuple[str, str]]:
         if not re.fullmatch(r"auto|-1|[1-9]\d*|\d+(,\d+)+", self.devices):
             yield "devices", f"{self.devices!r} is not a number of devices (1, 2 …), a list as '0,1', or auto"
+        if self.strategy == "fsdp2" and self.ema_decay is not None:
+            yield "ema_decay", "sharded weights cannot be averaged; give strategy=ddp, or ema_decay=null"
+        if self.strategy == "fsdp2" and self.precision == "16-mixed":
+            yield "precision", "sharded weights cannot be trained in 16-mixed; give bf16-mixed or 32-true"
 
 
 @dataclass
@@ -356,6 +362,14 @@ class TrainConfig(Section):
         task = self.training.task
         if self.trainer.ema_decay is not None and self.encoder.lora_rank is not None:
             yield "trainer.ema_decay", "averages adapters' factors, not their product; give ema_decay=null"
+        if self.trainer.strategy == "fsdp2" and self.callbacks is not None:
+            yield (
+                "callbacks",
+                "sharded weights cannot be explained while training; give callbacks=none, and explain the "
+                "checkpoint with clipmapper perturb",
+            )
+        if self.trainer.strategy == "fsdp2" and self.encoder.lora_rank is not None:
+            yield "trainer.strategy", "fsdp2 does not shard adapters (encoder.lora_rank); give strategy=ddp"
         for key in ("model", "data", "callbacks"):
             section = getattr(self, key)
             if section is not None and section.task and section.task != task:

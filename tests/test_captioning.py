@@ -215,7 +215,7 @@ def fitted(architecture, data):
     train_split = CaptionBatches(model, data.train, "train", cached=True)
     captions = [references[0] for references in data.train.references[:6]]
     module = captions_module(model, data)
-    trainer = fit(module, lambda step: train_split.batch(range(6), captions), data, 60)
+    trainer = fit(module, lambda step, share: train_split.batch(range(6), captions), data, 60)
     return module, trainer, train_split, captions
 
 
@@ -346,7 +346,7 @@ def test_reward_rises(architecture, data):
     split = CaptionBatches(model, data.train, "train", cached=True)
     captions = [references[0] for references in data.train.references]
     numbers = range(len(captions))
-    fit(captions_module(model, data, steps=25), lambda step: split.batch(numbers, captions), data, 25)
+    fit(captions_module(model, data, steps=25), lambda step, share: split.batch(numbers, captions), data, 25)
     module = captions_module(
         model, data, SelfCriticalModule, steps=60, references=data.train.references, captions=5, seed=0
     )
@@ -359,7 +359,7 @@ def test_reward_rises(architecture, data):
         original(values, **more)
 
     module.log_dict = noting
-    fit(module, lambda step: split.batch(numbers, captions), data, 60)
+    fit(module, lambda step, share: split.batch(numbers, captions), data, 60)
     assert len(rewards) == 60
     assert np.mean(rewards[-10:]) > 1.2 * np.mean(rewards[:10]) > 0
 
@@ -499,7 +499,7 @@ def test_encoder_that_is_not_frozen_learns(settings, finished):
 
 @pytest.mark.parametrize("experiment", ["caption_coco_b32"])
 def test_experiment_on_coco_says_what_is_missing(experiment, tmp_path):
-    given = training_models.train_settings(f"experiment={experiment}", f"output={tmp_path}")
+    given = training_models.train_settings(f"experiment={experiment}", "trainer=cpu", f"output={tmp_path}")
     with pytest.raises(UserError, match=r"data.folder=data/coco: this version cannot read COCO's captions"):
         train(given)
     assert list(tmp_path.iterdir()) == []  # nothing was begun

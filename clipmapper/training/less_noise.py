@@ -17,6 +17,7 @@ def less_noise(speaker: str = "lightning.pytorch") -> Iterator[None]:
             "Found .* module.* in eval mode",  # the frozen encoder is meant to be
             "Checkpoint directory .* exists and is not empty",  # of a run that is resumed
             ".*does not have many workers",  # batches are rows of a cache: a worker would only copy them
+            "You're using the WeightAveraging callback with a model that overrides",  # which makes no layers
             ".*isinstance.treespec, LeafSpec.. is deprecated",  # Lightning's own use of torch
         ):
             warnings.filterwarnings("ignore", expected)
