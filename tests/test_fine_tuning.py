@@ -185,13 +185,7 @@ def test_position_embeddings_are_resized_as_open_clip_does(tmp_path, form):
 
 
 def test_size_that_patches_do_not_fill(tmp_path):
-<<<<<<< HEAD
     with pytest.raises(UserError, match="image_size=22: no multiple of the 4 pixels of a patch; nearest: 24"):
-=======
-    with pytest.raises(
-        UserError, match="image_size=22: no multiple of the 4 pixels of a patch; nearest: 24"
-    ):
->>>>>>> devices-land
         encoder(tmp_path, image_size=22)
 
 
