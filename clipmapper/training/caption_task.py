@@ -37,6 +37,7 @@ class CaptionTask(Task):
     """See :class:`~clipmapper.training.task.Task`."""
 
     validation_splits = VALIDATION_SPLITS
+    objective = "cider"
 
     def __init__(self, config: TrainConfig, data: ScenesCaptions) -> None:
         self.config, self.data = config, data

@@ -113,6 +113,8 @@ def _train(config: TrainConfig, device: torch.device) -> Path:
         with torch.compiler.set_stance("force_eager"):
             found = task.results(trainer, folder)
         results: dict = {"name": config.name, "settings": settings, **found}
+        scored = f"{task.validation_splits[0]}/{task.objective}"
+        results["objective"] = {"name": scored, "value": float(trainer.callback_metrics[scored])}
         files = {"checkpoint": folder / CHECKPOINT, "results": folder / RESULTS}
         for table in task.tables(found):
             out.print(table)

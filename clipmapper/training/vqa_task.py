@@ -27,6 +27,7 @@ class VQATask(Task):
     """See :class:`~clipmapper.training.task.Task`."""
 
     validation_splits = VALIDATION_SPLITS
+    objective = "accuracy/overall"
 
     def __init__(self, config: TrainConfig, data: ScenesVQA) -> None:
         for family in config.training.first_families:
