@@ -45,6 +45,13 @@ CAPTIONS = (
     "data.held_out_scenes=7",
     "trainer.accumulate_grad_batches=3",
 )
+SHARDED = (
+    *(one for one in QUESTIONS if not one.startswith("callbacks.")),
+    "name=sharded",
+    "callbacks=none",
+    "encoder.frozen=false",
+    "trainer.strategy=fsdp2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +63,7 @@ def weights(folder: Path) -> dict:
     """Without the biases of keys: softmax does not see them, so that what Adam makes of their gradient is
     made of rounding errors."""
     state = torch.load(folder / CHECKPOINT, weights_only=True)["state_dict"]
-    return {name: weight for name, weight in state.items() if not name.endswith("key_value.bias")}
+    return {name: w for name, w in state.items() if not name.endswith(("key_value.bias", "in_proj_bias"))}
 
 
 def close(a: object, b: object) -> None:
@@ -77,11 +84,10 @@ def close(a: object, b: object) -> None:
 
 @pytest.fixture(scope="module")
 def by_two(architecture, tmp_path_factory):
-    """Both runs by two processes, which the first command starts."""
+    """All runs by the same two processes, which the first command starts."""
     folder = tmp_path_factory.mktemp("two")
-    runs = [
-        (*run, f"encoder.architecture={architecture}", f"output={folder}") for run in (QUESTIONS, CAPTIONS)
-    ]
+    where = (f"encoder.architecture={architecture}", f"output={folder}")
+    runs = [(*run, *where) for run in (QUESTIONS, CAPTIONS, SHARDED)]
     command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), json.dumps(runs)]
     finished = training_models._process(command, folder)
     assert finished.status == 0, finished.errors
@@ -89,29 +95,29 @@ def by_two(architecture, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "run"), [("vqa_scenes", QUESTIONS), ("caption_scenes", CAPTIONS)], ids=["questions", "captions"]
+    ("name", "run"), [("vqa_scenes", QUESTIONS), ("caption_scenes", CAPTIONS), ("sharded", SHARDED)]
 )
 def test_two_processes_equal_one(by_two, architecture, tmp_path, name, run):
     """With splits that two do not divide evenly; of captions, gradients are accumulated as well: they have
     unequally many words, so that the mean of the parts' means would not be the mean."""
     (two,) = (by_two.folder / name).iterdir()
-    alone = [one for one in run if "accumulate" not in one]
+    alone = [one for one in run if "accumulate" not in one and "strategy" not in one]
     where = (f"encoder.architecture={architecture}", f"output={tmp_path}")
     one = train(training_models.train_settings(*alone, *where))
     torch.testing.assert_close(weights(two), weights(one), atol=1e-5, rtol=1e-4)
     results = [json.loads((folder / RESULTS).read_text()) for folder in (two, one)]
     parts = {"accuracy", "captions", "samples", "explanations"} & results[0].keys()
-    assert len(parts) >= 2
+    assert len(parts) >= (1 if run == SHARDED else 2)
     for part in parts:
         close(results[0][part], results[1][part])
     logged = [next(folder.rglob("metrics.csv")).read_text().splitlines() for folder in (two, one)]
-    assert logged[0][0] == logged[1][0] and "/positive/weighted" in logged[0][0]
+    assert logged[0][0] == logged[1][0] and ("/positive/weighted" in logged[0][0]) == (run != SHARDED)
 
 
 def test_one_process_speaks_and_writes(by_two):
-    assert by_two.printed.count("\nRun ") + by_two.printed.startswith("Run ") == 2
+    assert by_two.printed.count("\nRun ") + by_two.printed.startswith("Run ") == 3
     assert "distributed" not in by_two.printed + by_two.errors
-    assert by_two.printed.count("Written") == 2
+    assert by_two.printed.count("Written") == 3
 
 
 @pytest.mark.parametrize(("count", "batch_size", "of"), [(31, 500, 2), (3, 1, 2), (5, 2, 3), (7, 3, 1)])
