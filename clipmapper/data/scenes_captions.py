@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 from jaxtyping import UInt8
@@ -69,9 +69,7 @@ class ScenesCaptions:
 
     def wordings(self) -> list[str]:
         """Captions in which every word occurs that a caption of this data can have."""
-        rng = random.Random("wordings")
-        scenes = [draw_scene(0, "wordings", index) for index in range(_ENOUGH_SCENES)]
-        return [draw_caption(scene, rng) for scene in scenes]
+        return list(_wordings())
 
     def _split(self, name: str) -> CaptionSplit:
         held_out = name == "held_out"
@@ -85,3 +83,11 @@ class ScenesCaptions:
 
 # The rarest word ("cyan thing" counted, "nothing but") is in one caption of a hundred or so.
 _ENOUGH_SCENES = 4000
+
+
+@cache
+def _wordings() -> tuple[str, ...]:
+    """Of the world, not of the scenes of one data set: they depend on nothing and take a second to draw."""
+    rng = random.Random("wordings")
+    scenes = [draw_scene(0, "wordings", index) for index in range(_ENOUGH_SCENES)]
+    return tuple(draw_caption(scene, rng) for scene in scenes)

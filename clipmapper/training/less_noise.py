@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def less_noise(speaker: str = "lightning.pytorch") -> Iterator[None]:
+def less_noise() -> Iterator[None]:
     """Keep away what Lightning says at every start and a user can do nothing about."""
-    logger = logging.getLogger(speaker)
+    logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():
@@ -18,6 +18,7 @@ def less_noise(speaker: str = "lightning.pytorch") -> Iterator[None]:
             "Checkpoint directory .* exists and is not empty",  # of a run that is resumed
             ".*does not have many workers",  # batches are rows of a cache: a worker would only copy them
             "You're using the WeightAveraging callback with a model that overrides",  # which makes no layers
+            "FSDP2-wrapped module .* returned a view",  # which nothing here changes in place
             ".*isinstance.treespec, LeafSpec.. is deprecated",  # Lightning's own use of torch
         ):
             warnings.filterwarnings("ignore", expected)
