@@ -86,9 +86,9 @@ def test_averaged_weights_are_validated_explained_and_kept(settings, monkeypatch
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_what_is_trained_is_compiled(settings, monkeypatch, frozen):
-    """Only that it is asked for: shapes in signatures, which the tests check, are nothing for torch.compile."""
+    """Only that it is asked for: the shapes that tests check in signatures are nothing for torch.compile."""
     compiled = []
-    monkeypatch.setattr(nn.Module, "compile", compiled.append)
+    monkeypatch.setattr(nn.Module, "compile", lambda part: compiled.append(part))
     overrides = (f"encoder.frozen={frozen}", "callbacks=none", "training.max_steps=1")
     train(settings(f"name=compiled {frozen}", "trainer.compile=true", *overrides))
     kinds = {type(part).__name__ for part in compiled}
