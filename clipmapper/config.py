@@ -139,6 +139,22 @@ class VQAModelConfig(ModelConfig):
 
 
 @dataclass
+class GPT2Config(Section):
+    """A second decoder: ``path`` of a local one with its tokenizer, or null and the sizes of a new one."""
+
+    path: str | None = setting(text=True)
+    layers: int = setting(minimum=1)
+    width: int = setting(minimum=1)
+    heads: int = setting(minimum=1)
+    frozen: bool = setting()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from _empty_texts(self, "path")
+        if self.width % self.heads:
+            yield "heads", f"{self.heads} heads do not divide the width of {self.width} evenly"
+
+
+@dataclass
 class CaptionModelConfig(ModelConfig):
     """Stage 2 with a head for words: see :func:`clipmapper.models.build.build_captioner`."""
 
@@ -147,6 +163,15 @@ class CaptionModelConfig(ModelConfig):
     tied_head: bool = setting()
     text_embedding_only: bool = setting()
     vocabulary: str = setting(choices=("tokenizer", "data"))
+    decoder: str | None = setting(choices=("gpt2_prefix", "gpt2_cross"))
+    gpt2: GPT2Config = field(default_factory=GPT2Config)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        if self.decoder is not None and self.tied_head:
+            yield "tied_head", f"decoder={self.decoder} has a head of its own, GPT-2's; use tied_head=false"
+        if self.decoder is None and self.gpt2.path is not None:
+            yield "gpt2.path", "without a decoder it has no effect; give decoder=gpt2_prefix or gpt2_cross"
 
 
 @dataclass
@@ -253,6 +278,7 @@ class CaptionTrainingConfig(TrainingConfig):
 
     objective: str = setting(choices=("cross_entropy", "scst"))
     checkpoint: str | None = setting(text=True)
+    captions: int = setting(minimum=1)
     label_smoothing: float = setting(minimum=0, below=1)
     scst_captions: int = setting(minimum=1)
     logged_captions: int = setting(minimum=0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
@@ -14,22 +14,25 @@ from clipmapper.models.caption_decoding import Decoding, write_captions
 from clipmapper.models.caption_tokens import spell
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.tokens import TokenizedText, word_positions
-from clipmapper.relevance import AttentionTrace, method_named, record
+from clipmapper.relevance import Again, Attention, AttentionTrace, method_named, record
 from clipmapper.relevance.several import attention_for_several, each_scalar
 
 SCALARS = ("logit", "log_probability")
+AT_ONCE = 16  # tokens whose gradients are held together
 
 
 @dataclass(frozen=True)
 class TracedCaption:
     """A caption, and the forward that says how probable each of its tokens is.
 
-    ``caption``: its text. ``scores``: logits of the token behind each position, with their graph. ``words``:
-    each word of the caption with the positions of its tokens. ``image_tokens``: of the encoder, without
-    graph.
+    ``caption``: its text. ``model``, ``pixels``: who wrote it, of what. ``scores``: logits of the token
+    behind each position, with their graph. ``words``: each word of the caption with the positions of its
+    tokens. ``image_tokens``: of the encoder, without graph.
     """
 
     caption: str
+    model: Captioner
+    pixels: Float[Tensor, "1 3 pixel_rows pixel_columns"]
     trace: AttentionTrace
     text: TokenizedText
     scores: Float[Tensor, "tokens vocabulary"]
@@ -77,13 +80,13 @@ def trace_caption(
             scores = model.caption_logits(image_tokens, text_tokens, text.valid, only_text=False)[0]
     finally:
         model.train(was_training)
-    words = word_positions(model.encoder.tokenizer, text.ids[0], text.removable[0])
+    words = word_positions(model.tokenizer, text.ids[0], text.removable[0])
     if not words:
         raise UserError("the model's caption of this image is empty: there is no word to explain")
     told = (
-        spell(model.encoder.tokenizer, text.ids[0][text.removable[0]]) if caption is None else caption.strip()
+        spell(model.tokenizer, text.ids[0][text.removable[0]]) if caption is None else caption.strip()
     )
-    return TracedCaption(told, trace, text, scores, image_tokens.detach(), words)
+    return TracedCaption(told, model, pixels, trace, text, scores, image_tokens.detach(), words)
 
 
 def word_relevance(
@@ -112,7 +115,9 @@ def word_relevance(
         y = scores[tokens - 1, ids[tokens]]
     identity = [sample * len(ids) + p for p in tokens.tolist()]
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in methods}
-    for rows in each_scalar(traced.trace, y, tokens - 1, identity):
+    places = iter((tokens - 1).split(AT_ONCE))
+    for rows in each_scalar(traced.trace, y, tokens - 1, identity, at_once=AT_ONCE):
+        rows.again = _again(traced, next(places), scalar)
         for name, function in functions.items():
             relevance = function(rows, seed=seed) if name == "random" else function(rows)
             found[name].append((relevance.image, relevance.text))
@@ -121,6 +126,37 @@ def word_relevance(
         name: _merged(traced, owner, len(groups), *(torch.cat(part) for part in zip(*parts, strict=True)))
         for name, parts in found.items()
     }
+
+
+def _again(traced: TracedCaption, positions: Int[Tensor, "scalars"], scalar: str) -> Again:
+    """The forward that explains the tokens behind these positions, for methods that make it more than once.
+
+    Each token is a sample with an image of its own, whose text ends where the token is predicted: what comes
+    behind it is padding, which no method takes a mean over.
+    """
+    model, text = traced.model, traced.text
+    ids = text.ids[0, positions + 1]
+    place = torch.arange(text.ids.shape[1], device=positions.device)
+
+    def chosen(logits: Float[Tensor, "rows vocabulary"], rows: Int[Tensor, "rows"]) -> Float[Tensor, "rows"]:
+        if scalar == "log_probability":
+            logits = logits.log_softmax(dim=-1)
+        return logits.gather(1, ids[rows][:, None])[:, 0]
+
+    def forward(rows: Int[Tensor, "rows"]) -> Float[Tensor, "rows"]:
+        valid = text.valid & (place <= positions[rows][:, None])
+        read = TokenizedText(text.ids.expand(len(rows), -1), valid, text.removable & valid)
+        logits = model(traced.pixels.expand(len(rows), -1, -1, -1), read, only_text=False)
+        return chosen(logits[torch.arange(len(rows), device=rows.device), positions[rows]], rows)
+
+    class Head:
+        def applies(self, step: Attention) -> bool:
+            return step.name.startswith(model.read_from)
+
+        def __call__(self, pooled: Float[Tensor, "rows width"]) -> Float[Tensor, "rows"]:
+            return chosen(model.scores(pooled), torch.arange(len(positions), device=pooled.device))
+
+    return Again(model, forward, Head())
 
 
 def _merged(

@@ -55,8 +55,50 @@ class CaptionRun(naive_relevance.Run):
             for block in mapper.blocks:
                 joint = joint + self._masked(block.attention, joint, self.visual + self.text, hidden)
                 joint = joint + block.mlp(joint[None])[0]
-            text = joint[start:]
+            image, text = joint[:start], joint[start:]
+        if hasattr(model, "decoder"):
+            text = self._gpt2(model.decoder, image, text, ids, later)
         return model.head(text[None])[0, self.position]
+
+    def _gpt2(self, decoder, image: Tensor, text: Tensor, ids: Tensor, later: Tensor) -> Tensor:
+        """GPT-2 written out: its words with the mapper's added, the image before them or beside them."""
+        gpt2 = decoder.language_model.transformer
+        seen = decoder.read_image(decoder.image_norm(image))
+        said = decoder.read_text(decoder.text_norm(text)) + gpt2.wte.weight[ids]
+        places = self.text
+        if decoder.cross:
+            x = said + gpt2.wpe.weight[: len(ids)]
+        else:
+            x = torch.cat([seen, said])
+            x, places = x + gpt2.wpe.weight[: len(x)], self.visual + self.text
+            later = torch.ones(len(x), len(x)).triu(1).bool()
+        entered = len(self.sublayers)
+        for block in gpt2.h:
+            q, k, v = self._conv(block.attn.c_attn, block.ln_1(x)).chunk(3, dim=-1)
+            x = x + self._gpt2_attend(block.attn, q, k, v, x, places, places, later, len(self.sublayers))
+            if decoder.cross:
+                q = self._conv(block.crossattention.q_attn, block.ln_cross_attn(x))
+                k, v = self._conv(block.crossattention.c_attn, seen).chunk(2, dim=-1)
+                nothing = torch.zeros(len(q), len(k), dtype=torch.bool)
+                x = x + self._gpt2_attend(
+                    block.crossattention, q, k, v, x, places, self.visual, nothing, entered
+                )
+            hidden = self._conv(block.mlp.c_fc, block.ln_2(x))
+            hidden = 0.5 * hidden * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (hidden + 0.044715 * hidden**3)))
+            x = x + self._conv(block.mlp.c_proj, hidden)
+        return gpt2.ln_f(x)[-len(ids) :]
+
+    @staticmethod
+    def _conv(layer, x: Tensor) -> Tensor:
+        return x @ layer.weight + layer.bias
+
+    def _gpt2_attend(self, attention, q, k, v, x, places, keys, hidden, entered: int) -> Tensor:
+        q, k, v = (t.unflatten(-1, (attention.num_heads, -1)).transpose(0, 1) for t in (q, k, v))
+        scores = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).masked_fill(hidden, float("-inf"))
+        A = scores.exp() / scores.exp().sum(-1, keepdim=True)
+        a = self._conv(attention.c_proj, (A @ v).transpose(0, 1).flatten(1))
+        self.sublayers.append(naive_relevance.Sublayer(places, keys, entered, x, a, A))
+        return a
 
     def _masked(self, layer, x: Tensor, places: list[int], hidden: Tensor) -> Tensor:
         """Self-attention of the mapper in which the keys in ``hidden`` are not read."""

@@ -7,8 +7,15 @@ import re
 import pytest
 from scene_checker import COLOURS, SHAPES, SIZES, fits
 
-from clipmapper.data.scene_captions import WORD_KINDS, aligned_captions, captions, draw_caption
-from clipmapper.data.scenes import draw_scene
+from clipmapper.data.scene_captions import (
+    WORD_KINDS,
+    aligned_captions,
+    caption_words,
+    captions,
+    draw_aligned_caption,
+    draw_caption,
+)
+from clipmapper.data.scenes import Scene, SceneObject, draw_scene
 
 PLURALS = ("rings", "squares", "triangles", "crosses")
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}
@@ -99,3 +106,13 @@ def test_numbers_and_places(told):
                 }  # fmt: skip
                 assert holds[word.text]
     assert kinds == {None, *WORD_KINDS}
+
+
+def test_the_listed_words_are_all_that_a_caption_can_have():
+    """Two objects too close to say more than "next to" are one scene in thousands: given by hand."""
+    rng, drawn = random.Random(1), set()
+    near = [SceneObject("ring", "red", "small", x, x, 7.7, 0.0) for x in (30.0, 39.6)]
+    scenes = [draw_scene(1, "words", index) for index in range(2500)]
+    for scene in (*scenes, *[Scene("near", tuple(near))] * 20):
+        drawn.update(w.text for w in draw_aligned_caption(scene, rng).words)
+    assert drawn == set(caption_words())

@@ -138,21 +138,26 @@ def test_batch_of_a_step_is_always_the_same_and_captions_are_drawn_anew(architec
         asked.append((list(images), list(captions))),
         original(images, captions),
     )[1]
-    batch_at = drawn_batches(split, batch_size=5, seed=3)
-    for step in (*range(12), 4):
+    batch_at = drawn_batches(split, batch_size=5, captions=2, seed=3)
+    for step in (*range(24), 4):
         batch = batch_at(step)
         assert batch["image_tokens"].shape[0] == len(batch["references"]) == 5
-    assert asked[4] == asked[12]
-    images = [image for of_step, _ in asked[:12] for image in of_step]
-    epochs = [images[start : start + 12] for start in range(0, 60, 12)]
-    assert all(sorted(epoch) == list(range(12)) for epoch in epochs) and len({tuple(e) for e in epochs}) == 5
+        assert batch["text"].ids.shape[0] == 10
+    assert asked[4] == asked[24]
+    images = [image for of_step, _ in asked[:24] for image in of_step]
+    assert [images.count(image) for image in range(12)] == [10] * 12  # 24 batches of 5 are 10 epochs
     said: dict[int, list[str]] = {}
-    for of_step, captions in asked[:12]:
-        for image, caption in zip(of_step, captions, strict=True):
+    longest = []
+    for of_step, captions in asked[:24]:
+        longest.append(max(len(caption.split()) for caption in captions))
+        for number, caption in enumerate(captions):
+            image = of_step[number // 2]
             assert data.train.truth(image, caption).complete
             said.setdefault(image, []).append(caption)
-    assert np.mean([len(set(captions)) / len(captions) for captions in said.values()]) > 0.8
-    assert drawn_batches(split, batch_size=5, seed=4)(0)["references"] != batch_at(0)["references"]
+    assert np.mean([len(set(captions)) / len(captions) for captions in said.values()]) > 0.6
+    assert np.mean(longest) < 0.7 * max(longest)  # captions of a length come together
+    other = drawn_batches(split, batch_size=5, captions=2, seed=4)
+    assert other(0)["references"] != batch_at(0)["references"]
 
 
 def test_cached_tokens_are_those_of_the_pixels(architecture, data):
@@ -320,7 +325,7 @@ def test_loss_is_the_reward_over_the_greedy_one_times_log_probability(critical, 
     critical.log_dict = lambda values, **_: logged.update(values)
     loss = critical.training_step(batch, 0)
     seed = int(np.random.SeedSequence((7, 0)).generate_state(1)[0])
-    longest = critical.longest
+    longest = critical.model.longest
     drawing = Decoding("nucleus", captions=3, max_length=longest, top_p=1.0, seed=seed)
     drawn = write_captions(critical.model, batch["image_tokens"], drawing)
     greedy = write_captions(critical.model, batch["image_tokens"], Decoding("greedy", max_length=longest))
@@ -412,6 +417,20 @@ def test_checkpoint_of_a_run_writes_the_captions_of_its_results(finished):
     for sample in results_of(finished)["samples"]:
         assert model.caption(split.images[sample["image"]], longest) == sample["caption"]
         assert sample["reference"] == split.references[sample["image"]][0]
+
+
+@pytest.mark.parametrize("decoder", ["gpt2_prefix", "gpt2_cross"])
+def test_a_run_with_gpt2(settings, decoder):
+    """Trained, judged and saved by the same command; the file alone writes the captions of the results."""
+    sizes = ("model.gpt2.width=16", "model.gpt2.heads=2", "model.gpt2.layers=1", "training.max_steps=2")
+    chosen = ("experiment=caption_scenes_gpt2", f"model.decoder={decoder}", f"name={decoder}")
+    folder = train(settings(*chosen, *sizes))
+    model = clipmapper.load(folder / CHECKPOINT)
+    assert model.decoder.cross == (decoder == "gpt2_cross")
+    pictures = instantiate(model.description["data"]).validation.images
+    for row in results_of(folder)["samples"]:
+        how = Decoding("greedy", max_length=model.longest)
+        assert model.caption(pictures[row["image"]], how) == row["caption"]
 
 
 def test_interrupted_and_resumed_is_as_if_never_interrupted(settings, finished, monkeypatch):

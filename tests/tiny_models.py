@@ -12,6 +12,9 @@ from clipmapper.models.caption_tokens import CaptionEnds
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.encoder import ClipEncoder
+from clipmapper.models.gpt2 import new_gpt2
+from clipmapper.models.gpt2_captioner import GPT2Captioner
+from clipmapper.models.gpt2_decoder import GPT2Decoder, GPT2Head
 from clipmapper.models.heads import VQAHead
 from clipmapper.models.mapper import MAPPERS
 from clipmapper.models.tokens import TokenizedText
@@ -117,8 +120,12 @@ def captioner(
     tied: bool = False,
     width: int = 16,
     vocabulary: int = VOCABULARY,
+    decoder: str | None = None,
 ) -> Captioner:
-    """A float64 captioner in evaluation mode. The last two ids of the vocabulary are start and end."""
+    """A float64 captioner in evaluation mode. The last two ids of the vocabulary are start and end.
+
+    ``decoder``: "gpt2_prefix" or "gpt2_cross", a GPT-2 of two blocks, wider than the mapper.
+    """
     encoder = ClipEncoder(clip_config(folder, text_tower, vocabulary), frozen=frozen)
     mapper = MAPPERS[kind](
         encoder.image_width,
@@ -132,9 +139,21 @@ def captioner(
         image_position_embedding=not class_token,  # both would be one place too few
         captioning=True,
     )
+    ends = CaptionEnds(start=vocabulary - 2, end=vocabulary - 1)
+    if decoder is not None:
+        cross, length = decoder == "gpt2_cross", 1 + PATCHES
+        gpt2 = new_gpt2(
+            layers=2, width=20, heads=2, vocabulary=vocabulary, cross=cross,
+            positions=CONTEXT_LENGTH + (0 if cross else length),
+        )  # fmt: skip
+        reader = GPT2Decoder(gpt2, width, length, cross=cross, frozen=False)
+        model = GPT2Captioner(
+            encoder, mapper, reader, GPT2Head(gpt2), ends=ends, text_embedding_only=text_embedding_only
+        )
+        randomise(model.double().eval(), seed)
+        return model
     embedding = encoder.text_tower.owner.token_embedding
     head = TiedCaptionHead(width, embedding) if tied else CaptionHead(width, vocabulary)
-    ends = CaptionEnds(start=vocabulary - 2, end=vocabulary - 1)
     model = Captioner(encoder, mapper, head, ends=ends, text_embedding_only=text_embedding_only)
     model = model.double().eval()
     randomise(model, seed)

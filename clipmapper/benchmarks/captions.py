@@ -1,6 +1,5 @@
 """Speed of writing captions, and of explaining every word of one."""
 
-import random
 from argparse import ArgumentParser, Namespace
 
 import torch
@@ -8,8 +7,9 @@ from torch import Tensor
 
 from clipmapper.benchmarks.timing import machine, measured
 from clipmapper.data.images import clip_input
-from clipmapper.data.scene_captions import aligned_captions, draw_caption
+from clipmapper.data.scene_captions import aligned_captions
 from clipmapper.data.scenes import draw_scene, render
+from clipmapper.data.scenes_captions import ScenesCaptions
 from clipmapper.explaining_captions import explain_caption_methods
 from clipmapper.models.build import build_captioner, load
 from clipmapper.models.caption_decoding import Decoding, write_captions
@@ -127,8 +127,7 @@ def _model_and_images(options: Namespace, count: int) -> tuple[Captioner, Tensor
         model = load(options.checkpoint, device)
     else:
         encoder, settings = MODELS[options.model]
-        rng = random.Random(0)
-        captions = [draw_caption(draw_scene(0, "words", i), rng) for i in range(1000)]
+        captions = ScenesCaptions.wordings()
         model = build_captioner(encoder | {"frozen": True}, _COMMON | settings, captions=captions)
     scenes = [_scene(options.seed + i) for i in range(count)]
     return model.to(device).eval().requires_grad_(False), clip_input(

@@ -8,7 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clipmapper.data.scenes import IMAGE_SIZE, Scene, SceneObject
+from clipmapper.data.scenes import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Scene, SceneObject
 
 # A relation is stated only when the centres are at least this far apart along its axis: closer than that
 # people disagree about it.
@@ -40,6 +40,16 @@ class AlignedCaption:
         for word in self.words:
             told += word.text if word.text in ",:" or not told else f" {word.text}"
         return told
+
+
+def caption_words() -> tuple[str, ...]:
+    """Every word that a caption can have, the rare ones too, with the comma and the colon."""
+    told = "a an the and is there you can see image of only just nothing but at near in , :"
+    relations = "left right above below next to of"
+    places = "top bottom left right centre"
+    counted = "object objects thing things"
+    looks = (*COLOURS, *SIZES, *SHAPES, *map(plural, SHAPES), *NUMBERS[1:])
+    return tuple(dict.fromkeys((*" ".join((told, relations, places, counted)).split(), *looks)))
 
 
 def describe(item: SceneObject, *, size: bool = True, colour: bool = True) -> str:

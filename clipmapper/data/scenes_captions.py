@@ -3,13 +3,13 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import UInt8
 
 from clipmapper.data.caption_truth import CaptionTruth, caption_truth
-from clipmapper.data.scene_captions import captions, draw_caption
+from clipmapper.data.scene_captions import caption_words, captions, draw_caption
 from clipmapper.data.scenes import MAX_OBJECTS, Scene, draw_scene, render_all
 
 
@@ -67,9 +67,14 @@ class ScenesCaptions:
     def held_out(self) -> CaptionSplit:
         return self._split("held_out")
 
-    def wordings(self) -> list[str]:
-        """Captions in which every word occurs that a caption of this data can have."""
-        return list(_wordings())
+    @staticmethod
+    def wordings() -> list[str]:
+        """Texts with every word that a caption of this data can have, as its first word and as a later one.
+
+        From the grammar and not from drawn captions, which may lack a rare word. (Tokenizers that keep the
+        space before a word have other tokens for a first word.)
+        """
+        return [text for word in caption_words() for text in (word, f"a {word}", f"a, {word}: {word}")]
 
     def _split(self, name: str) -> CaptionSplit:
         held_out = name == "held_out"
@@ -79,15 +84,3 @@ class ScenesCaptions:
         ]
         images, instances = render_all(scenes)
         return CaptionSplit(images, [captions(scene, self.references) for scene in scenes], scenes, instances)
-
-
-# The rarest word ("cyan thing" counted, "nothing but") is in one caption of a hundred or so.
-_ENOUGH_SCENES = 4000
-
-
-@cache
-def _wordings() -> tuple[str, ...]:
-    """Of the world, not of the scenes of one data set: they depend on nothing and take a second to draw."""
-    rng = random.Random("wordings")
-    scenes = [draw_scene(0, "wordings", index) for index in range(_ENOUGH_SCENES)]
-    return tuple(draw_caption(scene, rng) for scene in scenes)

@@ -89,7 +89,7 @@ class Decoding:
         """The same in the words of ``transformers``. ``room``: for tokens behind the start token."""
         if self.max_length > room:
             raise UserError(
-                f"decoding.max_length={self.max_length}: the text tower has room for {room} tokens "
+                f"decoding.max_length={self.max_length}: the model has room for {room} tokens "
                 "behind the start token"
             )
         own = {
@@ -164,7 +164,7 @@ def write_captions(
 
 
 def _read(captioner: Captioner, rows: Sequence[Sequence[int]], captions: int) -> WrittenCaptions:
-    end, tokenizer = captioner.ends.end, captioner.encoder.tokenizer
+    end, tokenizer = captioner.ends.end, captioner.tokenizer
     ended = [end in row for row in rows]
     words = [list(row[: row.index(end)]) if end in row else list(row) for row in rows]
     tokens = with_ends(words, captioner.ends, padding_id(tokenizer), ended).to(captioner.device)
@@ -197,15 +197,14 @@ class _Decoder(PreTrainedModel, GenerationMixin):
         super().__init__(PreTrainedConfig(num_hidden_layers=captioner.caches))
         self._captioner = (captioner,)
         self.image_tokens, self.keep = image_tokens, keep
-        self.memory = captioner.mapper.image_memory(image_tokens, keep) if use_cache else []
+        self.memory = captioner.image_memory(image_tokens, keep) if use_cache else []
         self.start, end = captioner.ends.start, captioner.ends.end
         self._tokens = captioner.head.tokens
         if self._tokens is not None:
             self._tokens = torch.cat([self._tokens, self._tokens.new_tensor([self.start])])
             self.start = len(self._tokens) - 1
             end = int(captioner.head.places(self._tokens.new_tensor([end])))
-        room = captioner.encoder.context_length - 1
-        self.generation_config = decoding.generation_config(room, self.start, end, use_cache)
+        self.generation_config = decoding.generation_config(captioner.longest, self.start, end, use_cache)
 
     def token_ids(self, places: Int[Tensor, "rows tokens"]) -> Int[Tensor, "rows tokens"]:
         """The tokenizer's ids of what generation runs over."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clipmapper.errors import UserError
 from clipmapper.models.attention import KeysValues, Remember
-from clipmapper.models.caption_head import CaptionHead, TiedCaptionHead
+from clipmapper.models.caption_head import Vocabulary
 from clipmapper.models.caption_tokens import CaptionEnds, caption_ends, caption_tokens
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.mapper import Mapper
@@ -33,7 +33,7 @@ class Captioner(nn.Module):
         self,
         encoder: ClipEncoder,
         mapper: Mapper,
-        head: CaptionHead | TiedCaptionHead,
+        head: Vocabulary,
         *,
         ends: CaptionEnds | None = None,
         text_embedding_only: bool = False,
@@ -53,14 +53,27 @@ class Captioner(nn.Module):
         self.text_embedding_only = text_embedding_only
         self._ends = ends
 
+    # Which attention sub-layers (by the names that a trace has for them) end in what the head reads.
+    read_from = "mapper"
+
     @property
     def device(self) -> torch.device:
         return next(self.mapper.parameters()).device
 
     @property
+    def tokenizer(self):
+        """That of captions: the encoder's."""
+        return self.encoder.tokenizer
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest caption that there is room for behind the start token."""
+        return self.encoder.context_length - 1
+
+    @property
     def ends(self) -> CaptionEnds:
         if self._ends is None:
-            self._ends = caption_ends(self.encoder.tokenizer)
+            self._ends = caption_ends(self.tokenizer)
         return self._ends
 
     def forward(
@@ -101,7 +114,7 @@ class Captioner(nn.Module):
 
     def caption_logits(
         self,
-        image_tokens: Float[Tensor, "batch image image_width"],
+        image_tokens: Float[Tensor, "images image image_width"],
         text_tokens: Float[Tensor, "batch tokens text_width"],
         valid: Bool[Tensor, "batch tokens"],
         *,
@@ -110,10 +123,34 @@ class Captioner(nn.Module):
         only_text: bool = True,
         known_only: bool = False,
     ) -> Float[Tensor, "batch tokens scored"]:
-        """Stage 2 alone, from the encoder's tokens (cached, or shared by many captions of an image).
+        """Stage 2 alone, from the encoder's tokens (cached, or shared by several captions of an image).
 
         ``known_only``: just the tokens that the head can say (:meth:`Vocabulary.known_scores`), for training.
+        With fewer images than captions, each image is for so many captions in succession: its side of the
+        mapper runs once. Neither ``keep`` nor ``image_ignore`` is possible then, and padding may only be
+        behind the captions.
         """
+        if len(image_tokens) < len(text_tokens):
+            if keep is not None or image_ignore is not None:
+                raise ValueError("patches can be left out where every caption has an image of its own")
+            text = self._several(image_tokens, text_tokens)
+        else:
+            text = self.whole_caption_states(
+                image_tokens, text_tokens, valid, keep=keep, image_ignore=image_ignore, only_text=only_text
+            )
+        return self.head.known_scores(text) if known_only else self.head(text)
+
+    def whole_caption_states(
+        self,
+        image_tokens: Float[Tensor, "batch image image_width"],
+        text_tokens: Float[Tensor, "batch tokens text_width"],
+        valid: Bool[Tensor, "batch tokens"],
+        *,
+        keep: Int[Tensor, "batch kept"] | None,
+        image_ignore: Bool[Tensor, "batch patches"] | None,
+        only_text: bool,
+    ) -> Float[Tensor, "batch tokens width"]:
+        """What the head reads, of captions with an image each."""
         _, text = self.mapper(
             image_tokens,
             text_tokens,
@@ -122,13 +159,54 @@ class Captioner(nn.Module):
             text_valid=valid,
             only_text=only_text,
         )
-        return self.head.known_scores(text) if known_only else self.head(text)
+        return text
+
+    def scores(self, state: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
+        """The head on tokens of the residual stream that it was made for."""
+        return self.head(state)
+
+    def _several(
+        self,
+        image_tokens: Float[Tensor, "images image image_width"],
+        text_tokens: Float[Tensor, "captions tokens text_width"],
+    ) -> Float[Tensor, "captions tokens width"]:
+        """Final text tokens of several captions of each image."""
+        nothing_before = [lambda key, value: (key, value)] * (self.caches - self._tower_caches)
+        return self.word_states(text_tokens, self.image_memory(image_tokens), 0, nothing_before)
+
+    @property
+    def _tower_caches(self) -> int:
+        return 0 if self.text_embedding_only else len(self.encoder.text_tower.attention_blocks())
 
     @property
     def caches(self) -> int:
         """How many attention sub-layers remember earlier words while a caption is written."""
-        tower = 0 if self.text_embedding_only else len(self.encoder.text_tower.attention_blocks())
-        return tower + len(self.mapper.blocks)
+        return self._tower_caches + len(self.mapper.blocks)
+
+    def image_memory(
+        self,
+        image_tokens: Float[Tensor, "images image image_width"],
+        keep: Int[Tensor, "images kept"] | None = None,
+    ) -> list[KeysValues]:
+        """All that words read of images, computed once for all words."""
+        return self.mapper.image_memory(image_tokens, keep)
+
+    def word_states(
+        self,
+        text_tokens: Float[Tensor, "rows new text_width"],
+        memory: Sequence[KeysValues],
+        past: int,
+        remember: Sequence[Remember],
+    ) -> Float[Tensor, "rows new width"]:
+        """What the head reads, of words behind ``past`` others; arguments as of ``Mapper.text_step``."""
+        return self.mapper.text_step(text_tokens, memory, past, remember)
+
+    def text_tokens_step(
+        self, ids: Int[Tensor, "rows new"], past: int, remember: Sequence[Remember]
+    ) -> Float[Tensor, "rows new text_width"]:
+        """:meth:`text_tokens` of words behind ``past`` others."""
+        tower = self.encoder.text_tower
+        return tower.embed_words(ids, past) if self.text_embedding_only else tower.step(ids, past, remember)
 
     def step_logits(
         self,
@@ -140,17 +218,13 @@ class Captioner(nn.Module):
     ) -> Float[Tensor, "rows scored"]:
         """Logits of the token behind ``ids``, which themselves come behind ``past`` others.
 
-        ``memory``: of the mapper's ``image_memory``; each image is for so many rows in succession as there
+        ``memory``: of :meth:`image_memory`; each image is for so many rows in succession as there
         are more rows than images. ``remember``: one for each of the ``caches``. ``known_only`` as in
         :meth:`caption_logits`.
         """
-        tower = self.encoder.text_tower
-        own = len(remember) - len(self.mapper.blocks)
-        if self.text_embedding_only:
-            text_tokens = tower.embed_words(ids, past)
-        else:
-            text_tokens = tower.step(ids, past, remember[:own])
-        last = self.mapper.text_step(text_tokens, memory, past, remember[own:])[:, -1]
+        own = self._tower_caches
+        text_tokens = self.text_tokens_step(ids, past, remember[:own])
+        last = self.word_states(text_tokens, memory, past, remember[own:])[:, -1]
         return self.head.known_scores(last) if known_only else self.head(last)
 
     @torch.no_grad()
@@ -179,7 +253,7 @@ class Captioner(nn.Module):
         texts = [captions] if isinstance(captions, str) else list(captions)
         if not texts or any(not text.strip() for text in texts):
             raise UserError("the caption is empty; give for example 'a red circle left of a blue square'")
-        return caption_tokens(self.encoder.tokenizer, self.ends, texts).to(self.device)
+        return caption_tokens(self.tokenizer, self.ends, texts).to(self.device)
 
 
 def caption_loss(

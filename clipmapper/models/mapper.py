@@ -117,15 +117,28 @@ class Mapper(nn.Module):
         keep: Int[Tensor, "batch kept"] | None = None,
     ) -> list[KeysValues]:
         """All that words read of the image, block by block, for :meth:`text_step` (captioning only)."""
+        return self.image_side(image_tokens, keep, whole=False)[0]
+
+    def image_side(
+        self,
+        image_tokens: Float[Tensor, "batch image image_width"],
+        keep: Int[Tensor, "batch kept"] | None = None,
+        *,
+        whole: bool = True,
+    ) -> tuple[list[KeysValues], Float[Tensor, "batch all_image width"]]:
+        """:meth:`image_memory`, and the image's final tokens.
+
+        Not ``whole``: as they enter the last block, of which no word reads more.
+        """
         if not self.captioning:
             raise ValueError("the image of this mapper reads the text; build it with captioning=True")
         image = self.embed_image(image_tokens, keep)
         memory = []
         for block in self.blocks:
             memory.append(block.image_keys_values(image))
-            if block is not self.blocks[-1]:
+            if whole or block is not self.blocks[-1]:
                 image = block.image_alone(image)
-        return memory
+        return memory, image
 
     def text_step(
         self,

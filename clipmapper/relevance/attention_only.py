@@ -53,7 +53,9 @@ def last_attention(trace: AttentionTrace, matrix) -> Relevance:
             seen.add(source)
             to_keys, _ = rows_times(matrix, step, rows[step.query_node.stream], normalise=False)
             for stream, part in _split(trace, source, to_keys).items():
-                found.setdefault(stream, part[:, 0])
+                # A stream that was taken out of others (the image, of one flow) may hold nothing of some.
+                if bool((trace.places(stream, source) >= 0).any()):
+                    found.setdefault(stream, part[:, 0])
     return as_relevance(trace, found)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.clipmapper import CLIPmapper
+from clipmapper.models.gpt2_captioner import GPT2Captioner
 from clipmapper.models.mapper import DualFlowMapper
 from clipmapper.relevance.backward_rules import backward_rules
 from clipmapper.relevance.capture import Call, Capture, Watched
@@ -53,6 +54,13 @@ class _Recorder:
             self.trace.entries.setdefault(stream, call.watched.module)
         self.trace.steps.append(step)
 
+    def join(self, stream: str, parts: Sequence[str], index: Tensor | None = None) -> None:
+        """``stream`` begins as the tokens of other streams, or as those of them that ``index`` names."""
+        step = Join(self.node(stream), tuple(self.node(part) for part in parts), index)
+        self.trace.steps.append(step)
+        self.trace.valid[stream] = step.gather([self.trace.padding_free(part) for part in parts])
+        self.trace.lengths[stream] = self.trace.valid[stream].shape[1]
+
     def after_mlp(self, stream: str, tokens: Tensor) -> None:
         """Note the residual stream after a block's MLP, at the stream's last sub-layer."""
         last = next(s for s in reversed(self.trace.attention) if s.query_node.stream == stream)
@@ -67,10 +75,12 @@ def record_clipmapper(
     trace = AttentionTrace(rules=rules)
     recorder = _Recorder(trace)
     # All known: a captioner may write its caption with the hooks out of the way, then be recorded reading it.
-    sublayers = [*_tower_sublayers(model), *_mapper_sublayers(model)]
+    sublayers = [*_tower_sublayers(model), *_mapper_sublayers(model), *_decoder_sublayers(model)]
     capture = Capture(model, sublayers, recorder.add, all_known=True)
     with ExitStack() as stack:
         _watch_mapper(stack, recorder, model)
+        if isinstance(model, GPT2Captioner):
+            _watch_decoder(stack, recorder, model)
         for watched in capture.watched:
             _watch_end(stack, recorder, watched)
         stack.enter_context(capture())
@@ -135,11 +145,33 @@ def _mapper_sublayers(model: CLIPmapper | Captioner) -> Iterator[Watched]:
             yield _sublayer(f"{name}, self-attention", block.attention, image, image)
 
 
+def _decoder_streams(model: GPT2Captioner) -> tuple[str, str]:
+    """Names of the streams that GPT-2 reads as its own tokens, and through cross-attention."""
+    image, text = _mapper_streams(model)
+    if not model.decoder.cross:
+        # One stream of image and text is what GPT-2 reads already.
+        return (image, image) if image == text else ("decoder", "decoder")
+    return ("decoder_text", "decoder_image") if image == text else (text, image)
+
+
+def _decoder_sublayers(model: CLIPmapper | Captioner) -> Iterator[Watched]:
+    if not isinstance(model, GPT2Captioner):
+        return
+    words, read = _decoder_streams(model)
+    for number, block in enumerate(model.decoder.gpt2.h):
+        own, *cross = sublayers_of(block)
+        yield _Streamed(f"GPT-2, block {number}, self-attention", block, own, words, words)
+        for kind in cross:
+            yield _Streamed(f"GPT-2, block {number}, cross-attention", block, kind, words, read)
+
+
 def _watch_end(stack: ExitStack, recorder: _Recorder, watched: _Streamed) -> None:
     """Of a tower, a sub-layer is a whole block, whose output is the residual stream after its MLP."""
     if watched.kind.added:
         handle = watched.module.register_forward_hook(
-            lambda module, args, output: recorder.after_mlp(watched.query_stream, output)
+            lambda module, args, output: recorder.after_mlp(
+                watched.query_stream, output[0] if isinstance(output, tuple) else output
+            )
         )
         stack.callback(handle.remove)
 
@@ -151,12 +183,6 @@ def _watch_mapper(stack: ExitStack, recorder: _Recorder, model: CLIPmapper | Cap
     class_token = model.mapper.class_token is not None
     captioning = isinstance(model, Captioner)
     last_words: list[Tensor] = []
-
-    def join(stream: str, parts: list[str], index: Tensor | None = None) -> None:
-        step = Join(recorder.node(stream), tuple(recorder.node(part) for part in parts), index)
-        trace.steps.append(step)
-        trace.valid[stream] = step.gather([trace.padding_free(part) for part in parts])
-        trace.lengths[stream] = trace.valid[stream].shape[1]
 
     def begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         image_tokens, text_tokens = args[0], args[1]
@@ -180,12 +206,12 @@ def _watch_mapper(stack: ExitStack, recorder: _Recorder, model: CLIPmapper | Cap
         text_part = "text"
         if _leaves_words_behind(model):
             text_part = "mapper_text"
-            join(text_part, ["text"], torch.arange(words, device=text_tokens.device)[None])
+            recorder.join(text_part, ["text"], torch.arange(words, device=text_tokens.device)[None])
         parts = ["class_token", "image"] if class_token else ["image"]
         if image == "joint":
             parts.append(text_part)
         if len(parts) > 1:
-            join(image, parts)
+            recorder.join(image, parts)
         return (image_tokens, text_tokens, *args[2:]), kwargs
 
     def enter_block(module: nn.Module, args: tuple) -> None:
@@ -209,6 +235,38 @@ def _watch_mapper(stack: ExitStack, recorder: _Recorder, model: CLIPmapper | Cap
         model.mapper.register_forward_hook(end),
         *(block.register_forward_pre_hook(enter_block) for block in model.mapper.blocks),
         *(block.register_forward_hook(leave_block) for block in model.mapper.blocks),
+    ]
+    for handle in handles:
+        stack.callback(handle.remove)
+
+
+def _watch_decoder(stack: ExitStack, recorder: _Recorder, model: GPT2Captioner) -> None:
+    """GPT-2 goes on with the mapper's streams: joined, or taken apart, and its words are what is read."""
+    trace = recorder.trace
+    image, text = _mapper_streams(model)
+    words, read = _decoder_streams(model)
+
+    def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if words == read != image:
+            recorder.join(words, [image, text])
+        elif words != text:
+            length, count = trace.lengths[image], kwargs["inputs_embeds"].shape[1]
+            places = torch.arange(length, device=trace.device)[None]
+            recorder.join(read, [image], places[:, : length - count])
+            recorder.join(words, [image], places[:, length - count :])
+        recorder.read_version = {read: recorder.node(read).version}
+
+    def end(module: nn.Module, args: tuple, output) -> None:
+        # The same word as behind the mapper, in its last state.
+        node, position = trace.read
+        numbered = trace.places("text", node.stream)
+        last = (numbered == position[:, None]).int().argmax(dim=1)
+        trace.read = (recorder.node(words), last)
+        trace.read_token("text", last)
+
+    handles = [
+        model.decoder.gpt2.register_forward_pre_hook(begin, with_kwargs=True),
+        model.decoder.gpt2.register_forward_hook(end),
     ]
     for handle in handles:
         stack.callback(handle.remove)

@@ -27,7 +27,7 @@ class CaptionBatches:
         self.image_tokens = self._encode() if cached else None
 
     def batch(self, images: Sequence[int], captions: Sequence[str]) -> dict:
-        """A batch of these images, each with one caption (see :class:`CaptionModule`)."""
+        """A batch of these images and their captions, as many of each (see :class:`CaptionModule`)."""
         batch: dict = {
             "text": self.model.tokenize(captions),
             "references": [self.split.references[image] for image in images],
@@ -60,19 +60,38 @@ class CaptionBatches:
             )
 
 
-def drawn_batches(split: CaptionBatches, *, batch_size: int, seed: int) -> Callable[[int, Share], dict]:
-    """A share of the training batch of every step: every image once an epoch, with a newly drawn caption."""
+# Steps whose images are drawn together, then put in batches by the length of their captions: with 8, a batch
+# of 64 with two captions each is padded to 23 tokens instead of 36.
+_TOGETHER = 8
+
+
+def drawn_batches(
+    split: CaptionBatches, *, batch_size: int, captions: int, seed: int
+) -> Callable[[int, Share], dict]:
+    """A share of the training batch of every step: every image once an epoch, each with ``captions`` newly
+    drawn captions.
+
+    Images whose captions are about as long come in the same batch.
+    """
     count = len(split.split)
 
     @lru_cache(maxsize=2)
     def order(epoch: int) -> list[int]:
         return np.random.default_rng((seed, epoch)).permutation(count).tolist()
 
+    @lru_cache(maxsize=1)
+    def together(number: int) -> list[list[tuple[int, list[str]]]]:
+        first = number * _TOGETHER * batch_size
+        images = [order(p // count)[p % count] for p in range(first, first + _TOGETHER * batch_size)]
+        rng = random.Random(f"captions/{seed}/{number}")
+        drawn = [(image, [split.split.draw(image, rng) for _ in range(captions)]) for image in images]
+        drawn.sort(key=lambda one: max(len(caption.split()) for caption in one[1]))
+        batches = [drawn[start : start + batch_size] for start in range(0, len(drawn), batch_size)]
+        rng.shuffle(batches)
+        return batches
+
     def batch_at(step: int, share: Share = WHOLE) -> dict:
-        places = range(step * batch_size, (step + 1) * batch_size)
-        images = [order(place // count)[place % count] for place in places]
-        rng = random.Random(f"captions/{seed}/{step}")
-        captions = [split.split.draw(image, rng) for image in images]
-        return split.batch(share.rows(images), share.rows(captions))
+        rows = share.rows(together(step // _TOGETHER)[step % _TOGETHER])
+        return split.batch([image for image, _ in rows], [caption for _, told in rows for caption in told])
 
     return batch_at

@@ -102,7 +102,7 @@ def caption_report(
 
         def compute(positions: range, test: str) -> PerturbationScores:
             part = slice(positions.start, positions.stop)
-            text = _together(texts[part], padding_id(model.encoder.tokenizer))
+            text = _together(texts[part], padding_id(model.tokenizer))
             kept = kept_captions(model, samples.images[part], text, decoding)
             if test == "word":
                 scorer = WordScorer(kept, words[part])

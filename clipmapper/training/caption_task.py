@@ -60,7 +60,11 @@ class CaptionTask(Task):
             )
             explainer.prepare(samples, folder / "pictures")
         self._batch_at = drawn_batches(
-            self.splits["train"], batch_size=training.batch_size, seed=self.config.seed
+            self.splits["train"],
+            batch_size=training.batch_size,
+            # scst draws its own.
+            captions=training.captions if training.objective == "cross_entropy" else 1,
+            seed=self.config.seed,
         )
 
     def module(self) -> CaptionModule:
@@ -117,7 +121,7 @@ class CaptionTask(Task):
         for batch in self.splits[split].labelled(500):
             batch = self._module.transfer_batch_to_device(batch, self.model.device, 0)
             # The same words would be drawn for images at the same place of two batches: harmless.
-            drawing = Decoding("nucleus", top_p=0.9, max_length=self._module.longest, seed=self.config.seed)
+            drawing = Decoding("nucleus", top_p=0.9, max_length=self.model.longest, seed=self.config.seed)
             captions = self._module.write(self._module.image_tokens(batch), drawing)
             found += self._module.judged(split, batch["numbers"], captions)
         return found

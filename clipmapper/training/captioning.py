@@ -32,8 +32,9 @@ class CaptionModule(TaskModule):
     """Cross-entropy of every word given those before it, with label smoothing.
 
     A batch is a dictionary with ``text`` (:class:`~clipmapper.models.tokens.TokenizedText`, one caption an
-    image), ``references`` (several captions of each image) and either ``image_tokens`` (of a frozen encoder,
-    cached) or ``images``. For validation also ``numbers``, which image of the split each is.
+    image; for training also several, those of an image in succession), ``references`` (several captions of
+    each image) and either ``image_tokens`` (of a frozen encoder, cached) or ``images``. For validation also
+    ``numbers``, which image of the split each is.
 
     Validation: the loss without smoothing, the scores of greedy captions, and the shares of them that are
     ``correct`` and ``complete`` by the split's ``judges`` (number of the image, caption → truth). ``written``
@@ -56,11 +57,6 @@ class CaptionModule(TaskModule):
         self.splits = tuple(judges)
         self.scores = torch.nn.ModuleDict({split: CaptionScores(SCORES) for split in judges})
         self.written: dict[str, list[JudgedCaption]] = {}
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest caption that the text tower has room for behind the start token."""
-        return self.model.encoder.context_length - 1
 
     def image_tokens(self, batch: Mapping) -> Float[Tensor, "batch image width"]:
         if "image_tokens" in batch:
@@ -100,7 +96,7 @@ class CaptionModule(TaskModule):
         self.log(
             f"{split}/loss", loss, batch_size=self.terms(batch), add_dataloader_idx=False, sync_dist=True
         )
-        captions = self.write(image_tokens, Decoding("greedy", max_length=self.longest))
+        captions = self.write(image_tokens, Decoding("greedy", max_length=self.model.longest))
         self.scores[split].update(captions, batch["references"])
         self.written[split] += self.judged(split, batch["numbers"], captions)
         for name in ("correct", "complete"):

@@ -73,7 +73,7 @@ def _known(
 ) -> KnownCaption:
     """Words without a visible pixel of what they speak of are left out."""
     text = model.tokenize(caption.text)
-    spelled = [word for word, _ in word_positions(model.encoder.tokenizer, text.ids[0], text.removable[0])]
+    spelled = [word for word, _ in word_positions(model.tokenizer, text.ids[0], text.removable[0])]
     places = token_word_places([word.text for word in caption.words], spelled)
     words: dict[int, tuple[str, np.ndarray]] = {}
     for place, word in zip(places, caption.words, strict=True):

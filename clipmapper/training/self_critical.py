@@ -35,12 +35,14 @@ class SelfCriticalModule(CaptionModule):
 
     def training_step(self, batch: Mapping, index: int) -> Tensor:
         image_tokens = self.image_tokens(batch)
-        greedy = write_captions(self.model, image_tokens, Decoding("greedy", max_length=self.longest))
+        greedy = write_captions(self.model, image_tokens, Decoding("greedy", max_length=self.model.longest))
         # Of several processes each draws other noise (one process alone would draw yet other captions).
         process = this_share().index
         entropy = (self.seed, self.global_step, process) if process else (self.seed, self.global_step)
         seed = int(np.random.SeedSequence(entropy).generate_state(1)[0])
-        drawing = Decoding("nucleus", captions=self.captions, max_length=self.longest, top_p=1.0, seed=seed)
+        drawing = Decoding(
+            "nucleus", captions=self.captions, max_length=self.model.longest, top_p=1.0, seed=seed
+        )
         drawn = write_captions(self.model, image_tokens, drawing)
         reward = self.rewards(drawn.texts, batch["references"])
         baseline = self.rewards(greedy.texts, batch["references"])
