@@ -25,7 +25,7 @@ from clipmapper.config import (
     register,
 )
 from clipmapper.config_checks import check_overrides, checked, describe_failure, setting_named
-from clipmapper.errors import UserError
+from clipmapper.errors import UserError, UserErrors
 from clipmapper.shipped import shipped_root
 
 _Schema = TypeVar("_Schema", bound=Section)
@@ -124,6 +124,8 @@ def _run(
             with warnings.catch_warnings():
                 warnings.showwarning = _warn
                 found = work(checked(config, schema))
+        except UserErrors as error:
+            _fail(*error.lines)
         except UserError as error:
             # Here and not below: Hydra would print a line of its own before it lets the exception through.
             _fail(str(error))
@@ -208,6 +210,7 @@ def _warn(message: Warning | str, *_) -> None:
     print("warning:", " ".join(str(message).split()), file=sys.stderr)
 
 
-def _fail(message: str) -> NoReturn:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+def _fail(*messages: str) -> NoReturn:
+    for message in messages:
+        print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(2)

@@ -211,12 +211,88 @@ class ScenesCaptionsConfig(DataConfig):
 
 
 @dataclass
-class CocoCaptionsConfig(DataConfig):
-    """Parameters of :class:`clipmapper.data.coco_captions.CocoCaptions`."""
+class RecordDataConfig(DataConfig):
+    """What data sets of records have (:class:`clipmapper.data.records.RecordData`)."""
+
+    on_bad_image: str = setting(choices=("error", "skip"))
+    workers: int = setting(minimum=0)
+
+
+@dataclass
+class AnswersConfig(RecordDataConfig):
+    """What data sets of questions have besides: :func:`clipmapper.data.answers.answer_vocabulary`."""
+
+    least_answers: int = setting(minimum=1)
+    targets: str = setting(choices=("soft", "thirds", "three"))
+    accuracy: str = setting(choices=("vqa", "a_okvqa"))
+
+
+@dataclass
+class SplitsConfig(RecordDataConfig):
+    """How splits are made where there are none: :func:`clipmapper.data.splitting.split_by_image`."""
+
+    validation_share: float = setting(above=0, below=1)
+    split_seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
+
+
+@dataclass
+class ManifestConfig(SplitsConfig, AnswersConfig):
+    """Parameters of :func:`clipmapper.data.manifest.manifest_data`."""
+
+    path: str = setting(text=True)
+    validation_path: str | None = setting(text=True)
+    test_path: str | None = setting(text=True)
+    images: str | None = setting(text=True)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from _empty_texts(self, "path", "validation_path", "test_path", "images")
+
+
+@dataclass
+class HuggingFaceConfig(SplitsConfig, AnswersConfig):
+    """Parameters of :func:`clipmapper.data.huggingface.huggingface_data`."""
+
+    path: str = setting(text=True)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from _empty_texts(self, "path")
+
+
+@dataclass
+class VQAv2Config(AnswersConfig):
+    """Parameters of :func:`clipmapper.data.vqa_v2.vqa_v2_data`."""
+
+    task = "vqa"
+
+    folder: str = setting(text=True)
+    train: list[str] = setting(choices=("train2014", "val2014"))
+    validation: str = setting(choices=("train2014", "val2014"))
+    test: str | None = setting(choices=("test2015", "test-dev2015"))
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from _empty_texts(self, "folder")
+        yield from _list_problems("train", self.train)
+
+
+@dataclass
+class CocoCaptionsConfig(RecordDataConfig):
+    """Parameters of :func:`clipmapper.data.coco_captions.coco_captions_data`."""
 
     task = "captioning"
 
     folder: str = setting(text=True)
+    karpathy: str | None = setting(text=True)
+
+
+@dataclass
+class FlickrCaptionsConfig(SplitsConfig):
+    """Parameters of :func:`clipmapper.data.flickr_captions.flickr_captions_data`."""
+
+    task = "captioning"
+
+    tokens: str = setting(text=True)
+    images: str = setting(text=True)
+    split_files: str | None = setting(text=True)
 
 
 @dataclass
@@ -233,6 +309,9 @@ class TrainingConfig(Section):
     warmup_steps: int = setting(minimum=0)
     layer_decay: float = setting(above=0, maximum=1)
     token_cache: bool = setting()
+    token_cache_folder: str | None = setting(text=True)
+    token_precision: str = setting(choices=("float16", "float32"))
+    token_workers: int = setting(minimum=0)
 
 
 @dataclass
@@ -260,11 +339,17 @@ class VQATrainingConfig(TrainingConfig):
 
     task = "vqa"
 
+    blind_steps: int = setting(minimum=0)
+
+
+@dataclass
+class ScenesVQATrainingConfig(VQATrainingConfig):
+    """What training on questions about the built-in scenes has besides: an order to learn them in."""
+
     simple_share: float = setting(minimum=0, maximum=1)
     first_families: list[str] = setting()
     first_share: float = setting(minimum=0, maximum=1)
     shares: FamilySharesConfig = field(default_factory=FamilySharesConfig)
-    blind_steps: int = setting(minimum=1)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from _list_problems("first_families", self.first_families)
@@ -405,6 +490,10 @@ class TrainConfig(Section):
                     "an experiment (experiment=vqa_scenes, experiment=caption_scenes) chooses what belongs "
                     "together",
                 )
+        scenes = isinstance(self.data, ScenesVQAConfig)
+        if task == "vqa" and scenes != isinstance(self.training, ScenesVQATrainingConfig):
+            which = "vqa_scenes" if scenes else "vqa"
+            yield "training", f"not the one for these data; choose training={which}"
 
 
 @dataclass
@@ -445,7 +534,7 @@ class PerturbConfig(Section):
     checkpoint: str = setting(text=True)
     methods: list[str] = setting(choices=METHODS)
     samples: int = setting(minimum=1)
-    split: str = setting(choices=("validation", "held_out"))
+    split: str = setting(choices=("validation", "held_out", "train", "test"))
     word_weights: str | None = setting(choices=("mean", "cider", "clip"))
     caption_scores: list[str] | None = setting(choices=CAPTION_SCORES)
     output: str = setting(text=True)
@@ -526,7 +615,12 @@ def register() -> None:
         "scenes_vqa_schema": ScenesVQAConfig,
         "scenes_captions_schema": ScenesCaptionsConfig,
         "coco_captions_schema": CocoCaptionsConfig,
+        "manifest_schema": ManifestConfig,
+        "huggingface_schema": HuggingFaceConfig,
+        "vqa_v2_schema": VQAv2Config,
+        "flickr_captions_schema": FlickrCaptionsConfig,
         "vqa_training_schema": VQATrainingConfig,
+        "scenes_vqa_training_schema": ScenesVQATrainingConfig,
         "caption_training_schema": CaptionTrainingConfig,
         "wandb_logger_schema": WandbLoggerConfig,
         "csv_logger_schema": CSVLoggerConfig,

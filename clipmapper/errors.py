@@ -1,4 +1,6 @@
-"""The one exception that stands for a user's mistake."""
+"""The exceptions that stand for a user's mistakes."""
+
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -6,3 +8,11 @@ class UserError(Exception):
 
     Command-line programs print the line and exit with status 2, without a traceback.
     """
+
+
+class UserErrors(UserError):
+    """Several mistakes, a line each. Programs print all ``lines`` and exit with status 2."""
+
+    def __init__(self, lines: Sequence[str]) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = list(lines)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from clipmapper.data.images import displayed_image
+from clipmapper.data.images import picture_of
 from clipmapper.errors import UserError
 from clipmapper.evaluation.cider import DocumentFrequencies
 from clipmapper.explaining_captions import CaptionExplanation, explain_caption_methods
@@ -29,7 +29,7 @@ class Explanation:
     question, answer, score : the question, the explained answer and its probability (softmax over answers).
     patches : Float[rows, columns], relevance of the image patches.
     words : (word, relevance) in the order of the question; sub-word pieces are summed.
-    image : UInt8[height, width, 3], the image as the model saw it.
+    image : UInt8[height, width, 3], what the model saw of the image, at the image's own resolution.
     method : name of the explanation method.
     """
 
@@ -126,7 +126,7 @@ def explain_methods(
     pixels = model.load_image(image)
     traced = trace_answers(model, pixels, text, target)
     chosen = traced.explained[0]
-    seen = displayed_image(pixels, model.encoder.clip.visual)
+    seen = picture_of(image, pixels, model.encoder.clip.visual)
     score = float(traced.logits[0].softmax(dim=0)[chosen])
     explanations = []
     for name, function in zip(methods, functions, strict=True):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 
-from clipmapper.data.images import displayed_image
+from clipmapper.data.images import picture_of
 from clipmapper.errors import UserError
 from clipmapper.evaluation.cider import CiderD, DocumentFrequencies
 from clipmapper.evaluation.clip_score import clip_score
@@ -34,7 +34,7 @@ class CaptionExplanation:
     probabilities : of each explained word, given the image and the words before it.
     weights : how much each explained word counts in ``patches``; they sum to 1.
     word_weights : where the weights come from, "mean", "cider" or "clip".
-    image : UInt8[height, width, 3], the image as the model saw it.
+    image : UInt8[height, width, 3], what the model saw of the image, at its own resolution.
     method : name of the explanation method.
     """
 
@@ -107,7 +107,7 @@ def explain_caption_methods(
     else:
         cider = None if frequencies is None else CiderD(frequencies)
         weights = caption_word_weights(model, traced, word_weights, references or (), cider)
-    seen = displayed_image(pixels, model.encoder.clip.visual)
+    seen = picture_of(image, pixels, model.encoder.clip.visual)
     return [
         CaptionExplanation(
             caption=traced.caption,

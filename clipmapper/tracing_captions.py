@@ -67,7 +67,7 @@ def trace_caption(
     was_training = model.training
     model.eval()
     try:
-        with record(model) as trace, attention_for_several():
+        with attention_for_several(), record(model) as trace:
             image_tokens = model.encoder.image_tokens(pixels)
             if caption is None:
                 with _without_hooks(model):
@@ -83,9 +83,7 @@ def trace_caption(
     words = word_positions(model.tokenizer, text.ids[0], text.removable[0])
     if not words:
         raise UserError("the model's caption of this image is empty: there is no word to explain")
-    told = (
-        spell(model.tokenizer, text.ids[0][text.removable[0]]) if caption is None else caption.strip()
-    )
+    told = spell(model.tokenizer, text.ids[0][text.removable[0]]) if caption is None else caption.strip()
     return TracedCaption(told, model, pixels, trace, text, scores, image_tokens.detach(), words)
 
 

@@ -56,16 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _clipmapper(options: argparse.Namespace) -> list[Callable[[], Tensor]]:
-    from hydra.utils import instantiate
-
     from clipmapper.models.build import load
-    from clipmapper.training.explained_samples import choose_samples
+    from clipmapper.training.explained_records import samples_of
+    from clipmapper.training.instances import built
 
     model = load(options.checkpoint)
     if "data" not in model.description:
         raise UserError(f"{options.checkpoint}: does not say which data it was trained on")
-    data = instantiate(model.description["data"])
-    samples = choose_samples(model, data.validation, options.samples, options.seed)
+    data = built(model.description["data"])
+    samples = samples_of(model, data, "validation", options.samples, options.seed)
 
     def forward(rows: Tensor) -> Tensor:
         # Every token of the last block as well, as in a trace.

@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import tiny_models
+import torch
 import training_models
 
-from clipmapper.benchmarks import captions, command
+from clipmapper.benchmarks import captions, command, naive, perturbation, relevance, subjects
+from clipmapper.benchmarks.memory import peak_bytes
 from clipmapper.benchmarks.timing import measured
 
 
@@ -17,6 +20,24 @@ def test_ways_take_turns():
     assert found["b"]["fastest_s"] <= found["b"]["median_s"] <= max(found["b"]["all_s"])
 
 
+def test_a_slow_way_is_repeated_less():
+    calls = []
+    found = measured(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, patience_s=0.0
+    )
+    assert calls == ["a", "b"] * 2 and len(found["a"]["all_s"]) == 1
+
+
+def test_peak_memory():
+    def work():
+        first = torch.zeros(1000, 250)  # a million bytes, and two million more for a while
+        torch.cat([first, first]).sum()
+
+    assert peak_bytes(work, torch.device("cpu")) == pytest.approx(3e6, rel=0.01)
+    assert peak_bytes(work, torch.device("cpu")) == pytest.approx(3e6, rel=0.01)  # not what was before
+
+
+# ---------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     encoder = {"architecture": training_models.tiny_clip(tmp_path), "pretrained": None}
@@ -44,6 +65,30 @@ def test_explanation(tiny, tmp_path, capsys):
     assert "one by one: ratio" in capsys.readouterr().out
 
 
+def test_data(tmp_path, capsys):
+    arguments = ["--count", "3", "--size", "32", "--workers", "0", "--repeats", "1"]
+    command.main(["data", *arguments, "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "data.json").read_text())
+    speed = found["images_per_s_and_core"]
+    assert speed["pillow"] == pytest.approx(3 / found["times"]["pillow"]["median_s"])
+    assert found["speed_up"] == pytest.approx(speed["pillow_torchvision"] / speed["pillow"])
+    assert found["deviation"]["pillow"] == 0 and found["deviation"]["pillow_torchvision"] < 0.05
+    assert found["loader_images_per_s"]["0"] > 0 and "images/s and core" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as leaving:
+        command.main(["data", "--images", str(tmp_path), "--output", str(tmp_path)])
+    assert leaving.value.code == 2 and "no JPEG there" in capsys.readouterr().err
+
+
+def test_cache(tiny, tmp_path, capsys):
+    command.main(["cache", *tiny, "--scenes", "6", "--batch-size", "4"])
+    found = json.loads((tmp_path / "out" / "cache.json").read_text())
+    assert found["speed_up"] == pytest.approx(found["steps_per_s"]["memory"] / found["steps_per_s"]["pixels"])
+    half = found["half_precision"]
+    assert 0.5 < half["same_answer"] <= 1 and set(half["accuracy"]) == {"half", "single"}
+    assert 0 < half["largest_logit_difference"] < 0.1
+    assert "from pixels" in capsys.readouterr().out
+
+
 def test_mistakes(tiny, capsys):
     for arguments in (["decoding", "--repeats", "0"], ["flying"], []):
         with pytest.raises(SystemExit) as leaving:
@@ -55,3 +100,146 @@ def test_mistakes(tiny, capsys):
     with pytest.raises(SystemExit):
         command.main(["explanation", *tiny, "--method", "magic"])
     assert "unknown method 'magic'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def small_subjects(tmp_path_factory):
+    """As those of the benchmark, with models of two layers; weights with which attention has contrast."""
+    architecture = tiny_models.clip_config(tmp_path_factory.mktemp("clip"))
+    encoder = {"architecture": architecture, "pretrained": None, "frozen": True}
+    settings = {
+        "width": 16, "heads": 4, "depth": 2, "mlp_ratio": 2.0, "image_position_embedding": False,
+        "head_width": 10,
+    }  # fmt: skip
+
+    def mapper(kind, batch, device):
+        return subjects.mapper(
+            kind, subjects.build_mapper(encoder, settings | {"mapper": kind}, answers=5), batch, device
+        )
+
+    def random_weights(subject):
+        tiny_models.randomise(subject.module, 0)
+        return subject
+
+    return {
+        "tower": lambda b, d: random_weights(subjects.image_tower("tower", architecture, b, d)),
+        "both": lambda b, d: random_weights(subjects.both_towers("both", architecture, b, d)),
+        "dual_flow": lambda b, d: random_weights(mapper("dual_flow", b, d)),
+        "single_flow": lambda b, d: random_weights(mapper("single_flow", b, d)),
+    }
+
+
+@pytest.mark.parametrize("way", [*relevance.NAIVE])
+@pytest.mark.parametrize("name", ["tower", "both", "dual_flow", "single_flow"])
+def test_released_programs_give_the_same_relevance(small_subjects, name, way):
+    subject = small_subjects[name](3, torch.device("cpu"))
+    expected = relevance.explaining_naively(subject, way)()
+    found = relevance.explaining(subject, relevance._SAME_AS[way])().streams
+    assert found.keys() == expected.keys() and len(found) == (1 if name == "tower" else 2)
+    for stream, values in found.items():
+        assert values.std() > 0.01
+        torch.testing.assert_close(values, expected[stream], rtol=1e-4, atol=1e-6)
+
+
+def test_released_programs_run_as_many_backwards_as_they_do(small_subjects, monkeypatch):
+    subject = small_subjects["tower"](1, torch.device("cpu"))
+    count, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: count.append(1) or grad(*a, **k))
+    for way, expected in (("one_backward_per_layer", 2), ("three_gradients_per_layer", 6)):
+        count.clear()
+        relevance.explaining_naively(subject, way)()
+        assert len(count) == expected
+    count.clear()
+    relevance.explaining(subject, "weighted")()
+    assert len(count) == 1
+
+
+def test_attention_written_out_is_put_back():
+    before = torch.nn.functional.scaled_dot_product_attention
+    with pytest.raises(ZeroDivisionError), naive.attention_written_out():
+        raise ZeroDivisionError
+    assert torch.nn.functional.scaled_dot_product_attention is before
+
+
+def test_the_floor_goes_back_to_pixels_and_words(small_subjects):
+    for name, leaves in (("tower", 1), ("both", 2), ("dual_flow", 2)):
+        found = small_subjects[name](2, torch.device("cpu")).floor()
+        assert len(found) == leaves and all(bool(gradient.any()) for gradient in found)
+
+
+def test_relevance(small_subjects, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(relevance, "SUBJECTS", small_subjects)
+    monkeypatch.setattr(relevance, "_MODELS", ["tower", "dual_flow"])
+    arguments = ["relevance", "--repeats", "2", "--batches", "1", "2", "--device", "cpu"]
+    command.main([*arguments, "--methods", "weighted", "gae", "legrad", "--output", str(tmp_path)])
+    found = json.loads((tmp_path / "relevance.json").read_text())
+    rows = {(row["model"], row["batch"], row["way"]): row for row in found["rows"]}
+    assert len(rows) == 2 * 2 * 6
+    for (model, batch, way), row in rows.items():
+        assert ("left_out" in row) == (model == "tower" and way == "legrad")  # not defined there
+        if "left_out" in row:
+            continue
+        floor = rows[model, batch, "floor"]
+        assert row["time_ratio"] == pytest.approx(row["median_s"] / floor["median_s"]) and row["runs"] == 2
+        assert row["memory_ratio"] == pytest.approx(row["peak_bytes"] / floor["peak_bytes"])
+        if way == "three_gradients_per_layer":
+            ours = rows[model, batch, "weighted"]
+            assert row["times_slower_than_ours"] == pytest.approx(row["median_s"] / ours["median_s"])
+    assert (tmp_path / "relevance.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert "one_backward_per_layer" in printed and "relevance.png" in printed
+
+
+def test_what_would_not_fit_into_memory_is_left_out(small_subjects, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(relevance, "SUBJECTS", small_subjects)
+    monkeypatch.setattr(relevance, "available_bytes", lambda device: 1)
+    command.main(
+        ["relevance", "--models", "tower", "--methods", "gae", "--batches", "1", "2", "--repeats", "1",
+         "--no-naive", "--device", "cpu", "--output", str(tmp_path)]
+    )  # fmt: skip
+    rows = json.loads((tmp_path / "relevance.json").read_text())["rows"]
+    assert ["left_out" in row for row in rows] == [False, False, True, True]
+    assert "would take about" in capsys.readouterr().out
+
+
+def test_every_method_can_be_measured(small_subjects):
+    subject = small_subjects["tower"](1, torch.device("cpu"))
+    for method in ("weighted_token", "weighted_libra", "input_x_gradient"):
+        assert relevance.explaining(subject, method)().streams["image"].shape == (1, 10)
+
+
+def test_perturbation(tmp_path, monkeypatch, capsys):
+    architecture = training_models.tiny_clip(tmp_path)
+    model = training_models.tiny_model(architecture).requires_grad_(False)
+    monkeypatch.setitem(perturbation.MODELS, "scenes", lambda: model)
+    command.main(
+        ["perturbation", "--samples", "2", "--methods", "2", "--batch-size", "4", "--repeats", "1",
+         "--device", "cpu", "--output", str(tmp_path)]
+    )  # fmt: skip
+    found = json.loads((tmp_path / "perturbation.json").read_text())
+    times = found["times"]
+    naive_ratio = times["naive loop"]["median_s"] / times["protocol"]["median_s"]
+    assert found["times_faster_than_naive"] == pytest.approx(naive_ratio)
+    changed = sum(
+        row["number"] * times[f"{row['modality']}, {row['kept']} tokens"]["median_s"] / 4
+        for row in found["variants"]
+    )
+    assert found["ratio_to_changed_parts"] == pytest.approx(times["protocol"]["median_s"] / changed)
+    assert found["ratio_to_forwards"] < found["ratio_to_changed_parts"]
+    # 9 patches: removing 1, 2, 5 (of 4.5), 7 (of 6.75) and all
+    kept = sorted(row["kept"] for row in found["variants"] if row["modality"] == "image")
+    assert kept == [0, 2, 4, 7, 8]
+    assert "different variants" in capsys.readouterr().out
+    assert (tmp_path / "perturbation.png").is_file()
+
+
+def test_the_naive_loop_scores_what_the_protocol_scores(tmp_path):
+    from argparse import Namespace
+
+    model = training_models.tiny_model(training_models.tiny_clip(tmp_path)).requires_grad_(False)
+    run = perturbation._Run(model, Namespace(samples=3, methods=2, batch_size=8))
+    protocol, naive_scores = run.protocol(), run.naive()
+    # [methods × modalities × directions × fractions, scores, samples]; image first
+    naive_scores = naive_scores.view(2, 2, 2, 9, 2, 3).permute(4, 1, 2, 0, 5, 3).double().numpy()
+    assert abs(protocol.values - naive_scores).max() < 1e-5

@@ -24,6 +24,7 @@ from clipmapper.data.coco_captions import CocoCaptions
 from clipmapper.data.scene_captions import draw_caption
 from clipmapper.data.scenes import draw_scene
 from clipmapper.data.scenes_captions import ScenesCaptions
+from clipmapper.data.token_cache import TokenStore
 from clipmapper.errors import UserError
 from clipmapper.evaluation.caption_scores import score_captions
 from clipmapper.evaluation.cider import cider_d
@@ -131,7 +132,7 @@ def test_coco_is_one_clear_line():
 
 def test_batch_of_a_step_is_always_the_same_and_captions_are_drawn_anew(architecture, data):
     model = tiny_captioner(architecture, data)
-    split = CaptionBatches(model, data.train, "train", cached=True)
+    split = CaptionBatches(model, data.train, "train", store=TokenStore())
     asked = []
     original = split.batch
     split.batch = lambda images, captions: (
@@ -162,7 +163,7 @@ def test_batch_of_a_step_is_always_the_same_and_captions_are_drawn_anew(architec
 
 def test_cached_tokens_are_those_of_the_pixels(architecture, data):
     model = tiny_captioner(architecture, data)
-    batches = [CaptionBatches(model, data.train, "train", cached=cached) for cached in (True, False)]
+    batches = [CaptionBatches(model, data.train, "train", store=store) for store in (TokenStore(), None)]
     cached, pixels = (split.batch([3, 0], ["a ring", "two objects: two rings"]) for split in batches)
     assert set(cached) ^ set(pixels) == {"image_tokens", "images"}
     module = captions_module(model, data)
@@ -206,7 +207,7 @@ def fit(module, batch_at, data, steps: int) -> lightning.Trainer:
     )
     loaders = [DataLoader(StepBatches(batch_at, 0, steps), batch_size=None)]
     for name in ("validation", "held_out"):
-        split = CaptionBatches(module.model, getattr(data, name), name, cached=True)
+        split = CaptionBatches(module.model, getattr(data, name), name, store=TokenStore())
         loaders.append(DataLoader(Labelled(split, batch_size=3), batch_size=None))
     with less_noise():
         trainer.fit(module, loaders[0], loaders[1:])
@@ -217,7 +218,7 @@ def fit(module, batch_at, data, steps: int) -> lightning.Trainer:
 def fitted(architecture, data):
     """A captioner that was trained on six captions until it knew them, with its module and trainer."""
     model = tiny_captioner(architecture, data)
-    train_split = CaptionBatches(model, data.train, "train", cached=True)
+    train_split = CaptionBatches(model, data.train, "train", store=TokenStore())
     captions = [references[0] for references in data.train.references[:6]]
     module = captions_module(model, data)
     trainer = fit(module, lambda step, share: train_split.batch(range(6), captions), data, 60)
@@ -260,7 +261,7 @@ def test_validation_metrics_are_those_of_the_greedy_captions(fitted, data):
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     for name in ("validation", "held_out"):
         split = getattr(data, name)
-        batches = CaptionBatches(module.model, split, name, cached=True)
+        batches = CaptionBatches(module.model, split, name, store=TokenStore())
         tokens = batches.image_tokens.float()
         longest = Decoding("greedy", max_length=module.model.encoder.context_length - 1)
         written = [texts[0] for texts in write_captions(module.model, tokens, longest).texts]
@@ -319,7 +320,7 @@ def test_log_probability_of_a_caption_is_the_sum_over_its_words(critical, data):
 
 def test_loss_is_the_reward_over_the_greedy_one_times_log_probability(critical, data):
     """Rennie et al. 2017, equation 9, with the mean of the drawn captions."""
-    split = CaptionBatches(critical.model, data.train, "train", cached=True)
+    split = CaptionBatches(critical.model, data.train, "train", store=TokenStore())
     batch = split.batch([0, 5], [data.train.references[0][0], data.train.references[5][0]])
     logged = {}
     critical.log_dict = lambda values, **_: logged.update(values)
@@ -348,7 +349,7 @@ def test_loss_is_the_reward_over_the_greedy_one_times_log_probability(critical, 
 def test_reward_rises(architecture, data):
     """From a captioner that knows the words but not yet which fit: what is drawn scores better and better."""
     model = tiny_captioner(architecture, data)
-    split = CaptionBatches(model, data.train, "train", cached=True)
+    split = CaptionBatches(model, data.train, "train", store=TokenStore())
     captions = [references[0] for references in data.train.references[:6]]
     numbers = range(len(captions))
     fit(captions_module(model, data, steps=25), lambda step, share: split.batch(numbers, captions), data, 25)

@@ -45,7 +45,11 @@ CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.ya
 def with_what_belongs_to_it(choice: str) -> list[str]:
     """The choice, and the experiment whose task it is for."""
     group, _, name = choice.partition("=")
-    captions = group != "experiment" and "caption" in name
+    if choice in ("data=manifest", "data=huggingface", "experiment=caption_manifest"):
+        return [choice, "data.path=my"]
+    if choice == "training=vqa":
+        return ["data=manifest", "data.path=my", choice]
+    captions = group != "experiment" and "caption" in name and name != "coco_captions"
     return [CAPTIONS, choice] if captions else [choice]
 
 
@@ -154,7 +158,9 @@ def test_groups_have_one_class_per_implementation(run):
     given = run.config("train")
     assert type(given.logger) is config.WandbLoggerConfig and given.logger.mode == "offline"
     assert type(given.data) is config.ScenesVQAConfig
-    assert type(given.model) is config.VQAModelConfig and type(given.training) is config.VQATrainingConfig
+    assert (
+        type(given.model) is config.VQAModelConfig and type(given.training) is config.ScenesVQATrainingConfig
+    )
     captions = run.config("train", CAPTIONS)
     assert type(captions.data) is config.ScenesCaptionsConfig and captions.callbacks is None
     assert type(captions.model) is config.CaptionModelConfig
@@ -273,10 +279,12 @@ def test_target_of_training_is_a_task(run, choice):
         (["trainer.devices=all"], "trainer.devices", "'all' is not a number of devices"),
         (["trainer.precision=bf16"], "trainer.precision", "not one of 32-true, 16-mixed, bf16-mixed"),
         (["name="], "name", "empty"),
-        (["training=vqqa"], "training", "'vqqa' is not one of captioning, vqa; did you mean vqa?"),
+        (["training=vqqa"], "training", "'vqqa' is not one of captioning, vqa, vqa_scenes; did"),
         # what does not belong together
         (["data=scenes_captions"], "data", "for captioning, but training is for vqa"),
         (["training=captioning"], "model", "for vqa, but training is for captioning"),
+        (["data=manifest", "data.path=m.jsonl", "training=vqa_scenes"], "training", "choose training=vqa"),
+        (["training=vqa"], "training", "choose training=vqa_scenes"),
         ([CAPTIONS, "model=scenes"], "model", "experiment=caption_scenes) chooses what"),
         # captioning
         ([CAPTIONS, "training.objective=reinforce"], "training.objective", "not one of cross_entropy, scst"),

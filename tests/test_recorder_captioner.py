@@ -26,10 +26,16 @@ CASES = {
     "single_flow, GPT-2 prefix": {"kind": "single_flow", "decoder": "gpt2_prefix", "seed": 10},
     "single_flow, GPT-2 cross": {"kind": "single_flow", "decoder": "gpt2_cross", "seed": 11},
     "dual_flow, GPT-2 cross, text embedding": {
-        "kind": "dual_flow", "decoder": "gpt2_cross", "text_embedding_only": True, "seed": 12
+        "kind": "dual_flow",
+        "decoder": "gpt2_cross",
+        "text_embedding_only": True,
+        "seed": 12,
     },
     "dual_flow, CoCa, GPT-2 prefix": {
-        "kind": "dual_flow", "text_tower": "class_token", "decoder": "gpt2_prefix", "seed": 13
+        "kind": "dual_flow",
+        "text_tower": "class_token",
+        "decoder": "gpt2_prefix",
+        "seed": 13,
     },
     "dual_flow, SigLIP": {"kind": "dual_flow", "text_tower": "unmasked", "text_embedding_only": True},
 }

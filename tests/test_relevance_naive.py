@@ -357,15 +357,15 @@ def test_attention_and_its_gradient_are_rebuilt_exactly(mask):
     torch.testing.assert_close(mean_attention(step), A.mean(1))
 
 
-@pytest.mark.parametrize("block", [1, 3, 7])
+@pytest.mark.parametrize("block", [1, 21 * 3, 21 * 7, 21 * 14])  # a row, 3 of 7, a sample, both samples
 @pytest.mark.parametrize("mask", MASKS)
-def test_blocks_of_query_rows_change_nothing(monkeypatch, mask, block):
+def test_blocks_of_attention_change_nothing(monkeypatch, mask, block):
     step, A, _ = attention(mask)
     step.mixed_gradient[0, :, 2] = 0  # one row of one sample without evidence
     positive = (A * (step.mixed_gradient @ step.value.transpose(2, 3))).clamp(min=0).mean(1)
     row = torch.rand(2, 3, 7, dtype=torch.float64)
     sums = positive.sum(-1, keepdim=True)
-    monkeypatch.setattr(propagation_module, "_QUERY_BLOCK", block)
+    monkeypatch.setattr(propagation_module, "_BLOCK", block)
     moved, stuck = rows_times(positive_attention, step, row, normalise=True)
     torch.testing.assert_close(moved, row @ (positive / sums.where(sums > 0, 1.0)))
     torch.testing.assert_close(stuck, row * (sums == 0)[..., 0][:, None])
@@ -375,12 +375,12 @@ def test_blocks_of_query_rows_change_nothing(monkeypatch, mask, block):
     assert not stuck.any()
 
 
-def test_blocks_of_query_rows_change_no_method(cases, monkeypatch):
+def test_blocks_of_attention_change_no_method(cases, monkeypatch):
     for model in (MODELS[0], MODELS[3]):
         case = cases(model)
-        monkeypatch.setattr(propagation_module, "_QUERY_BLOCK", 1024)
+        monkeypatch.setattr(propagation_module, "_BLOCK", 2**20)
         whole = {name: METHODS[name](case.trace) for name in METHODS}
-        monkeypatch.setattr(propagation_module, "_QUERY_BLOCK", 4)
+        monkeypatch.setattr(propagation_module, "_BLOCK", 600)
         for name, relevance in whole.items():
             for stream, values in METHODS[name](case.trace).streams.items():
                 torch.testing.assert_close(values, relevance.streams[stream], rtol=0, atol=1e-12)

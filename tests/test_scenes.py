@@ -35,7 +35,7 @@ from clipmapper.data.scene_questions import (
 )
 from clipmapper.data.scenes import HELD_OUT, IMAGE_SIZE, Scene, confusable_scene, draw_scene, render
 from clipmapper.data.scenes_vqa import ScenesVQA
-from clipmapper.data.token_cache import build_token_cache
+from clipmapper.data.token_cache import TokenStore
 from clipmapper.errors import UserError
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.encoder import ClipEncoder
@@ -44,6 +44,7 @@ from clipmapper.models.mapper import MAPPERS
 from clipmapper.models.tokens import tokenize
 from clipmapper.training import contrastive
 from clipmapper.training.contrastive import ContrastiveScenes
+from clipmapper.training.encoder_tokens import ArrayImages, question_tokens
 from clipmapper.training.explained_samples import choose_samples
 from clipmapper.training.scene_batches import SplitBatches
 
@@ -785,19 +786,16 @@ def test_a_sample_that_nobody_can_see_is_left_out(model, data):
 def test_cached_tokens_are_those_of_the_encoder(model, data):
     split, encoder = data.simple, model.encoder
     texts = [q.text for q in split.questions]
-    done = []
-
-    def encode_texts(some):
-        text = tokenize(encoder.tokenizer, some)
-        return encoder.text_tokens(text.ids, text.valid), text.valid
-
-    cache = build_token_cache(
-        lambda images: encoder.image_tokens(clip_input(images, encoder.clip.visual)),
-        encode_texts, split.images, texts, split.image_of, batch_size=7, progress=done.append,
-    )  # fmt: skip
-    assert sum(done) == len(split.images) + len(set(texts)) and max(done) == 7
-    assert cache.image_tokens.dtype == cache.text_tokens.dtype == torch.float16
-    assert len(cache.text_tokens) == len(set(texts))
+    cache = question_tokens(
+        encoder,
+        TokenStore(batch_size=7),
+        ArrayImages(split.images, encoder.clip.visual),
+        texts,
+        torch.from_numpy(split.image_of),
+        "simple",
+    )
+    assert cache.image_tokens.dtype == cache.tokens.dtype == torch.float16
+    assert len(cache.tokens) == len(set(texts))
     lengths = set()
     for some in (range(len(split)), [5], [9, 2, 30], [int(np.argmax([len(t) for t in texts])), 0]):
         numbers = torch.tensor(list(some))
@@ -816,8 +814,8 @@ def test_cached_tokens_are_those_of_the_encoder(model, data):
 
 
 def test_batches_from_the_cache_give_the_same_logits(model, data):
-    cached = SplitBatches(model, data.simple, "simple", cached=True)
-    fresh = SplitBatches(model, data.simple, "simple", cached=False)
+    cached = SplitBatches(model, data.simple, "simple", store=TokenStore())
+    fresh = SplitBatches(model, data.simple, "simple", store=None)
     numbers = torch.tensor([3, 40, 11, 0])
     one, two = cached.batch(numbers), fresh.batch(numbers)
     assert torch.equal(one["targets"], two["targets"])

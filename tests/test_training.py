@@ -22,6 +22,7 @@ from training_models import same_bits
 
 import clipmapper
 from clipmapper.data.scene_questions import ANSWERS
+from clipmapper.data.token_cache import TokenStore
 from clipmapper.errors import UserError
 from clipmapper.models.build import build_clipmapper
 from clipmapper.training import explanation_report, vqa_task
@@ -148,7 +149,7 @@ class Fitted:
         data = training_models.small_scenes()
         architecture = training_models.tiny_clip(folder)
         self.model = training_models.tiny_model(architecture, mapper=mapper, width=32, depth=2, head_width=32)
-        self.splits = scene_splits(self.model, data, cached=True)
+        self.splits = scene_splits(self.model, data, store=TokenStore())
         self.module = VQAModule(self.model, 1e-2, 0.0, 5, 80, data.families, VALIDATION_SPLITS)
         losses = Losses()
         self.trainer = lightning.Trainer(
@@ -211,11 +212,11 @@ def test_validation_accuracy_is_a_count_by_hand(fitted):
         assert 0 < np.mean(counted["overall"]) < 1
 
 
-@pytest.mark.parametrize("cached", [True, False])
-def test_blind_baseline_sees_no_image(architecture, cached):
+@pytest.mark.parametrize("store", [TokenStore(), None])
+def test_blind_baseline_sees_no_image(architecture, store):
     data = training_models.small_scenes()
     model = training_models.tiny_model(architecture)
-    splits = scene_splits(model, data, cached, names=("train", "validation"))
+    splits = scene_splits(model, data, store, names=("train", "validation"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     def accuracy() -> dict:
@@ -234,7 +235,7 @@ def test_blind_baseline_sees_no_image(architecture, cached):
     torch.manual_seed(1)
     first = accuracy()
     for split in splits.values():
-        if cached:
+        if store is not None:
             split.cache.image_tokens.fill_(torch.nan)
         else:
             split.split = replace(split.split, images=255 - split.split.images)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from clipmapper.benchmarks import captions
+from clipmapper.benchmarks import captions, loading, perturbation, relevance, token_caching
 from clipmapper.benchmarks.timing import write_results
 from clipmapper.errors import UserError
 
@@ -15,12 +15,14 @@ class Benchmark(NamedTuple):
     """``run`` takes the options that ``arguments`` adds, and gives what is written; its docstring is the
     help.
 
-    ``line``: the result in one line.
+    What is printed is ``line``, the result in one line, or what ``show`` prints. ``plot`` writes a picture.
     """
 
     arguments: Callable[[ArgumentParser], None]
     run: Callable[[Namespace], dict]
-    line: str
+    line: str = ""
+    show: Callable[[dict], None] | None = None
+    plot: Callable[[dict, Path], Path] | None = None
 
 
 # Another benchmark is another line here.
@@ -37,6 +39,28 @@ BENCHMARKS = {
         "{words} words: {times[together][median_s]:.3f} s together, {times[separately][median_s]:.3f} s one "
         "by one: ratio {ratio:.3f} ({ratio_to_plain:.3f} to a plain forward and backward a token)",
     ),
+    "relevance": Benchmark(
+        relevance.relevance_arguments, relevance.relevance, show=relevance.show, plot=relevance.plot
+    ),
+    "perturbation": Benchmark(
+        perturbation.perturbation_arguments,
+        perturbation.perturbation,
+        show=perturbation.show,
+        plot=perturbation.plot,
+    ),
+    "cache": Benchmark(
+        token_caching.caching_arguments,
+        token_caching.caching,
+        "{steps_per_s[pixels]:.2f} steps/s from pixels, {steps_per_s[memory]:.2f} from tokens in memory, "
+        "{steps_per_s[files]:.2f} in files: {speed_up:.1f} times; half precision: "
+        "{half_precision[same_answer]:.2%} of answers the same",
+    ),
+    "data": Benchmark(
+        loading.loading_arguments,
+        loading.loading,
+        "{images_per_s_and_core[pillow_torchvision]:.0f} images/s and core as the loaders do it, "
+        "{images_per_s_and_core[pillow]:.0f} as open_clip does: {speed_up:.2f} times",
+    ),
 }
 
 
@@ -46,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="benchmark", required=True)
     for name, benchmark in BENCHMARKS.items():
         command = commands.add_parser(name, help=(benchmark.run.__doc__ or "").split(".")[0])
-        command.add_argument("--repeats", type=int, default=5, help="the median of so many is reported")
+        command.add_argument("--repeats", type=int, default=7, help="the median of so many is reported")
         command.add_argument("--output", type=Path, default=Path("outputs/benchmark"))
         command.add_argument("--name", default=name, help="of the file, without .json")
         benchmark.arguments(command)
@@ -62,5 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
     path = write_results(options.name, results, output)
-    print(benchmark.line.format(**results))
+    if benchmark.show is None:
+        print(benchmark.line.format(**results))
+    else:
+        benchmark.show(results)
     print(path)
+    if benchmark.plot is not None:
+        print(benchmark.plot(results, path.with_suffix(".png")))

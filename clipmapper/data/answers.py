@@ -8,7 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clipmapper.evaluation.vqa_accuracy import normalise_answer
+from clipmapper.evaluation.vqa_accuracy import (
+    direct_answer_accuracy,
+    normalise_answer,
+    vqa_soft_accuracy,
+)
 
 _FEW = 4  # with fewer human answers than this no prediction could reach 1 by the official rule
 
@@ -21,6 +25,9 @@ RULES = {
     # Antol et al.: an answer is right when at least three people gave it; here nothing else counts.
     "three": lambda n: float(n >= 3),
 }
+
+# How right a prediction is, given the human answers.
+ACCURACIES = {"vqa": vqa_soft_accuracy, "a_okvqa": direct_answer_accuracy}
 
 
 class AnswerVocabulary:
@@ -76,12 +83,29 @@ def frequent_answers(answers: Iterable[str], least: int) -> list[str]:
     of train and val: 3129.
     """
     counts = Counter(normalised(answer) for answer in answers)
-    del counts[""]  # what only consisted of articles or punctuation
+    counts.pop("", None)
     kept = [answer for answer, count in counts.items() if count >= least]
     return sorted(kept, key=lambda answer: (-counts[answer], answer))
 
 
+def answer_vocabulary(answers: Iterable[Sequence[str]], least: int, rule: str) -> AnswerVocabulary:
+    """The vocabulary of training questions, given all human answers of each.
+
+    A question counts once, for its most frequent answer (of several the one that was given first), as VQA's
+    own ``multiple_choice_answer`` is made. With fewer than four human answers each of them counts.
+    """
+    counted: list[str] = []
+    for of_question in answers:
+        counts = Counter(map(normalised, of_question))
+        counted += counts if len(of_question) < _FEW else [counts.most_common(1)[0][0]]
+    return AnswerVocabulary(frequent_answers(counted, least), rule)
+
+
 @lru_cache(maxsize=1_000_000)
 def normalised(answer: str) -> str:
-    """:func:`normalise_answer`, remembered: a few thousand answers make up most of a data set."""
-    return normalise_answer(answer)
+    """:func:`normalise_answer`, remembered: a few thousand answers make up most of a data set.
+
+    An answer of which the official processing leaves nothing (the choice "A" is an article) stays, in lower
+    case.
+    """
+    return normalise_answer(answer) or " ".join(answer.lower().split())

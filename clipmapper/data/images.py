@@ -13,6 +13,9 @@ from torchvision.transforms.v2.functional import InterpolationMode, resize
 
 from clipmapper.errors import UserError
 
+# What Pillow raises for a file that is damaged or no image.
+READING_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+
 
 def as_pil(image: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
     """An RGB image, turned upright by its EXIF orientation. ``bytes`` are those of an image file.
@@ -33,7 +36,7 @@ def as_pil(image: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
     try:
         with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as opened:
             return _upright_rgb(opened)
-    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+    except READING_ERRORS as error:
         reason = str(error).partition(" <_io")[0]  # Pillow names the object that it read from
         raise UserError(f"{name}: not a readable image ({reason})") from error
 
@@ -54,6 +57,42 @@ def clip_input(
         pixels = resize(pixels, size, interpolation, antialias=True)
     mean, std = (torch.tensor(v)[:, None, None] for v in (visual.image_mean, visual.image_std))
     return (pixels.float() / 255 - mean) / std
+
+
+def seen_part(image: Image.Image, visual: nn.Module) -> UInt8[np.ndarray, "height width 3"]:
+    """What ``visual`` (an ``open_clip`` image tower) sees of an upright image, at the image's own resolution.
+
+    Its transform cuts the middle out of an image that is not square (CLIP), squashes it (SigLIP), or pads it.
+    Patches lie on this picture as they lie on the tower's input, whatever the shapes.
+    """
+    side = visual.image_size
+    rows, columns = side if isinstance(side, tuple) else (side, side)
+    mode = visual.preprocess_cfg["resize_mode"]
+    width, height = image.size
+    if mode == "squash":
+        return np.asarray(image)
+    # As many pixels of the image as the input is high and wide, from the middle; "shortest" keeps the shorter
+    # side whole, "longest" the longer one, so that the box is larger than the image.
+    scales = (height / rows, width / columns)
+    scale = min(scales) if mode == "shortest" else max(scales)
+    seen_width, seen_height = round(scale * columns), round(scale * rows)
+    left, top = round((width - seen_width) / 2), round((height - seen_height) / 2)
+    fill = visual.preprocess_cfg["fill_color"]
+    canvas = Image.new(
+        "RGB", (seen_width, seen_height), (fill,) * 3 if isinstance(fill, int) else tuple(fill)
+    )
+    canvas.paste(image, (-left, -top))
+    return np.asarray(canvas)
+
+
+def picture_of(
+    image: str | Path | bytes | Image.Image | np.ndarray | Tensor,
+    pixels: Float[Tensor, "1 3 height width"],
+    visual: nn.Module,
+) -> UInt8[np.ndarray, "tall wide 3"]:
+    """What is shown of an explained image: :func:`seen_part`, or, of an image that was given
+    as a tensor, the ``pixels`` that ``visual`` reads."""
+    return displayed_image(pixels, visual) if isinstance(image, Tensor) else seen_part(as_pil(image), visual)
 
 
 def displayed_image(

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clipmapper.data.answers import AnswerVocabulary, annotators
+from clipmapper.data.answers import ACCURACIES, AnswerVocabulary, annotators
 from clipmapper.data.images import as_pil
 from clipmapper.errors import UserError
 
@@ -136,7 +136,7 @@ class RecordData:
     ----------
     splits : name → records; "train" and "validation" at least, each not empty, "test" where there is one.
     vocabulary : the answers that the model is to know; None for captions.
-    validation_splits : the splits that are scored while training.
+    accuracy : how answers are scored, a key of :data:`clipmapper.data.answers.ACCURACIES`.
     workers : processes that decode images, 0 for none.
     notes : lines that the run prints about the data (images left out, answers unknown to the vocabulary).
     """
@@ -146,9 +146,11 @@ class RecordData:
         splits: Mapping[str, Sequence[Record]],
         vocabulary: AnswerVocabulary | None,
         *,
+        accuracy: str = "vqa",
         workers: int = 0,
         notes: Sequence[str] = (),
     ) -> None:
+        self.accuracy = ACCURACIES[accuracy]
         self.splits = dict(splits)
         self.vocabulary = vocabulary
         self.workers = workers
@@ -158,6 +160,12 @@ class RecordData:
     def task(self) -> str:
         """ "vqa" or "captioning"."""
         return "captioning" if self.vocabulary is None else "vqa"
+
+    def split(self, name: str) -> Sequence[Record]:
+        """Raises ``UserError`` for a split that is not there."""
+        if name not in self.splits:
+            raise UserError(f"split={name}: the data has {', '.join(self.splits)}")
+        return self.splits[name]
 
     @property
     def train(self) -> Sequence[Record]:
@@ -177,8 +185,8 @@ class RecordData:
         return tuple(sorted({record.family for record in self.validation}))
 
     def wordings(self) -> list[str]:
-        """All captions that are trained on."""
-        return [caption for record in self.train for caption in record.captions]
+        """All captions: those of validation are scored by the head, so it must know their words too."""
+        return [caption for some in self.splits.values() for record in some for caption in record.captions]
 
     def summary(self) -> list[str]:
         """What a run says about its data, before it begins."""
@@ -193,3 +201,12 @@ class RecordData:
         if self.vocabulary is not None:
             lines.append(f"{len(self.answers)} answers")
         return lines + self.notes
+
+
+def check_task(data: RecordData, task: str) -> None:
+    """Raise ``UserError`` where training is for the other task than the data."""
+    if data.task != task:
+        has, lacks, choose = ("captions", "questions", "experiment=caption_manifest, or training=captioning "
+            "with a captioner as model") if data.task == "captioning" else ("questions", "captions",
+            "training=vqa and a model that answers")  # fmt: skip
+        raise UserError(f"data: it has {has} and no {lacks}, but training is for {task}; choose {choose}")

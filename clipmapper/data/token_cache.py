@@ -1,84 +1,121 @@
-"""Tokens of a frozen encoder, computed once."""
+"""Tokens of a frozen encoder, computed once: in memory, or in a file that later runs find again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clipmapper.data.token_file import TokenFile
+
+PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
 
 Progress = Callable[[int], None]
+Load = Callable[[Sequence[int]], Any]
+Encode = Callable[[Any], Float[Tensor, "part tokens width"]]
 
 
 @dataclass(frozen=True)
-class TokenCache:
-    """Image tokens of every image and text tokens of every different text, in half precision."""
+class TokenStore:
+    """Where tokens are kept, and how.
+
+    Attributes
+    ----------
+    folder : of the files (:class:`~clipmapper.data.token_file.TokenFile`); None: in memory, for this run.
+    precision : "float16" or "float32".
+    workers : processes that read and decode what is encoded, 0 for none.
+    batch_size : rows that are encoded at once.
+    """
+
+    folder: Path | None = None
+    precision: str = "float16"
+    workers: int = 0
+    batch_size: int = 256
+
+    @torch.no_grad()
+    def tokens(
+        self,
+        kind: str,
+        key: Callable[[], Mapping],
+        rows: int,
+        shape: tuple[int, int],
+        load: Load,
+        encode: Encode,
+        progress: Progress = lambda done: None,
+    ) -> Float[Tensor, "rows tokens width"]:
+        """Tokens of every row.
+
+        ``kind``: a word for the file's name. ``key``: what the tokens depend on, as JSON (asked for only
+        where there is a file). ``shape``: (tokens, width) of a row. ``load(rows)``: what is encoded of some
+        rows; it runs in the workers. ``encode`` runs here. ``progress`` is told how many rows were added.
+        """
+        dtype = PRECISIONS[self.precision]
+
+        def compute(parts: Iterable[range]) -> Iterator[tuple[range, Tensor]]:
+            for part, loaded in self._loaded(load, parts):
+                yield part, encode(loaded)
+
+        if self.folder is not None:
+            file = TokenFile(self.folder, kind, key(), rows, shape, dtype, self.batch_size)
+            return file.build(compute, progress)
+        tokens = torch.empty(rows, *shape, dtype=dtype)
+        size = self.batch_size
+        for part, values in compute(range(s, min(s + size, rows)) for s in range(0, rows, size)):
+            tokens[part.start : part.stop] = values
+            progress(len(part))
+        return tokens
+
+    def _loaded(self, load: Load, parts: Iterable[range]) -> Iterable[tuple[range, Any]]:
+        if self.workers == 0:
+            return ((part, load(part)) for part in parts)
+        return DataLoader(
+            _Loading(load), batch_size=None, sampler=parts, num_workers=self.workers, collate_fn=_as_it_is
+        )
+
+
+def _as_it_is(loaded: tuple[range, Any]) -> tuple[range, Any]:
+    """torch's own way would make a list of the range."""
+    return loaded
+
+
+class _Loading(Dataset):
+    """In a worker: a part and what ``load`` gives of it."""
+
+    def __init__(self, load: Load) -> None:
+        self.load = load
+
+    def __getitem__(self, part: range) -> tuple[range, Any]:
+        return part, self.load(part)
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """Tokens of every different text. ``text_of``: the text of every question."""
+
+    tokens: Float[Tensor, "texts tokens width"]
+    lengths: Int[Tensor, "texts"]
+    text_of: Int[Tensor, "questions"]
+
+    def texts(self, questions: Int[Tensor, "batch"]) -> dict[str, Tensor]:
+        """``text_tokens`` and ``text_valid`` of some questions, cut to the longest of them."""
+        texts = self.text_of[questions]
+        lengths = self.lengths[texts]
+        longest = int(lengths.max())
+        valid = torch.arange(longest) < lengths[:, None]
+        return {"text_tokens": self.tokens[texts, :longest].float(), "text_valid": valid}
+
+
+@dataclass(frozen=True)
+class TokenCache(TextTokens):
+    """Image tokens of every image as well. ``image_of``: the image of every question."""
 
     image_tokens: Float[Tensor, "images image_tokens image_width"]
-    text_tokens: Float[Tensor, "texts text_tokens text_width"]
-    text_valid: Bool[Tensor, "texts text_tokens"]
-    text_of: Int[Tensor, "questions"]
     image_of: Int[Tensor, "questions"]
 
     def images(self, questions: Int[Tensor, "batch"]) -> Float[Tensor, "batch image_tokens image_width"]:
         """Image tokens of some questions."""
         return self.image_tokens[self.image_of[questions]].float()
-
-    def texts(self, questions: Int[Tensor, "batch"]) -> dict[str, Tensor]:
-        """``text_tokens`` and ``text_valid`` of some questions, cut to the longest of them."""
-        texts = self.text_of[questions]
-        valid = self.text_valid[texts]
-        length = int(valid.sum(dim=1).max())
-        return {"text_tokens": self.text_tokens[texts, :length].float(), "text_valid": valid[:, :length]}
-
-
-@torch.no_grad()
-def build_image_cache(
-    encode_images: Callable[[np.ndarray], Tensor],
-    images: np.ndarray,
-    *,
-    batch_size: int = 256,
-    progress: Progress = lambda done: None,
-) -> Float[Tensor, "images image_tokens image_width"]:
-    """Tokens of every image, in half precision. Arguments as of :func:`build_token_cache`."""
-    tokens = []
-    for start in range(0, len(images), batch_size):
-        tokens.append(encode_images(images[start : start + batch_size]).half().cpu())
-        progress(len(tokens[-1]))
-    return torch.cat(tokens)
-
-
-@torch.no_grad()
-def build_token_cache(
-    encode_images: Callable[[np.ndarray], Tensor],
-    encode_texts: Callable[[Sequence[str]], tuple[Tensor, Tensor]],
-    images: np.ndarray,
-    texts: Sequence[str],
-    image_of: np.ndarray,
-    *,
-    batch_size: int = 256,
-    progress: Progress = lambda done: None,
-) -> TokenCache:
-    """``encode_images``: uint8 images → tokens. ``encode_texts``: texts → (tokens, valid).
-
-    ``progress`` is told how many images or texts were added.
-    """
-    image_tokens = build_image_cache(encode_images, images, batch_size=batch_size, progress=progress)
-    different = sorted(set(texts))
-    position = {text: i for i, text in enumerate(different)}
-    text_tokens, text_valid = [], []
-    for start in range(0, len(different), batch_size):
-        tokens, valid = encode_texts(different[start : start + batch_size])
-        text_tokens.append(tokens.half().cpu())
-        text_valid.append(valid.cpu())
-        progress(len(tokens))
-    longest = max(t.shape[1] for t in text_tokens)
-    pad = torch.nn.functional.pad
-    return TokenCache(
-        image_tokens=image_tokens,
-        text_tokens=torch.cat([pad(t, (0, 0, 0, longest - t.shape[1])) for t in text_tokens]),
-        text_valid=torch.cat([pad(v, (0, longest - v.shape[1])) for v in text_valid]),
-        text_of=torch.tensor([position[text] for text in texts]),
-        image_of=torch.from_numpy(np.asarray(image_of)),
-    )

@@ -8,7 +8,7 @@ them. LAVIS and OpenFlamingo normalise differently and give other numbers for th
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Int64
@@ -109,13 +109,26 @@ def vqa_soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
     return thirds / (3 * annotators)
 
 
+def direct_answer_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """A-OKVQA's accuracy of direct answers, min(k / 3, 1) with k matches (Schwenk et al. 2022, arXiv
+    2206.01718).
+
+    Both sides are normalised. (A-OKVQA's own code compares the strings as they stand, so that for it "two" is
+    not "2".) Raises ValueError without answers.
+    """
+    if not answers:
+        raise ValueError("a question needs at least one human answer")
+    prediction = normalise_answer(prediction)
+    return min(sum(normalise_answer(answer) == prediction for answer in answers) / 3, 1.0)
+
+
 class VQASoftAccuracy(Metric):
     """Mean `vqa_soft_accuracy` over questions, for all of them ("overall") and for each group.
 
     `groups` are the names of all groups, such as VQA's answer types ("yes/no", "number", "other"). They are
     fixed at construction, so that every process sums the same states: `compute` returns the mean over the
     questions of all processes, whatever the split. Values lie between 0 and 1 (the official scorer prints per
-    cent).
+    cent). `score` may be another rule, whose scores are multiples of a third.
 
     Raises ValueError for a repeated group name and for a group called "overall".
     """
@@ -127,8 +140,13 @@ class VQASoftAccuracy(Metric):
     scores: Int64[Tensor, "groups+1"]
     questions: Int64[Tensor, "groups+1"]
 
-    def __init__(self, groups: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        groups: Sequence[str] = (),
+        score: Callable[[str, Sequence[str]], float] = vqa_soft_accuracy,
+    ) -> None:
         super().__init__()
+        self._score = score
         self._names = ("overall", *groups)
         if len(set(self._names)) < len(self._names):
             raise ValueError(f"group names must differ, also from 'overall': {list(groups)}")
@@ -156,7 +174,7 @@ class VQASoftAccuracy(Metric):
         scores = [0] * len(self._names)
         questions = [0] * len(self._names)
         for index, (prediction, human) in enumerate(zip(predictions, answers, strict=True)):
-            score = round(vqa_soft_accuracy(prediction, human) * _UNITS)
+            score = round(self._score(prediction, human) * _UNITS)
             for place in (0,) if groups is None else (0, self._names.index(groups[index])):
                 scores[place] += score
                 questions[place] += 1

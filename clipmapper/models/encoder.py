@@ -1,12 +1,13 @@
 """Stage 1 of CLIPmapper: any CLIP of ``open_clip`` as two token sequences."""
 
+import open_clip
 import torch
 from jaxtyping import Bool, Float, Int
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
 from clipmapper.data.images import as_pil
-from clipmapper.models.clip_weights import build_clip, build_tokenizer
+from clipmapper.models.clip_weights import build_clip, build_tokenizer, registered_name
 from clipmapper.models.image_towers import image_tower
 from clipmapper.models.text_tower import TextTower
 from clipmapper.models.tokens import padding_id
@@ -32,6 +33,8 @@ class ClipEncoder(nn.Module):
         self.pretrained = pretrained
         self.frozen = frozen
         self.clip = build_clip(architecture, pretrained, image_size)
+        # As plain values: what a name or a file stands for may change.
+        self.config = open_clip.get_model_config(registered_name(architecture))
         # Views on the modules of `clip`: kept out of the module tree so that no weight is listed twice.
         self._towers = (image_tower(self.clip.visual, architecture), TextTower(self.clip, architecture))
         if frozen:

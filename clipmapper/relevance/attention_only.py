@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from clipmapper.relevance.propagation import mean_attention, propagate, rows_times
+from clipmapper.relevance.propagation import Matrix, mean_attention, propagate, rows_times
 from clipmapper.relevance.result import Relevance, as_relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
 
@@ -39,10 +39,10 @@ def raw_attention(trace: AttentionTrace) -> Relevance:
     return last_attention(trace, mean_attention)
 
 
-def last_attention(trace: AttentionTrace, matrix) -> Relevance:
+def last_attention(trace: AttentionTrace, matrix: Matrix) -> Relevance:
     """The read row of ``matrix(step)`` for the last sub-layer that reads each input stream.
 
-    ``matrix(step, queries)`` gives Float[batch, queries, keys].
+    ``matrix(step, samples, queries)`` gives Float[samples, queries, keys].
     """
     rows = {node.stream: row for node, row in trace.read_row().items()}
     found: dict[str, Tensor] = {}

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clipmapper.relevance.propagation import positive_attention
+from clipmapper.relevance.propagation import positive_attention, propagate, rows_times
 from clipmapper.relevance.result import Relevance, as_relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
 
@@ -22,6 +22,8 @@ def gae(trace: AttentionTrace) -> Relevance:
     0 in N (the released LXMERT code divides 0 by 0 there). The result depends on the scale of y.
     Needs ``trace.backward(y)``.
     """
+    if all(step.is_self for step in trace.attention):
+        return _self_alone(trace)
     streams, rows = trace.inputs, trace.read_row()
     columns = _columns(trace)
     width = sum(trace.lengths[stream] for stream in streams)
@@ -45,6 +47,16 @@ def gae(trace: AttentionTrace) -> Relevance:
             state[step.output_node] = _cross(step, state, own)
     total = sum(row @ state[node] for node, row in rows.items())
     return as_relevance(trace, {stream: total[:, 0, columns[stream]] for stream in streams})
+
+
+def _self_alone(trace: AttentionTrace) -> Relevance:
+    """The same where no stream reads another one: then a row of R suffices, and memory grows with N."""
+
+    def rule(step: Attention, row: Float[Tensor, "batch rows queries"]):
+        return row, rows_times(positive_attention, step, row, normalise=False)[0]
+
+    rows = propagate(trace, trace.read_row(), rule)
+    return as_relevance(trace, {stream: row[:, 0] for stream, row in rows.items()})
 
 
 def _cross(

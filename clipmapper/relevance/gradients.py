@@ -6,6 +6,7 @@ from torch import Tensor
 
 from clipmapper.relevance.again import with_rules
 from clipmapper.relevance.attention_only import last_attention
+from clipmapper.relevance.propagation import part_of
 from clipmapper.relevance.result import Relevance, as_relevance, with_sign
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
 
@@ -18,10 +19,11 @@ def grad_cam(trace: AttentionTrace) -> Relevance:
     Needs ``trace.backward(y)``.
     """
 
-    def matrix(step: Attention, queries: slice) -> Float[Tensor, "batch queries keys"]:
-        rows = trace.padding_free(step.query_node.stream)[:, None, :, None]
-        columns = trace.padding_free(step.key_node.stream)[:, None, None, :]
+    def matrix(step: Attention, samples: slice, queries: slice) -> Float[Tensor, "samples queries keys"]:
+        rows = trace.padding_free(step.query_node.stream)[samples, None, :, None]
+        columns = trace.padding_free(step.key_node.stream)[samples, None, None, :]
         inside = (rows & columns).to(trace.dtype)
+        step = part_of(step, samples, slice(None))
         weight = (step.probability_gradient() * inside).sum(dim=(2, 3), keepdim=True)
         weight = weight / inside.sum(dim=(2, 3), keepdim=True)
         return (weight * step.probabilities()).mean(dim=1).clamp(min=0)[:, queries]
@@ -39,7 +41,8 @@ def grad_eclip(trace: AttentionTrace) -> Relevance:
     equal λ is 1. Made for CLIP; defined for every trace. Needs ``trace.backward(y)``.
     """
 
-    def matrix(step: Attention, queries: slice) -> Float[Tensor, "batch queries keys"]:
+    def matrix(step: Attention, samples: slice, queries: slice) -> Float[Tensor, "samples queries keys"]:
+        step = part_of(step, samples, slice(None))
         query, key = (t.detach().transpose(1, 2).flatten(2) for t in (step.query, step.key))
         cosine = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(1, 2)
         allowed = step.allowed()

@@ -25,7 +25,7 @@ def legrad(trace: AttentionTrace) -> Relevance:
     if running.readout is None:
         raise UserError("legrad reads every layer by the model's head: set Again.readout to it")
     recorded = running.undifferentiated(trace)
-    read_stream = recorded.read[0].stream
+    read_stream = trace.reads[0][0].stream
     totals: dict[str, Tensor] = {}
     layer: list[Attention] = []
     for step in recorded.attention:
@@ -48,6 +48,11 @@ def legrad(trace: AttentionTrace) -> Relevance:
             totals[source] = totals[source] + column if source in totals else column
         layer = []
     recorded.release_graph()
+    if not totals:
+        raise UserError(
+            "legrad: of no layer that the head reads it is known what comes after its MLP; it is for "
+            "CLIPmapper and captioners"
+        )
     streams = {}
     for stream, values in totals.items():
         for part, piece in _inputs(recorded, stream, values).items():

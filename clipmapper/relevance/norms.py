@@ -7,7 +7,7 @@ from torch import Tensor
 from clipmapper.errors import UserError
 from clipmapper.relevance.again import again
 from clipmapper.relevance.attention_only import last_attention
-from clipmapper.relevance.propagation import propagate
+from clipmapper.relevance.propagation import mean_attention, propagate
 from clipmapper.relevance.result import Relevance, as_relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
 
@@ -114,12 +114,9 @@ def beyond_intuition(trace: AttentionTrace) -> Relevance:
     last: list[int] = []
     numbered = {id(step): i for i, step in enumerate(trace.attention)}
 
-    def note(step: Attention, queries: slice) -> Float[Tensor, "batch queries keys"]:
-        return step.probabilities().mean(dim=1)[:, queries]
-
-    def noting(step: Attention, queries: slice) -> Float[Tensor, "batch queries keys"]:
+    def noting(step: Attention, samples: slice, queries: slice) -> Float[Tensor, "samples queries keys"]:
         last.append(numbered[id(step)])
-        return note(step, queries)
+        return mean_attention(step, samples, queries)
 
     last_attention(trace, noting)
     gradients = dict.fromkeys(last, 0.0)
@@ -128,8 +125,8 @@ def beyond_intuition(trace: AttentionTrace) -> Relevance:
         for i in gradients:
             gradients[i] = gradients[i] + scaled[i].probability_gradient() / _INTEGRATION_STEPS
 
-    def matrix(step: Attention, queries: slice) -> Float[Tensor, "batch queries keys"]:
-        return gradients[numbered[id(step)]].clamp(min=0).mean(dim=1)[:, queries]
+    def matrix(step: Attention, samples: slice, queries: slice) -> Float[Tensor, "samples queries keys"]:
+        return gradients[numbered[id(step)]][samples, :, queries].clamp(min=0).mean(dim=1)
 
     weights = last_attention(trace, matrix).streams
     return as_relevance(trace, {s: row[:, 0] * weights[s] for s, row in reasoned.items()})

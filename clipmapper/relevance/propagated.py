@@ -5,7 +5,7 @@ from torch import Tensor
 
 from clipmapper.relevance.again import with_rules
 from clipmapper.relevance.attention_only import last_attention
-from clipmapper.relevance.propagation import propagate
+from clipmapper.relevance.propagation import part_of, propagate
 from clipmapper.relevance.result import Relevance, as_relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace
 
@@ -43,7 +43,7 @@ def partial_lrp(trace: AttentionTrace) -> Relevance:
     which the read token reads each modality. Defined where :func:`transformer_attribution` is.
     """
 
-    def matrix(step: Attention, queries: slice) -> Float[Tensor, "batch queries keys"]:
-        return attention_relevance(step).clamp(min=0).mean(dim=1)[:, queries]
+    def matrix(step: Attention, samples: slice, queries: slice) -> Float[Tensor, "samples queries keys"]:
+        return attention_relevance(part_of(step, samples, queries)).clamp(min=0).mean(dim=1)
 
     return last_attention(with_rules(trace, "lrp", "partial_lrp"), matrix)

@@ -74,7 +74,7 @@ class StreamGraph:
     def _check(self, call: Call, query: Node, key: Node) -> None:
         seen = tuple(call.attention[part].shape[2] for part in ("query", "key"))
         expected = (self.trace.lengths[query.stream], self.trace.lengths[key.stream])
-        if seen != expected or call.added.shape[:2] != call.attention["query"].shape[::2][:2]:
+        if seen != expected or call.shape[:2] != call.attention["query"].shape[::2][:2]:
             raise UserError(
                 f"{call.watched.name}: {seen[0]} queries read {seen[1]} keys, but its tokens are "
                 f"{expected[0]} and {expected[1]}; windows, merged tokens, keys remembered from an earlier "

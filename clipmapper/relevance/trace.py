@@ -63,7 +63,7 @@ class Attention:
     scale: float | None  # of the scores; None: 1 / √D
     causal: bool
     before: Float[Tensor, "batch queries width"]  # x: the query stream's tokens before the sub-layer
-    added: Float[Tensor, "batch queries width"]  # a: what the sub-layer adds to them
+    added: Float[Tensor, "batch queries width"] | None  # a: what the sub-layer adds to them
     mixed_gradient: Tensor | None = None
     before_gradient: Tensor | None = None
     added_gradient: Tensor | None = None
@@ -71,6 +71,8 @@ class Attention:
     output_weight: Tensor | None = None  # W_O [heads, channels, width], where the recorder knows it
     after: Tensor | None = None  # [batch, queries, width]: the stream after the MLP that follows; None: none
     pools: bool = False  # nothing is before it: its queries are learned, and its output is `added` alone
+    # x + a, where the graph holds that and not a: then `added` is their difference, when first asked for.
+    total: Float[Tensor, "batch queries width"] | None = None
     # Where mixed, before and added are in the graph; () when it is gone.
     edges: tuple[Edge, ...] = field(default=(), repr=False)
 
@@ -82,18 +84,7 @@ class Attention:
         """A, rebuilt from query, key and mask without autograd, or what stands in for it."""
         if self.replaced is not None:
             return self.replaced
-        with torch.no_grad():
-            scale = self.query.shape[-1] ** -0.5 if self.scale is None else self.scale
-            scores = (self.query.detach() * scale) @ self.key.detach().transpose(-2, -1)
-            if self.causal:
-                allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-                scores = scores.masked_fill(~allowed, float("-inf"))
-            if self.mask is not None:
-                if self.mask.dtype == torch.bool:
-                    scores = scores.masked_fill(~self.mask, float("-inf"))
-                else:
-                    scores = scores + self.mask
-            return scores.softmax(dim=-1)
+        return attention_probabilities(self.query, self.key, self.mask, self.causal, self.scale)
 
     def allowed(self) -> Bool[Tensor, "..."]:
         """True where the mask lets a query read a key; broadcasts to the shape of A."""
@@ -109,7 +100,7 @@ class Attention:
     def probability_gradient(self) -> Float[Tensor, "batch heads queries keys"]:
         """∂y/∂A = ∂y/∂o · vᵀ: exact, since o = A v, and the same for any way of computing attention."""
         with torch.no_grad():
-            return self._required("mixed_gradient") @ self.value.detach().transpose(-2, -1)
+            return _exact(self._required("mixed_gradient")) @ _exact(self.value.detach()).transpose(-2, -1)
 
     def _required(self, name: str) -> Tensor:
         value = getattr(self, name)
@@ -120,6 +111,48 @@ class Attention:
     def gradients(self) -> tuple[Tensor, Tensor]:
         """(∂y/∂x, ∂y/∂a), each [batch, queries, width]."""
         return self._required("before_gradient"), self._required("added_gradient")
+
+
+def _added(step: Attention) -> Tensor:
+    if step._added is None:
+        with torch.no_grad():
+            step._added = step.total - step.before
+        step.total = None
+    return step._added
+
+
+def _keep_added(step: Attention, added: Tensor | None) -> None:
+    step._added = added
+
+
+Attention.added = property(_added, _keep_added)
+
+
+@torch.no_grad()
+def attention_probabilities(
+    query: Float[Tensor, "batch heads queries channels"],
+    key: Float[Tensor, "batch heads keys channels"],
+    mask: Tensor | None,
+    causal: bool,
+    scale: float | None,
+) -> Float[Tensor, "batch heads queries keys"]:
+    """What ``scaled_dot_product_attention`` mixes values by, given the same arguments."""
+    query, key = _exact(query.detach()), _exact(key.detach())
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
+    if causal:
+        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        scores.masked_fill_(~allowed, float("-inf"))
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            scores.masked_fill_(~mask, float("-inf"))
+        else:
+            scores += mask
+    return torch.softmax(scores, dim=-1, out=scores)
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """As float32 where it is less: a softmax of bfloat16 scores would be off by parts in a hundred."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clipmapper.relevance.propagation import (
+    Matrix,
     Rule,
     mean_attention,
     positive_attention,
@@ -133,7 +134,7 @@ def _share(before: Tensor, added: Tensor) -> Tensor:
     return torch.where(nothing, torch.ones_like(total), before / total.masked_fill(nothing, 1.0))
 
 
-def _mix(step: Attention, row: Tensor, alpha: Tensor, matrix) -> tuple[Tensor, Tensor]:
+def _mix(step: Attention, row: Tensor, alpha: Tensor, matrix: Matrix) -> tuple[Tensor, Tensor]:
     moving = (1 - alpha) * row
     to_keys, stuck = rows_times(matrix, step, moving, normalise=True)
     return alpha * row + stuck, to_keys

@@ -1,13 +1,15 @@
 """The question-only baseline: what the wording of a question alone gives away."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from clipmapper.evaluation.vqa_accuracy import vqa_soft_accuracy
 from clipmapper.models.build import build_mapper_and_head
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.training.optimisation import adamw, warmup_cosine
+from clipmapper.training.record_batches import RecordQuestions
 from clipmapper.training.scene_batches import SplitBatches
 from clipmapper.training.vqa import answer_loss
 
@@ -15,14 +17,15 @@ from clipmapper.training.vqa import answer_loss
 def blind_accuracy(
     model: CLIPmapper,
     settings: Mapping,
-    train: SplitBatches,
-    validation: SplitBatches,
+    train: SplitBatches | RecordQuestions,
+    validation: SplitBatches | RecordQuestions,
     *,
     steps: int,
     batch_size: int,
     learning_rate: float,
     weight_decay: float,
     seed: int,
+    score: Callable[[str, Sequence[str]], float] = vqa_soft_accuracy,
 ) -> dict[str, float]:
     """Accuracy per family (and "overall") of the same mapper trained on questions without images.
 
@@ -55,13 +58,16 @@ def blind_accuracy(
         answer_loss(logits(batch), batch["targets"].to(model.device)).backward()
         optimiser.step()
         schedule.step()
-    right: dict[str, list[bool]] = {"overall": []}
+    right: dict[str, list[float]] = {"overall": []}
     with torch.no_grad():
         for start in range(0, len(validation.split), batch_size):
             numbers = torch.arange(start, min(start + batch_size, len(validation.split)))
             batch = validation.questions_only(numbers)
-            hits = logits(batch).argmax(dim=1).cpu() == batch["targets"].argmax(dim=1)
-            for number, hit in zip(numbers.tolist(), hits.tolist(), strict=True):
+            for number, found in zip(numbers.tolist(), logits(batch).argmax(dim=1).tolist(), strict=True):
+                people = batch["answers"][number - start] if "answers" in batch else None
+                # Where all ten people agree anyway, the target is the accuracy.
+                target = float(batch["targets"][number - start, found])
+                hit = target if people is None else score(model.answers[found], people)
                 right.setdefault(validation.split.questions[number].family, []).append(hit)
                 right["overall"].append(hit)
-    return {family: sum(hits) / len(hits) for family, hits in right.items()}
+    return {family: sum(scores) / len(scores) for family, scores in right.items()}

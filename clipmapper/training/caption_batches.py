@@ -6,25 +6,35 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
 from rich.progress import Progress
 from torch import Tensor
 
 from clipmapper.data.images import clip_input
 from clipmapper.data.scenes_captions import CaptionSplit
-from clipmapper.data.token_cache import build_image_cache
+from clipmapper.data.token_cache import TokenStore
 from clipmapper.models.captioner import Captioner
+from clipmapper.training.encoder_tokens import ArrayImages, image_tokens
 from clipmapper.training.processes import WHOLE, Share, batches_of
+from clipmapper.training.record_batches import RecordCaptions
 
 
 class CaptionBatches:
-    """Batches of one split. With ``cached`` the image tower runs once over it, otherwise in every step.
+    """Batches of one split. With a ``store`` the image tower runs once over it, otherwise in every step.
 
     Captions are never cached: each time they are others.
     """
 
-    def __init__(self, model: Captioner, split: CaptionSplit, name: str, cached: bool) -> None:
+    def __init__(self, model: Captioner, split: CaptionSplit, name: str, store: TokenStore | None) -> None:
         self.model, self.split, self.name = model, split, name
-        self.image_tokens = self._encode() if cached else None
+        self.image_tokens: Tensor | None = None
+        if store is not None:
+            images = ArrayImages(split.images, model.encoder.clip.visual)
+            with Progress(transient=True) as progress:
+                task = progress.add_task(f"CLIP tokens, {name} split", total=len(images))
+                self.image_tokens = image_tokens(
+                    model.encoder, store, images, lambda done: progress.advance(task, done)
+                )
 
     def batch(self, images: Sequence[int], captions: Sequence[str]) -> dict:
         """A batch of these images and their captions, as many of each (see :class:`CaptionModule`)."""
@@ -46,18 +56,12 @@ class CaptionBatches:
             captions = [self.split.references[number][0] for number in numbers]
             yield self.batch(numbers, captions) | {"numbers": numbers}
 
+    def picture(self, image: int) -> UInt8[np.ndarray, "height width 3"]:
+        """An image to be looked at."""
+        return self.split.images[image]
+
     def _pixels(self, images: np.ndarray) -> Tensor:
         return clip_input(images, self.model.encoder.clip.visual)
-
-    def _encode(self) -> Tensor:
-        encoder = self.model.encoder.eval()
-        with Progress(transient=True) as progress:
-            task = progress.add_task(f"CLIP tokens, {self.name} split", total=len(self.split))
-            return build_image_cache(
-                lambda images: encoder.image_tokens(self._pixels(images).to(self.model.device)),
-                self.split.images,
-                progress=lambda done: progress.advance(task, done),
-            )
 
 
 # Steps whose images are drawn together, then put in batches by the length of their captions: with 8, a batch
@@ -66,7 +70,7 @@ _TOGETHER = 8
 
 
 def drawn_batches(
-    split: CaptionBatches, *, batch_size: int, captions: int, seed: int
+    split: CaptionBatches | RecordCaptions, *, batch_size: int, captions: int, seed: int
 ) -> Callable[[int, Share], dict]:
     """A share of the training batch of every step: every image once an epoch, each with ``captions`` newly
     drawn captions.

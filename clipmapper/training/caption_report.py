@@ -1,6 +1,6 @@
 """What came out of captioning: shares of true captions and statements, tables, and samples for W&B."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import wandb
@@ -37,9 +37,11 @@ def truth_numbers(captions: Sequence[JudgedCaption]) -> dict:
 
 
 def sample_rows(captions: Sequence[JudgedCaption], references: Sequence[Sequence[str]]) -> list[dict]:
-    """Captions one by one, with what is wrong about them."""
+    """Captions one by one, with what is wrong about them where that is known."""
     return [
-        {
+        {"image": one.image, "caption": one.caption, "reference": references[one.image][0]}
+        if one.truth is None
+        else {
             "image": one.image,
             "caption": one.caption,
             "reference": references[one.image][0],
@@ -56,13 +58,13 @@ def sample_rows(captions: Sequence[JudgedCaption], references: Sequence[Sequence
 def log_samples(
     logger: WandbLogger,
     rows: Sequence[Mapping],
-    images: UInt8[np.ndarray, "images height width 3"],
+    picture: Callable[[int], UInt8[np.ndarray, "height width 3"]],
     step: int,
 ) -> None:
-    """A table of images and their captions to W&B."""
+    """A table of images and their captions to W&B. ``picture``: number of the image → to be looked at."""
     table = wandb.Table(columns=list(rows[0]))
     for row in rows:
-        table.add_data(*({**row, "image": wandb.Image(images[row["image"]])}.values()))
+        table.add_data(*({**row, "image": wandb.Image(picture(row["image"]))}.values()))
     logger.experiment.log({"captions": table, "trainer/global_step": step})
 
 
@@ -73,7 +75,8 @@ def score_table(splits: Mapping[str, Mapping]) -> Table:
     for column in ("captions", "correct %", "complete %", *(_NAMES[score] for score in SCORES), "loss"):
         table.add_column(column, justify="right")
     for split, row in splits.items():
-        shares = [f"{100 * row['greedy'][key]:.1f}" for key in ("correct", "complete")]
+        found = (row["greedy"].get(key) for key in ("correct", "complete"))
+        shares = ["" if share is None else f"{100 * share:.1f}" for share in found]
         scores = [f"{row[score] * (1 if score == 'cider' else 100):.2f}" for score in SCORES]
         name = {"held_out": "held-out combinations"}.get(split, split)
         table.add_row(name, str(row["greedy"]["captions"]), *shares, *scores, f"{row['loss']:.3f}")

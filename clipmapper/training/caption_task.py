@@ -10,6 +10,8 @@ from lightning.pytorch.loggers import WandbLogger
 from rich.table import Table
 
 from clipmapper.config import TrainConfig
+from clipmapper.data.caption_results import write_captions_file
+from clipmapper.data.records import RecordData, check_task
 from clipmapper.data.scenes_captions import ScenesCaptions
 from clipmapper.errors import UserError
 from clipmapper.models.build import build_captioner, load
@@ -24,10 +26,13 @@ from clipmapper.training.caption_report import (
     truth_table,
 )
 from clipmapper.training.captioning import SCORES, CaptionModule, JudgedCaption
-from clipmapper.training.explained_captions import choose_caption_samples
+from clipmapper.training.encoder_tokens import token_store
+from clipmapper.training.explained_records import samples_of
 from clipmapper.training.processes import Share
+from clipmapper.training.record_batches import RecordCaptions
 from clipmapper.training.relevance_callback import RelevanceCallback
 from clipmapper.training.self_critical import SelfCriticalModule
+from clipmapper.training.tables import console
 from clipmapper.training.task import Task
 
 VALIDATION_SPLITS = ("validation", "held_out")
@@ -36,11 +41,15 @@ VALIDATION_SPLITS = ("validation", "held_out")
 class CaptionTask(Task):
     """See :class:`~clipmapper.training.task.Task`."""
 
-    validation_splits = VALIDATION_SPLITS
     objective = "cider"
 
-    def __init__(self, config: TrainConfig, data: ScenesCaptions) -> None:
+    def __init__(self, config: TrainConfig, data: ScenesCaptions | RecordData) -> None:
         self.config, self.data = config, data
+        if isinstance(data, RecordData):
+            check_task(data, "captioning")
+            self.validation_splits, self.workers = ("validation",), data.workers
+        else:
+            self.validation_splits = VALIDATION_SPLITS
         if config.training.checkpoint is None:
             captions = data.wordings() if config.model.vocabulary == "data" else None
             self.model = build_captioner(asdict(config.encoder), asdict(config.model), captions=captions)
@@ -49,15 +58,16 @@ class CaptionTask(Task):
 
     def prepare(self, explainer: RelevanceCallback | None, folder: Path) -> None:
         training = self.config.training
-        cached = training.token_cache and self.config.encoder.frozen
-        self.splits = {
-            name: CaptionBatches(self.model, getattr(self.data, name), name, cached)
-            for name in ("train", *VALIDATION_SPLITS)
-        }
+        names = ("train", *self.validation_splits)
+        if isinstance(self.data, RecordData):
+            self.splits = {name: RecordCaptions(self.model, self.data.splits[name]) for name in names}
+        else:
+            store = token_store(self.config)
+            self.splits = {
+                name: CaptionBatches(self.model, getattr(self.data, name), name, store) for name in names
+            }
         if explainer is not None:
-            samples = choose_caption_samples(
-                self.model, self.data.validation, explainer.samples, explainer.seed
-            )
+            samples = samples_of(self.model, self.data, "validation", explainer.samples, explainer.seed)
             explainer.prepare(samples, folder / "pictures")
         self._batch_at = drawn_batches(
             self.splits["train"],
@@ -75,7 +85,7 @@ class CaptionTask(Task):
             "weight_decay": training.weight_decay,
             "warmup_steps": training.warmup_steps,
             "max_steps": training.max_steps,
-            "judges": {name: self.splits[name].split.truth for name in VALIDATION_SPLITS},
+            "judges": {name: self.splits[name].split.truth for name in self.validation_splits},
         }
         if training.objective == "scst":
             self._module = SelfCriticalModule(
@@ -91,29 +101,42 @@ class CaptionTask(Task):
     def batch_at(self, step: int, share: Share) -> dict:
         return self._batch_at(step, share)
 
-    def labelled(self, split: str) -> CaptionBatches:
+    def labelled(self, split: str) -> CaptionBatches | RecordCaptions:
         return self.splits[split]
 
     def results(self, trainer: lightning.Trainer, folder: Path) -> dict:
         """``captions`` by split: loss and scores of greedy captions, what of them is true, and samples.
 
         Of validation scenes also a drawn caption each: greedy captions come in the wordings that the model
-        likes best, drawn ones in all.
+        likes best, drawn ones in all. Where nobody knows whether a caption is true there are scores and
+        samples alone, and ``written``, a file with the captions in COCO's own format.
         """
         written = self._module.written
         splits: dict[str, dict] = {}
-        for split in VALIDATION_SPLITS:
+        known = not isinstance(self.data, RecordData)
+        for split in self.validation_splits:
             metrics = {name: float(trainer.callback_metrics[f"{split}/{name}"]) for name in ("loss", *SCORES)}
-            splits[split] = metrics | {"greedy": truth_numbers(written[split])}
-        splits["validation"]["drawn"] = truth_numbers(self._drawn("validation"))
-        split = self.splits["validation"].split
-        rows = sample_rows(written["validation"][: self.config.training.logged_captions], split.references)
+            found = truth_numbers(written[split]) if known else {"captions": len(written[split])}
+            splits[split] = metrics | {"greedy": found}
+        if known:
+            splits["validation"]["drawn"] = truth_numbers(self._drawn("validation"))
+        batches = self.splits["validation"]
+        rows = sample_rows(
+            written["validation"][: self.config.training.logged_captions], batches.split.references
+        )
         if rows and isinstance(trainer.logger, WandbLogger):
-            log_samples(trainer.logger, rows, split.images, trainer.global_step)
-        return {"captions": splits, "samples": rows}
+            log_samples(trainer.logger, rows, batches.picture, trainer.global_step)
+        if known:
+            return {"captions": splits, "samples": rows}
+        file = folder / "captions_validation.json"
+        ids = [record.id for record in batches.split.records]
+        write_captions_file(file, [(ids[one.image], one.caption) for one in written["validation"]])
+        console().print(f"captions, validation: {file}", markup=False)
+        return {"captions": splits, "samples": rows, "written": {"validation": str(file)}}
 
     def tables(self, results: Mapping) -> list[Table]:
-        return [score_table(results["captions"]), truth_table(results["captions"]["validation"])]
+        scores, validation = score_table(results["captions"]), results["captions"]["validation"]
+        return [scores, truth_table(validation)] if "drawn" in validation else [scores]
 
     @torch.no_grad()
     def _drawn(self, split: str) -> list[JudgedCaption]:

@@ -25,7 +25,7 @@ class JudgedCaption:
 
     image: int
     caption: str
-    truth: CaptionTruth
+    truth: CaptionTruth | None  # where nobody knows it
 
 
 class CaptionModule(TaskModule):
@@ -37,7 +37,8 @@ class CaptionModule(TaskModule):
     ``numbers``, which image of the split each is.
 
     Validation: the loss without smoothing, the scores of greedy captions, and the shares of them that are
-    ``correct`` and ``complete`` by the split's ``judges`` (number of the image, caption → truth). ``written``
+    ``correct`` and ``complete`` by the split's ``judges`` (number of the image, caption → truth; None for
+    data that does not know). ``written``
     holds the captions of the last validation, by split.
     """
 
@@ -49,7 +50,7 @@ class CaptionModule(TaskModule):
         warmup_steps: int,
         max_steps: int,
         label_smoothing: float,
-        judges: Mapping[str, Judge],
+        judges: Mapping[str, Judge | None],
     ) -> None:
         super().__init__(model, learning_rate, weight_decay, warmup_steps, max_steps)
         self.label_smoothing = label_smoothing
@@ -99,7 +100,7 @@ class CaptionModule(TaskModule):
         captions = self.write(image_tokens, Decoding("greedy", max_length=self.model.longest))
         self.scores[split].update(captions, batch["references"])
         self.written[split] += self.judged(split, batch["numbers"], captions)
-        for name in ("correct", "complete"):
+        for name in ("correct", "complete") if self.judges[split] else ():
             share = [getattr(one.truth, name) for one in self.written[split][-len(captions) :]]
             self.log(
                 f"{split}/{name}",
@@ -117,7 +118,7 @@ class CaptionModule(TaskModule):
         """Captions of these images of a split, each held against what is to be seen."""
         judge = self.judges[split]
         return [
-            JudgedCaption(image, caption, judge(image, caption))
+            JudgedCaption(image, caption, judge(image, caption) if judge else None)
             for image, caption in zip(images, captions, strict=True)
         ]
 

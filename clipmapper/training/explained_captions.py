@@ -36,7 +36,7 @@ class ExplainedCaptions:
     """
 
     ids: Sequence[int]
-    pictures: UInt8[np.ndarray, "samples height width 3"]
+    pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]
     images: Float[Tensor, "samples 3 model_height model_width"]
     references: Sequence[Sequence[str]]
     frequencies: DocumentFrequencies
@@ -60,7 +60,7 @@ def choose_caption_samples(model: Captioner, split, count: int, seed: int) -> Ex
     references = [[ptb_tokenise(caption) for caption in captions] for captions in split.references]
     return ExplainedCaptions(
         ids=chosen,
-        pictures=pictures,
+        pictures=list(pictures),
         images=clip_input(pictures, model.encoder.clip.visual),
         references=[list(split.references[number]) for number in chosen],
         frequencies=DocumentFrequencies.of(references),

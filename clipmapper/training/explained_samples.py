@@ -19,11 +19,12 @@ class ExplainedSamples:
     """Questions to be explained, in a fixed order.
 
     ``masks`` (pixels that decide the answer) and ``deciding`` (words that do, per word of the question) are
-    None for data that does not know them. ``targets`` are the soft accuracies of every answer.
+    None for data that does not know them. ``pictures`` are what the model sees, as a reader is to see it;
+    ``targets`` are the soft accuracies of every answer.
     """
 
     ids: Sequence[int]
-    pictures: UInt8[np.ndarray, "samples height width 3"]
+    pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]
     images: Float[Tensor, "samples 3 model_height model_width"]
     text: TokenizedText
     questions: Sequence[str]
@@ -67,7 +68,7 @@ def choose_samples(model: CLIPmapper, split: VQASplit, count: int, seed: int) ->
         deciding.append([word in question.deciding_words for word, _ in words])
     return ExplainedSamples(
         ids=chosen,
-        pictures=pictures,
+        pictures=list(pictures),
         images=clip_input(pictures, model.encoder.clip.visual),
         text=text,
         questions=[q.text for q in asked],

@@ -7,7 +7,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 
 from clipmapper.models.build import DESCRIPTION
 from clipmapper.models.fine_tuning import learning_rate_scales, without_adapters
@@ -103,10 +103,16 @@ class StepBatches(IterableDataset):
         self.shares = [share.part(index, accumulated) for index in range(accumulated)]
 
     def __iter__(self) -> Iterator[dict]:
-        for step in range(self.first_step, self.max_steps):
-            parts = [self.batch_at(step, share) for share in self.shares]
-            terms = sum(map(self.terms, parts))
-            yield from (part | {"parts": len(parts), "parts_terms": terms} for part in parts)
+        # A DataLoader takes batches from its workers in turn: of all parts each worker makes every so many.
+        # (A step of several parts is made by as many workers, because each part has to know all terms.)
+        worker = get_worker_info()
+        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        made, parts = None, []
+        for item in range(first, (self.max_steps - self.first_step) * len(self.shares), stride):
+            step, index = divmod(item, len(self.shares))
+            if step != made:
+                made, parts = step, [self.batch_at(self.first_step + step, share) for share in self.shares]
+            yield parts[index] | {"parts": len(parts), "parts_terms": sum(map(self.terms, parts))}
 
 
 class Labelled(IterableDataset):

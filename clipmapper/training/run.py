@@ -8,13 +8,13 @@ from pathlib import Path
 
 import lightning
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
-from clipmapper.config import Section, TrainConfig
+from clipmapper.config import TrainConfig
+from clipmapper.data.records import RecordData
 from clipmapper.errors import UserError
 from clipmapper.models.build import load
 from clipmapper.models.captioner import Captioner
@@ -22,6 +22,7 @@ from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.fine_tuning import merge_adapters
 from clipmapper.training.checkpoint_files import NO_ROOM, previous_of, restore_checkpoint
 from clipmapper.training.finite import StopAtNonFinite
+from clipmapper.training.instances import built
 from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
 from clipmapper.training.less_noise import less_noise
 from clipmapper.training.module import Labelled, StepBatches
@@ -48,8 +49,10 @@ from clipmapper.training.task import Task
 from clipmapper.training.trainer import build_trainer, steps_between_validations
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, data: RecordData | None = None) -> Path:
     """Train with these settings; returns the run's folder. See the README for what is in it.
+
+    ``data``: in place of the settings'; :func:`clipmapper.data.huggingface.records_of` makes it of an object.
 
     Raises ``UserError`` for settings that cannot work, before anything long begins, and where the run cannot
     go on (no room on the disk, a loss that is no number); and
@@ -57,7 +60,7 @@ def train(config: TrainConfig) -> Path:
     """
     device = start_processes(config.trainer)
     try:
-        return _train(config, device)
+        return _train(config, device, data)
     except UserError as error:
         if say_once(str(error)):
             raise
@@ -76,28 +79,28 @@ def train(config: TrainConfig) -> Path:
         raise
 
 
-def _train(config: TrainConfig, device: torch.device) -> Path:
+def _train(config: TrainConfig, device: torch.device, data: RecordData | None) -> Path:
     began = time.monotonic()
     check_shares(config.training.batch_size, config.trainer.accumulate_grad_batches)
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
-    explainer = None if config.callbacks is None else _built(config.callbacks)
+    explainer = None if config.callbacks is None else built(asdict(config.callbacks))
     resumed = folder_to_resume(config.output, config.name, settings) if config.resume else None
     resumed = resumed or in_main(lambda: run_of_requeued_job(config.output, config.name))
     lightning.seed_everything(config.seed, verbose=False)
-    data = _built(config.data)
+    described = None if data else asdict(config.data)
+    data = data or built(described)
     task: Task = instantiate({"_target_": config.training._target_, "_partial_": True})(config, data)
     model = task.model
-    model.description["data"] = asdict(config.data)
+    if described:  # an object of the caller's can't be found again from a checkpoint
+        model.description["data"] = described
     out = console()
     if resumed and (line := in_main(lambda: restore_checkpoint(resumed / CHECKPOINT))):
         out.print(line, soft_wrap=True)
     folder = resumed or in_main(lambda: new_run_folder(config.output, config.name, settings))
     out.print(f"{'Resuming' if resumed else 'Run'} {folder}")
 
-    rendering = time.monotonic()
-    images = sum(len(getattr(data, name).images) for name in data.sizes)
-    rendering = time.monotonic() - rendering
-    out.print(f"{images} scenes rendered in {rendering:.0f} s ({images / rendering:.0f} images/s)")
+    for line in _data_lines(data):
+        out.print(line, markup=False)
 
     model.to(device)
     task.prepare(explainer, folder)
@@ -172,11 +175,13 @@ def _fit(
         config.trainer.accumulate_grad_batches,
         module.terms,
     )
+    # Forked, so that nothing is copied and batches need not be told how to travel.
+    loading = {"num_workers": task.workers, "multiprocessing_context": "fork"} if task.workers else {}
     validation = [
-        DataLoader(Labelled(task.labelled(name), share=share), batch_size=None)
+        DataLoader(Labelled(task.labelled(name), share=share), batch_size=None, **loading)
         for name in task.validation_splits
     ]
-    loader = DataLoader(batches, batch_size=None)
+    loader = DataLoader(batches, batch_size=None, **loading)
     trainer.fit(module, loader, validation, ckpt_path=checkpoint if resume else None, weights_only=True)
     # A run that was stopped in its last validation is resumed behind its last step: fit does nothing.
     unseen = f"{task.validation_splits[0]}/loss" not in trainer.callback_metrics
@@ -194,15 +199,15 @@ def _make_plain(model: CLIPmapper | Captioner, checkpoint: Path, sharded: bool) 
         setattr(model, name, part)
 
 
-def _built(section: Section):
-    """What the ``_target_`` of a section stands for."""
-    try:
-        return instantiate(asdict(section))
-    except InstantiationException as error:
-        # Hydra wraps what a constructor raises in an error of its own, with lines about where.
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from error
-        raise
+def _data_lines(data) -> Iterator[str]:
+    """What the data are; the built-in scenes are rendered here."""
+    if isinstance(data, RecordData):
+        yield from data.summary()
+        return
+    began = time.monotonic()
+    images = sum(len(getattr(data, name).images) for name in data.sizes)
+    rendering = time.monotonic() - began
+    yield f"{images} scenes rendered in {rendering:.0f} s ({images / rendering:.0f} images/s)"
 
 
 @contextmanager

@@ -6,7 +6,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from hydra.utils import instantiate
 from tqdm import tqdm
 
 from clipmapper.config import PerturbConfig
@@ -15,9 +14,9 @@ from clipmapper.evaluation.caption_perturbation import LOG_PROBABILITY
 from clipmapper.evaluation.caption_scores import check_scores
 from clipmapper.models.build import load
 from clipmapper.models.captioner import Captioner
-from clipmapper.training.explained_captions import choose_caption_samples
-from clipmapper.training.explained_samples import choose_samples
+from clipmapper.training.explained_records import samples_of
 from clipmapper.training.explanation_kinds import explanation_kind
+from clipmapper.training.instances import built
 from clipmapper.training.run_explain import chosen_device
 from clipmapper.training.run_folder import RESULTS, write_json
 from clipmapper.training.tables import console, files_table
@@ -35,8 +34,7 @@ def perturb_checkpoint(config: PerturbConfig) -> Path:
     model = load(config.checkpoint, chosen_device(config.device))
     if "data" not in model.description:
         raise UserError(f"checkpoint={config.checkpoint}: does not say which data it was trained on")
-    data = instantiate(model.description["data"])
-    split = getattr(data, config.split)
+    data = built(model.description["data"])
     captioner = isinstance(model, Captioner)
     options = {k: getattr(config, k) for k in ("word_weights", "caption_scores")}
     options = {k: value for k, value in options.items() if value is not None}
@@ -45,8 +43,7 @@ def perturb_checkpoint(config: PerturbConfig) -> Path:
     if "caption_scores" in options:
         options["scores"] = options.pop("caption_scores")
         check_scores([score for score in options["scores"] if score != LOG_PROBABILITY])
-    choose = choose_caption_samples if captioner else choose_samples
-    samples = choose(model, split, config.samples, config.seed)
+    samples = samples_of(model, data, config.split, config.samples, config.seed)
     kind = explanation_kind(samples)
     folder = Path(config.output)
     settings = asdict(config)

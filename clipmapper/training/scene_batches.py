@@ -4,25 +4,32 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from clipmapper.data.images import clip_input
 from clipmapper.data.scenes_vqa import ScenesVQA, VQASplit
-from clipmapper.data.token_cache import TokenCache, build_token_cache
+from clipmapper.data.token_cache import TokenCache, TokenStore
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.tokens import tokenize
+from clipmapper.training.encoder_tokens import ArrayImages, question_tokens
 from clipmapper.training.processes import WHOLE, Share, batches_of
 
 
 class SplitBatches:
-    """Batches of one split. With ``cached`` the encoder runs once over the split, otherwise in every step."""
+    """Batches of one split.
 
-    def __init__(self, model: CLIPmapper, split: VQASplit, name: str, cached: bool) -> None:
+    With a ``store`` the encoder runs once over the split, otherwise in every step.
+    """
+
+    def __init__(self, model: CLIPmapper, split: VQASplit, name: str, store: TokenStore | None) -> None:
         self.model, self.split, self.name = model, split, name
         index = {answer: i for i, answer in enumerate(model.answers)}
         self.answer = torch.tensor([index[q.answer] for q in split.questions])
-        self.cache: TokenCache | None = self._build() if cached else None
+        self.cache: TokenCache | None = None
+        if store is not None:
+            images = ArrayImages(split.images, model.encoder.clip.visual)
+            texts, image_of = [q.text for q in split.questions], torch.from_numpy(split.image_of)
+            self.cache = question_tokens(model.encoder, store, images, texts, image_of, name)
 
     def batch(self, questions: Tensor) -> dict:
         """A training batch of these questions (see :class:`clipmapper.training.vqa.VQAModule`)."""
@@ -52,29 +59,6 @@ class SplitBatches:
             # Ten annotators who agree: the official accuracy is then 1 or 0.
             extra = {"answers": [[q.answer] * 10 for q in asked], "families": [q.family for q in asked]}
             yield self.batch(numbers) | extra
-
-    def _build(self) -> TokenCache:
-        encoder = self.model.encoder
-        encoder.eval()
-        texts = [q.text for q in self.split.questions]
-
-        def encode_texts(some):
-            text = tokenize(encoder.tokenizer, some).to(self.model.device)
-            return encoder.text_tokens(text.ids, text.valid), text.valid
-
-        with Progress(transient=True) as progress:
-            total = len(self.split.images) + len(set(texts))
-            task = progress.add_task(f"CLIP tokens, {self.name} split", total=total)
-            return build_token_cache(
-                lambda images: encoder.image_tokens(
-                    clip_input(images, self.model.encoder.clip.visual).to(self.model.device)
-                ),
-                encode_texts,
-                self.split.images,
-                texts,
-                self.split.image_of,
-                progress=lambda done: progress.advance(task, done),
-            )
 
 
 def training_batches(
@@ -120,6 +104,9 @@ def _numbers_by_family(split: SplitBatches) -> dict[str, np.ndarray]:
 
 
 def scene_splits(
-    model: CLIPmapper, data: ScenesVQA, cached: bool, names=("simple", "train", "validation", "held_out")
+    model: CLIPmapper,
+    data: ScenesVQA,
+    store: TokenStore | None,
+    names=("simple", "train", "validation", "held_out"),
 ) -> dict[str, SplitBatches]:
-    return {name: SplitBatches(model, getattr(data, name), name, cached) for name in names}
+    return {name: SplitBatches(model, getattr(data, name), name, store) for name in names}

@@ -49,10 +49,13 @@ def console() -> Console:
 def accuracy_table(accuracy: Mapping) -> Table:
     """Accuracy per family; ``accuracy`` as in results.json."""
     table = Table(title="Accuracy (%)", title_justify="left")
-    for column in ("family", "questions", "validation", "held-out combinations", "blind", "chance"):
+    names = {"validation": "validation", "held_out": "held-out combinations", "blind": "blind"}
+    names |= {"chance": "chance"}
+    there = [key for key in names if any(row.get(key) is not None for row in accuracy.values())]
+    for column in ("family", "questions", *(names[key] for key in there)):
         table.add_column(column, justify="left" if column == "family" else "right")
     for family, row in accuracy.items():
-        cells = (row.get(key) for key in ("validation", "held_out", "blind", "chance"))
+        cells = (row.get(key) for key in there)
         percent = ["" if value is None else f"{100 * value:.1f}" for value in cells]
         style = "bold" if family == "overall" else None
         table.add_row(family.replace("_", " "), str(row["questions"]), *percent, style=style)

@@ -25,6 +25,7 @@ class Task(ABC):
     model: nn.Module
     validation_splits: Sequence[str]
     objective: str
+    workers: int = 0  # processes that make batches
 
     @abstractmethod
     def __init__(self, config: TrainConfig, data) -> None:

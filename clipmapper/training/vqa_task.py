@@ -5,15 +5,21 @@ from dataclasses import asdict
 from pathlib import Path
 
 import lightning
+import torch
 from rich.table import Table
 
 from clipmapper.config import TrainConfig
+from clipmapper.data.records import RecordData, check_task
 from clipmapper.data.scenes_vqa import ScenesVQA
+from clipmapper.data.vqa_results import write_results
 from clipmapper.errors import UserError
+from clipmapper.evaluation.vqa_accuracy import vqa_soft_accuracy
 from clipmapper.models.build import build_clipmapper
 from clipmapper.training.blind import blind_accuracy
-from clipmapper.training.explained_samples import choose_samples
+from clipmapper.training.encoder_tokens import token_store
+from clipmapper.training.explained_records import samples_of
 from clipmapper.training.processes import Share
+from clipmapper.training.record_batches import RecordQuestions, question_batches
 from clipmapper.training.relevance_callback import RelevanceCallback
 from clipmapper.training.scene_batches import SplitBatches, scene_splits, training_batches
 from clipmapper.training.tables import accuracy_table, console
@@ -26,25 +32,45 @@ VALIDATION_SPLITS = ("validation", "held_out")
 class VQATask(Task):
     """See :class:`~clipmapper.training.task.Task`."""
 
-    validation_splits = VALIDATION_SPLITS
     objective = "accuracy/overall"
 
-    def __init__(self, config: TrainConfig, data: ScenesVQA) -> None:
+    def __init__(self, config: TrainConfig, data: ScenesVQA | RecordData) -> None:
+        self.config, self.data = config, data
+        if isinstance(data, RecordData):
+            check_task(data, "vqa")
+            self.validation_splits, self.workers = ("validation",), data.workers
+            self._score = data.accuracy
+        else:
+            self.validation_splits, self._score = VALIDATION_SPLITS, vqa_soft_accuracy
+            self._check_families()
+        self.model = build_clipmapper(asdict(config.encoder), asdict(config.model), data.answers)
+
+    def _check_families(self) -> None:
+        config, data = self.config, self.data
         for family in config.training.first_families:
             if family not in data.families:
                 known = ", ".join(data.families)
                 raise UserError(f"training.first_families: there is no {family!r}; the data has {known}")
-        self.config, self.data = config, data
-        self.model = build_clipmapper(asdict(config.encoder), asdict(config.model), data.answers)
 
     def prepare(self, explainer: RelevanceCallback | None, folder: Path) -> None:
         training = self.config.training
-        # The class token that CoCa's text tower appends would be cut off with a cached text's padding.
-        cached = training.token_cache and not self.model.encoder.text_tower.appended_class_token
-        self.splits = scene_splits(self.model, self.data, cached=cached and self.config.encoder.frozen)
         if explainer is not None:
-            samples = choose_samples(self.model, self.data.validation, explainer.samples, explainer.seed)
+            samples = samples_of(self.model, self.data, "validation", explainer.samples, explainer.seed)
             explainer.prepare(samples, folder / "pictures")
+        if isinstance(self.data, RecordData):
+            self.splits = {
+                name: RecordQuestions(self.model, records, self.data.vocabulary)
+                for name, records in self.data.splits.items()
+            }
+            self._batch_at = question_batches(
+                self.splits["train"], batch_size=training.batch_size, seed=self.config.seed
+            )
+            return
+        store = token_store(self.config)
+        if self.model.encoder.text_tower.appended_class_token:
+            # The class token that CoCa's text tower appends would be cut off with a cached text's padding.
+            store = None
+        self.splits = scene_splits(self.model, self.data, store)
         self._batch_at = training_batches(
             self.splits["simple"],
             self.splits["train"],
@@ -58,30 +84,68 @@ class VQATask(Task):
 
     def module(self) -> VQAModule:
         training = self.config.training
-        return VQAModule(
+        self._module = VQAModule(
             self.model,
             training.learning_rate,
             training.weight_decay,
             training.warmup_steps,
             training.max_steps,
             self.data.families,
-            VALIDATION_SPLITS,
+            self.validation_splits,
+            self._score,
         )
+        return self._module
 
     def batch_at(self, step: int, share: Share) -> dict:
         return self._batch_at(step, share)
 
-    def labelled(self, split: str) -> SplitBatches:
+    def labelled(self, split: str) -> SplitBatches | RecordQuestions:
         return self.splits[split]
 
     def results(self, trainer: lightning.Trainer, folder: Path) -> dict:
-        """``accuracy`` per family: how many validation questions, accuracy of both splits, blind, chance.
+        """``accuracy`` per family: how many validation questions, accuracy of every split, blind, chance.
 
-        None where a split asks no question of a family.
+        None where a split asks no question of a family, and where something is not known. Of data with ids
+        also ``answers``, the files with what the model answered, in VQA's own format.
         """
+        blind = self._blind() if self.config.training.blind_steps else {}
+        asked = [q.family for q in self.splits["validation"].split.questions]
+        table = {}
+        for family in (*self.data.families, "overall"):
+            row = {"questions": len(asked) if family == "overall" else asked.count(family)}
+            for split in self.validation_splits:
+                value = trainer.callback_metrics.get(f"{split}/accuracy/{family}")
+                row[split] = None if value is None else float(value)
+            row["blind"] = blind.get(family)
+            if not isinstance(self.data, RecordData):
+                row["chance"] = None if family == "overall" else self.data.chance[family]
+            table[family] = row
+        if not isinstance(self.data, RecordData):
+            return {"accuracy": table}
+        answered = {"validation": self._module.answered["validation"]}
+        if "test" in self.splits:
+            console().print("answers to the test split ...")
+            answered["test"] = self._answers("test")
+        files = {}
+        for split, answers in answered.items():
+            files[split] = str(write_results(folder / f"answers_{split}.json", answers))
+            console().print(f"answers, {split}: {files[split]}", markup=False)
+        return {"accuracy": table, "answers": files}
+
+    @torch.no_grad()
+    def _answers(self, split: str) -> list[tuple[int | str, str]]:
+        found: list[tuple[int | str, str]] = []
+        self._module.eval()
+        for batch in self.splits[split].labelled(self.config.training.batch_size):
+            batch = self._module.transfer_batch_to_device(batch, self.model.device, 0)
+            best = self._module.logits(batch).argmax(dim=1).tolist()
+            found += zip(batch["ids"], [self.model.answers[i] for i in best], strict=True)
+        return found
+
+    def _blind(self) -> dict[str, float]:
         console().print("question-only baseline ...")
         training = self.config.training
-        blind = blind_accuracy(
+        return blind_accuracy(
             self.model,
             asdict(self.config.model),
             self.splits["train"],
@@ -91,18 +155,8 @@ class VQATask(Task):
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
             seed=self.config.seed,
+            score=self._score,
         )
-        asked = [q.family for q in self.data.validation.questions]
-        table = {}
-        for family in (*self.data.families, "overall"):
-            row = {"questions": len(asked) if family == "overall" else asked.count(family)}
-            for split in VALIDATION_SPLITS:
-                value = trainer.callback_metrics.get(f"{split}/accuracy/{family}")
-                row[split] = None if value is None else float(value)
-            row["blind"] = blind.get(family)
-            row["chance"] = None if family == "overall" else self.data.chance[family]
-            table[family] = row
-        return {"accuracy": table}
 
     def tables(self, results: Mapping) -> list[Table]:
         return [accuracy_table(results["accuracy"])]

@@ -1,0 +1,208 @@
+"""What explanations cost: every method against one forward and one backward to the input image."""
+
+import multiprocessing
+from argparse import ArgumentParser, BooleanOptionalAction, Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from tqdm import tqdm
+
+from clipmapper.benchmarks import naive
+from clipmapper.benchmarks.charts import ratio_chart
+from clipmapper.benchmarks.memory import available_bytes, peak_bytes, peak_resident_bytes, resident_bytes
+from clipmapper.benchmarks.subjects import SUBJECTS, Subject
+from clipmapper.benchmarks.timing import machine, measured
+from clipmapper.errors import UserError
+from clipmapper.relevance import METHODS, method_named
+from clipmapper.training.run_explain import chosen_device
+from clipmapper.training.tables import console
+
+FLOOR = "floor"
+NAIVE = {
+    "one_backward_per_layer": naive.one_backward_per_layer,
+    "three_gradients_per_layer": naive.three_gradients_per_layer,
+}
+# Which of ours does the same.
+_SAME_AS = {"one_backward_per_layer": "gae", "three_gradients_per_layer": "weighted"}
+_MODELS = ["vit_b_32", "vit_b_16", "vit_l_14_336", "clip_b_32", "dual_flow_b_32", "single_flow_b_32"]
+_METHODS = ["weighted", "gae", "weighted_token", "rollout", "raw_attention", "grad_cam"]
+
+
+def relevance_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--models", nargs="+", choices=[*SUBJECTS], default=_MODELS, metavar="MODEL")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1])
+    parser.add_argument("--methods", nargs="+", default=_METHODS, help="names, or: all")
+    parser.add_argument(
+        "--naive", action=BooleanOptionalAction, default=True, help="as released implementations do it"
+    )
+    parser.add_argument(
+        "--resident", action=BooleanOptionalAction, default=False,
+        help="also the resident memory of a process that explains once, above the loaded model's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--patience", type=float, default=60.0, help="seconds after which a way is repeated no more"
+    )
+    parser.add_argument("--device", default="auto")
+
+
+def relevance(options: Namespace) -> dict:
+    """Time and peak memory of methods, divided by those of one forward and backward to the input image."""
+    methods = list(METHODS) if options.methods == ["all"] else options.methods
+    for name in methods:
+        method_named(name)
+    if min(options.batches) < 1:
+        raise UserError(f"--batches: at least 1, not {min(options.batches)}")
+    device = chosen_device(options.device)
+    results = {"machine": machine(device), "settings": vars(options), "rows": []}
+    with tqdm(total=len(options.models) * len(options.batches), desc="relevance") as bar:
+        for name in options.models:
+            for batch in sorted(options.batches):
+                rows = _measure(name, batch, device, methods, options, bar, results["rows"])
+                results["rows"].extend(rows)
+                bar.update()
+    results["machine"]["load_at_the_end"] = machine(device)["load"]
+    return results
+
+
+def _measure(
+    name: str,
+    batch: int,
+    device: torch.device,
+    methods: list[str],
+    options: Namespace,
+    bar: tqdm,
+    before: list[dict],
+) -> list[dict]:
+    subject = SUBJECTS[name](batch, device)
+    ways: dict[str, Callable[[], object]] = {FLOOR: subject.floor}
+    ways |= {method: explaining(subject, method) for method in methods}
+    if options.naive:
+        ways |= {way: explaining_naively(subject, way) for way in NAIVE}
+    rows = {way: {"model": name, "batch": batch, "way": way} for way in ways}
+    for way, work in list(ways.items()):
+        bar.set_postfix_str(f"{name}, batch {batch}, memory of {way}")
+        needed = _expected_bytes(before, name, way, batch)
+        if needed > 0.8 * available_bytes(device):
+            rows[way]["left_out"] = f"would take about {needed / 2**30:.1f} GiB"
+            del ways[way]
+            continue
+        try:
+            rows[way]["peak_bytes"] = peak_bytes(work, device)
+        except UserError as error:  # a method that is not defined for this model
+            rows[way]["left_out"] = str(error)
+            del ways[way]
+    if options.resident:
+        for way in ways:
+            rows[way]["resident_bytes"] = _resident_growth(name, batch, way, str(device))
+    times = measured(
+        ways,
+        options.repeats,
+        patience_s=options.patience,
+        progress=lambda way: bar.set_postfix_str(f"{name}, batch {batch}, {way}"),
+    )
+    for way, its in times.items():
+        rows[way] |= its | {"runs": len(its["all_s"])}
+        if FLOOR in times:
+            rows[way]["time_ratio"] = its["median_s"] / times[FLOOR]["median_s"]
+            rows[way]["cpu_time_ratio"] = its["cpu_median_s"] / times[FLOOR]["cpu_median_s"]
+            rows[way]["memory_ratio"] = rows[way]["peak_bytes"] / rows[FLOOR]["peak_bytes"]
+        ours = _SAME_AS.get(way)
+        if ours in times:
+            rows[way]["times_slower_than_ours"] = its["median_s"] / times[ours]["median_s"]
+            rows[way]["cpu_times_slower_than_ours"] = its["cpu_median_s"] / times[ours]["cpu_median_s"]
+    return list(rows.values())
+
+
+def explaining(subject: Subject, method: str) -> Callable[[], object]:
+    """The whole of it: recorded forward, backward, method."""
+
+    def explain():
+        trace, y = subject.trace()
+        trace.backward(y)
+        trace.again = subject.again()
+        return METHODS[method](trace)
+
+    return explain
+
+
+def explaining_naively(subject: Subject, way: str) -> Callable[[], object]:
+    def explain():
+        with naive.attention_written_out() as probabilities:
+            trace, y = subject.trace()
+            return NAIVE[way](trace, probabilities, y, subject.reads(trace))
+
+    return explain
+
+
+def show(results: dict) -> None:
+    """The table of ratios."""
+    table = Table(
+        title="Divided by one forward and one backward to the input image (and to the words)",
+        title_justify="left",
+        caption="runs: of which the time is the median; × ours: against the method here that gives the same",
+        caption_justify="left",
+    )
+    for column in ("model", "batch", "way", "time (s)", "time", "CPU time", "memory", "× ours", "runs"):
+        table.add_column(column, justify="left" if column in ("model", "way") else "right")
+    previous = None
+    for row in results["rows"]:
+        if previous is not None and (row["model"], row["batch"]) != previous:
+            table.add_section()
+        previous = (row["model"], row["batch"])
+        if "left_out" in row:
+            table.add_row(row["model"], str(row["batch"]), row["way"], "left out", *[""] * 5)
+            continue
+        slower = row.get("times_slower_than_ours")
+        table.add_row(
+            row["model"], str(row["batch"]), row["way"], f"{row['median_s']:.3f}", f"{row['time_ratio']:.2f}",
+            f"{row['cpu_time_ratio']:.2f}", f"{row['memory_ratio']:.2f}",
+            "" if slower is None else f"{slower:.1f}", str(row["runs"]),
+        )  # fmt: skip
+    out = console()
+    out.print(table)
+    for row in results["rows"]:
+        if "left_out" in row:
+            out.print(f"{row['model']}, batch {row['batch']}, {row['way']}: {row['left_out']}", markup=False)
+        if "resident_bytes" in row:
+            grown = row["resident_bytes"] / 2**30
+            out.print(f"{row['model']}, {row['way']}: {grown:.2f} GiB resident above the model")
+
+
+def plot(results: dict, path: Path) -> Path:
+    groups: dict[str, dict[str, tuple[float, float]]] = {}
+    for row in results["rows"]:
+        if "time_ratio" in row and row["way"] != FLOOR:
+            group = groups.setdefault(f"{row['model']}, batch {row['batch']}", {})
+            group[row["way"].replace("_", " ")] = (row["time_ratio"], row["memory_ratio"])
+    its = results["machine"]
+    note = f"{its['name']}, {its['threads']} threads, {its['when'][:10]}, load {its['load']}"
+    headers = ("time ÷ one forward + backward", "peak memory ÷ the same")
+    return ratio_chart(groups, headers, "What explanations cost", note, path)
+
+
+def _expected_bytes(before: list[dict], model: str, way: str, batch: int) -> float:
+    """From smaller batches of the same."""
+    same = [r for r in before if r["model"] == model and r["way"] == way and "peak_bytes" in r]
+    return same[-1]["peak_bytes"] * batch / same[-1]["batch"] if same else 0.0
+
+
+def _resident_growth(name: str, batch: int, way: str, device: str) -> int:
+    """In a process of its own: an earlier peak would hide this one."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_explain_once, (name, batch, way, device, torch.get_num_threads()))
+
+
+def _explain_once(name: str, batch: int, way: str, device: str, threads: int) -> int:
+    torch.set_num_threads(threads)
+    subject = SUBJECTS[name](batch, torch.device(device))
+    before = resident_bytes()
+    if way == FLOOR:
+        subject.floor()
+    elif way in NAIVE:
+        explaining_naively(subject, way)()
+    else:
+        explaining(subject, way)()
+    return peak_resident_bytes() - before

@@ -1,0 +1,110 @@
+"""Flickr30k and Flickr8k: one token file with five captions an image, and lists of images for splits."""
+
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from clipmapper.data.manifest import data_of
+from clipmapper.data.problems import Problem
+from clipmapper.data.records import Record, RecordData
+from clipmapper.errors import UserError
+
+_SPLITS = {"train": "train", "val": "validation", "dev": "validation", "test": "test"}
+
+
+def flickr_captions_data(
+    tokens: str,
+    images: str,
+    split_files: str | None = None,
+    *,
+    validation_share: float = 0.05,
+    split_seed: int = 0,
+    on_bad_image: str = "error",
+    workers: int = 0,
+) -> RecordData:
+    """Read a token file, ``1000092795.jpg#0<tab>caption`` a line (``results_20130124.token``,
+    ``Flickr8k.token.txt``), or the same as a table, whose first line is ``image,caption`` or
+    ``image_name| comment_number| comment``.
+
+    ``images``: their folder. ``split_files``: a folder with a list of images for each split, in files whose
+    name contains train, val or dev, and test (``train.txt``, ``Flickr_8k.devImages.txt``); images that are
+    in none of them are left out. Without it validation images are drawn by image.
+    ``validation_share`` and so on: as of :func:`clipmapper.data.manifest.manifest_data`.
+
+    Raises ``UserErrors`` with every line that cannot be read.
+    """
+    file, folder = Path(tokens), Path(images)
+    if not file.is_file():
+        raise UserError(f"data.tokens={tokens}: no such file")
+    problems: list[Problem] = []
+    captions: dict[str, list[str]] = {}
+    sources: dict[str, str] = {}
+    for source, found in _lines(file):
+        if isinstance(found, Problem):
+            problems.append(found)
+            continue
+        name, caption = found
+        captions.setdefault(name, []).append(caption)
+        sources.setdefault(name, source)
+    listed = {} if split_files is None else _listed(Path(split_files))
+    splits: dict[str | None, list[Record]] = {}
+    for name, said in captions.items():
+        # Lists name an image with or without its ending.
+        split = listed.get(name, listed.get(Path(name).stem))
+        if listed and split is None:
+            continue
+        path = folder / name
+        record = Record(name, path, str(path), captions=tuple(said), source=sources[name])
+        splits.setdefault(split, []).append(record)
+    return data_of(
+        splits,
+        problems,
+        where=tokens,
+        least_answers=1,
+        targets="soft",
+        accuracy="vqa",
+        validation_share=validation_share,
+        split_seed=split_seed,
+        on_bad_image=on_bad_image,
+        workers=workers,
+    )
+
+
+def _lines(file: Path) -> Iterator[tuple[str, tuple[str, str] | Problem]]:
+    text = file.read_text(encoding="utf-8-sig").splitlines()
+    first = text[0] if text else ""
+    table = "\t" not in first and re.match(r"image(_name)?\s*[,|]", first)
+    for number, line in enumerate(text, 1):
+        source = f"{file}:{number}"
+        if not line.strip() or (table and number == 1):
+            continue
+        if table and "|" in first:  # Flickr30k's table on Kaggle: one line of it lacks its second mark
+            cells = [cell.strip() for cell in line.split("|", 2)]
+            name, caption = cells[0], cells[-1] if len(cells) == 3 else ""
+        elif table:
+            cells = next(csv.reader([line]))
+            name, caption = (cells[0], ",".join(cells[1:]).strip()) if len(cells) > 1 else (line, "")
+        else:
+            name, _, caption = (part.strip() for part in line.partition("\t"))
+            name = re.sub(r"#\d+$", "", name)
+        if not caption:
+            yield source, Problem(source, "no caption", f"{line[:60]!r}")
+        else:
+            yield source, (name, caption)
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """Image → split."""
+    if not folder.is_dir():
+        raise UserError(f"data.split_files={folder}: no such folder")
+    found: dict[str, str] = {}
+    for file in sorted(folder.glob("*.txt")):
+        names = [
+            split for word, split in _SPLITS.items() if word in file.name.lower().replace("trainval", "")
+        ]
+        if names:
+            found |= {line.strip(): names[0] for line in file.read_text().splitlines() if line.strip()}
+    if not found:
+        raise UserError(f"data.split_files={folder}: no file *train*.txt, *val*.txt or *test*.txt in it")
+    return found

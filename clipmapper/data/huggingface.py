@@ -1,0 +1,130 @@
+"""Data sets of the ``datasets`` library: a folder that ``save_to_disk`` wrote, or an object in Python."""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from clipmapper.data.manifest import data_of
+from clipmapper.data.records import RecordData
+from clipmapper.data.rows import RowReader
+from clipmapper.errors import UserError
+
+_KNOWN_SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+
+
+class RowImage:
+    """The image of one row, read when it is needed: the data set is memory-mapped."""
+
+    def __init__(self, images: Any, row: int, name: str) -> None:
+        self.images, self.row, self.name = images, row, name
+
+    def read(self) -> bytes | Image.Image:
+        """The bytes of the file. Raises ``UserError`` where the row has neither bytes nor a file."""
+        stored = self.images[self.row]["image"]
+        if isinstance(stored, Image.Image):
+            return stored
+        if stored.get("bytes"):
+            return stored["bytes"]
+        try:
+            return Path(stored["path"]).read_bytes()
+        except OSError as error:
+            raise UserError(f"image={stored['path']}: {error.strerror}") from error
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def huggingface_data(
+    path: str,
+    *,
+    least_answers: int = 1,
+    targets: str = "soft",
+    accuracy: str = "vqa",
+    validation_share: float = 0.1,
+    split_seed: int = 0,
+    on_bad_image: str = "error",
+    workers: int = 0,
+) -> RecordData:
+    """A folder that ``save_to_disk`` wrote, with the columns of a manifest; ``image`` is an ``Image`` feature
+    or a path. Parameters and errors otherwise as of :func:`clipmapper.data.manifest.manifest_data`."""
+    datasets = _library()
+    try:
+        found = datasets.load_from_disk(path)
+    except (FileNotFoundError, ValueError, OSError) as error:
+        what = str(error).splitlines()[0]
+        raise UserError(f"data.path={path}: not a data set that save_to_disk wrote ({what})") from error
+    return records_of(
+        found,
+        name=path,
+        least_answers=least_answers,
+        targets=targets,
+        accuracy=accuracy,
+        validation_share=validation_share,
+        split_seed=split_seed,
+        on_bad_image=on_bad_image,
+        workers=workers,
+    )
+
+
+def records_of(
+    data: Any,
+    *,
+    name: str = "data",
+    least_answers: int = 1,
+    targets: str = "soft",
+    accuracy: str = "vqa",
+    validation_share: float = 0.1,
+    split_seed: int = 0,
+    on_bad_image: str = "error",
+    workers: int = 0,
+) -> RecordData:
+    """A ``datasets.Dataset`` or ``DatasetDict`` as data to train on. ``name`` is what messages call it.
+
+    Of a ``DatasetDict`` the splits train, validation (or val) and test are read; others raise ``UserError``.
+    """
+    datasets = _library()
+    parts: Mapping[str | None, Any] = data if isinstance(data, datasets.DatasetDict) else {None: data}
+    unknown = [split for split in parts if split is not None and split not in _KNOWN_SPLITS]
+    if unknown:
+        raise UserError(f"{name}: split {unknown[0]!r} is not one of {', '.join(_KNOWN_SPLITS)}")
+    reader = RowReader(Path())
+    for split, part in parts.items():
+        prefix = name if split is None else f"{name}[{split}]"
+        if "image" not in part.column_names:
+            raise UserError(f"{prefix}: no column image; there are {', '.join(part.column_names)}")
+        encoded = isinstance(part.features["image"], datasets.Image)
+        images = part.select_columns(["image"])
+        if encoded:
+            images = images.cast_column("image", datasets.Image(decode=False))
+        # Without the images: they would be read from the disk for nothing.
+        rows = part.remove_columns("image") if encoded else part
+        for number in range(len(part)):
+            row = dict(rows[number]) if rows.column_names else {}
+            source = f"{prefix}:row {number + 1}"
+            if encoded:
+                row["image"] = RowImage(images, number, source)
+            reader.add(source, row, _KNOWN_SPLITS.get(split))
+    return data_of(
+        reader.splits,
+        reader.problems,
+        where=name,
+        least_answers=least_answers,
+        targets=targets,
+        accuracy=accuracy,
+        validation_share=validation_share,
+        split_seed=split_seed,
+        on_bad_image=on_bad_image,
+        workers=workers,
+    )
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("datasets")
+    except ImportError as error:
+        raise UserError(
+            "Hugging Face data sets need the datasets library; pip install 'clipmapper[data]'"
+        ) from error

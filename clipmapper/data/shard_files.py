@@ -1,0 +1,169 @@
+"""Data sets as WebDataset shards: tar files of images, each followed by what was asked or said about it."""
+
+import io
+import json
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from PIL import Image
+
+from clipmapper.data.content import content_digest
+from clipmapper.data.records import Record, RecordData, StoredImage
+from clipmapper.errors import UserError
+
+INDEX = "shards.json"
+_PLAN = "plan.json"
+_VERSION = 1
+_SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tar file: its name, how many images and how many records (questions, or images with captions)."""
+
+    name: str
+    images: int
+    records: int
+
+
+def write_shards(
+    data: RecordData,
+    folder: Path,
+    *,
+    images_per_shard: int,
+    seed: int,
+    progress: Callable[[int], None] = lambda images: None,
+) -> dict[str, list[Shard]]:
+    """Write every split of ``data`` to ``folder``, images in a random order, and last an index of it all.
+
+    An image is stored once, as the file that it was (``000000017.jpg``), with all its records behind it
+    (``000000017.json``). A shard gets its name when it is complete; the same call after an interruption goes
+    on with the shard that was not. ``progress`` is told of images.
+
+    Raises ``UserError`` when the folder holds shards of other data or with other settings, and for an image
+    that cannot be read.
+    """
+    plan = {split: _shuffled(records, seed) for split, records in data.splits.items()}
+    _check_plan(folder, plan, images_per_shard, seed)
+    written: dict[str, list[Shard]] = {}
+    for split, images in plan.items():
+        written[split] = []
+        for number, start in enumerate(range(0, len(images), images_per_shard)):
+            part = images[start : start + images_per_shard]
+            shard = Shard(f"{split}-{number:06d}.tar", len(part), sum(map(len, part)))
+            if not (folder / shard.name).exists():
+                _write_shard(folder / shard.name, part, start)
+            written[split].append(shard)
+            progress(len(part))
+    index = {
+        "version": _VERSION,
+        "splits": {split: [vars(shard) for shard in shards] for split, shards in written.items()},
+        "answers": None if data.vocabulary is None else list(data.answers),
+        "rule": None if data.vocabulary is None else data.vocabulary.rule,
+        "families": list(data.families),
+        # Each word once, in place of all captions: a captioner's vocabulary needs no more.
+        "words": sorted({word for caption in data.wordings() for word in caption.split()}),
+    }
+    _write_json(folder / INDEX, index)
+    return written
+
+
+def as_sample(key: str, records: Sequence[Record]) -> dict:
+    """What ``webdataset`` writes of one image and its records."""
+    content, suffix = _encoded(records[0])
+    kept = [
+        {name: getattr(r, name) for name in ("id", "image_id", "question", "answers", "family", "captions")}
+        for r in records
+    ]
+    return {"__key__": key, suffix: content, "json": json.dumps(kept).encode()}
+
+
+def records_of(sample: dict) -> Iterator[Record]:
+    """The records of a sample that ``webdataset`` read; they share the bytes of its image."""
+    source = f"{sample['__url__']}: {sample['__key__']}"
+    images = [value for name, value in sample.items() if name in _SUFFIXES.values()]
+    if len(images) != 1 or "json" not in sample:
+        raise UserError(f"{source}: not an image and a json of scripts/make_shards.py")
+    for kept in json.loads(sample["json"]):
+        lists = {name: tuple(kept[name]) for name in ("answers", "captions")}
+        yield Record(image=images[0], source=source, **(kept | lists))
+
+
+def _shuffled(records: Sequence[Record], seed: int) -> list[list[Record]]:
+    """Records by image, the images in a random order: what is read in a row should not be alike."""
+    ordered = sorted(records, key=lambda record: record.image_id)  # stable: an image's records keep theirs
+    images = [list(group) for _, group in groupby(ordered, key=lambda record: record.image_id)]
+    random.Random(f"shards/{seed}").shuffle(images)
+    return images
+
+
+def _check_plan(folder: Path, plan: dict, images_per_shard: int, seed: int) -> None:
+    keys = [[(r.id, r.image_id, r.question, r.answers, r.captions) for i in images for r in i]
+            for images in plan.values()]  # fmt: skip
+    now = {
+        "images_per_shard": images_per_shard,
+        "seed": seed,
+        "images": {split: len(images) for split, images in plan.items()},
+        "records": content_digest(json.dumps(keys).encode()),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / _PLAN
+    if not file.exists():
+        if any(folder.glob("*.tar")):
+            raise UserError(f"{folder}: holds tar files already; give a folder of its own")
+        _write_json(file, now)
+    elif json.loads(file.read_text()) != now:
+        raise UserError(
+            f"{folder}: holds shards of other data, or made with other settings; give another folder"
+        )
+
+
+def _write_shard(path: Path, images: Sequence[Sequence[Record]], first: int) -> None:
+    from webdataset import TarWriter
+
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            with TarWriter(file, encoder=False, mtime=0) as tar:
+                for number, records in enumerate(images, first):
+                    tar.write(as_sample(f"{number:09d}", records))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); the same command goes on from here") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _encoded(record: Record) -> tuple[bytes, str]:
+    """The file as it is where loaders know its format, otherwise a PNG of its pixels."""
+    image = record.image.read() if isinstance(record.image, StoredImage) else record.image
+    if isinstance(image, Path):
+        image = _read(image, record.source)
+    record.pil()  # raises for what is not a readable image
+    if isinstance(image, bytes):
+        with Image.open(io.BytesIO(image)) as opened:
+            suffix = _SUFFIXES.get(opened.format or "")
+        if suffix:
+            return image, suffix
+    png = io.BytesIO()
+    record.pil().save(png, "PNG")
+    return png.getvalue(), "png"
+
+
+def _read(path: Path, source: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{source}: image={path}: {error.strerror}") from error
+
+
+def _write_json(path: Path, content: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)

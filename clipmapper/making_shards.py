@@ -1,0 +1,74 @@
+"""``scripts/make_shards.py``: any data set of records, chosen as for training, as WebDataset shards."""
+
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException, InstantiationException
+from hydra.utils import instantiate
+from omegaconf.errors import OmegaConfBaseException
+from rich.progress import Progress
+
+from clipmapper.config import TrainConfig, register
+from clipmapper.config_checks import checked, describe_failure
+from clipmapper.data.records import RecordData
+from clipmapper.data.shard_files import write_shards
+from clipmapper.errors import UserError
+from clipmapper.shipped import shipped_root
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Ends with exit status 2 and one line on stderr for a mistake of the user's, 130 when interrupted."""
+    parser = ArgumentParser(description="Write a data set as WebDataset shards.")
+    parser.add_argument("folder", type=Path, help="for the shards; the same command goes on where it stopped")
+    parser.add_argument("settings", nargs="+", metavar="data=…", help="the data set, as for scripts/train.py")
+    parser.add_argument("--images-per-shard", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the images")
+    options = parser.parse_args(arguments)
+    if options.images_per_shard < 1:
+        parser.error("--images-per-shard must be at least 1")
+    try:
+        data = _data(options.settings)
+        with Progress(transient=True) as progress:
+            images = sum(len({r.image_id for r in records}) for records in data.splits.values())
+            task = progress.add_task("shards", total=images)
+            written = write_shards(
+                data,
+                options.folder,
+                images_per_shard=options.images_per_shard,
+                seed=options.seed,
+                progress=lambda done: progress.advance(task, done),
+            )
+    except UserError as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    for split, shards in written.items():
+        counts = f"{sum(s.images for s in shards)} images, {sum(s.records for s in shards)} records"
+        print(f"{split}: {counts} in {len(shards)} shards")
+    print(options.folder)
+
+
+def _data(settings: Sequence[str]) -> RecordData:
+    register()
+    try:
+        with initialize_config_dir(str(shipped_root() / "conf"), version_base="1.3"):
+            config = checked(compose("train", list(settings)), TrainConfig)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(describe_failure(error, TrainConfig, {})) from error
+    try:
+        data = instantiate(asdict(config.data))
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from error
+        raise
+    if not isinstance(data, RecordData):
+        raise UserError(
+            "data: the built-in scenes are drawn anew whenever they are needed; choose another data set"
+        )
+    return data

@@ -1,0 +1,138 @@
+"""Tokens of a data set's images and texts from a frozen encoder, computed once."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from clipmapper.config import TrainConfig
+from clipmapper.data.content import content_digest
+from clipmapper.data.images import clip_input
+from clipmapper.data.token_cache import TextTokens, TokenCache, TokenStore
+from clipmapper.models.encoder import ClipEncoder
+from clipmapper.models.encoder_identity import ids_digest, image_identity, text_identity
+from clipmapper.models.tokens import TokenizedText, tokenize
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """The images of a split."""
+
+    def __len__(self) -> int: ...
+
+    def load(self, rows: Sequence[int]) -> Tensor:
+        """What :meth:`pixels` takes, for some images; called in workers."""
+
+    def pixels(self, loaded: Tensor) -> Float[Tensor, "images 3 height width"]:
+        """What the encoder reads, on the device of ``loaded``."""
+
+    def digest(self) -> str:
+        """Of the images' content, in their order."""
+
+
+@dataclass(frozen=True)
+class ArrayImages:
+    """Square images in memory. ``visual``: the image tower (of open_clip) that will read them."""
+
+    images: UInt8[np.ndarray, "images side side 3"]
+    visual: nn.Module
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, rows: Sequence[int]) -> Float[Tensor, "images 3 height width"]:
+        return clip_input(self.images[rows[0] : rows[-1] + 1], self.visual)
+
+    def pixels(self, loaded: Tensor) -> Tensor:
+        return loaded
+
+    def digest(self) -> str:
+        return content_digest(self.images)
+
+
+def token_store(config: TrainConfig) -> TokenStore | None:
+    """Where the settings want tokens kept; None where every step is to encode: ``token_cache=false``, or an
+    encoder that changes while it is trained."""
+    training = config.training
+    if not (training.token_cache and config.encoder.frozen):
+        return None
+    folder = None if training.token_cache_folder is None else Path(training.token_cache_folder)
+    return TokenStore(folder, training.token_precision, training.token_workers)
+
+
+def image_tokens(
+    encoder: ClipEncoder, store: TokenStore, source: ImageSource, progress: Callable[[int], None]
+) -> Float[Tensor, "images tokens width"]:
+    """Tokens of every image. A stored file is keyed by encoder, weights, preprocessing and images."""
+    encoder.eval()
+    device = next(encoder.parameters()).device
+    rows, columns = encoder.grid
+    return store.tokens(
+        "images",
+        lambda: {"encoder": image_identity(encoder), "images": source.digest()},
+        len(source),
+        (encoder.prefix_tokens + rows * columns, encoder.image_width),
+        source.load,
+        lambda loaded: encoder.image_tokens(source.pixels(loaded.to(device))),
+        progress,
+    )
+
+
+def text_tokens(
+    encoder: ClipEncoder, store: TokenStore, texts: Sequence[str], progress: Callable[[int], None]
+) -> TextTokens:
+    """Tokens of every different text. A stored file is keyed by encoder, weights and the texts' token ids."""
+    encoder.eval()
+    device = next(encoder.parameters()).device
+    different = sorted(set(texts))
+    position = {text: i for i, text in enumerate(different)}
+    text = tokenize(encoder.tokenizer, different)
+    lengths = text.valid.sum(dim=1)
+
+    def load(rows: Sequence[int]) -> TokenizedText:
+        part = text[rows[0] : rows[-1] + 1]
+        longest = int(part.valid.sum(dim=1).max())
+        return TokenizedText(part.ids[:, :longest], part.valid[:, :longest], part.removable[:, :longest])
+
+    def encode(part: TokenizedText) -> Tensor:
+        part = part.to(device)
+        tokens = encoder.text_tokens(part.ids, part.valid)
+        return nn.functional.pad(tokens, (0, 0, 0, text.ids.shape[1] - tokens.shape[1]))
+
+    tokens = store.tokens(
+        "texts",
+        lambda: {"encoder": text_identity(encoder), "ids": ids_digest(text.ids, text.valid)},
+        len(different),
+        (text.ids.shape[1], encoder.text_width),
+        load,
+        encode,
+        progress,
+    )
+    return TextTokens(tokens, lengths, torch.tensor([position[text] for text in texts]))
+
+
+def question_tokens(
+    encoder: ClipEncoder,
+    store: TokenStore,
+    source: ImageSource,
+    texts: Sequence[str],
+    image_of: Int[Tensor, "questions"],
+    name: str,
+) -> TokenCache:
+    """Tokens of the images and texts of questions, with a progress bar. ``name``: of the split."""
+    with Progress(transient=True) as progress:
+        total = len(source) + len(set(texts))
+        task = progress.add_task(f"CLIP tokens, {name} split", total=total)
+
+        def advance(done: int) -> None:
+            progress.advance(task, done)
+
+        images = image_tokens(encoder, store, source, advance)
+        asked = text_tokens(encoder, store, texts, advance)
+    return TokenCache(asked.tokens, asked.lengths, asked.text_of, images, image_of)

@@ -1,0 +1,30 @@
+"""Training batches from WebDataset shards, as a function of the step."""
+
+from collections.abc import Callable, Sequence
+
+from torch.utils.data import get_worker_info
+
+from clipmapper.data.records import Record
+from clipmapper.data.shard_stream import ShardStream
+from clipmapper.training.processes import WHOLE, Share
+
+
+def shard_batches(
+    stream: ShardStream, batch_of: Callable[[Sequence[Record]], dict], batch_size: int
+) -> Callable[[int, Share], dict]:
+    """A share of the training batch of every step, made by ``batch_of`` from the records of a stream.
+
+    Each share has a stream of its own, and each worker of its ``DataLoader`` one of that: worker w of W reads
+    for the steps that it makes, of which every W-th is its own. Which stream a step reads from, and where, is
+    known from the step, so that a run that is resumed at any step, with as many processes and workers, goes
+    on with the very samples that it would have seen.
+    """
+
+    def batch_at(step: int, share: Share = WHOLE) -> dict:
+        worker = get_worker_info()
+        workers = 1 if worker is None else worker.num_workers
+        size = len(share.rows(range(batch_size)))
+        index, of = share.index * workers + step % workers, share.of * workers
+        return batch_of(stream.batch(step // workers, size, index, of))
+
+    return batch_at

@@ -1,0 +1,255 @@
+"""Runs on one's own data from start to finish, and what is explained of photographs."""
+
+import io
+import json
+import math
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import training_models
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from test_official_data import coco_folder, flickr_folder, vqa_v2_folder
+
+import clipmapper
+from clipmapper import cli
+from clipmapper.data.huggingface import records_of
+from clipmapper.data.images import as_pil, seen_part
+from clipmapper.data.vqa_results import official_accuracy
+from clipmapper.data.vqa_v2 import annotations_file
+from clipmapper.settings import train_settings
+from clipmapper.training.run import train
+from clipmapper.training.run_folder import CHECKPOINT, RESULTS
+
+SETTINGS = (
+    "encoder.pretrained=null", "training.batch_size=8", "training.max_steps=2", "training.warmup_steps=1",
+    "callbacks.samples=3", "callbacks.pictures=2", "callbacks.methods=[weighted,random]", "logger=csv",
+)  # fmt: skip
+
+
+def photograph(corner: tuple[int, int, int], size=(64, 40)) -> Image.Image:
+    """Grey, with a coloured quarter at the upper left."""
+    pixels = np.full((size[1], size[0], 3), 128, np.uint8)
+    pixels[: size[1] // 2, : size[0] // 2] = corner
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Photographs of different shapes, one stored on its side, and manifests about them."""
+    folder = tmp_path_factory.mktemp("mine")
+    questions, captions = [], []
+    for n in range(8):
+        colour, name = ((255, 0, 0), "red") if n % 2 else ((0, 0, 255), "blue")
+        exif = Image.Exif()
+        picture = photograph(colour, (64, 40 + 8 * n))
+        if n == 3:
+            picture, exif[0x112] = picture.rotate(90, expand=True), 6
+        picture.save(folder / f"{n}.jpg", exif=exif)
+        split = "train" if n < 4 else "validation" if n < 7 else "test"
+        asked = {"id": 10 + n, "image": f"{n}.jpg", "question": "what colour is it?", "split": split}
+        questions.append(asked | ({} if n == 7 else {"answers": [name] * 6 + ["purple"] * 4}))
+        told = [f"a {name} corner", f"something {name}"]
+        captions.append({"id": n, "image": f"{n}.jpg", "captions": told, "split": split})
+    for name, rows in (("questions", questions), ("captions", captions)):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def run(place, *settings: str):
+    # Later ones win, and architecture is of a CLIP with room for few patches.
+    architecture = training_models.tiny_clip(place)
+    given = SETTINGS if "callbacks=none" not in settings else [s for s in SETTINGS if "callbacks." not in s]
+    common = (*given, f"encoder.architecture={architecture}", f"output={place / 'outputs'}")
+    return train(training_models.train_settings(*settings, *common))
+
+
+@pytest.fixture(scope="module")
+def answering(place):
+    more = ("model.width=16", "model.head_width=16", "model.depth=1", "training.blind_steps=2")
+    return run(place, "data=manifest", f"data.path={place / 'questions.jsonl'}", "data.workers=2", *more)
+
+
+@pytest.fixture(scope="module")
+def captioning(place):
+    more = ("model.width=32", "model.depth=1", "callbacks=relevance", "data.workers=0")
+    return run(place, "experiment=caption_manifest", f"data.path={place / 'captions.jsonl'}", *more)
+
+
+def numbers_of(found) -> list[float]:
+    if isinstance(found, dict):
+        return [number for value in found.values() for number in numbers_of(value)]
+    return [found] if isinstance(found, float) else []
+
+
+def test_questions_from_start_to_finish(answering):
+    results = json.loads((answering / RESULTS).read_text())
+    assert results["name"] == "manifest" and results["accuracy"]["overall"]["questions"] == 3
+    assert set(results["accuracy"]) == {"other", "overall"}
+    row = results["accuracy"]["overall"]
+    assert 0 <= row["validation"] <= 1 and 0 <= row["blind"] <= 1 and "held_out" not in row
+    for split, ids in (("validation", [14, 15, 16]), ("test", [17])):
+        answers = json.loads((answering / f"answers_{split}.json").read_text())
+        assert results["answers"][split] == str(answering / f"answers_{split}.json")
+        assert [a["question_id"] for a in answers] == ids
+        assert {a["answer"] for a in answers} <= {"red", "blue"}  # purple is no question's usual answer
+        if split == "validation":
+            truth = {14: "blue", 15: "red", 16: "blue"}
+            right = np.mean([a["answer"] == truth[a["question_id"]] for a in answers])
+            assert row["validation"] == pytest.approx(right, abs=1e-6)
+    assert results["explanations"]["localisation"] == {} and results["explanations"]["samples"] == 3
+    assert all(map(math.isfinite, numbers_of(results["explanations"])))
+    assert len(list((answering / "pictures").glob("explanation_*_other.png"))) == 2
+
+
+def test_captions_from_start_to_finish(captioning):
+    results = json.loads((captioning / RESULTS).read_text())
+    assert set(results["captions"]) == {"validation"} and results["captions"]["validation"]["cider"] >= 0
+    assert results["captions"]["validation"]["greedy"] == {"captions": 3}
+    written = json.loads((captioning / "captions_validation.json").read_text())
+    assert [entry["image_id"] for entry in written] == [4, 5, 6]
+    assert [row["caption"] for row in results["samples"]] == [entry["caption"] for entry in written]
+    assert results["explanations"]["localisation"] == {}
+    assert len(list((captioning / "pictures").glob("explanation_*_caption.png"))) == 2
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+
+    def run(name: str, *settings: str) -> tuple[int, str, str]:
+        status = 0
+        try:
+            getattr(cli, name)(list(settings))
+        except SystemExit as leaving:
+            status = leaving.code
+        printed = capfd.readouterr()
+        return status, printed.out, printed.err
+
+    return run
+
+
+def test_perturb_works_where_the_truth_is_unknown(answering, captioning, command):
+    few = ("methods=[weighted,random]", "samples=2")
+    for folder in (answering, captioning):
+        checkpoint = f"checkpoint={folder / CHECKPOINT}"
+        status, printed, errors = command("perturb", checkpoint, *few)
+        assert status == 0, errors
+        assert "Perturbation" in printed and "Localisation" not in printed
+    status, _, errors = command("perturb", checkpoint, "split=held_out", *few)
+    assert (status, errors) == (2, "error: split=held_out: the data has train, validation, test\n")
+    status, _, errors = command("perturb", f"checkpoint={answering / CHECKPOINT}", "split=test", *few)
+    assert (status, errors) == (2, "error: split=test: its questions have no answers\n")
+
+
+def test_the_other_task_is_refused(place, command):
+    status, _, errors = command("train", "data=manifest", f"data.path={place / 'captions.jsonl'}")
+    assert status == 2 and errors.startswith("error: data: it has captions and no questions, but training")
+    wrong = ("experiment=caption_manifest", f"data.path={place / 'questions.jsonl'}")
+    status, _, errors = command("train", *wrong)
+    assert status == 2 and errors.startswith("error: data: it has questions and no captions, but training")
+
+
+def test_an_image_that_has_gone_stops_with_its_line(answering, place, command):
+    # Checked before the run, gone afterwards: perturb checks again.
+    moved = (place / "5.jpg").rename(place / "away.jpg")
+    try:
+        status, _, errors = command("perturb", f"checkpoint={answering / CHECKPOINT}", "samples=3")
+    finally:
+        moved.rename(place / "5.jpg")
+    assert status == 2 and errors.startswith("error: ") and "questions.jsonl:6: no such image: " in errors
+
+
+# What the model sees of a photograph
+
+
+class Visual(torch.nn.Module):
+    def __init__(self, resize_mode: str) -> None:
+        super().__init__()
+        self.image_size = (24, 24)
+        self.preprocess_cfg = {
+            "size": (24, 24), "mode": "RGB", "mean": (0, 0, 0), "std": (1, 1, 1), "fill_color": 0,
+            "interpolation": "bicubic", "resize_mode": resize_mode,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "squash", "longest"])
+@pytest.mark.parametrize("size", [(240, 120), (120, 240), (241, 100), (96, 96), (24, 500)])
+def test_the_seen_part_lies_where_the_tower_sees_it(resize_mode, size):
+    # A smooth picture: what is seen, brought to the tower's size, must equal the tower's own input.
+    x, y = np.meshgrid(np.linspace(0, 6, size[0]), np.linspace(0, 5, size[1]))
+    waves = [127 + 120 * np.sin(x + y), 127 + 120 * np.cos(2 * x - y), 127 + 120 * np.sin(x - 2 * y)]
+    image = Image.fromarray(np.stack(waves, -1).astype(np.uint8))
+    visual = Visual(resize_mode)
+    fed = image_transform_v2(PreprocessCfg(**visual.preprocess_cfg), is_train=False)(image)
+    seen = Image.fromarray(seen_part(image, visual)).resize((24, 24), Image.Resampling.BICUBIC)
+    difference = torch.tensor(np.asarray(seen)).permute(2, 0, 1) / 255 - fed
+    assert difference.abs().mean() < 0.06
+    if resize_mode != "longest":  # nothing but the image, at its own resolution
+        assert seen_part(image, visual).shape[0] in (size[1], min(size))
+
+
+def test_a_photograph_on_its_side_is_seen_upright():
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x112] = 6
+    photograph((255, 0, 0)).rotate(90, expand=True).save(buffer, "JPEG", exif=exif, quality=95)
+    seen = seen_part(as_pil(buffer.getvalue()), Visual("shortest"))
+    assert seen.shape == (40, 40, 3)
+    assert seen[5, 5].argmax() == 0 and seen[5, 5, 0] > 200 and seen[35, 35].std() < 10
+
+
+def test_an_object_in_python_is_trained_on(place, tmp_path):
+    rows = [
+        {"image": str(place / f"{n}.jpg"), "question": "what colour?", "answer": "red" if n % 2 else "blue"}
+        for n in range(6)
+    ]
+    data = records_of(datasets.Dataset.from_list(rows), name="mine")
+    settings = train_settings(
+        "data=huggingface", "data.path=mine", "callbacks=none", "logger=csv", "training.max_steps=1",
+        "training.warmup_steps=0", "training.batch_size=2", "training.blind_steps=0", "model.width=16",
+        "model.depth=1", "model.head_width=16", f"output={tmp_path}", "encoder.pretrained=null",
+        f"encoder.architecture={training_models.tiny_clip(tmp_path)}",
+    )  # fmt: skip
+    folder = train(settings, data=data)
+    results = json.loads((folder / RESULTS).read_text())
+    assert results["accuracy"]["overall"]["questions"] == len(data.validation)
+    assert results["accuracy"]["overall"]["blind"] is None
+    assert "data" not in clipmapper.load(folder / CHECKPOINT).description
+
+
+OFFICIAL = {
+    "vqa_v2": (vqa_v2_folder, ("data.test=test-dev2015", "data.least_answers=1", "training.blind_steps=0")),
+    "coco_captions": (coco_folder, ()),
+    "flickr8k": (flickr_folder, ()),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_official_files_from_start_to_finish(name, tmp_path):
+    make, more = OFFICIAL[name]
+    folder = make(tmp_path / name)
+    if name == "flickr8k":
+        more = (f"data.tokens={folder / 'captions.txt'}", f"data.images={folder / 'images'}")
+        more += ("data.split_files=null", "data.validation_share=0.3")
+    else:
+        more += (f"data.folder={folder}",)
+    small = ("model.width=32", "model.depth=1", "callbacks=none", "data.workers=0")
+    done = run(tmp_path, f"data={name}", *more, *small)
+    results = json.loads((done / RESULTS).read_text())
+    assert results["name"] == name
+    if name == "vqa_v2":
+        assert set(results["accuracy"]) == {"number", "yes/no", "overall"}
+        written = json.loads((done / "answers_validation.json").read_text())
+        annotations = json.loads(annotations_file(folder, "val2014").read_text())["annotations"]
+        official = official_accuracy(written, annotations)
+        assert 100 * results["accuracy"]["overall"]["validation"] == pytest.approx(
+            official["overall"], abs=0.01
+        )
+        assert json.loads((done / "answers_test.json").read_text())[0]["question_id"] == 7000
+    else:
+        written = json.loads((done / "captions_validation.json").read_text())
+        assert results["captions"]["validation"]["greedy"]["captions"] == len(written) > 0
