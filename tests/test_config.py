@@ -477,7 +477,7 @@ def test_script_in_a_process_of_its_own(tmp_path, argument, says):
         text=True,
         cwd=tmp_path,
         env=environment,
-        timeout=120,
+        timeout=1800,
     )
     assert (done.returncode, done.stderr, done.stdout) == (2, says, "set()\n")
     assert list(tmp_path.iterdir()) == []

@@ -13,11 +13,14 @@ from clipmapper.errors import UserError
 from clipmapper.training import run
 from clipmapper.training.run import train
 from clipmapper.training.run_folder import CHECKPOINT
+from clipmapper.training.vqa import VQAModule
 
 TINY_RUN = (
     *training_models.SMALL_RUN,
     "data.train_scenes=24",
     "data.simple_scenes=16",
+    "data.validation_scenes=12",
+    "data.held_out_scenes=8",
     "training.max_steps=4",
     "training.warmup_steps=1",
     "training.blind_steps=1",
@@ -33,8 +36,12 @@ TINY_RUN = (
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory):
-    architecture = training_models.tiny_clip(tmp_path_factory.mktemp("clip"))
+def architecture(tmp_path_factory):
+    return training_models.tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def settings(architecture, tmp_path_factory):
     where = (f"encoder.architecture={architecture}", f"output={tmp_path_factory.mktemp('runs')}")
     return lambda *overrides: training_models.train_settings(*TINY_RUN, *where, *overrides)
 
@@ -63,7 +70,16 @@ def copy_of(module: nn.Module) -> dict:
     return {name: weight.detach().clone() for name, weight in module.state_dict().items()}
 
 
-def test_averaged_weights_are_validated_explained_and_kept(settings, monkeypatch):
+@pytest.fixture
+def compiled(monkeypatch):
+    """What is asked to be compiled, which is not done: torch.compile would come upon the checks of shapes
+    that tests put in."""
+    parts = []
+    monkeypatch.setattr(nn.Module, "compile", lambda part: parts.append(part))
+    return parts
+
+
+def test_averaged_weights_are_validated_explained_and_kept(settings, compiled, monkeypatch):
     seen = Seen()
     original = run.build_trainer
     monkeypatch.setattr(run, "build_trainer", lambda *args: original(*args[:-1], [*args[-1], seen]))
@@ -82,20 +98,16 @@ def test_averaged_weights_are_validated_explained_and_kept(settings, monkeypatch
     assert not torch.equal(averages[3][trained], seen.steps[3][trained])
     frozen = "model.encoder.clip.visual.conv1.weight"
     assert torch.equal(weights(folder)[frozen], seen.steps[0][frozen])
+    assert compiled == []  # trainer.compile is false
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_what_is_trained_is_compiled(settings, monkeypatch, frozen):
-    """Only that it is asked for: the shapes that tests check in signatures are nothing for torch.compile."""
-    compiled = []
-    monkeypatch.setattr(nn.Module, "compile", lambda part: compiled.append(part))
-    overrides = (f"encoder.frozen={frozen}", "callbacks=none", "training.max_steps=1")
-    train(settings(f"name=compiled {frozen}", "trainer.compile=true", *overrides))
+def test_what_is_trained_is_compiled(architecture, compiled, frozen):
+    """Only that it is asked for; a run whose parts are traced is in test_processes.py."""
+    model = training_models.tiny_model(architecture, frozen=frozen)
+    VQAModule(model, 1e-3, 0.0, 1, 2, ["other"]).compile_trained()
     kinds = {type(part).__name__ for part in compiled}
     assert kinds == {"DualFlowBlock", "VQAHead"} | (set() if frozen else {"ResidualAttentionBlock"})
-    compiled.clear()
-    train(settings(f"name=eager {frozen}", *overrides))
-    assert compiled == []
 
 
 @pytest.mark.parametrize(

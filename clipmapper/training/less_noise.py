@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def less_noise() -> Iterator[None]:
+def less_noise(speaker: str = "lightning.pytorch") -> Iterator[None]:
     """Keep away what Lightning says at every start and a user can do nothing about."""
-    logger = logging.getLogger("lightning.pytorch")
+    logger = logging.getLogger(speaker)
     level = logger.level
     logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():
