@@ -19,6 +19,8 @@ def less_noise(speaker: str = "lightning.pytorch") -> Iterator[None]:
             ".*does not have many workers",  # batches are rows of a cache: a worker would only copy them
             "You're using the WeightAveraging callback with a model that overrides",  # which makes no layers
             "FSDP2-wrapped module .* returned a view",  # which nothing here changes in place
+            "It is recommended to use .self.log.*sync_dist",  # metrics are the same in all processes already
+            ".broadcast_buffers. is deprecated",  # what replaces it is not in all releases that will do
             ".*isinstance.treespec, LeafSpec.. is deprecated",  # Lightning's own use of torch
         ):
             warnings.filterwarnings("ignore", expected)
