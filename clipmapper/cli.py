@@ -141,8 +141,9 @@ def _run(
     # Hydra prints errors itself, on several lines and with exit status 1, unless told to let them through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     conf = shipped_root() / "conf"
-    # The groups are those of training; the other commands have none.
-    folders = [path for path in conf.iterdir() if path.is_dir()] if schema is TrainConfig else []
+    # The groups are those of training, and Hydra's, which Hydra checks; the other commands have none.
+    folders = [path for path in conf.iterdir() if path.is_dir() and path.name != "hydra"]
+    folders = folders if schema is TrainConfig else []
     groups = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
     try:
         given = list(original[1:] if arguments is None else arguments)
