@@ -268,12 +268,10 @@ def test_validation_metrics_are_those_of_the_greedy_captions(fitted, data):
             assert logged[f"{name}/{score}"] == pytest.approx(scores[score], rel=1e-5)
         assert logged[f"{name}/correct"] == pytest.approx(np.mean([t.correct for t in truths]))
         assert logged[f"{name}/complete"] == pytest.approx(np.mean([t.complete for t in truths]))
-    text = module.model.tokenize([references[0] for references in data.held_out.references[:3]])
+    text = module.model.tokenize([references[0] for references in data.held_out.references])
     with torch.no_grad():
-        first = float(module.loss(batches.image_tokens[:3].float(), text, 0.0))
-        text = module.model.tokenize([data.held_out.references[3][0]])
-        last = float(module.loss(batches.image_tokens[3:].float(), text, 0.0))
-    assert logged["held_out/loss"] == pytest.approx((3 * first + last) / 4, rel=1e-4)  # batches of 3 and 1
+        over_all_words = float(module.loss(batches.image_tokens.float(), text, 0.0))
+    assert logged["held_out/loss"] == pytest.approx(over_all_words, rel=1e-4)  # batches of 3 and 1 images
 
 
 # Self-critical sequence training

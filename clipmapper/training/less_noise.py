@@ -7,11 +7,13 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def less_noise(speaker: str = "lightning.pytorch") -> Iterator[None]:
+def less_noise() -> Iterator[None]:
     """Keep away what Lightning says at every start and a user can do nothing about."""
-    logger = logging.getLogger(speaker)
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    # Some of what Fabric says at the start of several processes, the trainer's logger says.
+    loggers = [logging.getLogger(f"lightning.{speaker}") for speaker in ("fabric", "pytorch")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     with warnings.catch_warnings():
         for expected in (
             "Found .* module.* in eval mode",  # the frozen encoder is meant to be
@@ -27,4 +29,5 @@ def less_noise(speaker: str = "lightning.pytorch") -> Iterator[None]:
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
