@@ -59,8 +59,11 @@ def train(config: TrainConfig, data: RecordData | None = None) -> Path:
     try:
         return _train(config, device, data)
     except UserError as error:
-        if say_once(str(error)):
-            raise
+        line = _without_traceback(str(error))
+        if say_once(line):
+            if line == str(error):
+                raise
+            raise UserError(line) from error
         raise SystemExit(2) from error
     except OSError as error:
         if error.errno not in NO_ROOM:
@@ -180,6 +183,11 @@ def _fit(
     if unseen or training.max_steps % steps_between_validations(config.trainer, training.max_steps):
         trainer.validate(module, validation, verbose=False)
     return trainer
+
+
+def _without_traceback(message: str) -> str:
+    """Torch puts the traceback of a DataLoader's worker into the message of what it raised there."""
+    return message.rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].strip()
 
 
 def _data_lines(data) -> Iterator[str]:
