@@ -129,7 +129,7 @@ def test_mistakes_are_one_clear_line(place, tmp_path):
     with pytest.raises(UserError, match="4 shards cannot be shared among 5 readers"):
         train(settings(place, "questions", "data.workers=5", "callbacks=none"))
     with pytest.raises(UserError, match=r"no readable shards\.json"):
-        train(settings(tmp_path, "nothing", "callbacks=none", *ANSWERING))
+        train(settings(place, "questions", f"data.path={tmp_path}/none", "callbacks=none"))
     with pytest.raises(UserError, match="it has captions and no questions"):
         train(settings(place, "questions", f"data.path={place / 'captions'}", "callbacks=none"))
     data = ShardData(str(place / "questions"), buffer=4)
