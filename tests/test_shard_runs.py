@@ -18,7 +18,6 @@ from clipmapper.training.instances import built
 from clipmapper.training.module import StepBatches
 from clipmapper.training.run import train
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
-from clipmapper.training.run_perturb import samples_of
 from clipmapper.training.vqa_task import VQATask
 
 TRAIN, VALIDATION = 8, 3
@@ -134,7 +133,7 @@ def test_mistakes_are_one_clear_line(place, tmp_path):
         train(settings(place, "questions", f"data.path={place / 'captions'}", "callbacks=none"))
     data = ShardData(str(place / "questions"), buffer=4)
     with pytest.raises(UserError, match="split=train: the data has validation"):
-        samples_of(None, data, "train", 1, 0)
+        data.split("train")
     copy = shutil.copytree(place / "questions", tmp_path / "copy")
     (copy / "train-000001.tar").unlink()
     with pytest.raises(UserError, match=r"1 shards are not there; the first is train-000001\.tar"):
