@@ -296,6 +296,18 @@ class FlickrCaptionsConfig(SplitsConfig):
 
 
 @dataclass
+class ShardsConfig(DataConfig):
+    """Parameters of :class:`clipmapper.data.shard_data.ShardData`."""
+
+    path: str = setting(text=True)
+    buffer: int = setting(minimum=1)
+    workers: int = setting(minimum=0)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from _empty_texts(self, "path")
+
+
+@dataclass
 class TrainingConfig(Section):
     """The optimisation, in steps (batches). ``_target_``: the task, a class that is called with all this."""
 
@@ -492,6 +504,8 @@ class TrainConfig(Section):
                     "an experiment (experiment=vqa_scenes, experiment=caption_scenes) chooses what belongs "
                     "together",
                 )
+        if isinstance(self.data, ShardsConfig) and self.training.token_cache:
+            yield "training.token_cache", "a stream (data=shards) has no end to cache; give false"
         scenes = isinstance(self.data, ScenesVQAConfig)
         if task == "vqa" and scenes != isinstance(self.training, ScenesVQATrainingConfig):
             which = "vqa_scenes" if scenes else "vqa"
@@ -619,6 +633,7 @@ def register() -> None:
         "coco_captions_schema": CocoCaptionsConfig,
         "manifest_schema": ManifestConfig,
         "huggingface_schema": HuggingFaceConfig,
+        "shards_schema": ShardsConfig,
         "vqa_v2_schema": VQAv2Config,
         "flickr_captions_schema": FlickrCaptionsConfig,
         "vqa_training_schema": VQATrainingConfig,

@@ -62,8 +62,11 @@ def train(config: TrainConfig, data: RecordData | None = None) -> Path:
     try:
         return _train(config, device, data)
     except UserError as error:
-        if say_once(str(error)):
-            raise
+        line = _without_traceback(str(error))
+        if say_once(line):
+            if line == str(error):
+                raise
+            raise UserError(line) from error
         raise SystemExit(2) from error
     except OSError as error:
         if error.errno not in NO_ROOM:
@@ -197,6 +200,11 @@ def _make_plain(model: CLIPmapper | Captioner, checkpoint: Path, sharded: bool) 
         return
     for name, part in load(checkpoint).named_children():
         setattr(model, name, part)
+
+
+def _without_traceback(message: str) -> str:
+    """Torch puts the traceback of a DataLoader's worker into the message of what it raised there."""
+    return message.rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].strip()
 
 
 def _data_lines(data) -> Iterator[str]:
