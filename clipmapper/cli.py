@@ -34,12 +34,13 @@ _Schema = TypeVar("_Schema", bound=Section)
 def train(arguments: Sequence[str] | None = None) -> None:
     """Train CLIPmapper and explain it."""
 
-    def work(config: TrainConfig) -> None:
+    def work(config: TrainConfig) -> float | None:
         from clipmapper.training.interruption import RunInterrupted
         from clipmapper.training.run import train
+        from clipmapper.training.run_folder import objective
 
         try:
-            train(config)
+            return objective(train(config))
         except RunInterrupted as stop:
             raise KeyboardInterrupt(str(stop)) from stop
 
@@ -106,7 +107,7 @@ def main() -> None:
 
 
 def _run(
-    name: str, schema: type[_Schema], work: Callable[[_Schema], None], arguments: Sequence[str] | None
+    name: str, schema: type[_Schema], work: Callable[[_Schema], object], arguments: Sequence[str] | None
 ) -> None:
     """Compose the configuration ``name``, check it and hand it to ``work``.
 
@@ -114,7 +115,7 @@ def _run(
     """
     original, composing = sys.argv, True
 
-    def task(config: Container) -> None:
+    def task(config: Container) -> object:
         nonlocal composing
         composing = False
         # Lightning starts further processes (several devices) by the command line as it was given.
@@ -122,7 +123,7 @@ def _run(
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _warn
-                work(checked(config, schema))
+                found = work(checked(config, schema))
         except UserErrors as error:
             _fail(*error.lines)
         except UserError as error:
@@ -134,13 +135,15 @@ def _run(
                 raise
             _fail(str(error).partition(", set env")[0])
         composing = True  # the next of a sweep
+        return found  # a sweeper may look for the highest
 
     register()
     # Hydra prints errors itself, on several lines and with exit status 1, unless told to let them through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     conf = shipped_root() / "conf"
-    # The groups are those of training; the other commands have none.
-    folders = [path for path in conf.iterdir() if path.is_dir()] if schema is TrainConfig else []
+    # The groups are those of training, and Hydra's, which Hydra checks; the other commands have none.
+    folders = [path for path in conf.iterdir() if path.is_dir() and path.name != "hydra"]
+    folders = folders if schema is TrainConfig else []
     groups = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
     try:
         given = list(original[1:] if arguments is None else arguments)

@@ -296,6 +296,18 @@ class FlickrCaptionsConfig(SplitsConfig):
 
 
 @dataclass
+class ShardsConfig(DataConfig):
+    """Parameters of :class:`clipmapper.data.shard_data.ShardData`."""
+
+    path: str = setting(text=True)
+    buffer: int = setting(minimum=1)
+    workers: int = setting(minimum=0)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from _empty_texts(self, "path")
+
+
+@dataclass
 class TrainingConfig(Section):
     """The optimisation, in steps (batches). ``_target_``: the task, a class that is called with all this."""
 
@@ -386,9 +398,11 @@ class TrainerConfig(Section):
     accelerator: str = setting(choices=("auto", "cpu", "gpu", "cuda", "mps"))
     devices: str = setting()  # Lightning reads "1" as 1; OmegaConf 2.3 cannot expand a missing `int | str`
     num_nodes: int = setting(minimum=1)
+    strategy: str = setting(choices=("ddp", "fsdp2"))
     precision: str = setting(choices=("32-true", "16-mixed", "bf16-mixed"))
     gradient_clip_val: float = setting(minimum=0)
     accumulate_grad_batches: int = setting(minimum=1)
+    compile: bool = setting()
     ema_decay: float | None = setting(above=0, below=1)
     val_check_interval: int | None = setting(minimum=1)
     checkpoint_interval: int = setting(minimum=1)
@@ -396,6 +410,10 @@ class TrainerConfig(Section):
     def problems(self) -> Iterator[tuple[str, str]]:
         if not re.fullmatch(r"auto|-1|[1-9]\d*|\d+(,\d+)+", self.devices):
             yield "devices", f"{self.devices!r} is not a number of devices (1, 2 …), a list as '0,1', or auto"
+        if self.strategy == "fsdp2" and self.ema_decay is not None:
+            yield "ema_decay", "sharded weights cannot be averaged; give strategy=ddp, or ema_decay=null"
+        if self.strategy == "fsdp2" and self.precision == "16-mixed":
+            yield "precision", "sharded weights cannot be trained in 16-mixed; give bf16-mixed or 32-true"
 
 
 @dataclass
@@ -469,6 +487,14 @@ class TrainConfig(Section):
         task = self.training.task
         if self.trainer.ema_decay is not None and self.encoder.lora_rank is not None:
             yield "trainer.ema_decay", "averages adapters' factors, not their product; give ema_decay=null"
+        if self.trainer.strategy == "fsdp2" and self.callbacks is not None:
+            yield (
+                "callbacks",
+                "sharded weights cannot be explained while training; give callbacks=none, and explain the "
+                "checkpoint with clipmapper perturb",
+            )
+        if self.trainer.strategy == "fsdp2" and self.encoder.lora_rank is not None:
+            yield "trainer.strategy", "fsdp2 does not shard adapters (encoder.lora_rank); give strategy=ddp"
         for key in ("model", "data", "callbacks"):
             section = getattr(self, key)
             if section is not None and section.task and section.task != task:
@@ -478,6 +504,8 @@ class TrainConfig(Section):
                     "an experiment (experiment=vqa_scenes, experiment=caption_scenes) chooses what belongs "
                     "together",
                 )
+        if isinstance(self.data, ShardsConfig) and self.training.token_cache:
+            yield "training.token_cache", "a stream (data=shards) has no end to cache; give false"
         scenes = isinstance(self.data, ScenesVQAConfig)
         if task == "vqa" and scenes != isinstance(self.training, ScenesVQATrainingConfig):
             which = "vqa_scenes" if scenes else "vqa"
@@ -605,6 +633,7 @@ def register() -> None:
         "coco_captions_schema": CocoCaptionsConfig,
         "manifest_schema": ManifestConfig,
         "huggingface_schema": HuggingFaceConfig,
+        "shards_schema": ShardsConfig,
         "vqa_v2_schema": VQAv2Config,
         "flickr_captions_schema": FlickrCaptionsConfig,
         "vqa_training_schema": VQATrainingConfig,

@@ -119,7 +119,7 @@ def test_kill_9_loses_at_most_the_interval(settings, common, whole, tmp_path):
     process = subprocess.Popen([sys.executable, "-c", SLOW_STEPS, *arguments], env=environment, cwd=tmp_path)
     config = settings("name=killed", "trainer.checkpoint_interval=2")
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + training_models.PATIENCE
         while not list(Path(config.output).glob(f"killed/*/{CHECKPOINT}")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.05)

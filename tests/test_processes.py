@@ -1,21 +1,33 @@
 """Two processes on the CPU (gloo) give what one gives: weights, metrics, explanations."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import training_models
+from PIL import Image
 
+from clipmapper.data.manifest import manifest_data
+from clipmapper.data.records import Record
 from clipmapper.errors import UserError
+from clipmapper.models.build import build_clipmapper
+from clipmapper.training.caption_batches import drawn_batches
 from clipmapper.training.processes import Share, batches_of
+from clipmapper.training.record_batches import (
+    CaptionRecords,
+    RecordCaptions,
+    RecordQuestions,
+    question_batches,
+)
 from clipmapper.training.run import train
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
 
 COMMON = (
     "encoder.pretrained=null",
-    "training.max_steps=4",
+    "training.max_steps=3",
     "training.batch_size=12",
     "training.warmup_steps=1",
     "trainer.checkpoint_interval=2",
@@ -23,28 +35,40 @@ COMMON = (
     "model.width=16",
     "model.depth=1",
     "model.heads=2",
-    "callbacks.samples=5",
-    "callbacks.pictures=1",
-    "callbacks.methods=[weighted,random]",
 )
+EXPLAINED = ("callbacks.samples=5", "callbacks.pictures=1", "callbacks.methods=[weighted,random]")
 QUESTIONS = (
     *COMMON,
+    *EXPLAINED,
     "data.train_scenes=24",
     "data.simple_scenes=16",
-    "data.validation_scenes=31",
+    "data.validation_scenes=15",
     "data.held_out_scenes=7",
     "training.blind_steps=1",
     "training.token_cache=false",
+    "trainer.compile=true",
 )
 CAPTIONS = (
     *COMMON,
+    *EXPLAINED,
     "experiment=caption_scenes",
     "callbacks=relevance",
     "data.train_scenes=24",
-    "data.validation_scenes=31",
+    "data.validation_scenes=15",
     "data.held_out_scenes=7",
     "trainer.accumulate_grad_batches=3",
 )
+SHARDED = (
+    *COMMON,
+    "name=sharded",
+    "data=manifest",  # whose images two further processes decode
+    "training.blind_steps=0",
+    "callbacks=none",
+    "encoder.frozen=false",
+    "trainer.strategy=fsdp2",
+)
+# How a run is made and not what comes of it: the run by one process is without.
+BY_THE_WAY = ("trainer.accumulate", "trainer.strategy", "trainer.compile")
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +76,28 @@ def architecture(tmp_path_factory):
     return training_models.tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory):
+    """Questions about two images: 13 to train on, 5 of validation, 3 of a test."""
+    folder = tmp_path_factory.mktemp("mine")
+    for colour in ("red", "blue"):
+        Image.new("RGB", (64, 48), colour).save(folder / f"{colour}.png")
+    splits = ["train"] * 13 + ["validation"] * 5 + ["test"] * 3
+    rows = []
+    for number, split in enumerate(splits):
+        colour = "red" if number % 3 else "blue"
+        row = {"id": 100 - number, "image": f"{colour}.png", "question": f"what colour is {number}?"}
+        rows.append(row | {"split": split} | ({} if split == "test" else {"answers": [colour] * 10}))
+    path = folder / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
 def weights(folder: Path) -> dict:
     """Without the biases of keys: softmax does not see them, so that what Adam makes of their gradient is
     made of rounding errors."""
     state = torch.load(folder / CHECKPOINT, weights_only=True)["state_dict"]
-    return {name: weight for name, weight in state.items() if not name.endswith("key_value.bias")}
+    return {name: w for name, w in state.items() if not name.endswith(("key_value.bias", "in_proj_bias"))}
 
 
 def close(a: object, b: object) -> None:
@@ -75,13 +116,16 @@ def close(a: object, b: object) -> None:
         assert a == b
 
 
+def placed(run: tuple[str, ...], architecture: str, manifest: Path, output: Path) -> tuple[str, ...]:
+    data = (f"data.path={manifest}",) if "data=manifest" in run else ()
+    return (*run, *data, f"encoder.architecture={architecture}", f"output={output}")
+
+
 @pytest.fixture(scope="module")
-def by_two(architecture, tmp_path_factory):
-    """Both runs by two processes, which the first command starts."""
+def by_two(architecture, manifest, tmp_path_factory):
+    """All runs by the same two processes, which the first command starts."""
     folder = tmp_path_factory.mktemp("two")
-    runs = [
-        (*run, f"encoder.architecture={architecture}", f"output={folder}") for run in (QUESTIONS, CAPTIONS)
-    ]
+    runs = [placed(run, architecture, manifest, folder) for run in (QUESTIONS, CAPTIONS, SHARDED)]
     command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), json.dumps(runs)]
     finished = training_models._process(command, folder)
     assert finished.status == 0, finished.errors
@@ -89,29 +133,40 @@ def by_two(architecture, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "run"), [("vqa_scenes", QUESTIONS), ("caption_scenes", CAPTIONS)], ids=["questions", "captions"]
+    ("name", "run"), [("vqa_scenes", QUESTIONS), ("caption_scenes", CAPTIONS), ("sharded", SHARDED)]
 )
-def test_two_processes_equal_one(by_two, architecture, tmp_path, name, run):
+def test_two_processes_equal_one(by_two, architecture, manifest, tmp_path, name, run):
     """With splits that two do not divide evenly; of captions, gradients are accumulated as well: they have
     unequally many words, so that the mean of the parts' means would not be the mean."""
     (two,) = (by_two.folder / name).iterdir()
-    alone = [one for one in run if "accumulate" not in one]
-    where = (f"encoder.architecture={architecture}", f"output={tmp_path}")
-    one = train(training_models.train_settings(*alone, *where))
+    alone = tuple(setting for setting in run if not setting.startswith(BY_THE_WAY))
+    alone += ("data.workers=0",) if run == SHARDED else ()
+    one = train(training_models.train_settings(*placed(alone, architecture, manifest, tmp_path)))
     torch.testing.assert_close(weights(two), weights(one), atol=1e-5, rtol=1e-4)
     results = [json.loads((folder / RESULTS).read_text()) for folder in (two, one)]
     parts = {"accuracy", "captions", "samples", "explanations"} & results[0].keys()
-    assert len(parts) >= 2
+    assert len(parts) >= (1 if run == SHARDED else 2)
     for part in parts:
         close(results[0][part], results[1][part])
     logged = [next(folder.rglob("metrics.csv")).read_text().splitlines() for folder in (two, one)]
-    assert logged[0][0] == logged[1][0] and "/positive/weighted" in logged[0][0]
+    assert logged[0][0] == logged[1][0] and ("/positive/weighted" in logged[0][0]) == (run != SHARDED)
+    if run == SHARDED:
+        for split, ids in (("validation", range(87, 82, -1)), ("test", range(82, 79, -1))):
+            answers = [json.loads((folder / f"answers_{split}.json").read_text()) for folder in (two, one)]
+            assert answers[0] == answers[1]
+            assert [answer["question_id"] for answer in answers[0]] == list(ids)
+
+
+def test_compiled_blocks_train_as_they_are_written(by_two):
+    """That the weights are the same, the test above says of the run with ``trainer.compile``."""
+    (graphs,) = re.findall(r"(\d+) graphs compiled", by_two.printed)
+    assert int(graphs) > 0
 
 
 def test_one_process_speaks_and_writes(by_two):
-    assert by_two.printed.count("\nRun ") + by_two.printed.startswith("Run ") == 2
+    assert by_two.printed.count("\nRun ") + by_two.printed.startswith("Run ") == 3
     assert "distributed" not in by_two.printed + by_two.errors
-    assert by_two.printed.count("Written") == 2
+    assert by_two.printed.count("Written") == 3
 
 
 @pytest.mark.parametrize(("count", "batch_size", "of"), [(31, 500, 2), (3, 1, 2), (5, 2, 3), (7, 3, 1)])
@@ -126,6 +181,45 @@ def test_shares_of_shares_are_the_same_rows():
     rows = list(range(24))
     parts = [Share(index, 2).part(part, 3).rows(rows) for index in range(2) for part in range(3)]
     assert sorted(row for part in parts for row in part) == rows and {len(part) for part in parts} == {4}
+
+
+def test_shares_of_questions_are_the_step_and_the_split(architecture, manifest):
+    data = manifest_data(str(manifest))
+    encoder = {"architecture": architecture, "pretrained": None, "frozen": True}
+    model = build_clipmapper(encoder, training_models.TINY_MAPPER, data.answers)
+    split = RecordQuestions(model, data.train, data.vocabulary)
+    batch_at = question_batches(split, batch_size=6, seed=3)
+    for step in (0, 1, 2):  # the last goes over the end of an epoch
+        whole = batch_at(step)
+        parts = [batch_at(step, Share(index, 3)) for index in range(3)]
+        for index, part in enumerate(parts):
+            assert part["ids"] == whole["ids"][index::3] and len(part["ids"]) == 2
+            assert torch.equal(part["images"], whole["images"][index::3])
+            assert torch.equal(part["targets"], whole["targets"][index::3])
+    shares = [list(split.labelled(4, Share(index, 2))) for index in range(2)]
+    assert len(shares[0]) == len(shares[1]) == 2
+    found = [[one for batch in share for one in batch["ids"]] for share in shares]
+    ids = [record.id for record in data.train]
+    assert found == [ids[0::2], ids[1::2]]
+
+
+def test_shares_of_captions_are_the_step():
+    class Drawn(RecordCaptions):
+        def __init__(self) -> None:
+            told = [tuple(f"caption {n} of {image}" for n in range(9)) for image in range(7)]
+            self.split = CaptionRecords(
+                [Record(image, b"", str(image), captions=some) for image, some in enumerate(told)]
+            )
+
+        def batch(self, images, captions):
+            return {"ids": images, "captions": captions}
+
+    batch_at = drawn_batches(Drawn(), batch_size=4, captions=2, seed=0)
+    whole, parts = batch_at(5), [batch_at(5, Share(index, 2)) for index in range(2)]
+    pairs = list(zip(whole["captions"][::2], whole["captions"][1::2], strict=True))
+    for index, part in enumerate(parts):
+        assert part["ids"] == whole["ids"][index::2]
+        assert list(zip(part["captions"][::2], part["captions"][1::2], strict=True)) == pairs[index::2]
 
 
 def test_fewer_samples_than_processes():

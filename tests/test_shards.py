@@ -231,7 +231,7 @@ class Steps(IterableDataset):
 @pytest.mark.parametrize("first", [1, 4])
 def test_training_resumed_at_a_step_sees_the_samples_that_it_would_have_seen(folder, first):
     def batches(first: int, share: Share) -> dict[int, list[int]]:
-        batch_at = shard_batches(stream(folder), lambda records: {"ids": [r.id for r in records]}, 7)
+        batch_at = shard_batches(stream(folder), lambda records, step: {"ids": [r.id for r in records]}, 7)
         loader = DataLoader(Steps(batch_at, first, 9, share), batch_size=None, num_workers=2)
         return {int(step): batch["ids"] for step, batch in loader}
 

@@ -4,9 +4,11 @@ import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from clipmapper.models.build import build_clipmapper
 from clipmapper.models.clipmapper import CLIPmapper
 
 ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 1800  # seconds for what takes seconds: the machine may be busy, but nothing waits for ever
 TINY_MAPPER = {
     "mapper": "dual_flow",
     "width": 16,
@@ -140,10 +143,16 @@ def _process(command: list[str], folder: Path) -> Finished:
         "WANDB_SILENT",
     ):  # as for a user who has set nothing
         environment.pop(name, None)
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=folder, env=environment, timeout=600, check=False
-    )
-    return Finished(done.returncode, done.stdout, done.stderr, folder)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes) as process:
+        try:
+            printed, errors = process.communicate(timeout=PATIENCE)
+        except BaseException:
+            # With what it has started, which has the pipes open as well and may wait for it for ever.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return Finished(process.returncode, printed, errors, folder)
 
 
 _trained: list[Finished] = []

@@ -1,5 +1,6 @@
 """Data sets as WebDataset shards: tar files of images, each followed by what was asked or said about it."""
 
+import importlib
 import io
 import json
 import os
@@ -8,16 +9,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from types import ModuleType
 
 from PIL import Image
 
+from clipmapper.data.answers import ACCURACIES
 from clipmapper.data.content import content_digest
 from clipmapper.data.records import Record, RecordData, StoredImage
 from clipmapper.errors import UserError
 
 INDEX = "shards.json"
 _PLAN = "plan.json"
-_VERSION = 1
+VERSION = 2
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
@@ -60,16 +63,25 @@ def write_shards(
             written[split].append(shard)
             progress(len(part))
     index = {
-        "version": _VERSION,
+        "version": VERSION,
         "splits": {split: [vars(shard) for shard in shards] for split, shards in written.items()},
         "answers": None if data.vocabulary is None else list(data.answers),
         "rule": None if data.vocabulary is None else data.vocabulary.rule,
+        "accuracy": next(name for name, score in ACCURACIES.items() if score is data.accuracy),
         "families": list(data.families),
         # Each word once, in place of all captions: a captioner's vocabulary needs no more.
         "words": sorted({word for caption in data.wordings() for word in caption.split()}),
     }
     _write_json(folder / INDEX, index)
     return written
+
+
+def webdataset(part: str = "") -> ModuleType:
+    """The library, or a module of it. Raises ``UserError`` where it is not installed."""
+    try:
+        return importlib.import_module(f"webdataset{part}")
+    except ImportError as error:
+        raise UserError('shards need the webdataset library: pip install "clipmapper[shards]"') from error
 
 
 def as_sample(key: str, records: Sequence[Record]) -> dict:
@@ -123,12 +135,11 @@ def _check_plan(folder: Path, plan: dict, images_per_shard: int, seed: int) -> N
 
 
 def _write_shard(path: Path, images: Sequence[Sequence[Record]], first: int) -> None:
-    from webdataset import TarWriter
-
+    writer = webdataset().TarWriter
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            with TarWriter(file, encoder=False, mtime=0) as tar:
+            with writer(file, encoder=False, mtime=0) as tar:
                 for number, records in enumerate(images, first):
                     tar.write(as_sample(f"{number:09d}", records))
             file.flush()

@@ -3,27 +3,22 @@
 import json
 import random
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, islice
 
 from clipmapper.data.records import Record
-from clipmapper.data.shard_files import INDEX, Shard, records_of
+from clipmapper.data.shard_files import INDEX, VERSION, Shard, records_of, webdataset
 from clipmapper.errors import UserError
-
-try:
-    from webdataset import detshuffle
-    from webdataset.gopen import gopen
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-except ImportError as error:
-    raise UserError('data=shards needs the webdataset library: pip install "clipmapper[shards]"') from error
 
 
 def read_index(path: str) -> dict:
     """``shards.json`` of a folder, or of an address (http, pipe:) that ``webdataset`` can open."""
     url = f"{path.rstrip('/')}/{INDEX}"
     try:
-        with gopen(url) as stream:
+        with webdataset(".gopen").gopen(url) as stream:
             index = json.loads(stream.read())
+        if index["version"] != VERSION:
+            raise ValueError(f"it is of version {index['version']}, not {VERSION}; make the shards anew")
         return index | {
             "splits": {name: [Shard(**s) for s in shards] for name, shards in index["splits"].items()}
         }
@@ -54,11 +49,7 @@ class ShardStream:
 
         Epochs that lie before it are not read; of the one in which it lies, as much as comes before.
         """
-        if of > len(self.shards):
-            raise UserError(
-                f"data.path={self.path}: {len(self.shards)} shards cannot be shared among {of} readers "
-                "(processes x data.workers); make more, smaller ones or use fewer workers"
-            )
+        self.check_readers(of)
         for epoch in count():
             mine = self.epoch_shards(epoch, index, of)
             records = sum(shard.records for shard in mine)
@@ -67,6 +58,15 @@ class ShardStream:
                 continue
             yield from islice(self._epoch(mine, epoch), start, None)
             start = 0
+
+    def check_readers(self, of: int) -> None:
+        """Raises ``UserError`` for fewer shards than streams."""
+        if of > len(self.shards):
+            raise UserError(
+                f"data.path={self.path}: {len(self.shards)} shards cannot be shared among {of} readers "
+                "(processes x parts of a batch x data.workers); make more, smaller ones "
+                "(--images-per-shard) or use fewer workers"
+            )
 
     def batch(self, number: int, size: int, index: int = 0, of: int = 1) -> list[Record]:
         """Batch ``number`` of a stream, cheap for the batch behind the last that was asked for."""
@@ -84,21 +84,30 @@ class ShardStream:
 
     def _epoch(self, shards: Sequence[Shard], epoch: int) -> Iterator[Record]:
         # webdataset's detshuffle counts its epochs from the one that it is given.
-        mixing = detshuffle(self.buffer, self.buffer, seed=self.seed, epoch=epoch - 1)
+        mixing = webdataset().detshuffle(self.buffer, self.buffer, seed=self.seed, epoch=epoch - 1)
         return mixing.run(in_order(self.path, shards))
 
 
-def in_order(path: str, shards: Sequence[Shard]) -> Iterator[Record]:
-    """All records of some shards, in order. Raises ``UserError`` for a shard that is damaged or not there."""
+def _streamed(url: str) -> Iterator[dict]:
+    with webdataset(".gopen").gopen(url) as opened:  # webdataset itself leaves files open
+        tar = webdataset(".tariterators")
+        yield from tar.group_by_keys(tar.tar_file_expander([{"url": url, "stream": opened}]))
+
+
+def in_order(
+    path: str, shards: Sequence[Shard], samples: Callable[[str], Iterator[dict]] = _streamed
+) -> Iterator[Record]:
+    """All records of some shards, in order. Raises ``UserError`` for a shard that is damaged or not there.
+
+    ``samples``: of a shard, by its address.
+    """
     for shard in shards:
         found = 0
         try:
-            url = f"{path.rstrip('/')}/{shard.name}"
-            with gopen(url) as opened:  # webdataset itself leaves files open
-                for sample in group_by_keys(tar_file_expander([{"url": url, "stream": opened}])):
-                    for record in records_of(sample):
-                        found += 1
-                        yield record
+            for sample in samples(f"{path.rstrip('/')}/{shard.name}"):
+                for record in records_of(sample):
+                    found += 1
+                    yield record
         except (OSError, tarfile.TarError, EOFError, ValueError) as problem:
             # webdataset puts its stream behind the arguments of an exception.
             reason = problem.strerror if isinstance(problem, OSError) else problem.args[0]

@@ -13,6 +13,7 @@ from clipmapper.config import TrainConfig
 from clipmapper.data.caption_results import write_captions_file
 from clipmapper.data.records import RecordData, check_task
 from clipmapper.data.scenes_captions import ScenesCaptions
+from clipmapper.data.shard_data import ShardData
 from clipmapper.errors import UserError
 from clipmapper.models.build import build_captioner, load
 from clipmapper.models.caption_decoding import Decoding
@@ -32,6 +33,7 @@ from clipmapper.training.processes import Share
 from clipmapper.training.record_batches import RecordCaptions
 from clipmapper.training.relevance_callback import RelevanceCallback
 from clipmapper.training.self_critical import SelfCriticalModule
+from clipmapper.training.streamed_batches import StreamedCaptions, check_readers
 from clipmapper.training.tables import console
 from clipmapper.training.task import Task
 
@@ -41,11 +43,15 @@ VALIDATION_SPLITS = ("validation", "held_out")
 class CaptionTask(Task):
     """See :class:`~clipmapper.training.task.Task`."""
 
+    objective = "cider"
+
     def __init__(self, config: TrainConfig, data: ScenesCaptions | RecordData) -> None:
         self.config, self.data = config, data
         if isinstance(data, RecordData):
             check_task(data, "captioning")
             self.validation_splits, self.workers = ("validation",), data.workers
+            if isinstance(data, ShardData):
+                check_readers(data, config.trainer.accumulate_grad_batches)
         else:
             self.validation_splits = VALIDATION_SPLITS
         if config.training.checkpoint is None:
@@ -58,7 +64,11 @@ class CaptionTask(Task):
         training = self.config.training
         names = ("train", *self.validation_splits)
         if isinstance(self.data, RecordData):
-            self.splits = {name: RecordCaptions(self.model, self.data.splits[name]) for name in names}
+            self.splits = {
+                name: RecordCaptions(self.model, self.data.splits[name])
+                for name in names
+                if name in self.data.splits
+            }
         else:
             store = token_store(self.config)
             self.splits = {
@@ -67,12 +77,14 @@ class CaptionTask(Task):
         if explainer is not None:
             samples = samples_of(self.model, self.data, "validation", explainer.samples, explainer.seed)
             explainer.prepare(samples, folder / "pictures")
+        # scst draws its own.
+        captions = training.captions if training.objective == "cross_entropy" else 1
+        if isinstance(self.data, ShardData):
+            self.splits["train"] = StreamedCaptions(self.model, self.data, self.config.seed)
+            self._batch_at = self.splits["train"].batches(training.batch_size, captions)
+            return
         self._batch_at = drawn_batches(
-            self.splits["train"],
-            batch_size=training.batch_size,
-            # scst draws its own.
-            captions=training.captions if training.objective == "cross_entropy" else 1,
-            seed=self.config.seed,
+            self.splits["train"], batch_size=training.batch_size, captions=captions, seed=self.config.seed
         )
 
     def module(self) -> CaptionModule:

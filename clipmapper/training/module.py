@@ -1,10 +1,12 @@
 """What the modules of all tasks share: the model, its optimiser and what a checkpoint says of it."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import lightning
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset, get_worker_info
 
 from clipmapper.models.build import DESCRIPTION
@@ -12,6 +14,7 @@ from clipmapper.models.fine_tuning import learning_rate_scales, without_adapters
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.training.optimisation import adamw, warmup_cosine
 from clipmapper.training.processes import WHOLE, Share, sum_of_all, this_share
+from clipmapper.training.sharding import gathered, shard
 
 
 class TaskModule(lightning.LightningModule):
@@ -37,13 +40,27 @@ class TaskModule(lightning.LightningModule):
         schedule = warmup_cosine(optimiser, self.warmup_steps, self.max_steps)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and not isinstance(self, FSDPModule):
+            shard(self, self.device_mesh["data_parallel"])
+
+    def compile_trained(self) -> None:
+        """``torch.compile`` what training runs, part by part, so that names of weights stay as they are."""
+        encoder = self.model.encoder
+        towers = () if encoder.frozen else (encoder.image_tower, encoder.text_tower)
+        blocks = [block for tower in towers for block in tower.attention_blocks()]
+        for part in (*blocks, *self.model.mapper.blocks, self.model.head):
+            part.compile()
+
     def on_validation_start(self) -> None:
-        """What validates and explains reads the encoder as a plain one, without adapters."""
-        self._plain = without_adapters(self.model.encoder)
-        self._plain.__enter__()
+        """What validates and explains uses a plain model: whole, without adapters, and not compiled."""
+        self._plain = ExitStack()
+        self._plain.enter_context(gathered(self))
+        self._plain.enter_context(without_adapters(self.model.encoder))
+        self._plain.enter_context(torch.compiler.set_stance("force_eager"))
 
     def on_validation_end(self) -> None:
-        self._plain.__exit__(None, None, None)
+        self._plain.close()
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint[DESCRIPTION] = self.model.description

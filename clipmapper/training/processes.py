@@ -83,7 +83,7 @@ def start_processes(trainer: TrainerConfig) -> torch.device:
             "command line; use trainer.devices=1, or a launcher that starts them itself "
             "(hydra/launcher=submitit_slurm)"
         )
-    with less_noise("lightning.fabric"):
+    with less_noise():
         fabric.launch()
     _cpu_group()
     if not is_main():

@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader
 from clipmapper.config import TrainConfig
 from clipmapper.data.records import RecordData
 from clipmapper.errors import UserError
+from clipmapper.models.build import load
+from clipmapper.models.captioner import Captioner
+from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.fine_tuning import merge_adapters
 from clipmapper.training.checkpoint_files import NO_ROOM, previous_of, restore_checkpoint
 from clipmapper.training.finite import StopAtNonFinite
@@ -59,8 +62,11 @@ def train(config: TrainConfig, data: RecordData | None = None) -> Path:
     try:
         return _train(config, device, data)
     except UserError as error:
-        if say_once(str(error)):
-            raise
+        line = _without_traceback(str(error))
+        if say_once(line):
+            if line == str(error):
+                raise
+            raise UserError(line) from error
         raise SystemExit(2) from error
     except OSError as error:
         if error.errno not in NO_ROOM:
@@ -107,11 +113,14 @@ def _train(config: TrainConfig, device: torch.device, data: RecordData | None) -
             trainer.save_checkpoint(folder / CHECKPOINT)
         if not is_main():
             return folder
+        _make_plain(model, folder / CHECKPOINT, sharded=config.trainer.strategy == "fsdp2")
         model.to(device)
-        merge_adapters(model.encoder)
 
-        found = task.results(trainer, folder)
+        with torch.compiler.set_stance("force_eager"):
+            found = task.results(trainer, folder)
         results: dict = {"name": config.name, "settings": settings, **found}
+        scored = f"{task.validation_splits[0]}/{task.objective}"
+        results["objective"] = {"name": scored, "value": float(trainer.callback_metrics[scored])}
         files = {"checkpoint": folder / CHECKPOINT, "results": folder / RESULTS}
         for table in task.tables(found):
             out.print(table)
@@ -158,6 +167,8 @@ def _fit(
     trainer = build_trainer(config.trainer, training.max_steps, folder, logger, callbacks)
     module = task.module()
     module.layer_decay = training.layer_decay
+    if config.trainer.compile:
+        module.compile_trained()
     share = this_share()
     batches = StepBatches(
         task.batch_at,
@@ -180,6 +191,20 @@ def _fit(
     if unseen or training.max_steps % steps_between_validations(config.trainer, training.max_steps):
         trainer.validate(module, validation, verbose=False)
     return trainer
+
+
+def _make_plain(model: CLIPmapper | Captioner, checkpoint: Path, sharded: bool) -> None:
+    """A trained model as :func:`clipmapper.load` gives it: whole, without adapters."""
+    if not sharded or this_share().of == 1:
+        merge_adapters(model.encoder)
+        return
+    for name, part in load(checkpoint).named_children():
+        setattr(model, name, part)
+
+
+def _without_traceback(message: str) -> str:
+    """Torch puts the traceback of a DataLoader's worker into the message of what it raised there."""
+    return message.rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].strip()
 
 
 def _data_lines(data) -> Iterator[str]:

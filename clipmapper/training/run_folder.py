@@ -76,6 +76,12 @@ def folder_to_resume(output: str, name: str, settings: Mapping) -> Path:
     return folder
 
 
+def objective(folder: Path) -> float | None:
+    """What a sweep looks for the highest of, of a finished run; None of a process that writes no results."""
+    results = folder / RESULTS
+    return json.loads(results.read_text())["objective"]["value"] if results.exists() else None
+
+
 def write_json(path: Path, content: Mapping) -> None:
     """Complete or not at all."""
     temporary = path.with_suffix(".tmp")

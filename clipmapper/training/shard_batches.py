@@ -10,9 +10,10 @@ from clipmapper.training.processes import WHOLE, Share
 
 
 def shard_batches(
-    stream: ShardStream, batch_of: Callable[[Sequence[Record]], dict], batch_size: int
+    stream: ShardStream, batch_of: Callable[[Sequence[Record], int], dict], batch_size: int
 ) -> Callable[[int, Share], dict]:
-    """A share of the training batch of every step, made by ``batch_of`` from the records of a stream.
+    """A share of the training batch of every step, made by ``batch_of`` from records of a stream and the
+    step.
 
     Each share has a stream of its own, and each worker of its ``DataLoader`` one of that: worker w of W reads
     for the steps that it makes, of which every W-th is its own. Which stream a step reads from, and where, is
@@ -25,6 +26,6 @@ def shard_batches(
         workers = 1 if worker is None else worker.num_workers
         size = len(share.rows(range(batch_size)))
         index, of = share.index * workers + step % workers, share.of * workers
-        return batch_of(stream.batch(step // workers, size, index, of))
+        return batch_of(stream.batch(step // workers, size, index, of), step)
 
     return batch_at

@@ -18,11 +18,13 @@ class Task(ABC):
     """``training._target_`` names the class, which is called with the run's settings and its data.
 
     ``model``: on the settings' device when ``prepare`` is called. ``validation_splits``: names of the splits
-    that are scored; ``<first of them>/loss`` is among what the module logs.
+    that are scored; ``<first of them>/loss`` is among what the module logs, and so is
+    ``<first of them>/<objective>``, what a sweep looks for the highest of.
     """
 
     model: nn.Module
     validation_splits: Sequence[str]
+    objective: str
     workers: int = 0  # processes that make batches
 
     @abstractmethod

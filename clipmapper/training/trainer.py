@@ -7,7 +7,7 @@ import lightning
 from lightning import LightningModule
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from clipmapper.config import TrainerConfig
@@ -57,6 +57,8 @@ def steps_between_validations(settings: TrainerConfig, max_steps: int) -> int:
 def _strategy(settings: TrainerConfig) -> Strategy | str:
     if this_share().of == 1:
         return "auto"
+    if settings.strategy == "fsdp2":
+        return ModelParallelStrategy(this_share().of, 1, save_distributed_checkpoint=False)
     return DDPStrategy(
         broadcast_buffers=False,  # training changes none
         gradient_as_bucket_view=True,

@@ -11,6 +11,7 @@ from rich.table import Table
 from clipmapper.config import TrainConfig
 from clipmapper.data.records import RecordData, check_task
 from clipmapper.data.scenes_vqa import ScenesVQA
+from clipmapper.data.shard_data import ShardData
 from clipmapper.data.vqa_results import write_results
 from clipmapper.errors import UserError
 from clipmapper.evaluation.vqa_accuracy import vqa_soft_accuracy
@@ -22,6 +23,7 @@ from clipmapper.training.processes import Share
 from clipmapper.training.record_batches import RecordQuestions, question_batches
 from clipmapper.training.relevance_callback import RelevanceCallback
 from clipmapper.training.scene_batches import SplitBatches, scene_splits, training_batches
+from clipmapper.training.streamed_batches import StreamedQuestions, check_readers
 from clipmapper.training.tables import accuracy_table, console
 from clipmapper.training.task import Task
 from clipmapper.training.vqa import VQAModule
@@ -32,12 +34,16 @@ VALIDATION_SPLITS = ("validation", "held_out")
 class VQATask(Task):
     """See :class:`~clipmapper.training.task.Task`."""
 
+    objective = "accuracy/overall"
+
     def __init__(self, config: TrainConfig, data: ScenesVQA | RecordData) -> None:
         self.config, self.data = config, data
         if isinstance(data, RecordData):
             check_task(data, "vqa")
             self.validation_splits, self.workers = ("validation",), data.workers
             self._score = data.accuracy
+            if isinstance(data, ShardData):
+                check_readers(data, config.trainer.accumulate_grad_batches)
         else:
             self.validation_splits, self._score = VALIDATION_SPLITS, vqa_soft_accuracy
             self._check_families()
@@ -60,6 +66,10 @@ class VQATask(Task):
                 name: RecordQuestions(self.model, records, self.data.vocabulary)
                 for name, records in self.data.splits.items()
             }
+            if isinstance(self.data, ShardData):
+                self.splits["train"] = StreamedQuestions(self.model, self.data, self.config.seed)
+                self._batch_at = self.splits["train"].batches(training.batch_size)
+                return
             self._batch_at = question_batches(
                 self.splits["train"], batch_size=training.batch_size, seed=self.config.seed
             )
