@@ -122,7 +122,7 @@ def test_plot_writes_a_picture(model, picture, tmp_path):
     ("change", "says"),
     [
         ({"method": "lime"}, "unknown method 'lime'; the methods are weighted, "),
-        ({"answer": "gren"}, "answer 'gren' is not one of the model's 22 answers; did you mean green"),
+        ({"answer": "gren"}, "answer 'gren' is not one of the model's 24 answers; did you mean green"),
         ({"question": " \t"}, "the question is empty"),
         ({"image": "missing.png"}, "image=missing.png: no such file"),
         ({"image": Path(__file__)}, "not a readable image"),

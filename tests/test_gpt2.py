@@ -229,12 +229,15 @@ def test_every_word_is_explained(model):
 
 
 def test_every_word_is_explained_with_its_own_tokenizer(own_tokens):
-    check_explanation(own_tokens, "a red ring left of a blue square")
+    caption = "a red ring left of a blue square"
+    check_explanation(own_tokens, caption, ("weighted", "gae"))
+    # GPT-2 adds its own embedding of a word to the mapper's: replacing what attention reads is not all of it.
+    with pytest.raises(UserError, match="occlusion: the tokens of stream 'text' can't be replaced"):
+        check_explanation(own_tokens, caption, ("occlusion",))
 
 
-def check_explanation(model, caption):
+def check_explanation(model, caption, methods=("weighted", "gae", "occlusion")):
     picture, model = caption_models.split(1).images[0], rounded(model)
-    methods = ["weighted", "gae", "occlusion"]
     found = explain_caption_methods(model, picture, methods, caption=caption)
     for explanation in found:
         assert explanation.words == tuple(caption.split())

@@ -66,9 +66,16 @@ def last_attention(trace: AttentionTrace, matrix: Matrix) -> Relevance:
 
 
 def on_inputs(
-    trace: AttentionTrace, stream: str, row: Float[Tensor, "batch 1 tokens"]
+    trace: AttentionTrace,
+    stream: str,
+    row: Float[Tensor, "batch 1 tokens"],
+    held: Float[Tensor, "batch 1 tokens"] | None = None,
 ) -> dict[str, Float[Tensor, "batch 1 _part"]]:
-    """A row over a stream's tokens, given to the input streams that the stream was joined or pooled from."""
+    """A row over a stream's tokens, given to the input streams that the stream was joined or pooled from.
+
+    ``held``: 1 for the tokens of ``stream`` that the row is about, all of them unless told otherwise. An input
+    stream none of whose tokens the row is about is left out.
+    """
     pool = next((s for s in trace.attention if s.pools and s.query_node.stream == stream), None)
     if pool is not None:  # learned queries have nothing of their own
         to_keys, _ = rows_times(mean_attention, pool, row, normalise=False)
@@ -77,10 +84,10 @@ def on_inputs(
     if join is None:
         return {stream: row}
     sizes = [trace.lengths[part.stream] for part in join.parts]
-    held = join.spread(torch.ones_like(row), sizes)
+    holdings = join.spread(torch.ones_like(row) if held is None else held, sizes)
     inputs = {}
-    for part, piece, holds in zip(join.parts, join.spread(row, sizes), held, strict=True):
+    for part, piece, holds in zip(join.parts, join.spread(row, sizes), holdings, strict=True):
         # A stream that was taken out of others (the image, of one flow) may hold nothing of some.
         if bool(holds.any()):
-            inputs.update(on_inputs(trace, part.stream, piece))
+            inputs.update(on_inputs(trace, part.stream, piece, holds))
     return inputs
