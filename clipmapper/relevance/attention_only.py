@@ -73,8 +73,8 @@ def on_inputs(
 ) -> dict[str, Float[Tensor, "batch 1 _part"]]:
     """A row over a stream's tokens, given to the input streams that the stream was joined or pooled from.
 
-    ``held``: 1 for the tokens of ``stream`` that the row is about, all of them unless told otherwise. An input
-    stream none of whose tokens the row is about is left out.
+    ``held``: 1 for the tokens of ``stream`` that the row is about; all of them, unless told otherwise. An
+    input stream none of whose tokens the row is about is left out.
     """
     pool = next((s for s in trace.attention if s.pools and s.query_node.stream == stream), None)
     if pool is not None:  # learned queries have nothing of their own
