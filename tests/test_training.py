@@ -262,8 +262,11 @@ def test_loaded_model_answers_as_the_trained_one(fitted):
         image = split.images[split.image_of[number]]
         with torch.no_grad():
             logits = fitted.module.logits(fitted.splits["validation"].batch(torch.tensor([number])))
-        assert loaded.answer(image, question.text) == fitted.model.answers[int(logits.argmax())]
-        answers.add(loaded.answer(image, question.text))
+        answer = loaded.answer(image, question.text)
+        assert answer == fitted.model.answer(image, question.text)
+        # Training read cached tokens, in half precision: two answers may be closer than that tells apart.
+        assert logits[0, fitted.model.answers.index(answer)] > logits.max() - 0.02
+        answers.add(answer)
     assert len(answers) > 2
     weights = fitted.model.state_dict()
     assert same_bits(dict(weights), dict(loaded.state_dict()))
