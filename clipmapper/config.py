@@ -59,6 +59,10 @@ METHODS = (
     "grad_eclip_libra",
     "input_x_gradient_libra",
     "token_tm_libra",
+    "beyond_intuition_libra",
+    "legrad_libra",
+    "transformer_attribution_libra",
+    "integrated_gradients_libra",
 )
 # As clipmapper.evaluation.caption_perturbation.ALL_SCORES (a test compares them).
 CAPTION_SCORES = (

@@ -340,7 +340,7 @@ def test_bad_image(mistake, tmp_path, picture):
         ("explain", "method=lime", "method: 'lime' is not one of weighted, "),
         ("perturb", "methods=[weighted,lime]", "methods: 'lime' is not one of weighted, "),
         ("train", "callbacks.methods=[lime]", "callbacks.methods: 'lime' is not one of weighted, "),
-        ("explain", "answer=gren", "answer 'gren' is not one of the model's 22 answers; did you mean green"),
+        ("explain", "answer=gren", "answer 'gren' is not one of the model's 24 answers; did you mean green"),
         ("explain", "compair=true", "compair: there is no such setting; did you mean compare?"),
         ("perturb", "+sample=3", "sample: there is no such setting; did you mean samples?"),
         ("perturb", "samples=many", "samples: 'many' is not an int"),
@@ -380,8 +380,11 @@ def test_text_of_users_is_printed_as_it_is(capsys):
 
 def test_missing_numbers_are_left_out(capsys):
     row = {"questions": 4, "validation": 0.5, "held_out": None, "blind": 0.25, "chance": None}
-    rows = printed_table(capsys, accuracy_table({"overall": row})).splitlines()
+    full = {"questions": 3, "validation": 1.0, "held_out": 0.5, "blind": 0.5, "chance": 0.25}
+    rows = printed_table(capsys, accuracy_table({"colour": full, "overall": row})).splitlines()
     assert cells_of(rows[-2]) == ["overall", "4", "50.0", "", "25.0", ""]
+    rows = printed_table(capsys, accuracy_table({"overall": row})).splitlines()
+    assert cells_of(rows[-2]) == ["overall", "4", "50.0", "25.0"]  # a column that nothing is known of
 
 
 def test_best_and_undecided_methods_are_marked(capsys):
