@@ -29,9 +29,12 @@ def kept_captions(
     ``function(sample, image_keep, write)`` → the log-probability of every token of the given captions but the
     first, 0 at padding, and, where ``write``, the captions that the model writes from what is left.
     ``sample`` are positions in this batch, ``image_keep`` the patches that stay (None: all). The text tower,
-    which does not read the image, runs once; a variant's image tower runs once for both.
+    which does not read the image, runs once; a variant's image tower runs once for both, behind patches that
+    are embedded once.
     """
     images, text = images.to(model.device), text.to(model.device)
+    tower = model.encoder.image_tower
+    embedded, rotary = tower.embed(images)
     text_tokens = model.text_tokens(text.ids, text.valid)
 
     @torch.no_grad()
@@ -40,7 +43,7 @@ def kept_captions(
     ) -> tuple[Float[Tensor, "variants told"], Sequence[str] | None]:
         sample = sample.to(model.device)
         keep = None if image_keep is None else image_keep.to(model.device)
-        image_tokens = model.encoder.image_tokens(images[sample], keep=keep)
+        image_tokens = tower.behind(embedded[sample], rotary, keep=keep)
         told = _log_probabilities(model, image_tokens, text_tokens[sample], text[sample], keep)
         if not write:
             return told, None

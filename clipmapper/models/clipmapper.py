@@ -100,10 +100,12 @@ class CLIPmapper(nn.Module):
         ``scorer(sample, image_keep, text_keep)`` → logits [variants, answers], where ``sample`` are positions
         in this batch and the other two list what is kept, as in :meth:`forward` (None: everything). What a
         variant leaves whole is encoded once and shared: the text tower is not run again when only the
-        image changes, nor the image tower when only the text does.
+        image changes, nor the image tower when only the text does. Patches are embedded once as well.
         """
         images, text = images.to(self.device), text.to(self.device)
-        image_tokens = self.encoder.image_tokens(images)
+        tower = self.encoder.image_tower
+        embedded, rotary = tower.embed(images)
+        image_tokens = tower.behind(embedded, rotary)
         text_tokens = self.encoder.text_tokens(text.ids, text.valid)
 
         @torch.no_grad()
@@ -117,7 +119,7 @@ class CLIPmapper(nn.Module):
                 image = image_tokens[sample]
             else:
                 image_keep = image_keep.to(self.device)
-                image = self.encoder.image_tokens(images[sample], keep=image_keep)
+                image = tower.behind(embedded[sample], rotary, keep=image_keep)
             if text_keep is None:
                 valid = text.valid[sample]
                 length = int(valid.sum(dim=1).max())

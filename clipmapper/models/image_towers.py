@@ -80,7 +80,16 @@ class ImageTower(nn.Module):
         before the first block. ``ignore``: True for patches that no attention may read; they stay in the
         sequence. Either leaves the remaining tokens as if the other patches had never been there.
         """
-        tokens, rotary = self.embed(images)
+        return self.behind(*self.embed(images), keep=keep, ignore=ignore)
+
+    def behind(
+        self,
+        tokens: Float[Tensor, "batch tokens channels"],
+        rotary: Float[Tensor, "patches rotary"] | None,
+        keep: Int[Tensor, "batch kept"] | None = None,
+        ignore: Bool[Tensor, "batch patches"] | None = None,
+    ) -> Float[Tensor, "batch out channels"]:
+        """``forward`` behind ``embed``, which many variants of an image share."""
         prefix = self.prefix_tokens
         if keep is not None:
             tokens = torch.cat([tokens[:, :prefix], select_tokens(tokens[:, prefix:], keep)], dim=1)
