@@ -53,17 +53,23 @@ class _Opposite:
 class Again:
     """A model and a forward of it: ``forward(rows)`` gives y for these samples of the traced batch.
 
-    The model is in evaluation mode meanwhile and afterwards what it was.
+    The model is in evaluation mode meanwhile and afterwards what it was. It runs under the autocast under
+    which this was made.
     """
 
     def __init__(self, model: nn.Module, forward: Forward, readout: Readout | None = None) -> None:
         self.model, self.forward, self.readout = model, forward, readout
         self._recorded: dict[str, AttentionTrace] = {}
+        kind = next((p.device.type for p in model.parameters()), "cpu")
+        self._autocast = torch.autocast(
+            kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
+        )
 
     def opposite(self) -> "Again":
         """The same for −y."""
         readout = None if self.readout is None else _Opposite(self.readout)
-        return Again(self.model, lambda rows: -self.forward(rows), readout)
+        with self._autocast:
+            return Again(self.model, lambda rows: -self.forward(rows), readout)
 
     def recorded(self, trace: AttentionTrace, rules: str) -> AttentionTrace:
         """The same forward and backward under other backward rules (made once for each)."""
@@ -116,7 +122,8 @@ class Again:
         training = self.model.training
         self.model.eval()
         try:
-            yield
+            with self._autocast:
+                yield
         finally:
             self.model.train(training)
 

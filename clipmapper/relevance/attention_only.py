@@ -7,7 +7,7 @@ from torch import Tensor
 from clipmapper.relevance.method import explanation
 from clipmapper.relevance.propagation import Matrix, mean_attention, propagate, rows_times
 from clipmapper.relevance.result import Relevance, as_relevance
-from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
+from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node, exact_step
 
 
 @explanation(layers=True)
@@ -59,7 +59,7 @@ def last_attention(trace: AttentionTrace, matrix: Matrix) -> Relevance:
         source = step.key_node.stream
         if step.query_node.stream in rows and source not in seen:
             seen.add(source)
-            to_keys, _ = rows_times(matrix, step, rows[step.query_node.stream], normalise=False)
+            to_keys, _ = rows_times(matrix, exact_step(step), rows[step.query_node.stream], normalise=False)
             for stream, part in on_inputs(trace, source, to_keys).items():
                 found.setdefault(stream, part[:, 0])
     return as_relevance(trace, found)

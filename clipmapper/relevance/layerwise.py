@@ -1,6 +1,7 @@
 """LeGrad: every layer is read out by the model's head."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -50,9 +51,10 @@ def legrad(trace: AttentionTrace, start_layer: int | Mapping[str, int] = 0) -> R
             score = running.readout(pooled).sum()
         found = torch.autograd.grad(score, [s.mixed for s in layer], retain_graph=True)
         for sublayer, gradient in zip(layer, found, strict=True):
-            evidence = (gradient @ sublayer.value.detach().transpose(-2, -1)).clamp(min=0)
+            sublayer = replace(sublayer, mixed_gradient=gradient)
+            evidence = sublayer.probability_gradient().clamp(min=0)
             # Rows of padding are no tokens of the layer.
-            rows = inside[:, None] / inside.sum(dim=1)[:, None, None]
+            rows = (inside[:, None] / inside.sum(dim=1)[:, None, None]).to(evidence.dtype)
             column = (evidence * rows).sum(dim=2).mean(dim=1)
             source = sublayer.key_node.stream
             totals[source] = totals[source] + column if source in totals else column

@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from clipmapper.errors import UserError
@@ -45,13 +46,15 @@ def explanation(*, gradient: bool = False, layers: bool = False) -> Callable:
             if "start_layer" not in own:
                 trace = from_layer(trace, options.pop("start_layer", 0))
             sign = "positive" if "sign" in own else options.pop("sign", "positive")
-            if sign == "positive":
-                return function(trace, **options)
-            against = function(opposite(trace), **options)
-            if sign == "negative":
-                return against
-            streams = function(trace, **options).streams
-            return replace(against, streams={s: v - against.streams[s] for s, v in streams.items()})
+            # Relevance is not computed by autocast's rules (``trace.again`` is).
+            with torch.autocast(trace.device.type, enabled=False):
+                if sign == "positive":
+                    return function(trace, **options)
+                against = function(opposite(trace), **options)
+                if sign == "negative":
+                    return against
+                streams = function(trace, **options).streams
+                return replace(against, streams={s: v - against.streams[s] for s, v in streams.items()})
 
         parameters = list(own.values())
         parameters.insert(1, inspect.Parameter("y", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None))

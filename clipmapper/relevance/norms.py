@@ -14,7 +14,7 @@ from clipmapper.relevance.method import explanation
 from clipmapper.relevance.projections import Projection, is_linear
 from clipmapper.relevance.propagation import mean_attention, propagate
 from clipmapper.relevance.result import Relevance, as_relevance
-from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
+from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node, exact_step
 
 _BLOCK = 16  # query rows whose contributions, keys × width each, are held at a time
 _INTEGRATION_STEPS = 20  # of the paper
@@ -40,7 +40,7 @@ def alti(trace: AttentionTrace) -> Relevance:
         A, x = step.probabilities(), step.before.detach()
         stream = x + step.added.detach()
         norm = projection.norm
-        y = stream if norm is None else norm(stream).detach()
+        y = stream if norm is None else projection.normed(stream)
         residual = projection.normalised(stream, x)
         own, to_keys = torch.zeros_like(row), row.new_zeros(*row.shape[:2], step.key.shape[2])
         for start in range(0, y.shape[1], _BLOCK):
@@ -138,10 +138,10 @@ def beyond_intuition(trace: AttentionTrace, start_layer: int | Mapping[str, int]
 
     reasoned = propagate(from_layer(trace, start_layer), trace.read_row(), rule)
     last: list[int] = []
-    numbered = {id(step): i for i, step in enumerate(trace.attention)}
+    numbered = {step.output_node: i for i, step in enumerate(trace.attention)}
 
     def noting(step: Attention, samples: slice, queries: slice) -> Float[Tensor, "samples queries keys"]:
-        last.append(numbered[id(step)])
+        last.append(numbered[step.output_node])
         return mean_attention(step, samples, queries)
 
     last_attention(trace, noting)
@@ -152,14 +152,14 @@ def beyond_intuition(trace: AttentionTrace, start_layer: int | Mapping[str, int]
             gradients[i] = gradients[i] + scaled[i].probability_gradient() / _INTEGRATION_STEPS
 
     def matrix(step: Attention, samples: slice, queries: slice) -> Float[Tensor, "samples queries keys"]:
-        return gradients[numbered[id(step)]][samples, :, queries].clamp(min=0).mean(dim=1)
+        return gradients[numbered[step.output_node]][samples, :, queries].clamp(min=0).mean(dim=1)
 
     weights = last_attention(trace, matrix).streams
     return as_relevance(trace, {s: row[:, 0] * weights[s] for s, row in reasoned.items()})
 
 
 def _projection(step: Attention, method: str) -> Projection:
-    if step.projection is None or not is_linear(step.projection, step.mixed, step.added):
+    if step.projection is None or not is_linear(step.projection, step.mixed, step.added, step.rounded):
         raise UserError(
             f"{method} needs the output projection of {step.name}, which the recorder does not know: its "
             "line in clipmapper/relevance/families.py names none, or something else is done to its result"
@@ -180,7 +180,7 @@ def _tokens(trace: AttentionTrace, node: Node, method: str) -> Float[Tensor, "ba
     """The tokens of a node on the residual stream."""
     for step in trace.attention:
         if step.query_node == node:
-            return step.before.detach()
+            return exact_step(step).before.detach()
     for join in (s for s in trace.steps if isinstance(s, Join)):
         if node in join.parts:
             sizes = [trace.lengths[part.stream] for part in join.parts]

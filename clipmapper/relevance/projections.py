@@ -41,6 +41,13 @@ class Projection:
         deviation = (stream.var(dim=-1, unbiased=False, keepdim=True) + self.norm.eps).sqrt()
         return (parts - parts.mean(dim=-1, keepdim=True)) / deviation * self.norm.weight.detach()
 
+    @torch.no_grad()
+    def normed(self, stream: Float[Tensor, "*any width"]) -> Float[Tensor, "*any width"]:
+        """The norm itself, in the precision of ``stream``."""
+        norm = self.norm
+        weight, bias = (None if t is None else t.to(stream.dtype) for t in (norm.weight, norm.bias))
+        return nn.functional.layer_norm(stream, norm.normalized_shape, weight, bias, norm.eps)
+
 
 def projection_of(module: nn.Module, linear: str, scale: str | None, norm: str | None) -> Projection | None:
     """From the paths of a family's line; None where this version of the module has no such part."""
@@ -62,11 +69,15 @@ def is_linear(
     projection: Projection,
     mixed: Float[Tensor, "batch heads queries channels"],
     added: Float[Tensor, "batch queries width"],
+    rounded: bool,
 ) -> bool:
-    """Is what is added really the projection of what was mixed (plus a bias)? Seen at two tokens."""
+    """Is what is added really the projection of what was mixed (plus a bias)? Seen at two tokens.
+
+    ``rounded``: the model computed with less than float32.
+    """
     mixed, added = mixed.detach(), added.detach()
     rows = mixed.transpose(1, 2).flatten(0, 1)[[0, -1]].flatten(1)
     ends = added.flatten(0, 1)[[0, -1]]
     moved = (rows[1] - rows[0]) @ projection.weight(mixed.shape[1]).flatten(0, 1).to(rows)
-    tolerance = 1e-1 if torch.finfo(added.dtype).eps > 1e-5 else 1e-3
+    tolerance = 1e-1 if rounded else 1e-3
     return bool((moved - (ends[1] - ends[0])).norm() <= tolerance * ends.norm() + 1e-9)

@@ -6,18 +6,32 @@ from dataclasses import replace
 from jaxtyping import Float
 from torch import Tensor
 
+from clipmapper.errors import UserError
 from clipmapper.relevance.again import with_rules
 from clipmapper.relevance.attention_only import last_attention
 from clipmapper.relevance.layers import from_layer
 from clipmapper.relevance.method import explanation
 from clipmapper.relevance.propagation import part_of, propagate
 from clipmapper.relevance.result import Relevance, as_relevance
-from clipmapper.relevance.trace import Attention, AttentionTrace
+from clipmapper.relevance.trace import Attention, AttentionTrace, exact_step
 
 
 def attention_relevance(step: Attention) -> Float[Tensor, "batch heads queries keys"]:
     """R^A of a sub-layer recorded with ``rules="lrp"``: half of ``A ⊙ ∂A``, the other half is v's."""
     return step.probabilities() * step.probability_gradient() / 2
+
+
+def _by_lrp(trace: AttentionTrace, method: str) -> AttentionTrace:
+    """``UserError`` for a model in half precision: the rules divide by what may cancel out, and with the
+    rounding of its activations what comes out is another explanation (tiny models: off by its own size)."""
+    trace = with_rules(trace, "lrp", method)
+    for step in trace.attention:
+        if exact_step(step).rounded:
+            raise UserError(
+                f"{method} is not defined in half precision, nor under autocast (LRP divides by sums that "
+                "cancel out): run the model in float32"
+            )
+    return trace
 
 
 @explanation(gradient=True)
@@ -27,10 +41,10 @@ def transformer_attribution(trace: AttentionTrace, start_layer: int | Mapping[st
     R^A is the LRP relevance of A when 1 is propagated from y, by the rules of
     :mod:`clipmapper.relevance.lrp_rules`; ∇A is the plain gradient. The paper's models have one stream; with
     cross-attention the keys' C takes the place of C on the right (ours). Defined where ``attn_lrp`` is.
-    Needs ``trace.backward(y)`` and ``trace.again``. ``start_layer`` (default: all layers; also an option of
-    the released code): see :func:`~clipmapper.relevance.layers.from_layer`.
+    Needs ``trace.backward(y)`` and ``trace.again``; not in half precision. ``start_layer`` (default: all
+    layers; also an option of the released code): see :func:`~clipmapper.relevance.layers.from_layer`.
     """
-    by_lrp = with_rules(trace, "lrp", "transformer_attribution")
+    by_lrp = _by_lrp(trace, "transformer_attribution")
     if trace.rules == "lrp":
         trace = with_rules(trace, "plain", "transformer_attribution")
     relevance = {step.output_node: attention_relevance(step) for step in by_lrp.attention}
@@ -53,7 +67,7 @@ def partial_lrp(trace: AttentionTrace, sign: str = "positive") -> Relevance:
     which the read token reads each modality. ``sign``: "negative" relevance instead, as positive numbers, or
     "both". Defined where :func:`transformer_attribution` is.
     """
-    trace = with_rules(trace, "lrp", "partial_lrp")
+    trace = _by_lrp(trace, "partial_lrp")
 
     def part(factor: int) -> Relevance:
         def matrix(step: Attention, samples: slice, queries: slice) -> Float[Tensor, "samples queries keys"]:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
+from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node, exact_step
 
 # Given a sub-layer and rows at its output, the rows at its query tokens and at its key tokens.
 Rule = Callable[
@@ -46,7 +46,7 @@ def propagate(
             continue
         row = at.pop(step.output_node, None)
         if row is not None:
-            own, to_keys = rule(step, row)
+            own, to_keys = rule(exact_step(step), row)
             _add(at, step.query_node, own)
             if to_keys is not None:
                 _add(at, step.key_node, to_keys)

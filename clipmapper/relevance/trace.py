@@ -7,7 +7,7 @@ and concatenations of streams (:class:`Join`). Every explanation method is a pur
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +93,7 @@ class Attention:
     projection: Projection | None = None  # what is behind attention, where the recorder knows it
     after: Tensor | None = None  # [batch, queries, width]: the stream after the MLP that follows; None: none
     pools: bool = False  # nothing is before it: its queries are learned, and its output is `added` alone
+    rounded: bool = False  # some of these were computed with less than float32
     # x + a, where the graph holds that and not a: then `added` is their difference, when first asked for.
     total: Float[Tensor, "batch queries width"] | None = None
     # Where mixed, before and added are in the graph; () when it is gone.
@@ -172,9 +173,31 @@ def attention_probabilities(
     return torch.softmax(scores, dim=-1, out=scores)
 
 
+_HALVES = (torch.float16, torch.bfloat16)
+
+
 def _exact(tensor: Tensor) -> Tensor:
     """As float32 where it is less: a softmax of bfloat16 scores would be off by parts in a hundred."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+    return tensor.float() if tensor.dtype in _HALVES else tensor
+
+
+_NUMBERS = (
+    "query", "key", "value", "mixed", "before", "added", "mixed_gradient", "before_gradient",
+    "added_gradient", "context", "after", "replaced",
+)  # fmt: skip
+
+
+def exact_step(step: Attention) -> Attention:
+    """The sub-layer with all its numbers as float32 where they are less; itself where none is.
+
+    A model in half precision, or under autocast (which mixes both), rounds what it computes; what is made of
+    that here does not round again. For one sub-layer at a time: all of them would take twice the memory.
+    """
+    found = {name: value for name in _NUMBERS if (value := getattr(step, name)) is not None}
+    if not any(value.dtype in _HALVES for value in found.values()):
+        return step
+    with torch.no_grad():
+        return replace(step, **{name: _exact(value) for name, value in found.items()}, rounded=True)
 
 
 @dataclass(frozen=True)
@@ -268,7 +291,8 @@ class AttentionTrace:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.attention[0].before.dtype
+        """Of relevance: the model's, but not less than float32."""
+        return torch.promote_types(self.attention[0].before.dtype, torch.float32)
 
     def padding_free(self, stream: str) -> Bool[Tensor, "batch tokens"]:
         """True at the tokens of a stream that are not padding."""
@@ -298,9 +322,11 @@ class AttentionTrace:
                 # The relevance that is passed on is 1 (Chefer et al.'s one-hot vector), not y.
                 y = y / y.detach()
             total = y.sum()
-        found = torch.autograd.grad(
-            total, [edge.edge for edge in edges], allow_unused=True, retain_graph=keep_graph
-        )
+        # (Backward rules are code of ours that autocast would reach, where the caller is inside it.)
+        with torch.autocast(self.device.type, enabled=False):
+            found = torch.autograd.grad(
+                total, [edge.edge for edge in edges], allow_unused=True, retain_graph=keep_graph
+            )
         gradients = {id(edge): gradient for edge, gradient in zip(edges, found, strict=True)}
         for step in self.attention:
             recorded = (step.mixed, step.before, step.added)

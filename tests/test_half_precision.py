@@ -1,0 +1,118 @@
+"""Methods on models in half precision and under autocast: float32 from what was recorded, or an error."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import tiny_models
+import torch
+
+from clipmapper.benchmarks import subjects
+from clipmapper.errors import UserError
+from clipmapper.relevance import METHODS, Again, Attention, record
+from clipmapper.relevance import trace as tracing
+
+CPU = torch.device("cpu")
+LRP = ("transformer_attribution", "transformer_attribution_libra", "partial_lrp")
+# The same numbers by other means: methods that make another forward, or that only draw, are compared apart.
+ONE_RECORDING = [
+    name for name in METHODS
+    if not name.endswith("libra") and name not in (
+        *LRP, "random", "beyond_intuition", "attn_lrp", "integrated_gradients", "occlusion", "legrad"
+    )
+]  # fmt: skip
+
+
+class _Head:
+    def __init__(self, read, prefix):
+        self.read, self.prefix = read, prefix
+
+    def applies(self, step):
+        return step.name.startswith(self.prefix)
+
+    def __call__(self, pooled):
+        return self.read(pooled)
+
+
+def vit(folder, dtype):
+    tower = subjects.image_tower("vit", tiny_models.clip_config(folder), 2, CPU).module.double()
+    tiny_models.randomise(tower, 0)
+    tower, images = tower.to(dtype), tiny_models.images(2).to(dtype)
+    return (
+        tower,
+        lambda rows: tower(images[rows])[:, 2],
+        _Head(lambda p: (tower.ln_post(p) @ tower.proj)[:, 2], ""),
+    )
+
+
+def clipmapper(folder, dtype):
+    model = tiny_models.clipmapper(folder, image_position_embedding=True).to(dtype).requires_grad_(False)
+    images, text = tiny_models.images(2).to(dtype), tiny_models.texts([8, 6])
+
+    def forward(rows):
+        return model(images[rows], text[rows], only_class_token=False)[:, 0]
+
+    return model, forward, _Head(lambda pooled: model.head(pooled)[:, 0], "mapper")
+
+
+MODES = {
+    "bfloat16": (torch.bfloat16, False),
+    "float16": (torch.float16, False),
+    "autocast": (torch.float32, True),
+}
+
+
+@pytest.fixture(scope="module", params=[vit, clipmapper], ids=lambda build: build.__name__)
+def recorded(request, tmp_path_factory):
+    """Mode → a trace; the one in float32 is called "exact"."""
+    folder, found = tmp_path_factory.mktemp("half"), {}
+    for mode, (dtype, auto) in {"exact": (torch.float32, False), **MODES}.items():
+        model, forward, head = request.param(folder, dtype)
+        context = torch.autocast("cpu", torch.bfloat16) if auto else nullcontext()
+        with context:  # everything inside, as notebooks do
+            with record(model) as trace:
+                y = forward(torch.arange(2))
+            trace.backward(y)
+            trace.again = Again(model, forward, head)
+        found[mode] = trace
+    return found
+
+
+def in_float64(trace):
+    def turned(step):
+        if not isinstance(step, Attention):
+            return step
+        numbers = {name: getattr(step, name) for name in tracing._NUMBERS}
+        doubles = {name: value.double() for name, value in numbers.items() if value is not None}
+        return replace(step, **doubles, rounded=True)
+
+    return replace(trace, steps=[turned(step) for step in trace.steps])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ONE_RECORDING)
+def test_relevance_of_what_was_recorded_is_exact(recorded, name, mode):
+    """The method rounds no more than float32 does (1e-3 of the largest is asked for)."""
+    with torch.autocast("cpu", torch.bfloat16):
+        found = METHODS[name](recorded[mode]).streams
+    expected = METHODS[name](in_float64(recorded[mode])).streams
+    for stream, values in found.items():
+        assert values.dtype == torch.float32
+        assert (values - expected[stream]).abs().max() <= 1e-4 * expected[stream].abs().max()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_works_in_half_precision_or_says_that_it_does_not(recorded, name, mode):
+    """Against the float32 model: what is left is the rounding of the model itself, which these two
+    (random, of strong contrast) amplify."""
+    trace = recorded[mode]
+    if name in LRP:
+        with pytest.raises(UserError, match="not defined in half precision"):
+            METHODS[name](trace)
+        return
+    found, expected = METHODS[name](trace).streams, METHODS[name](recorded["exact"]).streams
+    for stream, values in found.items():
+        assert values.isfinite().all() and values.any()
+        limit = 0.05 if mode == "float16" else 0.3
+        assert (values - expected[stream]).abs().max() <= limit * expected[stream].abs().max()
