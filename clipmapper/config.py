@@ -335,6 +335,7 @@ class FamilySharesConfig(Section):
     existence: float = setting(minimum=0)
     counting: float = setting(minimum=0)
     place: float = setting(minimum=0)
+    size: float = setting(minimum=0)
     relation_choose: float = setting(minimum=0)
     relation_open: float = setting(minimum=0)
     relation_yes_no: float = setting(minimum=0)
@@ -362,6 +363,7 @@ class ScenesVQATrainingConfig(VQATrainingConfig):
     first_families: list[str] = setting()
     first_share: float = setting(minimum=0, maximum=1)
     shares: FamilySharesConfig = field(default_factory=FamilySharesConfig)
+    told_by_size: float = setting(minimum=0, maximum=1)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from _list_problems("first_families", self.first_families)

@@ -27,6 +27,7 @@ _A, _B = f"(?P<a>{_THING})", f"(?P<b>{_THING})"
 _D = f"(?P<d>{_DIRECTION})"
 _D_OR_E = f"{_D} or (?P<e>{_DIRECTION})"
 _BIGGER_OR_SMALLER = "(?P<d>bigger|smaller) or (?P<e>bigger|smaller)"
+_LARGE_OR_SMALL = f"(?P<d>{_SIZE}) or (?P<e>{_SIZE})"
 _COLOURLESS = f"(?P<a>(?:{_SIZE} )?{_SHAPE})"
 _SHAPELESS = f"(?P<a>(?:{_SIZE} )?{_COLOUR})"
 _MANY = f"(?P<a>{'|'.join(_PLURALS)}|{_COLOUR} things)"
@@ -58,6 +59,11 @@ _QUESTIONS = {
         rf"is the {_A} {_D_OR_E} the middle\?",
         rf"where is the {_A}: {_D_OR_E} the middle\?",
         rf"does the {_A} lie {_D_OR_E} the middle\?",
+    ),
+    "size": (
+        rf"is the {_A} {_LARGE_OR_SMALL}\?",
+        rf"is it a (?P<d>{_SIZE}) or a (?P<e>{_SIZE}) {_A}\?",
+        rf"does the {_A} look {_LARGE_OR_SMALL}\?",
     ),
     "relation_choose": (
         rf"is the {_A} {_D_OR_E} the {_B}\?",
@@ -179,6 +185,12 @@ def _place(parts, items) -> str:
     return _choice(parts, _the(parts["a"], items), _Point(SIDE / 2, SIDE / 2))
 
 
+def _size(parts, items) -> str:
+    if {parts["d"], parts["e"]} != set(SIZES):
+        raise Unclear("these two are no choice")
+    return _the(parts["a"], items).size
+
+
 def _relation_choose(parts, items) -> str:
     return _choice(parts, _the(parts["a"], items), _the(parts["b"], items))
 
@@ -222,6 +234,7 @@ _SOLVERS = {
     "existence": _existence,
     "counting": _counting,
     "place": _place,
+    "size": _size,
     "relation_choose": _relation_choose,
     "relation_open": _relation_open,
     "relation_yes_no": _relation_yes_no,

@@ -46,7 +46,7 @@ from clipmapper.training import contrastive
 from clipmapper.training.contrastive import ContrastiveScenes
 from clipmapper.training.encoder_tokens import ArrayImages, question_tokens
 from clipmapper.training.explained_samples import choose_samples
-from clipmapper.training.scene_batches import SplitBatches
+from clipmapper.training.scene_batches import SplitBatches, training_batches
 
 unhurried = settings(deadline=None, max_examples=30)  # a busy machine is not a failure
 seeds, indices = st.integers(0, 2**32), st.integers(0, 10**6)
@@ -66,7 +66,7 @@ def scenes():
 @pytest.fixture(scope="module")
 def asked(scenes):
     """(question, objects of its scene), thousands of them."""
-    every = balanced_questions(scenes, 3)
+    every = balanced_questions(scenes, 5)
     return [(q, scene.objects) for scene, some in zip(scenes, every, strict=True) for q in some]
 
 
@@ -345,6 +345,7 @@ def test_answers_are_balanced(asked, family):
         "place": ("left", "right", "above", "below"),
         "relation_choose": ("left", "right", "above", "below"),
         "relation_open": SHAPES,
+        "size": SIZES,
         "comparison": ("bigger", "smaller"),
     }.get(family, ("yes", "no"))
     assert set(counts) == set(expected)
@@ -407,6 +408,16 @@ def test_half_of_the_negatives_are_hard(asked):
     negatives = [(q, items) for q, items in asked if q.family == "existence" and q.answer == "no"]
     hard = np.mean([scene_checker.is_hard_negative(q.text, items) for q, items in negatives])
     assert len(negatives) > 300 and 0.42 < hard < 0.58, hard
+
+
+def test_the_size_tells_which_of_two_is_meant(asked):
+    told = Counter()
+    for question, items in asked:
+        same = {"colour": "shape", "shape": "colour"}.get(question.family)
+        alike = [o for o in items if same and getattr(o, same) in words_of(question.text)]
+        assert question.told_by_size == (len(alike) > 1), question
+        told[question.family, question.told_by_size] += 1
+    assert min(told[f, t] for f in ("colour", "shape") for t in (True, False)) > 30
 
 
 # ---------------------------------------------------------------- what decides an answer
@@ -753,7 +764,7 @@ def test_samples_are_spread_over_the_families(model, data):
         and set(counts.values()) == {3, 4}
     )
     assert len(set(chosen.ids)) == len(chosen)
-    again, other = choose_samples(model, split, 29, seed=0), choose_samples(model, split, 29, seed=1)
+    again, other = (choose_samples(model, split, len(chosen), seed=s) for s in (0, 1))
     assert again.ids == chosen.ids and set(other.ids) != set(chosen.ids)
     assert choose_samples(model, split, 9, seed=0).ids == chosen.ids[:9]  # more samples keep the first ones
     for k, number in enumerate(chosen.ids):
@@ -830,6 +841,40 @@ def test_batches_from_the_cache_give_the_same_logits(model, data):
     assert [a for batch in labelled for a in batch["answers"]] == [
         [q.answer] * 10 for q in data.simple.questions
     ]
+
+
+def test_what_training_asks(model, data):
+    """First families first, families by their shares, and within them what only a size tells by its own."""
+    asked = []
+
+    class Noted(SplitBatches):
+        def batch(self, numbers):
+            asked.extend((self.name, self.split.questions[int(n)]) for n in numbers)
+            return {}
+
+    simple, train = (Noted(model, getattr(data, name), name, None) for name in ("simple", "train"))
+    batch_at = training_batches(
+        simple,
+        train,
+        batch_size=400,
+        simple_steps=3,
+        first_families=["place"],
+        first_steps=1,
+        shares=dict.fromkeys(FAMILIES, 0.0) | {"colour": 3.0, "counting": 1.0, "place": 1.0},
+        told_by_size=0.4,
+        seed=0,
+    )
+    for step in range(8):
+        batch_at(step)
+    assert [name for name, _ in asked] == ["simple"] * 1200 + ["train"] * 2000
+    assert {q.family for _, q in asked[:400]} == {"place"}
+    later = Counter(q.family for _, q in asked[400:])
+    assert set(later) == {"colour", "counting", "place"} and 0.55 < later["colour"] / 2800 < 0.65
+    colour = [q.told_by_size for _, q in asked[1200:] if q.family == "colour"]
+    assert 0.35 < np.mean(colour) < 0.45
+    repeated = len(asked)
+    batch_at(7)
+    assert asked[repeated:] == asked[repeated - 400 : repeated]
 
 
 # ---------------------------------------------------------------- images that users give

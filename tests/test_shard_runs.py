@@ -18,7 +18,6 @@ from clipmapper.training.instances import built
 from clipmapper.training.module import StepBatches
 from clipmapper.training.run import train
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
-from clipmapper.training.run_perturb import samples_of
 from clipmapper.training.vqa_task import VQATask
 
 TRAIN, VALIDATION = 8, 3
@@ -129,12 +128,12 @@ def test_mistakes_are_one_clear_line(place, tmp_path):
     with pytest.raises(UserError, match="4 shards cannot be shared among 5 readers"):
         train(settings(place, "questions", "data.workers=5", "callbacks=none"))
     with pytest.raises(UserError, match=r"no readable shards\.json"):
-        train(settings(tmp_path, "nothing", "callbacks=none", *ANSWERING))
+        train(settings(place, "questions", f"data.path={tmp_path}/none", "callbacks=none"))
     with pytest.raises(UserError, match="it has captions and no questions"):
         train(settings(place, "questions", f"data.path={place / 'captions'}", "callbacks=none"))
     data = ShardData(str(place / "questions"), buffer=4)
     with pytest.raises(UserError, match="split=train: the data has validation"):
-        samples_of(None, data, "train", 1, 0)
+        data.split("train")
     copy = shutil.copytree(place / "questions", tmp_path / "copy")
     (copy / "train-000001.tar").unlink()
     with pytest.raises(UserError, match=r"1 shards are not there; the first is train-000001\.tar"):

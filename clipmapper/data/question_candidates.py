@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import permutations
 
 from clipmapper.data.scene_captions import RELATION_MARGIN, describe, plural
-from clipmapper.data.scenes import COLOURS, IMAGE_SIZE, SHAPES, Scene, SceneObject
+from clipmapper.data.scenes import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Scene, SceneObject
 
 DIRECTIONS = ("left", "right", "above", "below")
 _PHRASE = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
@@ -22,6 +22,7 @@ class Candidate:
     slots: dict[str, str]
     combinations: tuple[tuple[str, str], ...]  # colour–shape pairs that the question is about
     kind: str = ""  # of the questions of a family, one that is to have a share of its own
+    told_by_size: bool = False  # two objects are alike but for their size, which tells the one that is meant
 
 
 def _unique(values: Sequence) -> list[int]:
@@ -30,24 +31,30 @@ def _unique(values: Sequence) -> list[int]:
 
 def _colour(scene: Scene, rng: random.Random) -> Iterator[Candidate]:
     items = scene.objects
-    for i in _unique([o.shape for o in items]):
+    alone = _unique([o.shape for o in items])
+    for i in alone:
         o = items[i]
         yield Candidate(("colour", o.shape, ""), o.colour, (i,), {"a": o.shape}, (o.combination,))
     for i in _unique([(o.size, o.shape) for o in items]):
         o = items[i]
-        name = describe(o, colour=False)
-        yield Candidate(("colour", o.shape, o.size), o.colour, (i,), {"a": name}, (o.combination,))
+        two = i not in alone
+        slots = {"a": describe(o, colour=False)}
+        stratum = ("colour", o.shape, o.size)
+        yield Candidate(stratum, o.colour, (i,), slots, (o.combination,), told_by_size=two)
 
 
 def _shape(scene: Scene, rng: random.Random) -> Iterator[Candidate]:
     items = scene.objects
-    for i in _unique([o.colour for o in items]):
+    alone = _unique([o.colour for o in items])
+    for i in alone:
         o = items[i]
         yield Candidate(("shape", o.colour, ""), o.shape, (i,), {"a": o.colour}, (o.combination,))
     for i in _unique([(o.size, o.colour) for o in items]):
         o = items[i]
+        two = i not in alone
         slots = {"a": f"{o.size} {o.colour}"}
-        yield Candidate(("shape", o.colour, o.size), o.shape, (i,), slots, (o.combination,))
+        stratum = ("shape", o.colour, o.size)
+        yield Candidate(stratum, o.shape, (i,), slots, (o.combination,), told_by_size=two)
 
 
 def _existence(scene: Scene, rng: random.Random) -> Iterator[Candidate]:
@@ -120,6 +127,15 @@ def _place(scene: Scene, rng: random.Random) -> Iterator[Candidate]:
             yield Candidate(stratum, direction, (i,), slots, (items[i].combination,))
 
 
+def _size(scene: Scene, rng: random.Random) -> Iterator[Candidate]:
+    """Of one object what ``comparison`` asks of two."""
+    items = scene.objects
+    for i in _unique([o.combination for o in items]):
+        first, second = rng.sample(SIZES, 2)
+        slots = {"a": describe(items[i], size=False), "d": first, "e": second}
+        yield Candidate(("size",), items[i].size, (i,), slots, (items[i].combination,))
+
+
 def _relation_choose(scene: Scene, rng: random.Random) -> Iterator[Candidate]:
     for i, j, a, b in _pairs(scene):
         for direction in _lies(a, b):
@@ -170,6 +186,7 @@ CANDIDATES = {
     "existence": _existence,
     "counting": _counting,
     "place": _place,
+    "size": _size,
     "relation_choose": _relation_choose,
     "relation_open": _relation_open,
     "relation_yes_no": _relation_yes_no,

@@ -150,7 +150,7 @@ def _listing(items: Sequence[_Item], rng: random.Random) -> _Words:
 
 def _places(items: Sequence[_Item], rng: random.Random) -> _Words:
     size = rng.random() < 0.7
-    where = rng.choice(("at the", "near the", "in the"))
+    where = rng.choice(("at the", "at the", "near the", "in the"))
     return _join([[*_thing(item, size=size), *_place(item, where)] for item in items])
 
 

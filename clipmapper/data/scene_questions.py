@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from clipmapper.data.question_candidates import CANDIDATES, DIRECTIONS, Candidate
-from clipmapper.data.scenes import COLOURS, HELD_OUT, MAX_OBJECTS, SHAPES, Scene
+from clipmapper.data.scenes import COLOURS, HELD_OUT, MAX_OBJECTS, SHAPES, SIZES, Scene
 
 # Chance of a guess that knows the question's wording, in percent of questions: 1 / number of its answers.
 CHANCE = {
@@ -19,13 +19,14 @@ CHANCE = {
     "existence": 1 / 2,
     "counting": 1 / 4,
     "place": 1 / 2,
+    "size": 1 / 2,
     "relation_choose": 1 / 2,
     "relation_open": 1 / 4,
     "relation_yes_no": 1 / 2,
     "comparison": 1 / 2,
 }
 FAMILIES = tuple(CHANCE)
-ANSWERS = (*COLOURS, *SHAPES, "yes", "no", "0", "1", "2", "3", *DIRECTIONS, "bigger", "smaller")
+ANSWERS = (*COLOURS, *SHAPES, "yes", "no", "0", "1", "2", "3", *DIRECTIONS, *SIZES, "bigger", "smaller")
 
 # Kinds of question in a family and their shares. A hard negative: the colour is there and the shape is there,
 # but not together.
@@ -64,6 +65,11 @@ _TEMPLATES = {
         "where is the {a}: {d} or {e} the middle?",
         "does the {a} lie {d} or {e} the middle?",
     ),
+    "size": (
+        "is the {a} {d} or {e}?",
+        "is it a {d} or a {e} {a}?",
+        "does the {a} look {d} or {e}?",
+    ),
     "relation_choose": (
         "is the {a} {d} or {e} the {b}?",
         "where is the {a}: {d} or {e} the {b}?",
@@ -92,6 +98,7 @@ _ASKING = {
     "existence": (),
     "counting": ("many",),
     "place": DIRECTIONS,
+    "size": SIZES,
     "relation_choose": DIRECTIONS,
     "relation_open": DIRECTIONS,
     "relation_yes_no": DIRECTIONS,
@@ -105,7 +112,8 @@ class SceneQuestion:
 
     ``deciding_objects``: positions in ``scene.objects`` of those whose pixels decide the answer (for "no"
     and "0": the objects that share a property with what is asked for, or all of them where none does).
-    ``deciding_words``: the words whose change would change what is asked.
+    ``deciding_words``: the words whose change would change what is asked. ``told_by_size``: the colour or
+    shape of one of two objects that only their size tells apart.
     """
 
     family: str
@@ -113,6 +121,7 @@ class SceneQuestion:
     answer: str
     deciding_objects: tuple[int, ...]
     deciding_words: tuple[str, ...]
+    told_by_size: bool = False
 
 
 def balanced_questions(
@@ -189,7 +198,7 @@ class _Balance:
             return SHAPES
         if family == "relation_yes_no":
             return ("yes", "no")
-        return ("bigger", "smaller")
+        return SIZES if family == "size" else ("bigger", "smaller")
 
 
 def draw_presupposition(scene: Scene, rng: random.Random) -> str:
@@ -212,4 +221,4 @@ def _word(family: str, candidate: Candidate, rng: random.Random) -> SceneQuestio
     words = set(text.replace("?", " ").replace(",", " ").replace(":", " ").split())
     content = {w for slot in ("a", "b") for w in candidate.slots.get(slot, "").split()} - {"things"}
     deciding = tuple(sorted(words & (content | set(_ASKING[family]))))
-    return SceneQuestion(family, text, candidate.answer, candidate.objects, deciding)
+    return SceneQuestion(family, text, candidate.answer, candidate.objects, deciding, candidate.told_by_size)

@@ -11,13 +11,14 @@ from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.training.optimisation import adamw, warmup_cosine
 from clipmapper.training.record_batches import RecordQuestions
 from clipmapper.training.scene_batches import SplitBatches
+from clipmapper.training.streamed_batches import StreamedQuestions
 from clipmapper.training.vqa import answer_loss
 
 
 def blind_accuracy(
     model: CLIPmapper,
     settings: Mapping,
-    train: SplitBatches | RecordQuestions,
+    train: SplitBatches | RecordQuestions | StreamedQuestions,
     validation: SplitBatches | RecordQuestions,
     *,
     steps: int,

@@ -70,11 +70,14 @@ def training_batches(
     first_families: Sequence[str],
     first_steps: int,
     shares: Mapping[str, float],
+    told_by_size: float,
     seed: int,
 ) -> Callable[[int, Share], dict]:
     """A share of the batch of every step: simple scenes first, then all; drawn by (seed, step).
 
     Families are drawn as often as their ``shares`` say; in the first ``first_steps`` only ``first_families``.
+    ``told_by_size``: within a family that has such, the share of questions about one of two objects that only
+    their size tells apart.
     """
     numbers = {split.name: _numbers_by_family(split) for split in (simple, full)}
 
@@ -88,19 +91,23 @@ def training_batches(
             weights = np.ones(len(asked))
         rng = np.random.default_rng((seed, step))
         drawn = rng.choice(len(asked), size=batch_size, p=weights / weights.sum())
-        sizes = np.array([len(of_family[family]) for family in asked])[drawn]
-        places = (rng.random(batch_size) * sizes).astype(int)
-        questions = [of_family[asked[k]][place] for k, place in zip(drawn, places, strict=True)]
+        by_size = (rng.random(batch_size) < told_by_size).astype(int)
+        questions = []
+        for k, kind, place in zip(drawn, by_size, rng.random(batch_size), strict=True):
+            kinds = of_family[asked[k]]
+            some = kinds[kind] if len(kinds[kind]) else kinds[1 - kind]
+            questions.append(some[int(place * len(some))])
         return source.batch(torch.tensor(np.array(share.rows(questions))))
 
     return batch_at
 
 
-def _numbers_by_family(split: SplitBatches) -> dict[str, np.ndarray]:
-    found: dict[str, list[int]] = {}
+def _numbers_by_family(split: SplitBatches) -> dict[str, tuple[list[int], list[int]]]:
+    """Of every family the questions that a size does not tell, and those that it tells."""
+    found: dict[str, tuple[list[int], list[int]]] = {}
     for number, question in enumerate(split.split.questions):
-        found.setdefault(question.family, []).append(number)
-    return {family: np.array(numbers) for family, numbers in found.items()}
+        found.setdefault(question.family, ([], []))[question.told_by_size].append(number)
+    return found
 
 
 def scene_splits(

@@ -85,6 +85,7 @@ class VQATask(Task):
             first_families=training.first_families,
             first_steps=round(training.first_share * training.max_steps),
             shares=asdict(training.shares),
+            told_by_size=training.told_by_size,
             seed=self.config.seed,
         )
 
