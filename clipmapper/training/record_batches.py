@@ -87,7 +87,10 @@ class RecordQuestions:
     def questions_only(self, questions: Tensor) -> dict:
         """The same batch without its images."""
         batch = self.collate.without_images([self.dataset.records[int(number)] for number in questions])
-        return batch if self.cache is None else batch | self.cache.texts(questions)
+        if self.cache is None:
+            return batch
+        del batch["text"]
+        return batch | self.cache.texts(questions)
 
     def labelled(self, batch_size: int, share: Share = WHOLE) -> Iterator[dict]:
         """A share of all questions in order, with what validation needs."""
