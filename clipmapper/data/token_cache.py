@@ -1,5 +1,6 @@
 """Tokens of a frozen encoder, computed once: in memory, or in a file that later runs find again."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipmapper.data.token_file import TokenFile
+from clipmapper.errors import UserError
 
 PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
 
@@ -52,6 +54,8 @@ class TokenStore:
         ``kind``: a word for the file's name. ``key``: what the tokens depend on, as JSON (asked for only
         where there is a file). ``shape``: (tokens, width) of a row. ``load(rows)``: what is encoded of some
         rows; it runs in the workers. ``encode`` runs here. ``progress`` is told how many rows were added.
+
+        Raises ``UserError`` for tokens that are to be in memory and have no room there.
         """
         dtype = PRECISIONS[self.precision]
 
@@ -62,6 +66,13 @@ class TokenStore:
         if self.folder is not None:
             file = TokenFile(self.folder, kind, key(), rows, shape, dtype, self.batch_size)
             return file.build(compute, progress)
+        needed = dtype.itemsize * rows * shape[0] * shape[1]
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > there:
+            raise UserError(
+                f"tokens of the {kind} take {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f} GB of "
+                "memory; give training.token_cache_folder, which keeps them in files, or token_cache=false"
+            )
         tokens = torch.empty(rows, *shape, dtype=dtype)
         size = self.batch_size
         for part, values in compute(range(s, min(s + size, rows)) for s in range(0, rows, size)):

@@ -63,14 +63,14 @@ class CaptionTask(Task):
     def prepare(self, explainer: RelevanceCallback | None, folder: Path) -> None:
         training = self.config.training
         names = ("train", *self.validation_splits)
+        store = token_store(self.config)
         if isinstance(self.data, RecordData):
             self.splits = {
-                name: RecordCaptions(self.model, self.data.splits[name])
+                name: RecordCaptions(self.model, self.data.splits[name], name, store)
                 for name in names
                 if name in self.data.splits
             }
         else:
-            store = token_store(self.config)
             self.splits = {
                 name: CaptionBatches(self.model, getattr(self.data, name), name, store) for name in names
             }

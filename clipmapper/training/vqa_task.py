@@ -61,9 +61,13 @@ class VQATask(Task):
         if explainer is not None:
             samples = samples_of(self.model, self.data, "validation", explainer.samples, explainer.seed)
             explainer.prepare(samples, folder / "pictures")
+        store = token_store(self.config)
+        if self.model.encoder.text_tower.appended_class_token:
+            # The class token that CoCa's text tower appends would be cut off with a cached text's padding.
+            store = None
         if isinstance(self.data, RecordData):
             self.splits = {
-                name: RecordQuestions(self.model, records, self.data.vocabulary)
+                name: RecordQuestions(self.model, records, self.data.vocabulary, name, store)
                 for name, records in self.data.splits.items()
             }
             if isinstance(self.data, ShardData):
@@ -74,10 +78,6 @@ class VQATask(Task):
                 self.splits["train"], batch_size=training.batch_size, seed=self.config.seed
             )
             return
-        store = token_store(self.config)
-        if self.model.encoder.text_tower.appended_class_token:
-            # The class token that CoCa's text tower appends would be cut off with a cached text's padding.
-            store = None
         self.splits = scene_splits(self.model, self.data, store)
         self._batch_at = training_batches(
             self.splits["simple"],

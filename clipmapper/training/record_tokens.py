@@ -1,0 +1,88 @@
+"""Tokens of a frozen encoder for records: computed once, kept by the content of the image files."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from rich.progress import Progress
+from torch import Tensor
+
+from clipmapper.data.content import content_digest, file_digests, joint_digest
+from clipmapper.data.records import Record, StoredImage
+from clipmapper.data.token_cache import TokenCache, TokenStore
+from clipmapper.errors import UserError
+from clipmapper.models.encoder import ClipEncoder
+from clipmapper.training.encoder_tokens import image_tokens, question_tokens
+
+
+@dataclass(frozen=True)
+class RecordImages:
+    """The different images of some records, an :class:`~clipmapper.training.encoder_tokens.ImageSource`.
+
+    ``records``: one of each image. ``index``: the folder in which digests of files are kept.
+    """
+
+    records: Sequence[Record]
+    transform: Callable[[Image.Image], Tensor]
+    index: Path | None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def load(self, rows: Sequence[int]) -> Float[Tensor, "images 3 height width"]:
+        return torch.stack([self.transform(self.records[row].pil()) for row in rows])
+
+    def pixels(self, loaded: Tensor) -> Tensor:
+        return loaded
+
+    def digest(self) -> str:
+        """Raises ``UserError`` for a file that cannot be read."""
+        images = [record.image for record in self.records]
+        paths = [image for image in images if isinstance(image, Path)]
+        try:
+            of_files = iter(file_digests(paths, self.index))
+        except OSError as error:
+            raise UserError(f"image={error.filename}: {error.strerror}") from error
+        return joint_digest(next(of_files) if isinstance(i, Path) else _digest(i) for i in images)
+
+
+def different_images(
+    records: Sequence[Record], transform: Callable[[Image.Image], Tensor], index: Path | None
+) -> tuple[RecordImages, Int[Tensor, "records"]]:
+    """The images of records, in the order in which they first come, and which of them each record has."""
+    first: dict[str, int] = {}
+    chosen = []
+    for record in records:
+        if record.image_id not in first:
+            first[record.image_id] = len(first)
+            chosen.append(record)
+    images = RecordImages(chosen, transform, index)
+    return images, torch.tensor([first[record.image_id] for record in records])
+
+
+def record_question_tokens(
+    encoder: ClipEncoder, store: TokenStore, records: Sequence[Record], name: str
+) -> TokenCache:
+    """Tokens of the images and texts of questions. ``name``: of the split."""
+    images, image_of = different_images(records, encoder.preprocess(), store.folder)
+    return question_tokens(encoder, store, images, [record.question for record in records], image_of, name)
+
+
+def record_image_tokens(
+    encoder: ClipEncoder, store: TokenStore, records: Sequence[Record], name: str
+) -> tuple[Float[Tensor, "images tokens width"], Int[Tensor, "records"]]:
+    """Tokens of images, and which of them each record has, with a progress bar."""
+    images, image_of = different_images(records, encoder.preprocess(), store.folder)
+    with Progress(transient=True) as progress:
+        task = progress.add_task(f"CLIP tokens, {name} split", total=len(images))
+        tokens = image_tokens(encoder, store, images, lambda done: progress.advance(task, done))
+    return tokens, image_of
+
+
+def _digest(image: bytes | StoredImage) -> str:
+    found = image if isinstance(image, bytes) else image.read()
+    return content_digest(found if isinstance(found, bytes) else np.asarray(found))
