@@ -1,8 +1,8 @@
 """Tokens of a frozen encoder, computed once: in memory, or in a file that later runs find again."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from clipmapper.data.memory import available_memory
 from clipmapper.data.token_file import TokenFile
 from clipmapper.errors import UserError
 
@@ -31,12 +32,34 @@ class TokenStore:
     precision : "float16" or "float32".
     workers : processes that read and decode what is encoded, 0 for none.
     batch_size : rows that are encoded at once.
+    processes : how many on this machine keep the same tokens in memory, each for itself.
     """
 
     folder: Path | None = None
     precision: str = "float16"
     workers: int = 0
     batch_size: int = 256
+    processes: int = 1
+
+    def check_room(self, shapes: Mapping[str, tuple[int, int, int]]) -> None:
+        """Raise ``UserError`` where tokens have no room in memory. ``shapes``: kind → (rows, tokens, width).
+
+        In files they need none here; the room on the disk is checked for each file.
+        """
+        if self.folder is not None:
+            return
+        item = PRECISIONS[self.precision].itemsize
+        needed, there = self.processes * item * sum(map(prod, shapes.values())), available_memory()
+        if needed <= there:
+            return
+        what = " and ".join(f"{shape[0]} {kind}" for kind, shape in shapes.items())
+        each = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        raise UserError(
+            f"training.token_cache: tokens of {what}{each} take {needed / 1e9:.1f} GB of memory, "
+            f"{there / 1e9:.1f} GB are free; give "
+            "training.token_cache_folder, which keeps them in files, or training.token_cache=false, which "
+            "computes them in every step"
+        )
 
     @torch.no_grad()
     def tokens(
@@ -66,13 +89,7 @@ class TokenStore:
         if self.folder is not None:
             file = TokenFile(self.folder, kind, key(), rows, shape, dtype, self.batch_size)
             return file.build(compute, progress)
-        needed = dtype.itemsize * rows * shape[0] * shape[1]
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if needed > there:
-            raise UserError(
-                f"tokens of the {kind} take {needed / 1e9:.1f} GB, this machine has {there / 1e9:.1f} GB of "
-                "memory; give training.token_cache_folder, which keeps them in files, or token_cache=false"
-            )
+        self.check_room({kind: (rows, *shape)})
         tokens = torch.empty(rows, *shape, dtype=dtype)
         size = self.batch_size
         for part, values in compute(range(s, min(s + size, rows)) for s in range(0, rows, size)):
