@@ -182,20 +182,114 @@ def test_relevance(small_subjects, monkeypatch, tmp_path, capsys):
     command.main([*arguments, "--methods", "weighted", "gae", "legrad", "--output", str(tmp_path)])
     found = json.loads((tmp_path / "relevance.json").read_text())
     rows = {(row["model"], row["batch"], row["way"]): row for row in found["rows"]}
-    assert len(rows) == 2 * 2 * 6
+    assert len(rows) == 2 * 2 * 4 + 2 * 2  # the released programs at the smallest batch alone
+    assert {(batch, way) for _, batch, way in rows if way in relevance.NAIVE} == {
+        (1, way) for way in relevance.NAIVE
+    }
     for (model, batch, way), row in rows.items():
         assert ("left_out" in row) == (way == "legrad")
         if "left_out" in row:
             continue
         floor = rows[model, batch, "floor"]
         assert row["time_ratio"] == pytest.approx(row["median_s"] / floor["median_s"]) and row["runs"] == 2
-        assert row["memory_ratio"] == pytest.approx(row["peak_bytes"] / floor["peak_bytes"])
+        if way in relevance.NAIVE:
+            assert "memory_ratio" not in row and "peak_bytes" not in row
+        else:
+            assert row["memory_ratio"] == pytest.approx(row["peak_bytes"] / floor["peak_bytes"])
         if way == "three_gradients_per_layer":
             ours = rows[model, batch, "weighted"]
             assert row["times_slower_than_ours"] == pytest.approx(row["median_s"] / ours["median_s"])
     assert (tmp_path / "relevance.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "one_backward_per_layer" in printed and "relevance.png" in printed
+
+
+@pytest.fixture
+def relevance_command(small_subjects, monkeypatch, tmp_path):
+    monkeypatch.setattr(relevance, "SUBJECTS", small_subjects)
+
+    def run(*more):
+        command.main(
+            ["relevance", "--methods", "gae", "--repeats", "1", "--device", "cpu", "--no-naive",
+             "--output", str(tmp_path), *more]
+        )  # fmt: skip
+        return json.loads((tmp_path / "relevance.json").read_text())["rows"]
+
+    return run
+
+
+def test_an_interrupted_benchmark_goes_on(relevance_command, monkeypatch, tmp_path, capsys):
+    measure, seen = relevance._measure, []
+
+    def stopping(name, batch, *rest):
+        if (name, batch) == ("tower", 2) and not seen.count((name, batch)):
+            seen.append((name, batch))
+            raise KeyboardInterrupt
+        seen.append((name, batch))
+        return measure(name, batch, *rest)
+
+    monkeypatch.setattr(relevance, "_measure", stopping)
+    with pytest.raises(SystemExit) as leaving:
+        relevance_command("--models", "tower", "--batches", "1", "2")
+    assert leaving.value.code == 130
+    assert "\ninterrupted; the same command with --resume goes on\n" in "\n" + capsys.readouterr().err
+    kept = json.loads((tmp_path / "relevance.json").read_text())["rows"]
+    assert [(row["batch"], row["way"]) for row in kept] == [(1, "floor"), (1, "gae")]
+    seen.clear()
+    seen.append(("tower", 2))
+    rows = relevance_command("--models", "tower", "--batches", "1", "2", "--resume")
+    assert seen[1:] == [("tower", 2)]
+    assert rows[:2] == kept and [(row["batch"], row["way"]) for row in rows[2:]] == [(2, "floor"), (2, "gae")]
+    # What another call measured stays; a way that is missing is measured beside a floor of the same turns.
+    seen.clear()
+    seen.append(("tower", 2))
+    more = relevance_command("--models", "tower", "--resume", "--methods", "gae", "raw_attention")
+    assert seen[1:] == [("tower", 1)] and more[:2] == rows[2:]
+    assert [row["way"] for row in more[2:]] == ["floor", "gae", "raw_attention"] and more[2] != rows[0]
+
+
+def test_a_benchmark_goes_on_only_with_what_it_can_be_compared_to(relevance_command, tmp_path, capsys):
+    def refused(*more):
+        with pytest.raises(SystemExit) as leaving:
+            relevance_command("--models", "tower", "--resume", *more)
+        assert leaving.value.code == 2
+        return capsys.readouterr().err
+
+    relevance_command("--models", "tower", "--resume")  # nothing there yet
+    file = tmp_path / "relevance.json"
+    assert "was measured with repeats 1, now it is 2" in refused("--repeats", "2")
+    before = file.read_text()
+    other = json.loads(before)
+    other["machine"]["threads"] = 99
+    file.write_text(json.dumps(other))
+    assert "was measured with threads 99" in refused()
+    for damaged in ("", "[]", '{"rows": 1}', before[:-40]):
+        file.write_text(damaged)
+        assert "is no result of this benchmark" in refused() and file.read_text() == damaged
+
+
+def test_ctrl_c_of_a_benchmark_that_cannot_go_on(monkeypatch, tmp_path, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(command.BENCHMARKS, "data", command.BENCHMARKS["data"]._replace(run=stop))
+    with pytest.raises(SystemExit) as leaving:
+        command.main(["data", "--output", str(tmp_path)])
+    assert leaving.value.code == 130 and capsys.readouterr().err == "interrupted; nothing was written\n"
+
+
+def test_released_programs_that_would_not_fit_are_left_out(small_subjects, monkeypatch, tmp_path):
+    trace, _ = small_subjects["tower"](2, torch.device("cpu")).trace()
+    # two layers and once the scores, 2 heads, 10 tokens, float32
+    assert naive.probability_bytes(trace) == 3 * 2 * 2 * 10 * 10 * 4
+    monkeypatch.setattr(relevance, "SUBJECTS", small_subjects)
+    monkeypatch.setattr(relevance, "available_bytes", lambda device: 2400)
+    command.main(
+        ["relevance", "--models", "tower", "--methods", "gae", "--repeats", "1", "--device", "cpu",
+         "--output", str(tmp_path)]
+    )  # fmt: skip
+    rows = json.loads((tmp_path / "relevance.json").read_text())["rows"]
+    assert ["left_out" in row for row in rows] == [False, False, True, True]
 
 
 def test_what_would_not_fit_into_memory_is_left_out(small_subjects, monkeypatch, tmp_path, capsys):

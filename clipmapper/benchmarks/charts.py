@@ -12,13 +12,14 @@ _INK, _FAINT, _DOT, _SLOW = "#222222", "#BBBBBB", "#D55E00", "#7A7A7A"
 
 
 def ratio_chart(
-    groups: Mapping[str, Mapping[str, tuple[float, ...]]],
+    groups: Mapping[str, Mapping[str, tuple[float | None, ...]]],
     headers: tuple[str, ...],
     title: str,
     note: str,
     path: Path,
 ) -> Path:
-    """``groups``: name → what was measured → a ratio for each of the ``headers``. Writes a picture."""
+    """``groups``: name → what was measured → a ratio for each of the ``headers`` (None: not known).
+    Writes a picture."""
     lines = sum(1 + len(rows) for rows in groups.values())
     height = _TITLE + 0.5 + _ROW * lines
     figure = Figure(figsize=(9.0, height), dpi=150)
@@ -37,12 +38,13 @@ def ratio_chart(
             for name, ratios in rows.items():
                 y += 1
                 axes.axhline(y, color="#EEEEEE", linewidth=0.8, zorder=0)
-                colour = _DOT if ratios[i] <= 1.25 else _SLOW
-                axes.plot(ratios[i], y, "o", color=colour, markersize=5)
-                axes.annotate(
-                    f"{ratios[i]:.2f}", (ratios[i], y), xytext=(6, 0), textcoords="offset points",
-                    va="center", fontsize=7.5, color=_INK,
-                )  # fmt: skip
+                if ratios[i] is not None:
+                    colour = _DOT if ratios[i] <= 1.25 else _SLOW
+                    axes.plot(ratios[i], y, "o", color=colour, markersize=5)
+                    axes.annotate(
+                        f"{ratios[i]:.2f}", (ratios[i], y), xytext=(6, 0), textcoords="offset points",
+                        va="center", fontsize=7.5, color=_INK,
+                    )  # fmt: skip
                 if i == 0:
                     axes.annotate(
                         name, (0, y), xycoords=("axes fraction", "data"), xytext=(-8, 0),
@@ -50,7 +52,7 @@ def ratio_chart(
                         annotation_clip=False,
                     )  # fmt: skip
             y += 1
-        values = [ratios[i] for rows in groups.values() for ratios in rows.values()]
+        values = [r[i] for rows in groups.values() for r in rows.values() if r[i] is not None]
         axes.set_xscale("log")
         axes.set_xlim(min([0.5, *(0.8 * v for v in values)]), max([2.0, *(1.8 * v for v in values)]))
         axes.axvline(1, color=_INK, linewidth=0.9, zorder=1)

@@ -16,6 +16,7 @@ class Benchmark(NamedTuple):
     help.
 
     What is printed is ``line``, the result in one line, or what ``show`` prints. ``plot`` writes a picture.
+    One that has an option ``resume`` writes what it has measured as it goes.
     """
 
     arguments: Callable[[ArgumentParser], None]
@@ -65,7 +66,7 @@ BENCHMARKS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Ends with exit status 2 and one line on stderr for a mistake of the user's."""
+    """Ends with exit status 2 and one line on stderr for a mistake of the user's, with 130 after Ctrl-C."""
     parser = ArgumentParser(description="Measure speed.")
     commands = parser.add_subparsers(dest="benchmark", required=True)
     for name, benchmark in BENCHMARKS.items():
@@ -85,6 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        goes_on = "the same command with --resume goes on" if "resume" in options else "nothing was written"
+        print(f"interrupted; {goes_on}", file=sys.stderr)
+        sys.exit(130)
     path = write_results(options.name, results, output)
     if benchmark.show is None:
         print(benchmark.line.format(**results))

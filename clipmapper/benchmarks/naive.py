@@ -45,6 +45,14 @@ def attention_written_out() -> Iterator[list[Tensor]]:
         F.scaled_dot_product_attention = original
 
 
+def probability_bytes(trace: AttentionTrace) -> int:
+    """The least that these take: every layer's probabilities in the graph, and the scores of one."""
+    sizes = [
+        step.query[..., 0].numel() * step.key.shape[2] * step.query.element_size() for step in trace.attention
+    ]
+    return sum(sizes) + max(sizes)
+
+
 def one_backward_per_layer(
     trace: AttentionTrace, probabilities: list[Tensor], y: Tensor, reads: list[tuple[Node, Tensor]]
 ) -> dict[str, Tensor]:

@@ -12,8 +12,9 @@ from tqdm import tqdm
 from clipmapper.benchmarks import naive
 from clipmapper.benchmarks.charts import ratio_chart
 from clipmapper.benchmarks.memory import available_bytes, peak_bytes, peak_resident_bytes, resident_bytes
+from clipmapper.benchmarks.resuming import earlier_rows
 from clipmapper.benchmarks.subjects import SUBJECTS, Subject
-from clipmapper.benchmarks.timing import machine, measured
+from clipmapper.benchmarks.timing import machine, measured, write_results
 from clipmapper.errors import UserError
 from clipmapper.relevance import METHODS, method_named
 from clipmapper.training.run_explain import chosen_device
@@ -26,6 +27,11 @@ NAIVE = {
 }
 # Which of ours does the same.
 _SAME_AS = {"one_backward_per_layer": "gae", "three_gradients_per_layer": "weighted"}
+# Times of runs that differ in one of these are not set side by side.
+_MUST_AGREE = {
+    "settings": ("repeats", "patience", "resident"),
+    "machine": ("device", "name", "cores", "threads", "torch"),
+}
 _MODELS = ["vit_b_32", "vit_b_16", "vit_l_14_336", "clip_b_32", "dual_flow_b_32", "single_flow_b_32"]
 _METHODS = ["weighted", "gae", "weighted_token", "rollout", "raw_attention", "grad_cam"]
 
@@ -35,8 +41,9 @@ def relevance_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--methods", nargs="+", default=_METHODS, help="names, or: all")
     parser.add_argument(
-        "--naive", action=BooleanOptionalAction, default=True, help="as released implementations do it"
-    )
+        "--naive", action=BooleanOptionalAction, default=True,
+        help="as released implementations do it: the time, at the smallest batch",
+    )  # fmt: skip
     parser.add_argument(
         "--resident", action=BooleanOptionalAction, default=False,
         help="also the resident memory of a process that explains once, above the loaded model's",
@@ -45,10 +52,19 @@ def relevance_arguments(parser: ArgumentParser) -> None:
         "--patience", type=float, default=60.0, help="seconds after which a way is repeated no more"
     )
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="keep what the file has of an earlier run; a model and batch of which a way is missing is "
+        "measured anew",
+    )  # fmt: skip
 
 
 def relevance(options: Namespace) -> dict:
-    """Time and peak memory of methods, divided by those of one forward and backward to the input image."""
+    """Time and peak memory of methods, divided by those of one forward and backward to the input image.
+
+    What is measured of a model and batch is written at once. Raises ``UserError`` where ``--resume`` finds an
+    earlier run of other settings or of another machine.
+    """
     methods = list(METHODS) if options.methods == ["all"] else options.methods
     for name in methods:
         method_named(name)
@@ -56,13 +72,24 @@ def relevance(options: Namespace) -> dict:
         raise UserError(f"--batches: at least 1, not {min(options.batches)}")
     device = chosen_device(options.device)
     results = {"machine": machine(device), "settings": vars(options), "rows": []}
+    output = Path(options.output)
+    if options.resume:
+        results["rows"] = earlier_rows(output / f"{options.name}.json", results, _MUST_AGREE)
     with tqdm(total=len(options.models) * len(options.batches), desc="relevance") as bar:
         for name in options.models:
             for batch in sorted(options.batches):
-                rows = _measure(name, batch, device, methods, options, bar, results["rows"])
-                results["rows"].extend(rows)
+                ways = [FLOOR, *methods]
+                # Their cost grows with the batch as ours does; it is large enough once.
+                if options.naive and batch == min(options.batches):
+                    ways += NAIVE
+                before = [row for row in results["rows"] if (row["model"], row["batch"]) == (name, batch)]
+                if not {*ways} <= {row["way"] for row in before}:
+                    others = [row for row in results["rows"] if row not in before]
+                    rows = _measure(name, batch, device, ways, options, bar, others)
+                    results["rows"] = others + rows
+                    results["machine"]["load_at_the_end"] = machine(device)["load"]
+                    write_results(options.name, results, output)
                 bar.update()
-    results["machine"]["load_at_the_end"] = machine(device)["load"]
     return results
 
 
@@ -70,23 +97,31 @@ def _measure(
     name: str,
     batch: int,
     device: torch.device,
-    methods: list[str],
+    names: list[str],
     options: Namespace,
     bar: tqdm,
     before: list[dict],
 ) -> list[dict]:
     subject = SUBJECTS[name](batch, device)
-    ways: dict[str, Callable[[], object]] = {FLOOR: subject.floor}
-    ways |= {method: explaining(subject, method) for method in methods}
-    if options.naive:
-        ways |= {way: explaining_naively(subject, way) for way in NAIVE}
-    rows = {way: {"model": name, "batch": batch, "way": way} for way in ways}
+    ways = {way: _work(subject, way) for way in names}
+    its = machine(device)
+    rows = {
+        way: {"model": name, "batch": batch, "way": way, "when": its["when"], "load": its["load"]}
+        for way in ways
+    }
     for way, work in list(ways.items()):
         bar.set_postfix_str(f"{name}, batch {batch}, memory of {way}")
-        needed = _expected_bytes(before, name, way, batch)
+        if way in NAIVE:
+            # Its peak is not measured: the profiler writes down every allocation of a backward per layer,
+            # which takes longer and more memory than the work itself.
+            needed = naive.probability_bytes(subject.trace()[0])
+        else:
+            needed = _expected_bytes(before, name, way, batch)
         if needed > 0.8 * available_bytes(device):
             rows[way]["left_out"] = f"would take about {needed / 2**30:.1f} GiB"
             del ways[way]
+            continue
+        if way in NAIVE:
             continue
         try:
             rows[way]["peak_bytes"] = peak_bytes(work, device)
@@ -107,12 +142,19 @@ def _measure(
         if FLOOR in times:
             rows[way]["time_ratio"] = its["median_s"] / times[FLOOR]["median_s"]
             rows[way]["cpu_time_ratio"] = its["cpu_median_s"] / times[FLOOR]["cpu_median_s"]
-            rows[way]["memory_ratio"] = rows[way]["peak_bytes"] / rows[FLOOR]["peak_bytes"]
+            if "peak_bytes" in rows[way]:
+                rows[way]["memory_ratio"] = rows[way]["peak_bytes"] / rows[FLOOR]["peak_bytes"]
         ours = _SAME_AS.get(way)
         if ours in times:
             rows[way]["times_slower_than_ours"] = its["median_s"] / times[ours]["median_s"]
             rows[way]["cpu_times_slower_than_ours"] = its["cpu_median_s"] / times[ours]["cpu_median_s"]
     return list(rows.values())
+
+
+def _work(subject: Subject, way: str) -> Callable[[], object]:
+    if way == FLOOR:
+        return subject.floor
+    return explaining_naively(subject, way) if way in NAIVE else explaining(subject, way)
 
 
 def explaining(subject: Subject, method: str) -> Callable[[], object]:
@@ -154,10 +196,10 @@ def show(results: dict) -> None:
         if "left_out" in row:
             table.add_row(row["model"], str(row["batch"]), row["way"], "left out", *[""] * 5)
             continue
-        slower = row.get("times_slower_than_ours")
+        slower, memory = row.get("times_slower_than_ours"), row.get("memory_ratio")
         table.add_row(
             row["model"], str(row["batch"]), row["way"], f"{row['median_s']:.3f}", f"{row['time_ratio']:.2f}",
-            f"{row['cpu_time_ratio']:.2f}", f"{row['memory_ratio']:.2f}",
+            f"{row['cpu_time_ratio']:.2f}", "" if memory is None else f"{memory:.2f}",
             "" if slower is None else f"{slower:.1f}", str(row["runs"]),
         )  # fmt: skip
     out = console()
@@ -171,11 +213,11 @@ def show(results: dict) -> None:
 
 
 def plot(results: dict, path: Path) -> Path:
-    groups: dict[str, dict[str, tuple[float, float]]] = {}
+    groups: dict[str, dict[str, tuple[float | None, ...]]] = {}
     for row in results["rows"]:
         if "time_ratio" in row and row["way"] != FLOOR:
             group = groups.setdefault(f"{row['model']}, batch {row['batch']}", {})
-            group[row["way"].replace("_", " ")] = (row["time_ratio"], row["memory_ratio"])
+            group[row["way"].replace("_", " ")] = (row["time_ratio"], row.get("memory_ratio"))
     its = results["machine"]
     note = f"{its['name']}, {its['threads']} threads, {its['when'][:10]}, load {its['load']}"
     headers = ("time ÷ one forward + backward", "peak memory ÷ the same")
@@ -199,10 +241,5 @@ def _explain_once(name: str, batch: int, way: str, device: str, threads: int) ->
     torch.set_num_threads(threads)
     subject = SUBJECTS[name](batch, torch.device(device))
     before = resident_bytes()
-    if way == FLOOR:
-        subject.floor()
-    elif way in NAIVE:
-        explaining_naively(subject, way)()
-    else:
-        explaining(subject, way)()
+    _work(subject, way)()
     return peak_resident_bytes() - before

@@ -67,10 +67,12 @@ def machine(device: torch.device) -> dict:
 
 
 def write_results(name: str, results: Mapping, output: Path) -> Path:
-    """``output/name.json``."""
+    """``output/name.json``; it appears complete or not at all."""
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{name}.json"
-    path.write_text(json.dumps(results, indent=2) + "\n")
+    temporary = output / f".{name}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(results, indent=2) + "\n")
+    os.replace(temporary, path)
     return path
 
 
