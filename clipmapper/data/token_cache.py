@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from clipmapper.data.memory import available_memory
 from clipmapper.data.token_file import TokenFile
+from clipmapper.errors import UserError
 
 PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
 
@@ -29,12 +32,34 @@ class TokenStore:
     precision : "float16" or "float32".
     workers : processes that read and decode what is encoded, 0 for none.
     batch_size : rows that are encoded at once.
+    processes : how many on this machine keep the same tokens in memory, each for itself.
     """
 
     folder: Path | None = None
     precision: str = "float16"
     workers: int = 0
     batch_size: int = 256
+    processes: int = 1
+
+    def check_room(self, shapes: Mapping[str, tuple[int, int, int]]) -> None:
+        """Raise ``UserError`` where tokens have no room in memory. ``shapes``: kind → (rows, tokens, width).
+
+        In files they need none here; the room on the disk is checked for each file.
+        """
+        if self.folder is not None:
+            return
+        item = PRECISIONS[self.precision].itemsize
+        needed, there = self.processes * item * sum(map(prod, shapes.values())), available_memory()
+        if needed <= there:
+            return
+        what = " and ".join(f"{shape[0]} {kind}" for kind, shape in shapes.items())
+        each = f" in each of {self.processes} processes" if self.processes > 1 else ""
+        raise UserError(
+            f"training.token_cache: tokens of {what}{each} take {needed / 1e9:.1f} GB of memory, "
+            f"{there / 1e9:.1f} GB are free; give "
+            "training.token_cache_folder, which keeps them in files, or training.token_cache=false, which "
+            "computes them in every step"
+        )
 
     @torch.no_grad()
     def tokens(
@@ -52,6 +77,8 @@ class TokenStore:
         ``kind``: a word for the file's name. ``key``: what the tokens depend on, as JSON (asked for only
         where there is a file). ``shape``: (tokens, width) of a row. ``load(rows)``: what is encoded of some
         rows; it runs in the workers. ``encode`` runs here. ``progress`` is told how many rows were added.
+
+        Raises ``UserError`` for tokens that are to be in memory and have no room there.
         """
         dtype = PRECISIONS[self.precision]
 
@@ -62,6 +89,7 @@ class TokenStore:
         if self.folder is not None:
             file = TokenFile(self.folder, kind, key(), rows, shape, dtype, self.batch_size)
             return file.build(compute, progress)
+        self.check_room({kind: (rows, *shape)})
         tokens = torch.empty(rows, *shape, dtype=dtype)
         size = self.batch_size
         for part, values in compute(range(s, min(s + size, rows)) for s in range(0, rows, size)):

@@ -232,11 +232,11 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> CLIPmapper | C
         }
         model = _empty(description)
         model.load_state_dict(state)
-    except pickle.UnpicklingError as error:
-        # torch's own text advises to execute what is in the file.
-        what = "it is damaged, or holds more than weights"
+    except (pickle.UnpicklingError, LookupError) as error:
+        # torch's own text advises to execute what is in the file; what is missing in it tells a user nothing.
+        what = "it is damaged, of another program, or holds more than weights"
         raise UserError(f"checkpoint={path}: not a readable checkpoint of clipmapper ({what})") from error
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError, OSError) as error:
+    except (RuntimeError, TypeError, ValueError, AttributeError, EOFError, OSError) as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"checkpoint={path}: not a readable checkpoint of clipmapper ({line})") from error
     merge_adapters(model.encoder)

@@ -31,6 +31,7 @@ from clipmapper.training.encoder_tokens import token_store
 from clipmapper.training.explained_records import samples_of
 from clipmapper.training.processes import Share
 from clipmapper.training.record_batches import RecordCaptions
+from clipmapper.training.record_tokens import check_room
 from clipmapper.training.relevance_callback import RelevanceCallback
 from clipmapper.training.self_critical import SelfCriticalModule
 from clipmapper.training.streamed_batches import StreamedCaptions, check_readers
@@ -63,14 +64,17 @@ class CaptionTask(Task):
     def prepare(self, explainer: RelevanceCallback | None, folder: Path) -> None:
         training = self.config.training
         names = ("train", *self.validation_splits)
+        store = token_store(self.config, self.model.encoder, texts=False)
         if isinstance(self.data, RecordData):
+            if store is not None:
+                there = [self.data.splits[name] for name in names if name in self.data.splits]
+                check_room(self.model.encoder, store, there, texts=False)
             self.splits = {
-                name: RecordCaptions(self.model, self.data.splits[name])
+                name: RecordCaptions(self.model, self.data.splits[name], name, store)
                 for name in names
                 if name in self.data.splits
             }
         else:
-            store = token_store(self.config)
             self.splits = {
                 name: CaptionBatches(self.model, getattr(self.data, name), name, store) for name in names
             }

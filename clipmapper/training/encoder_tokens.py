@@ -18,6 +18,8 @@ from clipmapper.data.token_cache import TextTokens, TokenCache, TokenStore
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.encoder_identity import ids_digest, image_identity, text_identity
 from clipmapper.models.tokens import TokenizedText, tokenize
+from clipmapper.training.processes import this_share
+from clipmapper.training.tables import console
 
 
 @runtime_checkable
@@ -56,14 +58,29 @@ class ArrayImages:
         return content_digest(self.images)
 
 
-def token_store(config: TrainConfig) -> TokenStore | None:
-    """Where the settings want tokens kept; None where every step is to encode: ``token_cache=false``, or an
-    encoder that changes while it is trained."""
+def token_store(config: TrainConfig, encoder: ClipEncoder, *, texts: bool) -> TokenStore | None:
+    """Where the settings want tokens kept; None where every step is to encode.
+
+    Settings that nothing can be done with are named in a line. ``texts``: whether tokens of texts are to be
+    kept as well.
+    """
     training = config.training
-    if not (training.token_cache and config.encoder.frozen):
-        return None
     folder = None if training.token_cache_folder is None else Path(training.token_cache_folder)
-    return TokenStore(folder, training.token_precision, training.token_workers)
+    why = None
+    if not training.token_cache:
+        if folder is not None:
+            why = "training.token_cache_folder is not used, for training.token_cache=false"
+    elif not config.encoder.frozen:
+        why = "no token cache, for the encoder is trained (encoder.frozen=false): it runs in every step"
+    elif texts and encoder.text_tower.appended_class_token:
+        # The class token that CoCa's text tower appends would be cut off with a cached text's padding.
+        why = "no token cache, for this text tower puts a token behind each text: it runs in every step"
+    if why is not None:
+        console().print(why, markup=False, soft_wrap=True)
+    if why is not None or not training.token_cache:
+        return None
+    machine = max(1, this_share().of // config.trainer.num_nodes)
+    return TokenStore(folder, training.token_precision, training.token_workers, processes=machine)
 
 
 def image_tokens(

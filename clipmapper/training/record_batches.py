@@ -14,11 +14,13 @@ from torch.utils.data import get_worker_info
 
 from clipmapper.data.answers import AnswerVocabulary
 from clipmapper.data.records import CaptionCollate, Record, RecordDataset, VQACollate
+from clipmapper.data.token_cache import TokenCache, TokenStore
 from clipmapper.models.caption_tokens import caption_tokens
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.tokens import tokenize
 from clipmapper.training.processes import WHOLE, Share, batches_of
+from clipmapper.training.record_tokens import record_image_tokens, record_question_tokens
 
 # Photographs in a batch of validation: of 224 x 224 pixels they take 77 MB.
 _LABELLED = 128
@@ -55,20 +57,40 @@ class CaptionRecords:
 
 
 class RecordQuestions:
-    """Batches of one split of questions. Images are decoded whenever they are asked for."""
+    """Batches of one split of questions.
 
-    def __init__(self, model: CLIPmapper, records: Sequence[Record], vocabulary: AnswerVocabulary) -> None:
+    With a ``store`` the encoder runs once over the split, otherwise in every step, and images are decoded
+    whenever they are asked for. ``name``: of the split.
+    """
+
+    def __init__(
+        self,
+        model: CLIPmapper,
+        records: Sequence[Record],
+        vocabulary: AnswerVocabulary,
+        name: str,
+        store: TokenStore | None,
+    ) -> None:
         self.split = QuestionRecords(records)
         self.dataset = RecordDataset(records, model.encoder.preprocess())
         self.collate = VQACollate(partial(tokenize, model.encoder.tokenizer), vocabulary)
+        self.cache: TokenCache | None = None
+        if store is not None:
+            self.cache = record_question_tokens(model.encoder, store, records, name)
 
     def batch(self, questions: Tensor) -> dict:
         """A batch of these questions (see :class:`clipmapper.training.vqa.VQAModule`)."""
+        if self.cache is not None:
+            return self.questions_only(questions) | {"image_tokens": self.cache.images(questions)}
         return self.collate([self.dataset[int(number)] for number in questions])
 
     def questions_only(self, questions: Tensor) -> dict:
         """The same batch without its images."""
-        return self.collate.without_images([self.dataset.records[int(number)] for number in questions])
+        batch = self.collate.without_images([self.dataset.records[int(number)] for number in questions])
+        if self.cache is None:
+            return batch
+        del batch["text"]
+        return batch | self.cache.texts(questions)
 
     def labelled(self, batch_size: int, share: Share = WHOLE) -> Iterator[dict]:
         """A share of all questions in order, with what validation needs."""
@@ -77,15 +99,23 @@ class RecordQuestions:
 
 
 class RecordCaptions:
-    """Batches of one split of images with captions."""
+    """Batches of one split of images with captions. ``name``, ``store``: as of :class:`RecordQuestions`."""
 
-    def __init__(self, model: Captioner, records: Sequence[Record]) -> None:
+    def __init__(
+        self, model: Captioner, records: Sequence[Record], name: str, store: TokenStore | None
+    ) -> None:
         self.split = CaptionRecords(records)
         self.dataset = RecordDataset(records, model.encoder.preprocess())
         self.collate = CaptionCollate(partial(caption_tokens, model.tokenizer, model.ends))
+        self.image_tokens: Tensor | None = None
+        if store is not None:
+            self.image_tokens, self.image_of = record_image_tokens(model.encoder, store, records, name)
 
     def batch(self, images: Sequence[int], captions: Sequence[str]) -> dict:
         """A batch of these images, each with one caption (see :class:`CaptionModule`)."""
+        if self.image_tokens is not None:
+            batch = self.collate.without_images([self.split.records[number] for number in images], captions)
+            return batch | {"image_tokens": self.image_tokens[self.image_of[list(images)]].float()}
         return self.collate([self.dataset[number] for number in images], captions)
 
     def labelled(self, batch_size: int, share: Share = WHOLE) -> Iterator[dict]:

@@ -21,6 +21,7 @@ from clipmapper.training.encoder_tokens import token_store
 from clipmapper.training.explained_records import samples_of
 from clipmapper.training.processes import Share
 from clipmapper.training.record_batches import RecordQuestions, question_batches
+from clipmapper.training.record_tokens import check_room
 from clipmapper.training.relevance_callback import RelevanceCallback
 from clipmapper.training.scene_batches import SplitBatches, scene_splits, training_batches
 from clipmapper.training.streamed_batches import StreamedQuestions, check_readers
@@ -61,9 +62,12 @@ class VQATask(Task):
         if explainer is not None:
             samples = samples_of(self.model, self.data, "validation", explainer.samples, explainer.seed)
             explainer.prepare(samples, folder / "pictures")
+        store = token_store(self.config, self.model.encoder, texts=True)
         if isinstance(self.data, RecordData):
+            if store is not None:
+                check_room(self.model.encoder, store, self.data.splits.values(), texts=True)
             self.splits = {
-                name: RecordQuestions(self.model, records, self.data.vocabulary)
+                name: RecordQuestions(self.model, records, self.data.vocabulary, name, store)
                 for name, records in self.data.splits.items()
             }
             if isinstance(self.data, ShardData):
@@ -74,10 +78,6 @@ class VQATask(Task):
                 self.splits["train"], batch_size=training.batch_size, seed=self.config.seed
             )
             return
-        store = token_store(self.config)
-        if self.model.encoder.text_tower.appended_class_token:
-            # The class token that CoCa's text tower appends would be cut off with a cached text's padding.
-            store = None
         self.splits = scene_splits(self.model, self.data, store)
         self._batch_at = training_batches(
             self.splits["simple"],
