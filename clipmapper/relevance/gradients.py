@@ -10,7 +10,7 @@ from clipmapper.relevance.attention_only import last_attention
 from clipmapper.relevance.method import explanation
 from clipmapper.relevance.propagation import part_of
 from clipmapper.relevance.result import Relevance, as_relevance, with_sign
-from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
+from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node, exact_step
 
 
 @explanation(gradient=True)
@@ -75,6 +75,7 @@ def input_x_gradient(trace: AttentionTrace, sign: str = "positive") -> Relevance
     for step in trace.attention:
         node = step.query_node
         if node.version == 0 and not step.pools:
+            step = exact_step(step)
             gradient, _ = step.gradients()
             product = (gradient * step.before.detach()).sum(dim=-1)
             for stream, values in _entered(trace, node, product).items():
