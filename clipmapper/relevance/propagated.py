@@ -24,14 +24,13 @@ def attention_relevance(step: Attention) -> Float[Tensor, "batch heads queries k
 def _by_lrp(trace: AttentionTrace, method: str) -> AttentionTrace:
     """``UserError`` for a model in half precision: the rules divide by what may cancel out, and with the
     rounding of its activations what comes out is another explanation (tiny models: off by its own size)."""
-    trace = with_rules(trace, "lrp", method)
     for step in trace.attention:
         if exact_step(step).rounded:
             raise UserError(
                 f"{method} is not defined in half precision, nor under autocast (LRP divides by sums that "
                 "cancel out): run the model in float32"
             )
-    return trace
+    return with_rules(trace, "lrp", method)
 
 
 @explanation(gradient=True)
