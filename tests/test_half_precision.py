@@ -114,5 +114,8 @@ def test_every_method_works_in_half_precision_or_says_that_it_does_not(recorded,
     found, expected = METHODS[name](trace).streams, METHODS[name](recorded["exact"]).streams
     for stream, values in found.items():
         assert values.isfinite().all()
+        if not expected[stream].any():  # Grad-CAM of this ViT is below 0 and cut off; rounding may lift it
+            assert name == "grad_cam"
+            continue
         limit = 0.1 if mode == "float16" else 0.6
         assert (values - expected[stream]).abs().max() <= limit * expected[stream].abs().max()
