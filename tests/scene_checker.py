@@ -316,5 +316,4 @@ def _in_place(item, place: str) -> bool:
 def _related(a, how: str, b) -> bool:
     if how == "next to":
         return max(abs(a.x - b.x), abs(a.y - b.y)) < CLEARLY
-    # Of two objects that are left of and above each other, the greater distance is what one says.
-    return _beyond(how, a, b) >= max(CLEARLY, abs(a.x - b.x), abs(a.y - b.y))
+    return _beyond(how, a, b) >= CLEARLY

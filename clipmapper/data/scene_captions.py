@@ -69,14 +69,25 @@ def place_name(item: SceneObject) -> str:
     return f"{row} {column}".strip() or "centre"
 
 
-def relation(a: SceneObject, b: SceneObject) -> str | None:
-    """How ``a`` lies to ``b`` along the axis on which they are further apart; None when too close to say."""
+def relation(a: SceneObject, b: SceneObject) -> str:
+    """What a caption says of how ``a`` lies to ``b``: the direction in which they are further apart."""
     dx, dy = a.x - b.x, a.y - b.y
     if max(abs(dx), abs(dy)) < RELATION_MARGIN:
-        return None
+        return "next to"
     if abs(dx) >= abs(dy):
         return "left of" if dx < 0 else "right of"
     return "above" if dy < 0 else "below"
+
+
+def relation_holds(a: SceneObject, how: str, b: SceneObject) -> bool:
+    """Whether it is true that ``a`` is, for example, "left of" ``b``.
+
+    Each direction is about its own axis alone, as it is for questions about relations: what is below and to
+    the left of a ring is below it, and is left of it. "next to": too close to say, both ways.
+    """
+    right, down = a.x - b.x, a.y - b.y
+    along = {"left of": -right, "right of": right, "above": -down, "below": down}
+    return relation(a, b) == how if how == "next to" else along[how] >= RELATION_MARGIN
 
 
 def draw_aligned_caption(scene: Scene, rng: random.Random) -> AlignedCaption:
@@ -173,7 +184,7 @@ def _relations(items: Sequence[_Item], rng: random.Random) -> _Words:
 
 def _related(a: _Item, b: _Item, verb: str, size: bool) -> _Words:
     """All but the second thing: "a red ring is left of"."""
-    how = relation(a[1], b[1]) or "next to"
+    how = relation(a[1], b[1])
     return [*_thing(a, size=size), *_plain(verb), *_about(how, "relation", a[0], b[0])]
 
 
