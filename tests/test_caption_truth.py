@@ -8,9 +8,9 @@ import scene_checker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipmapper.data.caption_truth import WORDINGS, caption_truth
-from clipmapper.data.scene_captions import captions, draw_caption
-from clipmapper.data.scenes import COLOURS, SHAPES, SIZES, Scene, SceneObject, draw_scene
+from clipmapper.data.caption_truth import caption_truth
+from clipmapper.data.scene_captions import WORDINGS, captions, draw_caption
+from clipmapper.data.scenes import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Scene, SceneObject, draw_scene
 
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 DIRECTIONS = ("left of", "right of", "above", "below", "next to")
@@ -139,6 +139,23 @@ def test_false_captions_by_hand(caption, false):
         return
     assert truth.wording is not None and not truth.correct and not truth.complete
     assert any(false in statement.text for statement in truth.statements if not statement.holds)
+
+
+def test_at_a_border_of_two_places_either_name_holds():
+    """Borders are a third (24 pixels) apart; within 2 of one, either side's name is as good."""
+    third = IMAGE_SIZE / 3
+    for x, true in (
+        (third - 2.1, {"top left"}), (third - 1.9, {"top left", "top"}), (third + 1.9, {"top left", "top"}),
+        (third + 2.1, {"top"}), (2 * third + 1.9, {"top", "top right"}), (2 * third + 2.1, {"top right"}),
+    ):  # fmt: skip
+        scene = Scene("one", (item("small red ring", x, 5),))
+        found = {place for place in PLACES if caption_truth(f"a red ring at the {place}", scene).correct}
+        assert found == true, x
+    corner = Scene("corner", (item("small red ring", third + 1, 2 * third - 1),))
+    found = {place for place in PLACES if caption_truth(f"a red ring at the {place}", corner).correct}
+    assert found == {"left", "centre", "bottom left", "bottom"}
+    # Captions are written with the place in which the centre is.
+    assert "at the left" not in " ".join(captions(corner, 20))
 
 
 def test_a_direction_is_about_its_own_axis():

@@ -14,7 +14,7 @@ from clipmapper.data.manifest import manifest_data
 from clipmapper.data.records import Record
 from clipmapper.errors import UserError
 from clipmapper.models.build import build_clipmapper
-from clipmapper.training.caption_batches import drawn_batches
+from clipmapper.training.caption_batches import Stage, drawn_batches
 from clipmapper.training.processes import Share, batches_of
 from clipmapper.training.record_batches import (
     CaptionRecords,
@@ -54,6 +54,7 @@ CAPTIONS = (
     "experiment=caption_scenes",
     "callbacks=relevance",
     "data.train_scenes=24",
+    "data.simple_scenes=16",
     "data.validation_scenes=15",
     "data.held_out_scenes=7",
     "trainer.accumulate_grad_batches=3",
@@ -214,7 +215,8 @@ def test_shares_of_captions_are_the_step():
         def batch(self, images, captions):
             return {"ids": images, "captions": captions}
 
-    batch_at = drawn_batches(Drawn(), batch_size=4, captions=2, seed=0)
+    split = Drawn()
+    batch_at = drawn_batches([Stage(split, split.split.draw)], batch_size=4, captions=2, seed=0)
     whole, parts = batch_at(5), [batch_at(5, Share(index, 2)) for index in range(2)]
     pairs = list(zip(whole["captions"][::2], whole["captions"][1::2], strict=True))
     for index, part in enumerate(parts):

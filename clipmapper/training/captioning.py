@@ -10,6 +10,7 @@ from torch import Tensor
 from clipmapper.data.caption_truth import CaptionTruth
 from clipmapper.evaluation.caption_scores import CaptionScores
 from clipmapper.models.caption_decoding import Decoding, write_captions
+from clipmapper.models.caption_tokens import caption_vocabulary
 from clipmapper.models.captioner import Captioner, caption_loss
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.training.module import TaskModule
@@ -36,10 +37,11 @@ class CaptionModule(TaskModule):
     each image) and either ``image_tokens`` (of a frozen encoder, cached) or ``images``. For validation also
     ``numbers``, which image of the split each is.
 
-    Validation: the loss without smoothing, the scores of greedy captions, and the shares of them that are
-    ``correct`` and ``complete`` by the split's ``judges`` (number of the image, caption → truth; None for
-    data that does not know). ``written``
-    holds the captions of the last validation, by split.
+    The ``emphasised`` words count by the factor ``emphasis`` in the mean.
+
+    Validation: the loss without smoothing and emphasis, the scores of greedy captions, and the shares of them
+    that are ``correct`` and ``complete`` by the split's ``judges`` (number of the image, caption → truth;
+    None for data that does not know). ``written`` holds the captions of the last validation, by split.
     """
 
     def __init__(
@@ -51,9 +53,12 @@ class CaptionModule(TaskModule):
         max_steps: int,
         label_smoothing: float,
         judges: Mapping[str, Judge | None],
+        emphasised: Sequence[str] = (),
+        emphasis: float = 1.0,
     ) -> None:
         super().__init__(model, learning_rate, weight_decay, warmup_steps, max_steps)
         self.label_smoothing = label_smoothing
+        self.register_buffer("emphasis", self._weights(emphasised, emphasis), persistent=False)
         self.judges = dict(judges)
         self.splits = tuple(judges)
         self.scores = torch.nn.ModuleDict({split: CaptionScores(SCORES) for split in judges})
@@ -65,12 +70,28 @@ class CaptionModule(TaskModule):
         return self.model.encoder.image_tokens(batch["images"])
 
     def loss(
-        self, image_tokens: Float[Tensor, "batch image width"], text: TokenizedText, label_smoothing: float
+        self,
+        image_tokens: Float[Tensor, "batch image width"],
+        text: TokenizedText,
+        label_smoothing: float = 0.0,
+        weight: Float[Tensor, "known"] | None = None,
     ) -> Float[Tensor, ""]:
         """:func:`caption_loss` over the tokens that the head can say."""
         words = self.model.text_tokens(text.ids, text.valid)
         logits = self.model.caption_logits(image_tokens, words, text.valid, known_only=True)
-        return caption_loss(logits, self.placed(text), label_smoothing)
+        return caption_loss(logits, self.placed(text), label_smoothing, weight)
+
+    def _weights(self, words: Sequence[str], factor: float) -> Float[Tensor, "known"] | None:
+        """How much each token that the head can say counts: those of these words by the factor."""
+        if not words or factor == 1:
+            return None
+        tokenizer, head = self.model.tokenizer, self.model.head
+        # Some tokenizers have other tokens for a first word.
+        told = caption_vocabulary(tokenizer, [text for word in words for text in (word, f"a {word}")])
+        ids = torch.tensor(sorted(set(told) - set(caption_vocabulary(tokenizer, ["a"]))))
+        weights = torch.ones(head.known)
+        weights[head.places(ids)] = factor
+        return weights
 
     def placed(self, text: TokenizedText) -> TokenizedText:
         """The same captions by the places of their tokens among those that the head can say."""
@@ -83,7 +104,7 @@ class CaptionModule(TaskModule):
         return int(batch["text"].valid[:, 1:].sum())
 
     def training_step(self, batch: Mapping, index: int) -> Tensor:
-        loss = self.loss(self.image_tokens(batch), batch["text"], self.label_smoothing)
+        loss = self.loss(self.image_tokens(batch), batch["text"], self.label_smoothing, self.emphasis)
         self.log("train/loss", loss, prog_bar=True, batch_size=self.terms(batch), sync_dist=True)
         return loss * self.weight(batch)
 
@@ -93,7 +114,7 @@ class CaptionModule(TaskModule):
     def validation_step(self, batch: Mapping, index: int, dataloader_idx: int = 0) -> None:
         split = self.splits[dataloader_idx]
         image_tokens = self.image_tokens(batch)
-        loss = self.loss(image_tokens, batch["text"], 0.0)
+        loss = self.loss(image_tokens, batch["text"])
         self.log(
             f"{split}/loss", loss, batch_size=self.terms(batch), add_dataloader_idx=False, sync_dist=True
         )
