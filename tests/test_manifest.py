@@ -198,7 +198,10 @@ def test_a_folder_and_an_object_of_hugging_face(folder):
 MISTAKES = [
     ('{"image": "0.png", "question": "q?", "answers": ["a"]', "not JSON: Expecting"),
     ("[1, 2]", "not an object"),
-    ({"question": "q?", "answers": ["a"]}, "no image: give image or image_base64"),
+    (
+        {"question": "q?", "answers": ["a"]},
+        "no image: give image or image_base64; there is question, answers",
+    ),
     ({"image": "none.png", "question": "q?", "answers": ["a"]}, "no such image: "),
     ({"image": "bad.png", "question": "q?", "answers": ["a"]}, "unreadable image: "),
     ({"image": "cut.jpg", "question": "q?", "answers": ["a"]}, "unreadable image: "),
@@ -215,6 +218,19 @@ MISTAKES = [
     ({"image": ["0.png"], "question": "q?", "answers": ["a"]}, "no image: ['0.png'] is not a path"),
     ({"image": "0.png", "question": "q?", "answers": ["a"], "answer": "a"}, "the same thing twice: both"),
     ({"image_base64": "?", "question": "q?", "answers": ["a"]}, "image_base64 is not base64"),
+]
+
+MORE = [
+    (
+        {"image": "HTTPS://a.b/c.png", "question": "q?", "answers": ["a"]},
+        "an address, not a file: 'HTTPS://a.b/c.png'; download the image",
+    ),
+    ({"image": "0.png", "question": "q?", "answers": {"b": 1}}, "answers not text: {'b': 1}"),
+    ({"image": "0.png", "question": "q?", "answers": [float("nan")]}, "answers not text: nan"),
+    (
+        {"image": "0.png", "captions": ["a", "b"]},
+        "questions and captions in one data set: captions here, a question on 24 other lines",
+    ),
 ]
 
 
@@ -235,6 +251,11 @@ def test_every_mistake_is_one_line_with_file_and_line(wrong):
     for number, (line, (_, says)) in enumerate(zip(found, MISTAKES, strict=True), 25):
         assert line.startswith(f"{wrong}:{number}: {says}"), line
         assert "\n" not in line
+
+
+def test_more_mistakes(folder):
+    path = lines(folder / "wrong.jsonl", [*(line for line, _ in MORE), *rows()])
+    assert [line.partition(": ")[2] for line in told(path)] == [says for _, says in MORE]
 
 
 def test_twenty_are_shown_and_the_rest_counted(folder):
@@ -311,6 +332,8 @@ def test_csv_mistakes(folder):
         "wrong number of columns", "not a list in JSON", "wrong number of columns", "not CSV"
     ]  # fmt: skip
     assert [line.split(":")[1] for line in found] == ["2", "3", "4", "5"]
+    (folder / "my.csv").write_text("image,question,answers,question\n0.png,q?,a,r?\n")
+    assert told(str(folder / "my.csv")) == [f"{folder / 'my.csv'}:1: the same column twice: question"]
 
 
 def test_a_leak_and_unknown_answers_are_said(folder):

@@ -326,6 +326,7 @@ def test_the_script(tmp_path):
     assert (done.returncode, done.stdout) == (0, "out/my.jsonl: 2 lines about 1 images\n"), done.stderr
     rows = [json.loads(line) for line in (tmp_path / "out" / "my.jsonl").read_text().splitlines()]
     assert [row["family"] for row in rows] == ["other", "yes/no"] and rows[0]["image"] == "../images/3.png"
+    assert not any("id" in row for row in rows)  # those of the other split would be the same
     (tmp_path / "q.json").write_text("{")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1

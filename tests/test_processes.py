@@ -68,6 +68,13 @@ SHARDED = (
     "encoder.frozen=false",
     "trainer.strategy=fsdp2",
 )
+PLAIN = (*COMMON, "data=manifest", "data.workers=0", "training.blind_steps=0", "callbacks=none")
+# A run, and the same stopped behind a step and resumed.
+RESUMED = (
+    (*PLAIN, "name=whole"),
+    (*PLAIN, "name=stopped", "stop_after=2"),
+    (*PLAIN, "name=stopped", "resume=true"),
+)
 # How a run is made and not what comes of it: the run by one process is without.
 BY_THE_WAY = ("trainer.accumulate", "trainer.strategy", "trainer.compile")
 
@@ -126,7 +133,7 @@ def placed(run: tuple[str, ...], architecture: str, manifest: Path, output: Path
 def by_two(architecture, manifest, tmp_path_factory):
     """All runs by the same two processes, which the first command starts."""
     folder = tmp_path_factory.mktemp("two")
-    runs = [placed(run, architecture, manifest, folder) for run in (QUESTIONS, CAPTIONS, SHARDED)]
+    runs = [placed(run, architecture, manifest, folder) for run in (QUESTIONS, CAPTIONS, SHARDED, *RESUMED)]
     command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), json.dumps(runs)]
     finished = training_models._process(command, folder)
     assert finished.status == 0, finished.errors
@@ -164,10 +171,25 @@ def test_compiled_blocks_train_as_they_are_written(by_two):
     assert int(graphs) > 0
 
 
+def test_a_stopped_run_of_two_processes_goes_on_as_if_it_had_not_been(by_two):
+    """One of them is told to stop, between two steps; both do."""
+    (whole,), (stopped,) = ([*(by_two.folder / name).iterdir()] for name in ("whole", "stopped"))
+    assert "stopped after step 2" in by_two.errors
+    ends = [torch.load(folder / CHECKPOINT, weights_only=True) for folder in (whole, stopped)]
+    assert ends[0]["global_step"] == 3
+    for part in ("state_dict", "optimizer_states"):
+        assert training_models.same_bits(ends[0][part], ends[1][part]), part
+    results = [json.loads((folder / RESULTS).read_text()) for folder in (whole, stopped)]
+    assert results[0]["accuracy"] == results[1]["accuracy"]
+    written = [json.loads((folder / "answers_validation.json").read_text()) for folder in (whole, stopped)]
+    assert written[0] == written[1]
+
+
 def test_one_process_speaks_and_writes(by_two):
-    assert by_two.printed.count("\nRun ") + by_two.printed.startswith("Run ") == 3
+    assert by_two.printed.count("\nRun ") + by_two.printed.startswith("Run ") == 5
+    assert by_two.printed.count("\nResuming ") == 1
     assert "distributed" not in by_two.printed + by_two.errors
-    assert by_two.printed.count("Written") == 3
+    assert by_two.printed.count("Written") == 5
 
 
 @pytest.mark.parametrize(("count", "batch_size", "of"), [(31, 500, 2), (3, 1, 2), (5, 2, 3), (7, 3, 1)])

@@ -50,6 +50,7 @@ def place(tmp_path_factory):
         picture.save(folder / f"{n}.jpg", exif=exif)
         split = "train" if n < 4 else "validation" if n < 7 else "test"
         asked = {"id": 10 + n, "image": f"{n}.jpg", "question": "what colour is it?", "split": split}
+        asked["family"] = "../what/colour"  # any text
         questions.append(asked | ({} if n == 7 else {"answers": [name] * 6 + ["purple"] * 4}))
         told = [f"a {name} corner", f"something {name}"]
         captions.append({"id": n, "image": f"{n}.jpg", "captions": told, "split": split})
@@ -87,7 +88,7 @@ def numbers_of(found) -> list[float]:
 def test_questions_from_start_to_finish(answering):
     results = json.loads((answering / RESULTS).read_text())
     assert results["name"] == "manifest" and results["accuracy"]["overall"]["questions"] == 3
-    assert set(results["accuracy"]) == {"other", "overall"}
+    assert set(results["accuracy"]) == {"../what/colour", "overall"}
     row = results["accuracy"]["overall"]
     assert 0 <= row["validation"] <= 1 and 0 <= row["blind"] <= 1 and "held_out" not in row
     for split, ids in (("validation", [14, 15, 16]), ("test", [17])):
@@ -101,7 +102,7 @@ def test_questions_from_start_to_finish(answering):
             assert row["validation"] == pytest.approx(right, abs=1e-6)
     assert results["explanations"]["localisation"] == {} and results["explanations"]["samples"] == 3
     assert all(map(math.isfinite, numbers_of(results["explanations"])))
-    assert len(list((answering / "pictures").glob("explanation_*_other.png"))) == 2
+    assert len(list((answering / "pictures").glob("explanation_*__what_colour.png"))) == 2
 
 
 def test_captions_from_start_to_finish(captioning):

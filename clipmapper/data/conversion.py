@@ -159,8 +159,7 @@ def _easy_vqa(source: Source) -> Iterator[Row]:
         if not isinstance(entry, list) or len(entry) != 3:
             raise UserError(f"{source.questions}: entry {number} is not [question, answer, image id]")
         question, answer, image = entry
-        yield {
-            "id": number,
+        yield {  # without an id: it has none, and numbers would come again in the other split
             "image": source.images / f"{image}.png",
             "question": question,
             "answers": [answer],

@@ -141,8 +141,9 @@ def _mixed(records: Sequence[Record]) -> list[Problem]:
     if len(kinds) < 2:
         return []
     (usual, times), (odd, _) = kinds.most_common()
+    what = f"{odd} here, {usual} on {times} other lines"
     return [
-        Problem(record.source, "questions and captions in one data set", f"{odd} here, {usual} on {times}")
+        Problem(record.source, "questions and captions in one data set", what)
         for record in records
         if bool(record.captions) == (odd == "captions")
     ]

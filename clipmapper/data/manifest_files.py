@@ -74,6 +74,9 @@ def _csv_rows(path: Path, reader) -> Iterator[Row]:
             continue
         if columns is None:
             columns = [cell.strip() for cell in cells]
+            if twice := sorted(name for name in set(columns) if name and columns.count(name) > 1):
+                yield source, Problem(source, "the same column twice", ", ".join(twice))
+                return
         elif len(cells) != len(columns):
             what = f"{len(cells)}, the first line has {len(columns)}"
             yield source, Problem(source, "wrong number of columns", what)

@@ -4,6 +4,7 @@ import base64
 import binascii
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -69,10 +70,12 @@ class RowReader:
         self.splits.setdefault(split, []).append(record)
 
     def _record(self, source: str, row: Mapping, given: Mapping, answered: bool) -> Record:
+        there = ", ".join(map(str, row)) or "nothing"
+        if given["image"] is None and given["image_base64"] is None:
+            raise Mistake("no image", f"give image or image_base64; there is {there}")
         image, image_id = _image(given["image"], given["image_base64"], self.folder)
         has_caption, has_question = given["captions"] is not None, given["question"] is not None
         if not (has_caption or has_question):
-            there = ", ".join(map(str, row)) or "nothing"
             raise Mistake("no question and no captions", f"there is {there}")
         if has_caption and (has_question or given["answers"] is not None):
             raise Mistake("a question and captions", "a line is about one of them")
@@ -119,8 +122,8 @@ def _split(value: object) -> str | None:
 
 def _image(value: object, encoded: object, folder: Path) -> tuple[Path | bytes | StoredImage, str]:
     """The image, and what it is told apart by: its path, or a digest of its bytes."""
-    if (value is None) == (encoded is None):
-        raise Mistake("no image" if value is None else "the same thing twice", "give image or image_base64")
+    if value is not None and encoded is not None:
+        raise Mistake("the same thing twice", "give image or image_base64")
     if encoded is not None:
         try:
             value = base64.b64decode(_text("image_base64", encoded), validate=True)
@@ -134,6 +137,8 @@ def _image(value: object, encoded: object, folder: Path) -> tuple[Path | bytes |
         return value, hashlib.blake2b(value, digest_size=16).hexdigest()
     if not isinstance(value, str) or not value.strip():
         raise Mistake("no image", f"{_shown(value)} is not a path")
+    if re.match(r"[a-z]{2,}://", value.strip().lower()):
+        raise Mistake("an address, not a file", f"{_shown(value)}; download the image")
     path = Path(os.path.normpath(folder / value.strip()))
     return path, str(path)
 
@@ -143,11 +148,12 @@ def _texts(name: str, value: object) -> list[str]:
     entries = value if isinstance(value, list | tuple) else [value]
     if not entries:
         raise Mistake(f"no {name}", "an empty list")
-    return [_text(name, e.get(name.rstrip("s")) if isinstance(e, Mapping) else e) for e in entries]
+    one = name.rstrip("s")
+    return [_text(name, e[one] if isinstance(e, Mapping) and one in e else e) for e in entries]
 
 
 def _text(name: str, value: object) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value:  # not NaN
         value = f"{value:g}" if isinstance(value, float) else str(value)
     if not isinstance(value, str):
         raise Mistake(f"{name} not text", _shown(value))

@@ -73,10 +73,12 @@ def score_table(splits: Mapping[str, Mapping]) -> Table:
     """Scores of greedy captions, a row a split; ``splits`` as in results.json."""
     table = Table(title="Greedy captions", title_justify="left")
     table.add_column("split")
-    for column in ("captions", "correct %", "complete %", *(_NAMES[score] for score in SCORES), "loss"):
+    known = [key for key in ("correct", "complete") if any(key in row["greedy"] for row in splits.values())]
+    shares_named = [f"{key} %" for key in known]
+    for column in ("captions", *shares_named, *(_NAMES[score] for score in SCORES), "loss"):
         table.add_column(column, justify="right")
     for split, row in splits.items():
-        found = (row["greedy"].get(key) for key in ("correct", "complete"))
+        found = (row["greedy"].get(key) for key in known)
         shares = ["" if share is None else f"{100 * share:.1f}" for share in found]
         scores = [f"{row[score] * (1 if score == 'cider' else 100):.2f}" for score in SCORES]
         name = {"held_out": "held-out combinations"}.get(split, split)

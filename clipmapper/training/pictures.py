@@ -1,5 +1,6 @@
 """Pictures and W&B tables of an explanation report."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from clipmapper.visual.explanation import plot_explanation
 from clipmapper.visual.files import save_figure
 from clipmapper.visual.words import words_html
 
+_NAME = 60  # characters of a file's name that are a family's
 _LABEL = {"accuracy": "soft accuracy", "probability": "probability of the predicted answer"}
 
 
@@ -21,7 +23,9 @@ def write_pictures(report: ExplanationReport, folder: Path, *, count: int, confi
     written = []
     first = next(iter(report.relevance))
     for number in range(min(count, len(report.samples))):
-        path = folder / f"explanation_{number:02d}_{report.samples.families[number]}.png"
+        # A family is any text that the data have, such as VQA v2's "yes/no".
+        family = re.sub(r"\W+", "_", report.samples.families[number])[:_NAME]
+        path = folder / f"explanation_{number:02d}_{family}.png"
         save_figure(_explanation(report, number, first), path)
         written.append(path)
     if count:
