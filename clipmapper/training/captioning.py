@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from clipmapper.data.caption_truth import CaptionTruth
@@ -58,7 +58,9 @@ class CaptionModule(TaskModule):
     ) -> None:
         super().__init__(model, learning_rate, weight_decay, warmup_steps, max_steps)
         self.label_smoothing = label_smoothing
-        self.register_buffer("emphasis", self._weights(emphasised, emphasis), persistent=False)
+        # On the CPU for good: processes that make batches count terms as well.
+        self.emphasised, self.emphasis = self._tokens_of(emphasised), emphasis
+        self.register_buffer("token_weights", self._weights(), persistent=False)
         self.judges = dict(judges)
         self.splits = tuple(judges)
         self.scores = torch.nn.ModuleDict({split: CaptionScores(SCORES) for split in judges})
@@ -81,16 +83,20 @@ class CaptionModule(TaskModule):
         logits = self.model.caption_logits(image_tokens, words, text.valid, known_only=True)
         return caption_loss(logits, self.placed(text), label_smoothing, weight)
 
-    def _weights(self, words: Sequence[str], factor: float) -> Float[Tensor, "known"] | None:
-        """How much each token that the head can say counts: those of these words by the factor."""
-        if not words or factor == 1:
-            return None
-        tokenizer, head = self.model.tokenizer, self.model.head
-        # Some tokenizers have other tokens for a first word.
+    def _tokens_of(self, words: Sequence[str]) -> Int[Tensor, "tokens"]:
+        """What these words are written with, as first words and as later ones."""
+        if not words:
+            return torch.empty(0, dtype=torch.long)
+        tokenizer = self.model.tokenizer
         told = caption_vocabulary(tokenizer, [text for word in words for text in (word, f"a {word}")])
-        ids = torch.tensor(sorted(set(told) - set(caption_vocabulary(tokenizer, ["a"]))))
-        weights = torch.ones(head.known)
-        weights[head.places(ids)] = factor
+        return torch.tensor(sorted(set(told) - set(caption_vocabulary(tokenizer, ["a"]))))
+
+    def _weights(self) -> Float[Tensor, "known"] | None:
+        """How much each token that the head can say counts."""
+        if not len(self.emphasised):
+            return None
+        weights = torch.ones(self.model.head.known)
+        weights[self.model.head.places(self.emphasised)] = self.emphasis
         return weights
 
     def placed(self, text: TokenizedText) -> TokenizedText:
@@ -99,13 +105,15 @@ class CaptionModule(TaskModule):
         said[:, 0] = False  # the start token is given
         return TokenizedText(self.model.head.places(text.ids, said), text.valid, text.removable)
 
-    def terms(self, batch: Mapping) -> int:
-        """Words that are learnt: all but the start token."""
-        return int(batch["text"].valid[:, 1:].sum())
+    def terms(self, batch: Mapping) -> int | float:
+        """What a loss is the mean of: all words but the start token, each by how much it counts."""
+        following = batch["text"].ids[:, 1:][batch["text"].valid[:, 1:]].cpu()
+        return len(following) + (self.emphasis - 1) * int(torch.isin(following, self.emphasised).sum())
 
     def training_step(self, batch: Mapping, index: int) -> Tensor:
-        loss = self.loss(self.image_tokens(batch), batch["text"], self.label_smoothing, self.emphasis)
-        self.log("train/loss", loss, prog_bar=True, batch_size=self.terms(batch), sync_dist=True)
+        loss = self.loss(self.image_tokens(batch), batch["text"], self.label_smoothing, self.token_weights)
+        words = int(batch["text"].valid[:, 1:].sum())
+        self.log("train/loss", loss, prog_bar=True, batch_size=words, sync_dist=True)
         return loss * self.weight(batch)
 
     def on_validation_epoch_start(self) -> None:
@@ -115,9 +123,8 @@ class CaptionModule(TaskModule):
         split = self.splits[dataloader_idx]
         image_tokens = self.image_tokens(batch)
         loss = self.loss(image_tokens, batch["text"])
-        self.log(
-            f"{split}/loss", loss, batch_size=self.terms(batch), add_dataloader_idx=False, sync_dist=True
-        )
+        words = int(batch["text"].valid[:, 1:].sum())
+        self.log(f"{split}/loss", loss, batch_size=words, add_dataloader_idx=False, sync_dist=True)
         captions = self.write(image_tokens, Decoding("greedy", max_length=self.model.longest))
         self.scores[split].update(captions, batch["references"])
         self.written[split] += self.judged(split, batch["numbers"], captions)
