@@ -155,7 +155,7 @@ def test_at_a_border_of_two_places_either_name_holds():
     found = {place for place in PLACES if caption_truth(f"a red ring at the {place}", corner).correct}
     assert found == {"left", "centre", "bottom left", "bottom"}
     # Captions are written with the place in which the centre is.
-    assert "at the left" not in " ".join(captions(corner, 20))
+    assert "at the left" not in " ".join(captions(corner, 5))
 
 
 def test_a_direction_is_about_its_own_axis():
@@ -165,7 +165,7 @@ def test_a_direction_is_about_its_own_axis():
     for false in ("below", "right of", "next to"):
         assert not caption_truth(f"a red ring {false} a blue ring", scene).correct
     # Captions are written with the one along which they are further apart.
-    assert {how for how in DIRECTIONS if f" {how} " in " ".join(captions(scene, 20))} == {"above", "below"}
+    assert {how for how in DIRECTIONS if f" {how} " in " ".join(captions(scene, 12))} == {"above", "below"}
 
 
 def test_what_is_too_close_to_say_is_next_to_each_other():
