@@ -208,6 +208,7 @@ class ScenesCaptionsConfig(DataConfig):
     task = "captioning"
 
     train_scenes: int = setting(minimum=1)
+    simple_scenes: int = setting(minimum=1)
     validation_scenes: int = setting(minimum=1)
     held_out_scenes: int = setting(minimum=1)
     references: int = setting(minimum=1, maximum=10)
@@ -396,6 +397,42 @@ class CaptionTrainingConfig(TrainingConfig):
 
 
 @dataclass
+class WordingSharesConfig(Section):
+    """How often training draws each wording of a caption, relative to the others."""
+
+    listing: float = setting(minimum=0)
+    places: float = setting(minimum=0)
+    relations: float = setting(minimum=0)
+    counts: float = setting(minimum=0)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not any(vars(self).values()):
+            yield "listing", "at least one wording needs a share above 0"
+
+
+@dataclass
+class ScenesCaptionTrainingConfig(CaptionTrainingConfig):
+    """What training on captions of the built-in scenes has besides: an order to learn in."""
+
+    simple_share: float = setting(minimum=0, maximum=1)
+    first_wordings: list[str] = setting(choices=("listing", "places", "relations", "counts"))
+    first_share: float = setting(minimum=0, maximum=1)
+    wordings: WordingSharesConfig = field(default_factory=WordingSharesConfig)
+    left_to_right: bool = setting()
+    twins: float = setting(minimum=0, maximum=1)
+    emphasis: float = setting(above=0)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        yield from _list_problems("first_wordings", self.first_wordings)
+        if self.first_share > self.simple_share:
+            yield (
+                "first_share",
+                f"the first steps see simple scenes: at most simple_share, {self.simple_share}",
+            )
+
+
+@dataclass
 class TrainerConfig(Section):
     """What of Lightning's ``Trainer`` can be set; both intervals are in steps."""
 
@@ -510,10 +547,14 @@ class TrainConfig(Section):
                 )
         if isinstance(self.data, ShardsConfig) and self.training.token_cache:
             yield "training.token_cache", "a stream (data=shards) has no end to cache; give false"
-        scenes = isinstance(self.data, ScenesVQAConfig)
-        if task == "vqa" and scenes != isinstance(self.training, ScenesVQATrainingConfig):
-            which = "vqa_scenes" if scenes else "vqa"
-            yield "training", f"not the one for these data; choose training={which}"
+        for this, data, training in (
+            ("vqa", ScenesVQAConfig, ScenesVQATrainingConfig),
+            ("captioning", ScenesCaptionsConfig, ScenesCaptionTrainingConfig),
+        ):
+            scenes = isinstance(self.data, data)
+            if task == this and scenes != isinstance(self.training, training):
+                which = f"{this}_scenes" if scenes else this
+                yield "training", f"not the one for these data; choose training={which}"
 
 
 @dataclass
@@ -643,6 +684,7 @@ def register() -> None:
         "vqa_training_schema": VQATrainingConfig,
         "scenes_vqa_training_schema": ScenesVQATrainingConfig,
         "caption_training_schema": CaptionTrainingConfig,
+        "scenes_caption_training_schema": ScenesCaptionTrainingConfig,
         "wandb_logger_schema": WandbLoggerConfig,
         "csv_logger_schema": CSVLoggerConfig,
         "no_callbacks_schema": CallbacksConfig,

@@ -305,16 +305,19 @@ def _clause(part: str) -> tuple[str, dict[str, str]]:
 
 
 def _in_place(item, place: str) -> bool:
-    """A place is a third of the image each way; the middle third goes without a name."""
-    words = place.split()
+    """A place is a third of the image each way, give or take 2 pixels; the middle third has no name."""
     low, high = SIDE / 3, 2 * SIDE / 3
-    across = "left" if item.x < low else "right" if item.x >= high else None
-    down = "top" if item.y < low else "bottom" if item.y >= high else None
-    return words == ([w for w in (down, across) if w] or ["centre"])
+    thirds = {"first": (-1e9, low + 2), "middle": (low - 2, high + 2), "last": (high - 2, 1e9)}
+    words = set(place.split()) - {"centre"}
+
+    def fits_along(at: float, first: str, last: str) -> bool:
+        start, end = thirds["first" if first in words else "last" if last in words else "middle"]
+        return start <= at < end or at == end  # on the border's edge both are right
+
+    return fits_along(item.x, "left", "right") and fits_along(item.y, "top", "bottom")
 
 
 def _related(a, how: str, b) -> bool:
     if how == "next to":
         return max(abs(a.x - b.x), abs(a.y - b.y)) < CLEARLY
-    # Of two objects that are left of and above each other, the greater distance is what one says.
-    return _beyond(how, a, b) >= max(CLEARLY, abs(a.x - b.x), abs(a.y - b.y))
+    return _beyond(how, a, b) >= CLEARLY

@@ -20,6 +20,7 @@ RUN = (
     "experiment=caption_scenes",
     "encoder.pretrained=null",
     "data.train_scenes=20",
+    "data.simple_scenes=9",
     "data.validation_scenes=6",
     "data.held_out_scenes=4",
     "training.batch_size=8",

@@ -8,9 +8,9 @@ import scene_checker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipmapper.data.caption_truth import WORDINGS, caption_truth
-from clipmapper.data.scene_captions import draw_caption
-from clipmapper.data.scenes import COLOURS, SHAPES, SIZES, Scene, SceneObject, draw_scene
+from clipmapper.data.caption_truth import caption_truth
+from clipmapper.data.scene_captions import WORDINGS, captions, draw_caption
+from clipmapper.data.scenes import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Scene, SceneObject, draw_scene
 
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 DIRECTIONS = ("left of", "right of", "above", "below", "next to")
@@ -116,7 +116,7 @@ def test_mixed_wordings_are_understood():
         ("a red ring at the right", "red ring at the right"),
         ("a blue square at the top left", "blue square at the top left"),
         ("a red ring at the left and a red ring near the left", "red ring at the left"),
-        # relations: wrong direction, not the greater distance, next to something far away
+        # relations: wrong direction, too close along that axis, next to something far away
         ("a blue square below a red ring", "blue square below red ring"),
         ("a blue square right of a red ring and a blue square right of the red ring", "a blue square"),
         ("a blue square right of a red ring", None),  # of the ring at the left it is
@@ -141,13 +141,43 @@ def test_false_captions_by_hand(caption, false):
     assert any(false in statement.text for statement in truth.statements if not statement.holds)
 
 
-def test_the_relation_of_the_greater_distance_is_the_one_that_is_stated():
+def test_at_a_border_of_two_places_either_name_holds():
+    """Borders are a third (24 pixels) apart; within 2 of one, either side's name is as good."""
+    third = IMAGE_SIZE / 3
+    for x, true in (
+        (third - 2.1, {"top left"}), (third - 1.9, {"top left", "top"}), (third + 1.9, {"top left", "top"}),
+        (third + 2.1, {"top"}), (2 * third + 1.9, {"top", "top right"}), (2 * third + 2.1, {"top right"}),
+    ):  # fmt: skip
+        scene = Scene("one", (item("small red ring", x, 5),))
+        found = {place for place in PLACES if caption_truth(f"a red ring at the {place}", scene).correct}
+        assert found == true, x
+    corner = Scene("corner", (item("small red ring", third + 1, 2 * third - 1),))
+    found = {place for place in PLACES if caption_truth(f"a red ring at the {place}", corner).correct}
+    assert found == {"left", "centre", "bottom left", "bottom"}
+    # Captions are written with the place in which the centre is.
+    assert "at the left" not in " ".join(captions(corner, 5))
+
+
+def test_a_direction_is_about_its_own_axis():
     scene = Scene("two", (item("small red ring", 10, 10), item("small blue ring", 30, 36)))
-    assert caption_truth("a red ring above a blue ring", scene).correct
-    assert not caption_truth("a red ring left of a blue ring", scene).correct
+    for true in ("above", "left of"):
+        assert caption_truth(f"a red ring {true} a blue ring", scene).correct
+    for false in ("below", "right of", "next to"):
+        assert not caption_truth(f"a red ring {false} a blue ring", scene).correct
+    # Captions are written with the one along which they are further apart.
+    assert {how for how in DIRECTIONS if f" {how} " in " ".join(captions(scene, 12))} == {"above", "below"}
+
+
+def test_what_is_too_close_to_say_is_next_to_each_other():
     near = Scene("near", (item("small red ring", 30, 30), item("small blue ring", 38, 39)))
     assert caption_truth("a red ring next to a blue ring", near).correct
-    assert not caption_truth("a red ring above a blue ring", near).correct
+    for how in ("above", "below", "left of", "right of"):
+        assert not caption_truth(f"a red ring {how} a blue ring", near).correct
+    # Close one way, clearly apart the other.
+    beside = Scene("beside", (item("small red ring", 30, 30), item("small blue ring", 45, 38)))
+    assert caption_truth("a red ring left of a blue ring", beside).correct
+    for how in ("above", "below", "next to"):
+        assert not caption_truth(f"a red ring {how} a blue ring", beside).correct
 
 
 @pytest.mark.parametrize(

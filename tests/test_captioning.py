@@ -31,11 +31,13 @@ from clipmapper.evaluation.ptb_tokenizer import ptb_tokenise
 from clipmapper.models.build import build_captioner
 from clipmapper.models.caption_decoding import Decoding, write_captions
 from clipmapper.models.caption_tokens import caption_vocabulary
-from clipmapper.training.caption_batches import CaptionBatches, drawn_batches
+from clipmapper.training.caption_batches import CaptionBatches, Stage, drawn_batches
+from clipmapper.training.caption_task import CaptionTask
 from clipmapper.training.captioning import CaptionModule
 from clipmapper.training.interruption import RunInterrupted
 from clipmapper.training.less_noise import less_noise
 from clipmapper.training.module import Labelled, StepBatches
+from clipmapper.training.processes import WHOLE
 from clipmapper.training.run import train
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
 from clipmapper.training.self_critical import SelfCriticalModule
@@ -55,9 +57,11 @@ TINY_RUN = (
     "experiment=caption_scenes",
     "encoder.pretrained=null",
     "data.train_scenes=20",
+    "data.simple_scenes=9",
     "data.validation_scenes=12",
     "data.held_out_scenes=6",
     "training.batch_size=8",
+    "training.token_precision=float32",
     "training.max_steps=5",
     "training.warmup_steps=2",
     "training.logged_captions=3",
@@ -75,7 +79,9 @@ def architecture(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def data() -> ScenesCaptions:
-    return ScenesCaptions(train_scenes=12, validation_scenes=7, held_out_scenes=4, references=5, seed=0)
+    return ScenesCaptions(
+        train_scenes=12, simple_scenes=9, validation_scenes=7, held_out_scenes=4, references=5, seed=0
+    )
 
 
 def tiny_captioner(architecture: str, data: ScenesCaptions, **settings):
@@ -93,10 +99,13 @@ def only_rings(number: int, caption: str) -> CaptionTruth:
 
 # The data
 
+NAMES = ("train", "simple", "validation", "held_out")
+
 
 def test_splits_share_no_scene_and_references_are_true(data):
-    keys = [scene.key for split in (data.train, data.validation, data.held_out) for scene in split.scenes]
-    assert len(set(keys)) == len(keys) == 12 + 7 + 4
+    keys = [scene.key for name in NAMES for scene in getattr(data, name).scenes]
+    assert len(set(keys)) == len(keys) == 12 + 9 + 7 + 4
+    assert max(len(scene.objects) for scene in data.simple.scenes) == 2
     split = data.validation
     assert len(split) == len(split.images) == len(split.references) == 7
     for number, references in enumerate(split.references):
@@ -104,9 +113,9 @@ def test_splits_share_no_scene_and_references_are_true(data):
         assert all(split.truth(number, reference).correct for reference in references)
         drawn = {split.draw(number, random.Random(seed)) for seed in range(8)}
         assert len(drawn) > 4 and all(split.truth(number, caption).complete for caption in drawn)
-    again = ScenesCaptions(12, 7, 4, 5, seed=0).validation
+    again = ScenesCaptions(12, 9, 7, 4, 5, seed=0).validation
     assert again.references == split.references and np.array_equal(again.images, split.images)
-    other = ScenesCaptions(12, 7, 4, 5, seed=1).validation
+    other = ScenesCaptions(12, 9, 7, 4, 5, seed=1).validation
     assert other.references != split.references
 
 
@@ -133,7 +142,7 @@ def test_batch_of_a_step_is_always_the_same_and_captions_are_drawn_anew(architec
         asked.append((list(images), list(captions))),
         original(images, captions),
     )[1]
-    batch_at = drawn_batches(split, batch_size=5, captions=2, seed=3)
+    batch_at = drawn_batches([Stage(split, split.split.draw)], batch_size=5, captions=2, seed=3)
     for step in (*range(24), 4):
         batch = batch_at(step)
         assert batch["image_tokens"].shape[0] == len(batch["references"]) == 5
@@ -151,8 +160,47 @@ def test_batch_of_a_step_is_always_the_same_and_captions_are_drawn_anew(architec
             said.setdefault(image, []).append(caption)
     assert np.mean([len(set(captions)) / len(captions) for captions in said.values()]) > 0.6
     assert np.mean(longest) < 0.7 * max(longest)  # captions of a length come together
-    other = drawn_batches(split, batch_size=5, captions=2, seed=4)
+    other = drawn_batches([Stage(split, split.split.draw)], batch_size=5, captions=2, seed=4)
     assert other(0)["references"] != batch_at(0)["references"]
+
+
+def test_stages_of_training(architecture, settings):
+    """Simple scenes in the first wordings, in all, then all scenes in all; twins more often than they are."""
+    config = settings(
+        "data.train_scenes=80",
+        "data.simple_scenes=60",
+        "training.max_steps=160",
+        "training.first_share=0.25",
+        "training.simple_share=0.5",
+        "training.twins=0.6",
+        "training.wordings={listing: 0, places: 1, relations: 0, counts: 2}",
+    )
+    task = CaptionTask(config, ScenesCaptions(80, 60, 1, 1, 1, seed=0))
+    task.prepare(None, Path("nowhere"))
+    asked = []
+    for name in ("simple", "train"):
+        task.splits[name].batch = lambda images, captions, name=name: (
+            asked.append((name, images, captions)) or {}
+        )
+    for step in range(160):
+        task.batch_at(step, WHOLE)
+    assert [name for name, _, _ in asked] == ["simple"] * 80 + ["train"] * 80
+    twins, counted = {"simple": [], "train": []}, []
+    for step, (name, images, captions) in enumerate(asked):
+        split = task.splits[name].split
+        assert len(captions) == 2 * len(images)
+        pairs = list(zip([image for image in images for _ in range(2)], captions, strict=True))
+        wordings = [split.truth(image, caption).wording for image, caption in pairs]
+        assert set(wordings) <= ({"places"} if step < 40 else {"places", "counts"})
+        counted += [wording == "counts" for wording in wordings] * (step >= 40)
+        for image in images:
+            looks = [(o.size, o.colour, o.shape) for o in split.scenes[image].objects]
+            twins[name].append(len(set(looks)) < len(looks))
+    assert np.mean(counted) == pytest.approx(2 / 3, abs=0.06)
+    for name, found in twins.items():
+        split = task.splits[name].split
+        there = len(split.with_twins) / len(split)
+        assert np.mean(found) == pytest.approx(0.6 + 0.4 * there, abs=0.08)
 
 
 def test_cached_tokens_are_those_of_the_pixels(architecture, data):
@@ -453,7 +501,7 @@ def test_frozen_encoder_is_not_trained_and_the_mapper_is(settings, finished):
     trained = torch.load(finished / CHECKPOINT, weights_only=True)["state_dict"]
     lightning.seed_everything(0, verbose=False)
     given = settings()
-    data = ScenesCaptions(1, 1, 1, 1, 0)
+    data = ScenesCaptions(1, 1, 1, 1, 1, 0)
     fresh = build_captioner(asdict(given.encoder), asdict(given.model), captions=data.wordings()).state_dict()
     changed = {name: not torch.equal(value, trained[f"model.{name}"]) for name, value in fresh.items()}
     assert not any(changed[name] for name in changed if name.startswith("encoder."))

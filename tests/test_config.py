@@ -49,6 +49,8 @@ def with_what_belongs_to_it(choice: str) -> list[str]:
         return [choice, "data.path=my"]
     if choice == "training=vqa":
         return ["data=manifest", "data.path=my", choice]
+    if choice == "training=captioning":
+        return ["experiment=caption_manifest", "data.path=my", choice]
     captions = group != "experiment" and "caption" in name and name != "coco_captions"
     return [CAPTIONS, choice] if captions else [choice]
 
@@ -164,7 +166,7 @@ def test_groups_have_one_class_per_implementation(run):
     captions = run.config("train", CAPTIONS)
     assert type(captions.data) is config.ScenesCaptionsConfig and captions.callbacks is None
     assert type(captions.model) is config.CaptionModelConfig
-    assert type(captions.training) is config.CaptionTrainingConfig
+    assert type(captions.training) is config.ScenesCaptionTrainingConfig
     assert type(given.callbacks) is config.RelevanceCallbackConfig
     assert type(run.config("train", "logger=csv").logger) is config.CSVLoggerConfig
 
@@ -261,7 +263,7 @@ def test_target_of_training_is_a_task(run, choice):
         (["encoder.frozen=2"], "encoder.frozen", "2 is not true or false"),
         (["seed=true"], "seed", "true is not an int"),
         (["callbacks.methods=gae"], "callbacks.methods", "'gae' is not a list"),
-        (["training=5"], "training", "'5' is not one of captioning, vqa"),
+        (["training=5"], "training", "'5' is not one of captioning, captioning_scenes, vqa"),
         (["training.max_steps=${nope}"], "training.max_steps", "'nope' not found"),
         # values that are not allowed
         (["model.mapper=dual"], "model.mapper", "not one of dual_flow, single_flow; did you mean dual_flow?"),
@@ -273,13 +275,20 @@ def test_target_of_training_is_a_task(run, choice):
         (["model.heads=5"], "model.heads", "5 heads do not divide the width of 128"),
         (["training.max_steps=0"], "training.max_steps", "0 is less than 1"),
         (["training.simple_share=1.1"], "training.simple_share", "1.1 is more than 1"),
+        ([CAPTIONS, "training.first_share=0.5"], "training.first_share", "at most simple_share"),
+        ([CAPTIONS, "training.first_wordings=[place]"], "training.first_wordings", "'place' is not one of"),
+        ([CAPTIONS, "training=captioning"], "training", "choose training=captioning_scenes"),
         (["training.learning_rate=0"], "training.learning_rate", "0.0 is not above 0"),
         (["training.learning_rate=nan"], "training.learning_rate", "not a finite number"),
         (["seed=-1"], "seed", "-1 is less than 0"),
         (["trainer.devices=all"], "trainer.devices", "'all' is not a number of devices"),
         (["trainer.precision=bf16"], "trainer.precision", "not one of 32-true, 16-mixed, bf16-mixed"),
         (["name="], "name", "empty"),
-        (["training=vqqa"], "training", "'vqqa' is not one of captioning, vqa, vqa_scenes; did"),
+        (
+            ["training=vqqa"],
+            "training",
+            "'vqqa' is not one of captioning, captioning_scenes, vqa, vqa_s",
+        ),
         # what does not belong together
         (["data=scenes_captions"], "data", "for captioning, but training is for vqa"),
         (["training=captioning"], "model", "for vqa, but training is for captioning"),

@@ -8,12 +8,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from clipmapper.data.scene_captions import NUMBERS, join, place_name, plural, relation
+from clipmapper.data.scene_captions import NUMBERS, join, place_holds, plural, relation_holds
 from clipmapper.data.scenes import COLOURS, SHAPES, SIZES, Scene, SceneObject
 
 # What a statement is about. "object": there is such a thing (its size, colour and shape as far as named).
 KINDS = ("object", "place", "relation", "count")
-WORDINGS = ("listing", "places", "relations", "counts")
 
 _SIZE, _COLOUR, _SHAPE = ("|".join(words) for words in (SIZES, COLOURS, SHAPES))
 _THING = rf"(?:(?:{_SIZE}) )?(?:(?:{_COLOUR}) )?(?:{_SHAPE})"
@@ -88,9 +87,10 @@ def caption_truth(caption: str, scene: Scene) -> CaptionTruth:
     first that was introduced in these words. Which object of the scene is meant by which is chosen so that as
     many as possible are what they are called, and then as many statements as possible hold.
 
-    Places and relations are those of :mod:`clipmapper.data.scene_captions`: the third of the image, and the
-    direction in which two objects are further apart. A list behind "three objects:" claims to be the whole:
-    one that does not add up to three is a count that does not hold, as is a total that is not the scene's.
+    Places and relations are those of :mod:`clipmapper.data.scene_captions`: the third of the image or what is
+    at its border (:func:`place_holds`), and for directions the axis that they are about
+    (:func:`relation_holds`). A list behind "three objects:" claims to be the whole: one that does not add up
+    to three is a count that does not hold, as is a total that is not the scene's.
     """
     said = _read(" ".join(re.sub(r"\s+([,:])", r"\1", caption).split()))
     if said is None:
@@ -186,11 +186,11 @@ def _judged(said: _Said, chosen: Sequence[SceneObject | None]) -> Iterator[State
         yield Statement("object", f"a {name}", item is not None and _fits(name, item))
     for thing, place in said.places:
         item = chosen[thing]
-        holds = item is not None and place_name(item) == place
+        holds = item is not None and place_holds(item, place)
         yield Statement("place", f"{said.things[thing]} at the {place}", holds)
     for one, how, other in said.relations:
         a, b = chosen[one], chosen[other]
-        holds = a is not None and b is not None and (relation(a, b) or "next to") == how
+        holds = a is not None and b is not None and relation_holds(a, how, b)
         yield Statement("relation", f"{said.things[one]} {how} {said.things[other]}", holds)
 
 

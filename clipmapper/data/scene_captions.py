@@ -5,7 +5,7 @@ of, so that an explanation of the word can be held against them.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from clipmapper.data.scenes import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Scene, SceneObject
@@ -13,7 +13,12 @@ from clipmapper.data.scenes import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Scene, Sc
 # A relation is stated only when the centres are at least this far apart along its axis: closer than that
 # people disagree about it.
 RELATION_MARGIN = 10.0  # pixels
+# Within so much of a border between two places an object may be called by either. An object is 12 pixels wide
+# or more, and nobody sees on which side of such a border its centre is.
+PLACE_MARGIN = 2.0  # pixels
 NUMBERS = ("no", "one", "two", "three", "four")
+# Ways to describe a scene.
+WORDINGS = ("listing", "places", "relations", "counts")
 # What a word can say of objects. Other words ("a", "is", "there", commas) speak of none.
 WORD_KINDS = ("colour", "shape", "size", "relation", "place", "number")
 
@@ -45,11 +50,14 @@ class AlignedCaption:
 def caption_words() -> tuple[str, ...]:
     """Every word that a caption can have, the rare ones too, with the comma and the colon."""
     told = "a an the and is there you can see image of only just nothing but at near in , :"
-    relations = "left right above below next to of"
-    places = "top bottom left right centre"
     counted = "object objects thing things"
     looks = (*COLOURS, *SIZES, *SHAPES, *map(plural, SHAPES), *NUMBERS[1:])
-    return tuple(dict.fromkeys((*" ".join((told, relations, places, counted)).split(), *looks)))
+    return tuple(dict.fromkeys((*told.split(), *where_words(), "to", "of", *counted.split(), *looks)))
+
+
+def where_words() -> tuple[str, ...]:
+    """The words for places and for directions."""
+    return ("top", "bottom", "left", "right", "centre", "above", "below", "next")
 
 
 def describe(item: SceneObject, *, size: bool = True, colour: bool = True) -> str:
@@ -63,33 +71,72 @@ def plural(shape: str) -> str:
 
 def place_name(item: SceneObject) -> str:
     """The third of the image in which the object's centre lies, both ways: "top left", "left", "centre"."""
-    third = IMAGE_SIZE / 3
-    row = ("top", "", "bottom")[min(int(item.y // third), 2)]
-    column = ("left", "", "right")[min(int(item.x // third), 2)]
-    return f"{row} {column}".strip() or "centre"
+    return _place_at(item.x, item.y)
 
 
-def relation(a: SceneObject, b: SceneObject) -> str | None:
-    """How ``a`` lies to ``b`` along the axis on which they are further apart; None when too close to say."""
+def place_holds(item: SceneObject, place: str) -> bool:
+    """Whether the object may be said to be there: its centre is, or is within ``PLACE_MARGIN`` of it."""
+    beside = (-PLACE_MARGIN, 0.0, PLACE_MARGIN)
+    return any(_place_at(item.x + right, item.y + down) == place for right in beside for down in beside)
+
+
+def _place_at(x: float, y: float) -> str:
+    across, along = (min(max(int(3 * at // IMAGE_SIZE), 0), 2) for at in (x, y))
+    return " ".join([("top", "", "bottom")[along], ("left", "", "right")[across]]).strip() or "centre"
+
+
+def relation(a: SceneObject, b: SceneObject) -> str:
+    """What a caption says of how ``a`` lies to ``b``: the direction in which they are further apart."""
     dx, dy = a.x - b.x, a.y - b.y
     if max(abs(dx), abs(dy)) < RELATION_MARGIN:
-        return None
+        return "next to"
     if abs(dx) >= abs(dy):
         return "left of" if dx < 0 else "right of"
     return "above" if dy < 0 else "below"
 
 
-def draw_aligned_caption(scene: Scene, rng: random.Random) -> AlignedCaption:
-    """One caption in a wording drawn at random: objects in any order, places, relations, sizes, counts."""
+def relation_holds(a: SceneObject, how: str, b: SceneObject) -> bool:
+    """Whether it is true that ``a`` is, for example, "left of" ``b``.
+
+    Each direction is about its own axis alone, as it is for questions about relations: what is below and to
+    the left of a ring is below it, and is left of it. "next to": too close to say, both ways.
+    """
+    right, down = a.x - b.x, a.y - b.y
+    along = {"left of": -right, "right of": right, "above": -down, "below": down}
+    return relation(a, b) == how if how == "next to" else along[how] >= RELATION_MARGIN
+
+
+def draw_aligned_caption(
+    scene: Scene,
+    rng: random.Random,
+    shares: Mapping[str, float] | None = None,
+    left_to_right: bool = False,
+) -> AlignedCaption:
+    """One caption in a wording drawn at random: objects in any order, places, relations, sizes, counts.
+
+    ``shares``: how often each of ``WORDINGS`` is drawn, relative to the others. ``left_to_right``: objects
+    are spoken of in this order, and not in any.
+    """
     items = list(enumerate(scene.objects))
     rng.shuffle(items)
-    wording = rng.choice((_places, _places, _relations, _relations, _listing, _counts, _counts))
+    if left_to_right:
+        items.sort(key=lambda item: item[1].x)
+    if shares is None:
+        wording = rng.choice((_places, _places, _relations, _relations, _listing, _counts, _counts))
+    else:
+        (name,) = rng.choices([*shares], [*shares.values()])
+        wording = {"listing": _listing, "places": _places, "relations": _relations, "counts": _counts}[name]
     return AlignedCaption(tuple(wording(items, rng)))
 
 
-def draw_caption(scene: Scene, rng: random.Random) -> str:
+def draw_caption(
+    scene: Scene,
+    rng: random.Random,
+    shares: Mapping[str, float] | None = None,
+    left_to_right: bool = False,
+) -> str:
     """The text of :func:`draw_aligned_caption`."""
-    return draw_aligned_caption(scene, rng).text
+    return draw_aligned_caption(scene, rng, shares, left_to_right).text
 
 
 def aligned_captions(scene: Scene, count: int = 5) -> list[AlignedCaption]:
@@ -173,7 +220,7 @@ def _relations(items: Sequence[_Item], rng: random.Random) -> _Words:
 
 def _related(a: _Item, b: _Item, verb: str, size: bool) -> _Words:
     """All but the second thing: "a red ring is left of"."""
-    how = relation(a[1], b[1]) or "next to"
+    how = relation(a[1], b[1])
     return [*_thing(a, size=size), *_plain(verb), *_about(how, "relation", a[0], b[0])]
 
 

@@ -1,7 +1,7 @@
 """Captions of built-in scenes as a data set for captioning."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from clipmapper.data.caption_truth import CaptionTruth, caption_truth
-from clipmapper.data.scene_captions import caption_words, captions, draw_caption
+from clipmapper.data.scene_captions import caption_words, captions, describe, draw_caption
 from clipmapper.data.scenes import MAX_OBJECTS, Scene, draw_scene, render_all
 
 
@@ -28,9 +28,24 @@ class CaptionSplit:
     def __len__(self) -> int:
         return len(self.images)
 
-    def draw(self, image: int, rng: random.Random) -> str:
-        """A caption to train on, in a wording of its own each time."""
-        return draw_caption(self.scenes[image], rng)
+    @cached_property
+    def with_twins(self) -> list[int]:
+        """Numbers of the images in which two objects look alike: in all but their place."""
+        return [
+            number
+            for number, scene in enumerate(self.scenes)
+            if len({describe(item) for item in scene.objects}) < len(scene.objects)
+        ]
+
+    def draw(
+        self,
+        image: int,
+        rng: random.Random,
+        shares: Mapping[str, float] | None = None,
+        left_to_right: bool = False,
+    ) -> str:
+        """A caption to train on, in a wording of its own each time (see :func:`draw_aligned_caption`)."""
+        return draw_caption(self.scenes[image], rng, shares, left_to_right)
 
     def truth(self, image: int, caption: str) -> CaptionTruth:
         """Any caption of that image, held against what is to be seen there."""
@@ -40,15 +55,23 @@ class CaptionSplit:
 class ScenesCaptions:
     """The splits of the built-in world, with captions. Splits never share a scene.
 
-    Parameters: number of scenes of each split. ``held_out_scenes`` are about colour–shape combinations that
+    Parameters: number of scenes of each split. ``simple_scenes`` have one or two objects and are for the
+    first part of training. ``held_out_scenes`` are about colour–shape combinations that
     training never sees. ``references``: captions of an image that scores compare with.
     """
 
     def __init__(
-        self, train_scenes: int, validation_scenes: int, held_out_scenes: int, references: int, seed: int
+        self,
+        train_scenes: int,
+        simple_scenes: int,
+        validation_scenes: int,
+        held_out_scenes: int,
+        references: int,
+        seed: int,
     ) -> None:
         self.sizes = {
             "train": train_scenes,
+            "simple": simple_scenes,
             "validation": validation_scenes,
             "held_out": held_out_scenes,
         }
@@ -58,6 +81,10 @@ class ScenesCaptions:
     @cached_property
     def train(self) -> CaptionSplit:
         return self._split("train")
+
+    @cached_property
+    def simple(self) -> CaptionSplit:
+        return self._split("simple")
 
     @cached_property
     def validation(self) -> CaptionSplit:
@@ -78,8 +105,9 @@ class ScenesCaptions:
 
     def _split(self, name: str) -> CaptionSplit:
         held_out = name == "held_out"
+        objects = (1, 2) if name == "simple" else (1, MAX_OBJECTS)
         scenes = [
-            draw_scene(self.seed, name, index, objects=(1, MAX_OBJECTS), held_out=held_out)
+            draw_scene(self.seed, name, index, objects=objects, held_out=held_out)
             for index in range(self.sizes[name])
         ]
         images, instances = render_all(scenes)

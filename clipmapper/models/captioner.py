@@ -257,12 +257,19 @@ class Captioner(nn.Module):
 
 
 def caption_loss(
-    logits: Float[Tensor, "batch tokens vocabulary"], text: TokenizedText, label_smoothing: float = 0.0
+    logits: Float[Tensor, "batch tokens vocabulary"],
+    text: TokenizedText,
+    label_smoothing: float = 0.0,
+    weight: Float[Tensor, "vocabulary"] | None = None,
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy of every token but the first, given those before it; the end token counts.
+
+    ``weight``: how much each token of the vocabulary counts in the mean.
 
     Padding is left out by its position. (The released code ignores the id 0 instead, which in CLIP's
     vocabulary is also "!", and so never learns that token.)
     """
     wanted = text.valid[:, 1:]
-    return F.cross_entropy(logits[:, :-1][wanted], text.ids[:, 1:][wanted], label_smoothing=label_smoothing)
+    return F.cross_entropy(
+        logits[:, :-1][wanted], text.ids[:, 1:][wanted], weight, label_smoothing=label_smoothing
+    )

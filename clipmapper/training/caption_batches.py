@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -69,33 +70,59 @@ class CaptionBatches:
 _TOGETHER = 8
 
 
+@dataclass(frozen=True)
+class Stage:
+    """A part of training: which images, and which captions of them.
+
+    Attributes
+    ----------
+    draw : a caption of an image of ``split``, in words of its own each time.
+    until : the step at which the next stage begins, None for the last one.
+    often, often_share : numbers of images that are drawn besides, and for which share of all.
+    """
+
+    split: CaptionBatches | RecordCaptions
+    draw: Callable[[int, random.Random], str]
+    until: int | None = None
+    often: Sequence[int] = ()
+    often_share: float = 0.0
+
+    def images(self, numbers: range, seed: int, rng: random.Random) -> list[int]:
+        """Images for the places ``numbers`` of an endless row of epochs: every image once an epoch, but for
+        those in whose place another is drawn."""
+        count = len(self.split.split)
+        order = lru_cache(lambda epoch: np.random.default_rng((seed, epoch)).permutation(count).tolist())
+        found = [order(number // count)[number % count] for number in numbers]
+        if not self.often or not self.often_share:
+            return found
+        return [rng.choice(self.often) if rng.random() < self.often_share else image for image in found]
+
+
 def drawn_batches(
-    split: CaptionBatches | RecordCaptions, *, batch_size: int, captions: int, seed: int
+    stages: Sequence[Stage], *, batch_size: int, captions: int, seed: int
 ) -> Callable[[int, Share], dict]:
-    """A share of the training batch of every step: every image once an epoch, each with ``captions`` newly
-    drawn captions.
+    """A share of the training batch of every step: images, each with ``captions`` newly drawn captions.
 
     Images whose captions are about as long come in the same batch.
     """
-    count = len(split.split)
-
-    @lru_cache(maxsize=2)
-    def order(epoch: int) -> list[int]:
-        return np.random.default_rng((seed, epoch)).permutation(count).tolist()
 
     @lru_cache(maxsize=1)
-    def together(number: int) -> list[list[tuple[int, list[str]]]]:
-        first = number * _TOGETHER * batch_size
-        images = [order(p // count)[p % count] for p in range(first, first + _TOGETHER * batch_size)]
+    def together(number: int) -> tuple[Stage, list[list[tuple[int, list[str]]]]]:
+        step, size = number * _TOGETHER, _TOGETHER * batch_size
+        stage = next(stage for stage in stages if stage.until is None or step < stage.until)
         rng = random.Random(f"captions/{seed}/{number}")
-        drawn = [(image, [split.split.draw(image, rng) for _ in range(captions)]) for image in images]
+        images = stage.images(range(number * size, (number + 1) * size), seed, rng)
+        drawn = [(image, [stage.draw(image, rng) for _ in range(captions)]) for image in images]
         drawn.sort(key=lambda one: max(len(caption.split()) for caption in one[1]))
         batches = [drawn[start : start + batch_size] for start in range(0, len(drawn), batch_size)]
         rng.shuffle(batches)
-        return batches
+        return stage, batches
 
     def batch_at(step: int, share: Share = WHOLE) -> dict:
-        rows = share.rows(together(step // _TOGETHER)[step % _TOGETHER])
-        return split.batch([image for image, _ in rows], [caption for _, told in rows for caption in told])
+        stage, batches = together(step // _TOGETHER)
+        rows = share.rows(batches[step % _TOGETHER])
+        return stage.split.batch(
+            [image for image, _ in rows], [caption for _, told in rows for caption in told]
+        )
 
     return batch_at

@@ -8,7 +8,8 @@ from jaxtyping import UInt8
 from lightning.pytorch.loggers import WandbLogger
 from rich.table import Table
 
-from clipmapper.data.caption_truth import KINDS, WORDINGS
+from clipmapper.data.caption_truth import KINDS
+from clipmapper.data.scene_captions import WORDINGS
 from clipmapper.training.captioning import SCORES, JudgedCaption
 
 _NAMES = {"cider": "CIDEr-D", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L"}

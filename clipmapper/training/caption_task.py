@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import lightning
@@ -9,16 +10,17 @@ import torch
 from lightning.pytorch.loggers import WandbLogger
 from rich.table import Table
 
-from clipmapper.config import TrainConfig
+from clipmapper.config import ScenesCaptionTrainingConfig, TrainConfig
 from clipmapper.data.caption_results import write_captions_file
 from clipmapper.data.records import RecordData, check_task
+from clipmapper.data.scene_captions import where_words
 from clipmapper.data.scenes_captions import ScenesCaptions
 from clipmapper.data.shard_data import ShardData
 from clipmapper.errors import UserError
 from clipmapper.models.build import build_captioner, load
 from clipmapper.models.caption_decoding import Decoding
 from clipmapper.models.captioner import Captioner
-from clipmapper.training.caption_batches import CaptionBatches, drawn_batches
+from clipmapper.training.caption_batches import CaptionBatches, Stage, drawn_batches
 from clipmapper.training.caption_report import (
     log_samples,
     sample_rows,
@@ -76,7 +78,8 @@ class CaptionTask(Task):
             }
         else:
             self.splits = {
-                name: CaptionBatches(self.model, getattr(self.data, name), name, store) for name in names
+                name: CaptionBatches(self.model, getattr(self.data, name), name, store)
+                for name in (*names, "simple")
             }
         if explainer is not None:
             samples = samples_of(self.model, self.data, "validation", explainer.samples, explainer.seed)
@@ -88,8 +91,33 @@ class CaptionTask(Task):
             self._batch_at = self.splits["train"].batches(training.batch_size, captions)
             return
         self._batch_at = drawn_batches(
-            self.splits["train"], batch_size=training.batch_size, captions=captions, seed=self.config.seed
+            self._stages(), batch_size=training.batch_size, captions=captions, seed=self.config.seed
         )
+
+    def _stages(self) -> list[Stage]:
+        """Simple scenes in the first wordings, then in all wordings, then all scenes."""
+        train, training = self.splits["train"], self.config.training
+        if not isinstance(training, ScenesCaptionTrainingConfig) or training.objective == "scst":
+            return [Stage(train, train.split.draw)]
+        shares = asdict(training.wordings)
+        first = dict.fromkeys(training.first_wordings, 1.0) or shares
+        first_until, simple_until = (
+            round(share * training.max_steps) for share in (training.first_share, training.simple_share)
+        )
+        return [
+            Stage(
+                self.splits[name],
+                partial(self.splits[name].split.draw, shares=wordings, left_to_right=training.left_to_right),
+                until,
+                self.splits[name].split.with_twins,
+                training.twins,
+            )
+            for name, wordings, until in (
+                ("simple", first, first_until),
+                ("simple", shares, simple_until),
+                ("train", shares, None),
+            )
+        ]
 
     def module(self) -> CaptionModule:
         training = self.config.training
@@ -109,7 +137,10 @@ class CaptionTask(Task):
                 seed=self.config.seed,
             )
         else:
-            self._module = CaptionModule(**common, label_smoothing=training.label_smoothing)
+            emphasised = {}
+            if isinstance(training, ScenesCaptionTrainingConfig):
+                emphasised = {"emphasised": where_words(), "emphasis": training.emphasis}
+            self._module = CaptionModule(**common, label_smoothing=training.label_smoothing, **emphasised)
         return self._module
 
     def batch_at(self, step: int, share: Share) -> dict:

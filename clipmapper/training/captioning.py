@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from clipmapper.data.caption_truth import CaptionTruth
 from clipmapper.evaluation.caption_scores import CaptionScores
 from clipmapper.models.caption_decoding import Decoding, write_captions
+from clipmapper.models.caption_tokens import caption_vocabulary
 from clipmapper.models.captioner import Captioner, caption_loss
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.training.module import TaskModule
@@ -36,10 +37,11 @@ class CaptionModule(TaskModule):
     each image) and either ``image_tokens`` (of a frozen encoder, cached) or ``images``. For validation also
     ``numbers``, which image of the split each is.
 
-    Validation: the loss without smoothing, the scores of greedy captions, and the shares of them that are
-    ``correct`` and ``complete`` by the split's ``judges`` (number of the image, caption → truth; None for
-    data that does not know). ``written``
-    holds the captions of the last validation, by split.
+    The ``emphasised`` words count by the factor ``emphasis`` in the mean.
+
+    Validation: the loss without smoothing and emphasis, the scores of greedy captions, and the shares of them
+    that are ``correct`` and ``complete`` by the split's ``judges`` (number of the image, caption → truth;
+    None for data that does not know). ``written`` holds the captions of the last validation, by split.
     """
 
     def __init__(
@@ -51,9 +53,14 @@ class CaptionModule(TaskModule):
         max_steps: int,
         label_smoothing: float,
         judges: Mapping[str, Judge | None],
+        emphasised: Sequence[str] = (),
+        emphasis: float = 1.0,
     ) -> None:
         super().__init__(model, learning_rate, weight_decay, warmup_steps, max_steps)
         self.label_smoothing = label_smoothing
+        # On the CPU for good: processes that make batches count terms as well.
+        self.emphasised, self.emphasis = self._tokens_of(emphasised), emphasis
+        self.register_buffer("token_weights", self._weights(), persistent=False)
         self.judges = dict(judges)
         self.splits = tuple(judges)
         self.scores = torch.nn.ModuleDict({split: CaptionScores(SCORES) for split in judges})
@@ -65,12 +72,32 @@ class CaptionModule(TaskModule):
         return self.model.encoder.image_tokens(batch["images"])
 
     def loss(
-        self, image_tokens: Float[Tensor, "batch image width"], text: TokenizedText, label_smoothing: float
+        self,
+        image_tokens: Float[Tensor, "batch image width"],
+        text: TokenizedText,
+        label_smoothing: float = 0.0,
+        weight: Float[Tensor, "known"] | None = None,
     ) -> Float[Tensor, ""]:
         """:func:`caption_loss` over the tokens that the head can say."""
         words = self.model.text_tokens(text.ids, text.valid)
         logits = self.model.caption_logits(image_tokens, words, text.valid, known_only=True)
-        return caption_loss(logits, self.placed(text), label_smoothing)
+        return caption_loss(logits, self.placed(text), label_smoothing, weight)
+
+    def _tokens_of(self, words: Sequence[str]) -> Int[Tensor, "tokens"]:
+        """What these words are written with, as first words and as later ones."""
+        if not words:
+            return torch.empty(0, dtype=torch.long)
+        tokenizer = self.model.tokenizer
+        told = caption_vocabulary(tokenizer, [text for word in words for text in (word, f"a {word}")])
+        return torch.tensor(sorted(set(told) - set(caption_vocabulary(tokenizer, ["a"]))))
+
+    def _weights(self) -> Float[Tensor, "known"] | None:
+        """How much each token that the head can say counts."""
+        if not len(self.emphasised):
+            return None
+        weights = torch.ones(self.model.head.known)
+        weights[self.model.head.places(self.emphasised)] = self.emphasis
+        return weights
 
     def placed(self, text: TokenizedText) -> TokenizedText:
         """The same captions by the places of their tokens among those that the head can say."""
@@ -78,13 +105,15 @@ class CaptionModule(TaskModule):
         said[:, 0] = False  # the start token is given
         return TokenizedText(self.model.head.places(text.ids, said), text.valid, text.removable)
 
-    def terms(self, batch: Mapping) -> int:
-        """Words that are learnt: all but the start token."""
-        return int(batch["text"].valid[:, 1:].sum())
+    def terms(self, batch: Mapping) -> int | float:
+        """What a loss is the mean of: all words but the start token, each by how much it counts."""
+        following = batch["text"].ids[:, 1:][batch["text"].valid[:, 1:]].cpu()
+        return len(following) + (self.emphasis - 1) * int(torch.isin(following, self.emphasised).sum())
 
     def training_step(self, batch: Mapping, index: int) -> Tensor:
-        loss = self.loss(self.image_tokens(batch), batch["text"], self.label_smoothing)
-        self.log("train/loss", loss, prog_bar=True, batch_size=self.terms(batch), sync_dist=True)
+        loss = self.loss(self.image_tokens(batch), batch["text"], self.label_smoothing, self.token_weights)
+        words = int(batch["text"].valid[:, 1:].sum())
+        self.log("train/loss", loss, prog_bar=True, batch_size=words, sync_dist=True)
         return loss * self.weight(batch)
 
     def on_validation_epoch_start(self) -> None:
@@ -93,10 +122,9 @@ class CaptionModule(TaskModule):
     def validation_step(self, batch: Mapping, index: int, dataloader_idx: int = 0) -> None:
         split = self.splits[dataloader_idx]
         image_tokens = self.image_tokens(batch)
-        loss = self.loss(image_tokens, batch["text"], 0.0)
-        self.log(
-            f"{split}/loss", loss, batch_size=self.terms(batch), add_dataloader_idx=False, sync_dist=True
-        )
+        loss = self.loss(image_tokens, batch["text"])
+        words = int(batch["text"].valid[:, 1:].sum())
+        self.log(f"{split}/loss", loss, batch_size=words, add_dataloader_idx=False, sync_dist=True)
         captions = self.write(image_tokens, Decoding("greedy", max_length=self.model.longest))
         self.scores[split].update(captions, batch["references"])
         self.written[split] += self.judged(split, batch["numbers"], captions)

@@ -65,7 +65,7 @@ class TaskModule(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint[DESCRIPTION] = self.model.description
 
-    def terms(self, batch: dict) -> int:
+    def terms(self, batch: dict) -> int | float:
         """How many terms the loss of a batch is the mean of."""
         return len(batch["ids"])
 
@@ -96,7 +96,7 @@ class StepBatches(IterableDataset):
         max_steps: int,
         share: Share = WHOLE,
         accumulated: int = 1,
-        terms: Callable[[dict], int] = lambda batch: len(batch["ids"]),
+        terms: Callable[[dict], int | float] = lambda batch: len(batch["ids"]),
     ) -> None:
         self.batch_at, self.first_step, self.max_steps = batch_at, first_step, max_steps
         self.terms = terms

@@ -140,13 +140,13 @@ def in_any(flag: bool) -> bool:
     return bool(told)
 
 
-def sum_of_all(number: int) -> int:
+def sum_of_all(number: int | float) -> int | float:
     """The sum over all processes."""
     if not _several():
         return number
-    total = torch.tensor(number)
+    total = torch.tensor(number, dtype=torch.float64)
     distributed.all_reduce(total, group=_cpu_group())
-    return int(total)
+    return float(total)
 
 
 def check_shares(batch_size: int, accumulated: int) -> None:
