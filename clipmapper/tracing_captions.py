@@ -71,7 +71,8 @@ def trace_caption(
             image_tokens = model.encoder.image_tokens(pixels)
             if caption is None:
                 with _without_hooks(model):
-                    text = write_captions(model, image_tokens.detach(), decoding or Decoding()).tokens[:1]
+                    how = decoding or Decoding(max_length=model.longest)
+                    text = write_captions(model, image_tokens.detach(), how).tokens[:1]
                 text = text[:, : int(text.valid.sum())]
             else:
                 text = model.tokenize(caption)

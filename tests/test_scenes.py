@@ -586,8 +586,10 @@ def test_the_checker_by_hand():
     for caption, true in {
         "a small red ring, a large cyan cross and a small cyan ring": True,
         "a red ring at the bottom left and a cyan cross at the top": True,
-        "a red ring at the left": False,
-        "a red ring is left of a cyan ring and a cyan cross above the red ring": False,  # further left of
+        "a red ring at the left": True,  # 2 pixels from there
+        "a red ring at the bottom": False,
+        "a red ring is left of a cyan ring and a cyan cross above the red ring": True,
+        "a red ring is right of a cyan ring and a cyan cross above the red ring": False,
         "three objects: two rings and one cross": True,
         "three objects: two crosses and one ring": False,
         "two objects: a red ring and a cyan ring": False,

@@ -231,8 +231,8 @@ class Captioner(nn.Module):
     def caption(self, image, decoding=None) -> str:
         """The caption of an image (a path, a PIL image, an array).
 
-        ``decoding``: a :class:`clipmapper.models.caption_decoding.Decoding`, by default its own default, a
-        beam of five. Of several captions the first is returned.
+        ``decoding``: a :class:`clipmapper.models.caption_decoding.Decoding`, by default a beam of
+        five, and captions as long as there is room for. Of several captions the first is returned.
         """
         from clipmapper.models.caption_decoding import Decoding, write_captions
 
@@ -242,7 +242,7 @@ class Captioner(nn.Module):
             image_tokens = self.encoder.image_tokens(self.load_image(image))
         finally:
             self.train(was_training)
-        return write_captions(self, image_tokens, decoding or Decoding()).texts[0][0]
+        return write_captions(self, image_tokens, decoding or Decoding(max_length=self.longest)).texts[0][0]
 
     def load_image(self, image) -> Float[Tensor, "1 3 height width"]:
         """A path, PIL image, uint8 array [height, width, 3] or preprocessed tensor, for the encoder."""
