@@ -70,6 +70,11 @@ class CaptionBatches:
 _TOGETHER = 8
 
 
+@lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, count: int) -> list[int]:
+    return np.random.default_rng((seed, epoch)).permutation(count).tolist()
+
+
 @dataclass(frozen=True)
 class Stage:
     """A part of training: which images, and which captions of them.
@@ -91,8 +96,7 @@ class Stage:
         """Images for the places ``numbers`` of an endless row of epochs: every image once an epoch, but for
         those in whose place another is drawn."""
         count = len(self.split.split)
-        order = lru_cache(lambda epoch: np.random.default_rng((seed, epoch)).permutation(count).tolist())
-        found = [order(number // count)[number % count] for number in numbers]
+        found = [_order(seed, number // count, count)[number % count] for number in numbers]
         if not self.often or not self.often_share:
             return found
         return [rng.choice(self.often) if rng.random() < self.often_share else image for image in found]
