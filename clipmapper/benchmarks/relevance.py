@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
+from torch import Tensor
 from tqdm import tqdm
 
 from clipmapper.benchmarks import naive
@@ -16,11 +17,12 @@ from clipmapper.benchmarks.resuming import earlier_rows
 from clipmapper.benchmarks.subjects import SUBJECTS, Subject
 from clipmapper.benchmarks.timing import machine, measured, write_results
 from clipmapper.errors import UserError
-from clipmapper.relevance import METHODS, method_named
+from clipmapper.relevance import METHODS, Relevance, method_named
 from clipmapper.training.run_explain import chosen_device
 from clipmapper.training.tables import console
 
 FLOOR = "floor"
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAIVE = {
     "one_backward_per_layer": naive.one_backward_per_layer,
     "three_gradients_per_layer": naive.three_gradients_per_layer,
@@ -29,7 +31,7 @@ NAIVE = {
 _SAME_AS = {"one_backward_per_layer": "gae", "three_gradients_per_layer": "weighted"}
 # Times of runs that differ in one of these are not set side by side.
 _MUST_AGREE = {
-    "settings": ("repeats", "patience", "resident"),
+    "settings": ("repeats", "patience", "resident", "precision"),
     "machine": ("device", "name", "cores", "threads", "torch"),
 }
 _MODELS = ["vit_b_32", "vit_b_16", "vit_l_14_336", "clip_b_32", "dual_flow_b_32", "single_flow_b_32"]
@@ -52,6 +54,10 @@ def relevance_arguments(parser: ArgumentParser) -> None:
         "--patience", type=float, default=60.0, help="seconds after which a way is repeated no more"
     )
     parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--precision", choices=[*PRECISIONS], default="float32",
+        help="other than float32: the model under autocast, and how far relevance then is from float32's",
+    )  # fmt: skip
     parser.add_argument(
         "--resume", action="store_true",
         help="keep what the file has of an earlier run; a model and batch of which a way is missing is "
@@ -103,7 +109,7 @@ def _measure(
     before: list[dict],
 ) -> list[dict]:
     subject = SUBJECTS[name](batch, device)
-    ways = {way: _work(subject, way) for way in names}
+    ways = {way: _work(subject, way, options.precision) for way in names}
     its = machine(device)
     rows = {
         way: {"model": name, "batch": batch, "way": way, "when": its["when"], "load": its["load"]}
@@ -128,9 +134,12 @@ def _measure(
         except UserError as error:  # a method that is not defined for this model
             rows[way]["left_out"] = str(error)
             del ways[way]
+            continue
+        if way in METHODS and options.precision != "float32":
+            rows[way] |= deviation(work(), _work(subject, way, "float32")())
     if options.resident:
         for way in ways:
-            rows[way]["resident_bytes"] = _resident_growth(name, batch, way, str(device))
+            rows[way]["resident_bytes"] = _resident_growth(name, batch, way, str(device), options.precision)
     times = measured(
         ways,
         options.repeats,
@@ -151,10 +160,38 @@ def _measure(
     return list(rows.values())
 
 
-def _work(subject: Subject, way: str) -> Callable[[], object]:
+def _work(subject: Subject, way: str, precision: str) -> Callable[[], object]:
     if way == FLOOR:
-        return subject.floor
-    return explaining_naively(subject, way) if way in NAIVE else explaining(subject, way)
+        work = subject.floor
+    else:
+        work = explaining_naively(subject, way) if way in NAIVE else explaining(subject, way)
+    if precision == "float32":
+        return work
+
+    def under_autocast():
+        with torch.autocast(subject.images.device.type, dtype=PRECISIONS[precision]):
+            return work()
+
+    return under_autocast
+
+
+def deviation(found: Relevance, expected: Relevance) -> dict[str, float]:
+    """The largest difference of the relevance of any token.
+
+    ``deviation``: of relevance that sums to 1 in every sample (as of ``weighted``); ``deviation_of_largest``:
+    divided by the sample's largest.
+    """
+
+    def shares(relevance: Relevance) -> Tensor:
+        tokens = torch.cat([relevance.streams[stream] for stream in expected.streams], dim=1).double()
+        return tokens / tokens.abs().sum(dim=1, keepdim=True)
+
+    now, then = shares(found), shares(expected)
+    difference = (now - then).abs().amax(dim=1)
+    return {
+        "deviation": float(difference.max()),
+        "deviation_of_largest": float((difference / then.abs().amax(dim=1)).max()),
+    }
 
 
 def explaining(subject: Subject, method: str) -> Callable[[], object]:
@@ -186,7 +223,12 @@ def show(results: dict) -> None:
         caption="runs: of which the time is the median; × ours: against the method here that gives the same",
         caption_justify="left",
     )
-    for column in ("model", "batch", "way", "time (s)", "time", "CPU time", "memory", "× ours", "runs"):
+    columns = ["model", "batch", "way", "time (s)", "time", "CPU time", "memory", "× ours", "runs"]
+    rounded = any("deviation" in row for row in results["rows"])
+    if rounded:
+        columns.append("off float32")
+        table.caption += "; off float32: largest difference of relevance that sums to 1"
+    for column in columns:
         table.add_column(column, justify="left" if column in ("model", "way") else "right")
     previous = None
     for row in results["rows"]:
@@ -194,13 +236,14 @@ def show(results: dict) -> None:
             table.add_section()
         previous = (row["model"], row["batch"])
         if "left_out" in row:
-            table.add_row(row["model"], str(row["batch"]), row["way"], "left out", *[""] * 5)
+            table.add_row(row["model"], str(row["batch"]), row["way"], "left out", *[""] * (len(columns) - 4))
             continue
         slower, memory = row.get("times_slower_than_ours"), row.get("memory_ratio")
         table.add_row(
             row["model"], str(row["batch"]), row["way"], f"{row['median_s']:.3f}", f"{row['time_ratio']:.2f}",
             f"{row['cpu_time_ratio']:.2f}", "" if memory is None else f"{memory:.2f}",
             "" if slower is None else f"{slower:.1f}", str(row["runs"]),
+            *([f"{row['deviation']:.1e}" if "deviation" in row else ""] if rounded else []),
         )  # fmt: skip
     out = console()
     out.print(table)
@@ -220,6 +263,8 @@ def plot(results: dict, path: Path) -> Path:
             group[row["way"].replace("_", " ")] = (row["time_ratio"], row.get("memory_ratio"))
     its = results["machine"]
     note = f"{its['name']}, {its['threads']} threads, {its['when'][:10]}, load {its['load']}"
+    if results["settings"]["precision"] != "float32":
+        note += f", {results['settings']['precision']}"
     headers = ("time ÷ one forward + backward", "peak memory ÷ the same")
     return ratio_chart(groups, headers, "What explanations cost", note, path)
 
@@ -230,16 +275,16 @@ def _expected_bytes(before: list[dict], model: str, way: str, batch: int) -> flo
     return same[-1]["peak_bytes"] * batch / same[-1]["batch"] if same else 0.0
 
 
-def _resident_growth(name: str, batch: int, way: str, device: str) -> int:
+def _resident_growth(name: str, batch: int, way: str, device: str, precision: str) -> int:
     """In a process of its own: an earlier peak would hide this one."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(_explain_once, (name, batch, way, device, torch.get_num_threads()))
+        return pool.apply(_explain_once, (name, batch, way, device, precision, torch.get_num_threads()))
 
 
-def _explain_once(name: str, batch: int, way: str, device: str, threads: int) -> int:
+def _explain_once(name: str, batch: int, way: str, device: str, precision: str, threads: int) -> int:
     torch.set_num_threads(threads)
     subject = SUBJECTS[name](batch, torch.device(device))
     before = resident_bytes()
-    _work(subject, way)()
+    _work(subject, way, precision)()
     return peak_resident_bytes() - before

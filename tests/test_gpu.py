@@ -1,0 +1,160 @@
+"""On a GPU: the same numbers as on a CPU, half precision, compiled models, and whole runs. Skips without."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+import training_models
+
+import clipmapper
+from clipmapper.benchmarks import relevance as benchmark
+from clipmapper.benchmarks import subjects
+from clipmapper.errors import UserError
+from clipmapper.evaluation.answer_perturbation import AnswerScorer
+from clipmapper.evaluation.perturbation import ModalityRelevance, perturb
+from clipmapper.explaining import trace_answers
+from clipmapper.models.build import load
+from clipmapper.models.caption_decoding import Decoding, write_captions
+from clipmapper.relevance import METHODS, record
+
+GPU = torch.device("cuda")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+KINDS = ("dual_flow", "single_flow")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def on_both(request, tmp_path_factory):
+    """Device → a float64 CLIPmapper with a trace of the same batch."""
+    model = tiny_models.clipmapper(tmp_path_factory.mktemp("clip"), request.param).requires_grad_(False)
+    found = {}
+    for device in ("cpu", "cuda"):
+        its = copy.deepcopy(model).to(device)
+        images, text = tiny_models.images(3).to(device), tiny_models.texts([8, 6, 7]).to(device)
+        found[device] = trace_answers(its, images, text, answers=[1, 0, 2], samples=range(3)).trace
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_relevance_is_that_of_a_cpu(on_both, method):
+    try:
+        expected = METHODS[method](on_both["cpu"])
+    except UserError:
+        with pytest.raises(UserError):
+            METHODS[method](on_both["cuda"])
+        return
+    found = METHODS[method](on_both["cuda"])
+    for stream, its in expected.streams.items():
+        assert found.streams[stream].device.type == "cuda"
+        torch.testing.assert_close(found.streams[stream].cpu(), its, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_is_near(precision):
+    subject = subjects.mapper("b_32", subjects.vit_b_32_mapper(), 2, GPU)
+    whole = benchmark._work(subject, "weighted", "float32")()
+    half = benchmark._work(subject, "weighted", precision)()
+    assert benchmark.deviation(half, whole)["deviation"] < 1e-3
+
+
+def test_a_compiled_model_runs_as_written(tmp_path):
+    tower = subjects.image_tower("vit", tiny_models.clip_config(tmp_path), 2, GPU)
+    compiled = torch.compile(tower.module)
+    compiled(tower.images)
+    with record(compiled) as trace:
+        y = compiled(tower.images)[:, 0]
+    trace.backward(y)
+    with record(tower.module) as plain:
+        y = tower.module(tower.images)[:, 0]
+    plain.backward(y)
+    for stream, its in METHODS["weighted"](plain).streams.items():
+        torch.testing.assert_close(METHODS["weighted"](trace).streams[stream], its)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_perturbation_is_that_of_a_cpu(tmp_path, kind):
+    model = tiny_models.clipmapper(tmp_path, kind).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    image, text = torch.rand(3, 9, generator=generator), torch.rand(3, 8, generator=generator)
+    relevance = {"a": ModalityRelevance(image, text)}
+    targets = torch.rand(3, 5, generator=generator)
+    scores = {}
+    for device in ("cpu", "cuda"):
+        its = copy.deepcopy(model).to(device)
+        text = tiny_models.texts([8, 6, 7]).to(device)
+        scorer = AnswerScorer(its.kept_scorer(tiny_models.images(3).to(device), text), targets)
+        scores[device] = perturb(
+            scorer, relevance, text.removable, text.valid, sample_ids=np.arange(3), batch_size=16
+        )
+    for score in ("accuracy", "probability"):
+        np.testing.assert_allclose(scores["cuda"].score(score), scores["cpu"].score(score), rtol=1e-9)
+
+
+@pytest.mark.parametrize("decoder", [None, "gpt2_prefix", "gpt2_cross"])
+def test_captions_are_those_of_a_cpu(tmp_path, decoder):
+    model = tiny_models.captioner(tmp_path, decoder=decoder)
+    written = {}
+    for device in ("cpu", "cuda"):
+        its = copy.deepcopy(model).to(device)
+        tokens = its.encoder.image_tokens(tiny_models.images(3).to(device))
+        written[device] = [
+            write_captions(its, tokens, Decoding(method, max_length=8)) for method in ("greedy", "beam")
+        ]
+    for found, expected in zip(written["cuda"], written["cpu"], strict=True):
+        assert torch.equal(found.tokens.ids.cpu(), expected.tokens.ids)
+
+
+# Whole runs
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu")
+    run = training_models.script("train", *training_models.SMALL_RUN, "trainer=gpu", folder=folder)
+    assert run.status == 0, run.errors
+    return run
+
+
+def test_training_explaining_and_perturbing(trained, tmp_path):
+    results = json.loads((trained.run_folder / "results.json").read_text())
+    assert results["perturbation"]
+    checkpoint = trained.run_folder / "checkpoints" / "last.ckpt"
+    on_gpu, on_cpu = load(checkpoint, GPU), load(checkpoint)
+    picture = training_models.small_scenes().validation.images[3]
+    found, expected = (
+        clipmapper.explain(model, picture, "is the red ring left of the cross?", answer="yes")
+        for model in (on_gpu, on_cpu)
+    )
+    np.testing.assert_allclose(found.patches, expected.patches, atol=1e-3)
+    perturbed = training_models.script(
+        "perturb", f"checkpoint={checkpoint}", "device=cuda", "samples=8", folder=tmp_path
+    )
+    assert perturbed.status == 0, perturbed.errors
+
+
+def test_a_compiled_run(tmp_path):
+    run = training_models.script(
+        "train", *training_models.SMALL_RUN, "callbacks=none", "trainer=gpu", "trainer.compile=true",
+        "training.token_cache=false", folder=tmp_path,
+    )  # fmt: skip
+    assert run.status == 0, run.errors
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    arguments = (*training_models.SMALL_RUN, "callbacks=none", "trainer=gpu", "trainer.checkpoint_interval=3")
+    first = training_models.script("train", *arguments, "training.max_steps=3", folder=tmp_path)
+    assert first.status == 0, first.errors
+    second = training_models.script("train", *arguments, "resume=true", folder=tmp_path)
+    assert second.status == 0, second.errors
+
+
+def test_a_captioner(tmp_path):
+    run = training_models.script(
+        "train", "experiment=caption_scenes", "encoder.pretrained=null", "data.train_scenes=20",
+        "data.simple_scenes=9", "data.validation_scenes=8", "data.held_out_scenes=8", "training.max_steps=4",
+        "training.batch_size=8", "callbacks.samples=3", "callbacks.pictures=1", "trainer=gpu",
+        folder=tmp_path,
+    )  # fmt: skip
+    assert run.status == 0, run.errors
