@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import row_kernel_cases
 import tiny_models
 import torch
 import training_models
@@ -18,7 +19,7 @@ from clipmapper.evaluation.perturbation import ModalityRelevance, perturb
 from clipmapper.explaining import trace_answers
 from clipmapper.models.build import load
 from clipmapper.models.caption_decoding import Decoding, write_captions
-from clipmapper.relevance import METHODS, record
+from clipmapper.relevance import METHODS, propagation, record
 
 GPU = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -49,6 +50,21 @@ def test_relevance_is_that_of_a_cpu(on_both, method):
     for stream, its in expected.streams.items():
         assert found.streams[stream].device.type == "cuda"
         torch.testing.assert_close(found.streams[stream].cpu(), its, rtol=1e-6, atol=1e-8)
+
+
+def test_kernels():
+    row_kernel_cases.check("cuda", 1e-6)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_kernels_are_exact_for_what_was_rounded(precision, monkeypatch):
+    subject = subjects.mapper("b_32", subjects.vit_b_32_mapper(), 2, GPU)
+    with torch.autocast("cuda", dtype=benchmark.PRECISIONS[precision]):
+        trace, y = subject.trace()
+        trace.backward(y)
+    by_kernels = METHODS["weighted"](trace)
+    monkeypatch.setattr(propagation, "_kernels", lambda: None)
+    assert benchmark.deviation(by_kernels, METHODS["weighted"](trace))["deviation_of_largest"] < 1e-5
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])

@@ -5,6 +5,7 @@ replaced for a while by itself with a memory. Every call of a sub-layer is recor
 weights that are used twice in a forward give two records.
 """
 
+import functools
 import inspect
 import sys
 from collections import Counter
@@ -324,7 +325,7 @@ def _same_memory(first: Tensor, second: Tensor) -> bool:
 
 def argument(module: nn.Module, args: tuple, kwargs: dict, name: str | None) -> Tensor | None:
     """The argument of that name of a call of the module (None: the first one)."""
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    names = _arguments(type(module))
     place = 0 if name is None else names.index(name)
     return args[place] if place < len(args) else kwargs.get(names[place])
 
@@ -333,5 +334,9 @@ def replaced(module: nn.Module, args: tuple, kwargs: dict, first: Tensor) -> tup
     """The arguments of a call with another first one."""
     if args:
         return (first, *args[1:]), kwargs
-    name = list(inspect.signature(type(module).forward).parameters)[1]
-    return args, {**kwargs, name: first}
+    return args, {**kwargs, _arguments(type(module))[0]: first}
+
+
+@functools.cache
+def _arguments(kind: type[nn.Module]) -> list[str]:
+    return list(inspect.signature(kind.forward).parameters)[1:]

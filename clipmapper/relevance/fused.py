@@ -21,13 +21,15 @@ def fused_attention(model: nn.Module) -> Iterator[None]:
     And the classes of ``STEP_BY_STEP``, which have none, are run by the function given there.
     """
     with ExitStack() as stack:
-        for config in {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}.values():
+        modules = list(model.modules())
+        # (By their __dict__: asking modules for what they don't have takes them long.)
+        for config in {id(c): c for c in (vars(m).get("config") for m in modules)}.values():
             chosen = getattr(config, "_attn_implementation", None)
             if chosen not in (None, "sdpa"):
                 config._attn_implementation_internal = "sdpa"
                 stack.callback(setattr, config, "_attn_implementation_internal", chosen)
-        for module in model.modules():
-            if getattr(module, "fused_attn", None) is False:
+        for module in modules:
+            if vars(module).get("fused_attn") is False:
                 module.fused_attn = True
                 stack.callback(setattr, module, "fused_attn", False)
             kind = type(module)

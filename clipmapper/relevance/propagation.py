@@ -5,8 +5,10 @@ row ``r C_s`` after it is ``(r P) C_s + (r Q) C_r`` before it: rows run backward
 price of a vector–matrix product a sub-layer, and the result is identical to that of full matrices.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from types import ModuleType
 
 import torch
 from jaxtyping import Float
@@ -86,6 +88,9 @@ def rows_times(
     and the second value holds that part of ``row``. Rows of M that ``row`` does not ask for (all but the
     read token's in the last sub-layer) are not rebuilt.
     """
+    kernels = _kernels() if row.is_cuda and matrix is positive_attention else None
+    if kernels is not None and kernels.can_multiply(step, row):
+        return kernels.row_times_positive_attention(step, row, normalise)
     total = torch.zeros(*row.shape[:2], step.key.shape[2], dtype=row.dtype, device=row.device)
     stuck = torch.zeros_like(row)
     for samples, queries in _blocks(step, row):
@@ -98,6 +103,18 @@ def rows_times(
             weight = weight * (~empty / sums.masked_fill_(empty, 1.0))[:, None]
         total[samples] += weight @ part
     return total, stuck
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """Where torch came without Triton (Windows), or the GPU is none of NVIDIA's or too old: none."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability() < (8, 0):
+        return None
+    try:
+        from clipmapper.relevance import row_kernels
+    except ImportError:
+        return None
+    return row_kernels
 
 
 def _blocks(step: Attention, row: Float[Tensor, "batch rows queries"]) -> Iterator[tuple[slice, slice]]:

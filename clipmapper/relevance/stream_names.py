@@ -35,10 +35,9 @@ def stream_name(watched: Watched, root: nn.Module) -> str:
 def patch_grid(root: nn.Module) -> tuple[int, int] | None:
     """(rows, columns) of the image patches, where the model says so."""
     for module in root.modules():
-        for holder in (module, getattr(module, "patch_embed", None)):
-            size = getattr(holder, "grid_size", None)
-            if isinstance(size, tuple | list) and len(size) == 2:
-                return int(size[0]), int(size[1])
+        size = vars(module).get("grid_size")
+        if isinstance(size, tuple | list) and len(size) == 2:
+            return int(size[0]), int(size[1])
     config = getattr(root, "config", None)
     config = getattr(config, "vision_config", config)
     image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)

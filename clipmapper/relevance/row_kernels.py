@@ -1,0 +1,158 @@
+"""On an NVIDIA GPU: a row times Ā, in tiles that never leave the chip (Triton).
+
+``row @ Ā`` with ``Ā = E_h relu(∇A ⊙ A)`` is what ``weighted`` and ``gae`` need of a sub-layer. The reference,
+:func:`clipmapper.relevance.propagation.rows_times`, writes A, ∇A and their product to memory and reads them
+again; here a tile of each is made from queries, keys, values and the gradient of o, as in FlashAttention
+(Dao et al. 2022, arXiv 2205.14135), used, and forgotten. Two passes: Σ_j of every row of A and of Ā, then the
+product. Heads are summed last and in order, so the same input gives the same bits.
+
+Products of what was recorded in half precision are exact in the tensor cores' tf32; of float32 they are
+made in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from clipmapper.relevance.trace import Attention
+
+_TILE = 64
+_WIDEST = 128  # channels of a head: a tile of queries, keys, values and gradients has to fit on the chip
+
+
+def can_multiply(step: Attention, row: Float[Tensor, "batch rows queries"]) -> bool:
+    """Whether :func:`row_times_positive_attention` is made for this: one row, float32, no mask but causal."""
+    return (
+        row.device.type == "cuda"
+        and row.shape[1] == 1
+        and step.mask is None
+        and step.replaced is None
+        and step.mixed_gradient is not None
+        and step.query.shape[-1] <= _WIDEST
+        and all(
+            t.dtype == torch.float32 for t in (row, step.query, step.key, step.value, step.mixed_gradient)
+        )
+    )
+
+
+@torch.no_grad()
+def row_times_positive_attention(
+    step: Attention, row: Float[Tensor, "batch 1 queries"], normalise: bool
+) -> tuple[Float[Tensor, "batch 1 keys"], Float[Tensor, "batch 1 queries"]]:
+    """As ``rows_times(positive_attention, step, row, normalise)``, where :func:`can_multiply` says so."""
+    # The last axis has to be dense; of the others every stride is given.
+    query, key, value, gradient = (
+        t if t.stride(-1) == 1 else t.contiguous()
+        for t in (step.query.detach(), step.key.detach(), step.value.detach(), step.mixed_gradient)
+    )
+    batch, heads, queries, width = query.shape
+    keys = key.shape[2]
+    scale = width**-0.5 if step.scale is None else step.scale
+    row = row.contiguous()
+    of_rows = torch.zeros(2, batch, heads, queries, device=row.device)  # log Σ exp scores; Σ_j relu(∇A ⊙ A)
+    strides = [stride for t in (query, key, value, gradient) for stride in t.stride()[:3]]
+    fixed = {
+        "WIDTH": width,
+        "PADDED": max(16, triton.next_power_of_2(width)),
+        "TILE": _TILE,
+        "CAUSAL": step.causal,
+        "PRECISION": "tf32" if step.rounded else "ieee",
+    }
+    tensors = (query, key, value, gradient)
+    _sums_of_rows[(triton.cdiv(queries, _TILE), heads, batch)](
+        *tensors, row, of_rows[0], of_rows[1], heads, queries, keys, scale, *strides, **fixed
+    )
+    moving, stuck = row, torch.zeros_like(row)
+    if normalise:
+        sums = of_rows[1].mean(dim=1)[:, None]
+        empty: Bool[Tensor, "batch 1 queries"] = sums <= 0
+        stuck = row * empty
+        moving = row * ~empty / sums.masked_fill(empty, 1.0)
+    of_keys = torch.empty(batch, heads, keys, device=row.device)
+    _row_times[(triton.cdiv(keys, _TILE), heads, batch)](
+        *tensors, moving, of_rows[0], of_keys, heads, queries, keys, scale, *strides, **fixed
+    )
+    return of_keys.mean(dim=1)[:, None], stuck
+
+
+@triton.jit
+def _tile(base, stride, first, count, TILE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Tokens ``first`` … of one head of one sample: [TILE, PADDED], 0 where there is nothing."""
+    tokens, channels = first + tl.arange(0, TILE), tl.arange(0, PADDED)
+    inside = (tokens[:, None] < count) & (channels[None, :] < WIDTH)
+    return tl.load(base + tokens[:, None] * stride + channels[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _scores(
+    q, k, first_query, first_key, keys, scale,
+    TILE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    key = first_key + tl.arange(0, TILE)
+    allowed = key[None, :] < keys
+    if CAUSAL:
+        allowed = allowed & (key[None, :] <= first_query + tl.arange(0, TILE)[:, None])
+    return tl.where(allowed, scores, float("-inf"))
+
+
+@triton.jit
+def _sums_of_rows(
+    query, key, value, gradient, row, logarithms, sums, heads, queries, keys, scale,
+    q0, q1, q2, k0, k1, k2, v0, v1, v2, g0, g1, g2,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    first, head, sample = tl.program_id(0) * TILE, tl.program_id(1), tl.program_id(2)
+    tokens = first + tl.arange(0, TILE)
+    asked = tl.load(row + sample * queries + tokens, mask=tokens < queries, other=0.0)
+    if tl.max(tl.abs(asked), axis=0) == 0:
+        return  # of all but the last sub-layer's read token nothing is asked there
+    q = _tile(query + sample * q0 + head * q1, q2, first, queries, TILE, WIDTH, PADDED)
+    g = _tile(gradient + sample * g0 + head * g1, g2, first, queries, TILE, WIDTH, PADDED)
+    largest = tl.full([TILE], float("-inf"), tl.float32)
+    total, positive = tl.zeros([TILE], tl.float32), tl.zeros([TILE], tl.float32)
+    for at in range(0, keys, TILE):
+        k = _tile(key + sample * k0 + head * k1, k2, at, keys, TILE, WIDTH, PADDED)
+        v = _tile(value + sample * v0 + head * v1, v2, at, keys, TILE, WIDTH, PADDED)
+        scores = _scores(q, k, first, at, keys, scale, TILE, CAUSAL, PRECISION)
+        # The softmax is not yet divided; what was added up is brought to the new largest score.
+        now = tl.maximum(largest, tl.max(scores, axis=1))
+        shrink = tl.exp(largest - now)
+        part = tl.exp(scores - now[:, None])
+        evidence = tl.maximum(part * tl.dot(g, tl.trans(v), input_precision=PRECISION), 0.0)
+        total = total * shrink + tl.sum(part, axis=1)
+        positive = positive * shrink + tl.sum(evidence, axis=1)
+        largest = now
+    place = (sample * heads + head) * queries + tokens
+    tl.store(logarithms + place, largest + tl.log(total), mask=tokens < queries)
+    tl.store(sums + place, positive / total, mask=tokens < queries)
+
+
+@triton.jit
+def _row_times(
+    query, key, value, gradient, row, logarithms, out, heads, queries, keys, scale,
+    q0, q1, q2, k0, k1, k2, v0, v1, v2, g0, g1, g2,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    first, head, sample = tl.program_id(0) * TILE, tl.program_id(1), tl.program_id(2)
+    k = _tile(key + sample * k0 + head * k1, k2, first, keys, TILE, WIDTH, PADDED)
+    v = _tile(value + sample * v0 + head * v1, v2, first, keys, TILE, WIDTH, PADDED)
+    product = tl.zeros([TILE], tl.float32)
+    for at in range(0, queries, TILE):
+        tokens = at + tl.arange(0, TILE)
+        weight = tl.load(row + sample * queries + tokens, mask=tokens < queries, other=0.0)
+        if tl.max(tl.abs(weight), axis=0) > 0:
+            q = _tile(query + sample * q0 + head * q1, q2, at, queries, TILE, WIDTH, PADDED)
+            g = _tile(gradient + sample * g0 + head * g1, g2, at, queries, TILE, WIDTH, PADDED)
+            place = (sample * heads + head) * queries + tokens
+            logarithm = tl.load(logarithms + place, mask=tokens < queries, other=0.0)
+            scores = _scores(q, k, at, first, keys, scale, TILE, CAUSAL, PRECISION)
+            probability = tl.exp(scores - logarithm[:, None])
+            evidence = tl.maximum(probability * tl.dot(g, tl.trans(v), input_precision=PRECISION), 0.0)
+            product += tl.sum(weight[:, None] * evidence, axis=0)
+    tokens = first + tl.arange(0, TILE)
+    tl.store(out + (sample * heads + head) * keys + tokens, product, mask=tokens < keys)
