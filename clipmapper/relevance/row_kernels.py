@@ -61,19 +61,21 @@ def row_times_positive_attention(
         "PRECISION": "tf32" if step.rounded else "ieee",
     }
     tensors = (query, key, value, gradient)
-    _sums_of_rows[(triton.cdiv(queries, _TILE), heads, batch)](
-        *tensors, row, of_rows[0], of_rows[1], heads, queries, keys, scale, *strides, **fixed
-    )
-    moving, stuck = row, torch.zeros_like(row)
-    if normalise:
-        sums = of_rows[1].mean(dim=1)[:, None]
-        empty: Bool[Tensor, "batch 1 queries"] = sums <= 0
-        stuck = row * empty
-        moving = row * ~empty / sums.masked_fill(empty, 1.0)
-    of_keys = torch.empty(batch, heads, keys, device=row.device)
-    _row_times[(triton.cdiv(keys, _TILE), heads, batch)](
-        *tensors, moving, of_rows[0], of_keys, heads, queries, keys, scale, *strides, **fixed
-    )
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(row):
+        _sums_of_rows[(triton.cdiv(queries, _TILE), heads, batch)](
+            *tensors, row, of_rows[0], of_rows[1], heads, queries, keys, scale, *strides, **fixed
+        )
+        moving, stuck = row, torch.zeros_like(row)
+        if normalise:
+            sums = of_rows[1].mean(dim=1)[:, None]
+            empty: Bool[Tensor, "batch 1 queries"] = sums <= 0
+            stuck = row * empty
+            moving = row * ~empty / sums.masked_fill(empty, 1.0)
+        of_keys = torch.empty(batch, heads, keys, device=row.device)
+        _row_times[(triton.cdiv(keys, _TILE), heads, batch)](
+            *tensors, moving, of_rows[0], of_keys, heads, queries, keys, scale, *strides, **fixed
+        )
     return of_keys.mean(dim=1)[:, None], stuck
 
 
@@ -105,7 +107,8 @@ def _sums_of_rows(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    first, head, sample = tl.program_id(0) * TILE, tl.program_id(1), tl.program_id(2)
+    first, head = tl.program_id(0) * TILE, tl.program_id(1)
+    sample = tl.program_id(2).to(tl.int64)  # times a stride: more than 2³¹ in a large batch
     tokens = first + tl.arange(0, TILE)
     asked = tl.load(row + sample * queries + tokens, mask=tokens < queries, other=0.0)
     if tl.max(tl.abs(asked), axis=0) == 0:
@@ -138,7 +141,8 @@ def _row_times(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    first, head, sample = tl.program_id(0) * TILE, tl.program_id(1), tl.program_id(2)
+    first, head = tl.program_id(0) * TILE, tl.program_id(1)
+    sample = tl.program_id(2).to(tl.int64)  # times a stride: more than 2³¹ in a large batch
     k = _tile(key + sample * k0 + head * k1, k2, first, keys, TILE, WIDTH, PADDED)
     v = _tile(value + sample * v0 + head * v1, v2, first, keys, TILE, WIDTH, PADDED)
     product = tl.zeros([TILE], tl.float32)
