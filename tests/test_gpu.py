@@ -24,6 +24,10 @@ from clipmapper.relevance import METHODS, propagation, record
 GPU = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 KINDS = ("dual_flow", "single_flow")
+WITHOUT_CALLBACK = (
+    *(setting for setting in training_models.SMALL_RUN if not setting.startswith("callbacks.")),
+    "callbacks=none",
+)
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -49,7 +53,9 @@ def test_relevance_is_that_of_a_cpu(on_both, method):
     found = METHODS[method](on_both["cuda"])
     for stream, its in expected.streams.items():
         assert found.streams[stream].device.type == "cuda"
-        torch.testing.assert_close(found.streams[stream].cpu(), its, rtol=1e-6, atol=1e-8)
+        # (captum's occlusion gives float32, whatever it is given.)
+        exact = {"rtol": 1e-4, "atol": 1e-6} if method == "occlusion" else {"rtol": 1e-6, "atol": 1e-8}
+        torch.testing.assert_close(found.streams[stream].cpu(), its, **exact)
 
 
 def test_kernels():
@@ -152,14 +158,14 @@ def test_training_explaining_and_perturbing(trained, tmp_path):
 
 def test_a_compiled_run(tmp_path):
     run = training_models.script(
-        "train", *training_models.SMALL_RUN, "callbacks=none", "trainer=gpu", "trainer.compile=true",
+        "train", *WITHOUT_CALLBACK, "trainer=gpu", "trainer.compile=true",
         "training.token_cache=false", folder=tmp_path,
     )  # fmt: skip
     assert run.status == 0, run.errors
 
 
 def test_an_interrupted_run_goes_on(tmp_path):
-    arguments = (*training_models.SMALL_RUN, "callbacks=none", "trainer=gpu", "trainer.checkpoint_interval=3")
+    arguments = (*WITHOUT_CALLBACK, "name=one", "trainer=gpu", "trainer.checkpoint_interval=3")
     first = training_models.script("train", *arguments, "training.max_steps=3", folder=tmp_path)
     assert first.status == 0, first.errors
     second = training_models.script("train", *arguments, "resume=true", folder=tmp_path)
@@ -170,7 +176,6 @@ def test_a_captioner(tmp_path):
     run = training_models.script(
         "train", "experiment=caption_scenes", "encoder.pretrained=null", "data.train_scenes=20",
         "data.simple_scenes=9", "data.validation_scenes=8", "data.held_out_scenes=8", "training.max_steps=4",
-        "training.batch_size=8", "callbacks.samples=3", "callbacks.pictures=1", "trainer=gpu",
-        folder=tmp_path,
+        "training.batch_size=8", "trainer=gpu", folder=tmp_path,
     )  # fmt: skip
     assert run.status == 0, run.errors

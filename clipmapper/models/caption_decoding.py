@@ -194,7 +194,10 @@ class _Decoder(PreTrainedModel, GenerationMixin):
         decoding: Decoding,
         use_cache: bool,
     ) -> None:
-        super().__init__(PreTrainedConfig(num_hidden_layers=captioner.caches))
+        known = captioner.head.tokens
+        scored = captioner.head.vocabulary if known is None else len(known) + 1
+        # Beams need the vocabulary's size from here, to transformers before 5.24.
+        super().__init__(PreTrainedConfig(num_hidden_layers=captioner.caches, vocab_size=scored))
         self._captioner = (captioner,)
         self.image_tokens, self.keep = image_tokens, keep
         self.memory = captioner.image_memory(image_tokens, keep) if use_cache else []

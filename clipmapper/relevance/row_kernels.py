@@ -10,6 +10,8 @@ Products of what was recorded in half precision are exact in the tensor cores' t
 made in float32.
 """
 
+from typing import no_type_check
+
 import torch
 import triton
 import triton.language as tl
@@ -80,6 +82,7 @@ def row_times_positive_attention(
 
 
 @triton.jit
+@no_type_check  # what checks annotations (jaxtyping, in the tests) has to leave the source alone
 def _tile(base, stride, first, count, TILE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """Tokens ``first`` … of one head of one sample: [TILE, PADDED], 0 where there is nothing."""
     tokens, channels = first + tl.arange(0, TILE), tl.arange(0, PADDED)
@@ -88,6 +91,7 @@ def _tile(base, stride, first, count, TILE: tl.constexpr, WIDTH: tl.constexpr, P
 
 
 @triton.jit
+@no_type_check  # what checks annotations (jaxtyping, in the tests) has to leave the source alone
 def _scores(
     q, k, first_query, first_key, keys, scale,
     TILE: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -101,6 +105,7 @@ def _scores(
 
 
 @triton.jit
+@no_type_check  # what checks annotations (jaxtyping, in the tests) has to leave the source alone
 def _sums_of_rows(
     query, key, value, gradient, row, logarithms, sums, heads, queries, keys, scale,
     q0, q1, q2, k0, k1, k2, v0, v1, v2, g0, g1, g2,
@@ -135,6 +140,7 @@ def _sums_of_rows(
 
 
 @triton.jit
+@no_type_check  # what checks annotations (jaxtyping, in the tests) has to leave the source alone
 def _row_times(
     query, key, value, gradient, row, logarithms, out, heads, queries, keys, scale,
     q0, q1, q2, k0, k1, k2, v0, v1, v2, g0, g1, g2,
