@@ -21,7 +21,7 @@ def sublayer(batch, heads, queries, keys, channels, causal, scale, generator) ->
     def drawn(tokens):
         # As models have them: heads are a split of the width, so the tensor is not contiguous.
         numbers = torch.randn(batch, tokens, heads, channels, generator=generator)
-        return numbers.transpose(1, 2)
+        return numbers.bfloat16().float().transpose(1, 2)
 
     nothing = torch.zeros(batch, queries, 4)
     step = Attention(

@@ -59,7 +59,7 @@ def test_relevance_is_that_of_a_cpu(on_both, method):
 
 
 def test_kernels():
-    row_kernel_cases.check("cuda", 1e-6)
+    row_kernel_cases.check("cuda", 1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
@@ -81,6 +81,7 @@ def test_half_precision_is_near(precision):
     assert benchmark.deviation(half, whole)["deviation"] < 1e-3
 
 
+@pytest.mark.filterwarnings("default::DeprecationWarning")  # Inductor's own
 def test_a_compiled_model_runs_as_written(tmp_path):
     tower = subjects.image_tower("vit", tiny_models.clip_config(tmp_path), 2, GPU)
     compiled = torch.compile(tower.module)

@@ -1,6 +1,7 @@
 """How much memory some work takes at its peak, beside what was there before it began."""
 
 import os
+import re
 import resource
 import sys
 from collections.abc import Callable
@@ -39,7 +40,13 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has had so far."""
+    """The most memory that this process has had so far.
+
+    Linux's getrusage would not do: a process begins there with the peak of the one that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

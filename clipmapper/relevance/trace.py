@@ -93,7 +93,8 @@ class Attention:
     projection: Projection | None = None  # what is behind attention, where the recorder knows it
     after: Tensor | None = None  # [batch, queries, width]: the stream after the MLP that follows; None: none
     pools: bool = False  # nothing is before it: its queries are learned, and its output is `added` alone
-    rounded: bool = False  # some of these were computed with less than float32
+    rounded: bool = False  # some of these were computed with less than float32 ...
+    all_rounded: bool = False  # ... or query, key, value and the gradient of o, all four
     # x + a, where the graph holds that and not a: then `added` is their difference, when first asked for.
     total: Float[Tensor, "batch queries width"] | None = None
     # Where mixed, before and added are in the graph; () when it is gone.
@@ -196,8 +197,11 @@ def exact_step(step: Attention) -> Attention:
     found = {name: value for name in _NUMBERS if (value := getattr(step, name)) is not None}
     if not any(value.dtype in _HALVES for value in found.values()):
         return step
+    attending = (step.query, step.key, step.value, step.mixed_gradient)
+    halves = all(tensor is not None and tensor.dtype in _HALVES for tensor in attending)
     with torch.no_grad():
-        return replace(step, **{name: _exact(value) for name, value in found.items()}, rounded=True)
+        exact = {name: _exact(value) for name, value in found.items()}
+        return replace(step, **exact, rounded=True, all_rounded=halves)
 
 
 @dataclass(frozen=True)
