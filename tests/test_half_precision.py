@@ -125,3 +125,10 @@ def test_every_method_works_in_half_precision_or_says_that_it_does_not(recorded,
             continue
         limit = 0.1 if mode == "float16" else 0.6
         assert (values - expected[stream]).abs().max() <= limit * expected[stream].abs().max()
+
+
+def test_lrp_is_refused_under_autocast(tmp_path):
+    model, forward, _ = vit(tmp_path, torch.float32)
+    refused = pytest.raises(UserError, match="not defined under autocast")
+    with torch.autocast("cpu", torch.bfloat16), refused, record(model, rules="lrp"):
+        forward(torch.arange(2))

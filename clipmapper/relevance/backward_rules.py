@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from clipmapper.errors import UserError
 from clipmapper.relevance import lrp_rules
 from clipmapper.relevance.gated_rules import (
     detached_norm,
@@ -65,10 +66,13 @@ def backward_rules(rules: str) -> Iterator[None]:
     softmax (Taylor expansion) and linear layers (ε → 0) are those of the plain gradient.
     ``lrp``: the rules of Chefer, Gur, Wolf 2021 (arXiv 2012.09838), see ``lrp_rules.py``.
 
-    Everything is restored on leaving, also after an exception. Raises ``ValueError`` for an unknown name.
+    Everything is restored on leaving, also after an exception. Raises ``ValueError`` for an unknown name, and
+    ``UserError`` for ``lrp`` under autocast: it divides by sums that half precision rounds to 0.
     """
     if rules not in RULES:
         raise ValueError(f"rules={rules!r}: must be one of {', '.join(RULES)}")
+    if rules == "lrp" and any(map(torch.is_autocast_enabled, ("cpu", "cuda", "mps"))):
+        raise UserError("rules='lrp' is not defined under autocast; record outside of it, in float32")
     if rules == "plain":
         yield
         return
