@@ -292,7 +292,7 @@ def test_captions_in_clips_byte_pairs():
     ours, theirs = caption_tokens(bpe, ends, captions), tokenize(bpe, captions)
     for name in ("ids", "valid", "removable"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name))
-    assert spell(bpe, ours.ids[0][ours.removable[0]]) == "a red circle !"
+    assert spell(bpe, ours.ids[0][ours.removable[0]]) == "a red circle!"
     with pytest.warns(UserWarning, match="is cut to the 6"):
         long = caption_tokens(bpe, ends, ["a b c d e f g h"])
     assert long.ids[0, -1] == ends.end and long.valid.all() and int(long.removable.sum()) == 6

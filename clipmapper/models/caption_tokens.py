@@ -1,5 +1,6 @@
 """Where a caption starts and ends: its token ids as a captioner reads and writes them."""
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -85,5 +86,6 @@ def spell(tokenizer, ids: Sequence[int] | Int[Tensor, "words"]) -> str:
     """The text that word ids (without start, end and padding) stand for."""
     ids = [int(i) for i in ids]
     if isinstance(tokenizer, SimpleTokenizer):
-        return " ".join(tokenizer.decode(ids).split())
+        # CLIP's tokenizer parts a mark from the word before it, as any two words.
+        return re.sub(r" (?=[,.:;!?](?: |$))", "", " ".join(tokenizer.decode(ids).split()))
     return tokenizer.tokenizer.decode(ids, skip_special_tokens=True).strip()
