@@ -422,6 +422,37 @@ def open_clip_tower():
     )  # fmt: skip
 
 
+def open_clip_custom():
+    """Queries and keys normalised, heads scaled, norms inside and behind attention, as its options allow."""
+    import open_clip
+
+    vision = open_clip.transformer.VisionTransformer(
+        12, 4, D, LAYERS, HEADS, 2.0, output_dim=8, ls_init_value=0.5, qk_norm=True, scale_heads=True,
+        scale_attn_inner=True, scale_attn=True, scale_fc=True,
+    )  # fmt: skip
+    assert type(vision.transformer.resblocks[0]).__name__ == "CustomResidualAttentionBlock"
+    return Case(
+        ready(vision), {"x": pixels(2)}, lambda o: o[:, 1],
+        selfs("image", "transformer.resblocks", LAYERS, "", "ls_1"), number(image=10), [0],
+    )  # fmt: skip
+
+
+def open_clip_custom_text():
+    """The same blocks behind a causal mask."""
+    import open_clip
+
+    text = open_clip.transformer.TextTransformer(
+        7, 40, D, HEADS, LAYERS, 2.0, output_dim=8, qk_norm=True, scale_attn=True
+    )
+    assert type(text.transformer.resblocks[0]).__name__ == "CustomResidualAttentionBlock"
+    tokens = ids(2, 7)
+    tokens[:, 5] = 39  # the end token is the highest number
+    return Case(
+        ready(text), {"text": tokens}, lambda o: o[:, 1],
+        selfs("text", "transformer.resblocks", LAYERS, "", "ls_1"), number(text=7), [5],
+    )  # fmt: skip
+
+
 def open_clip_coca():
     """Image tower, pooled into 1 + 3 tokens; text tower with a class token; a decoder that reads both."""
     import open_clip
@@ -531,6 +562,7 @@ CASES = {
     for make in (
         hf_vit, hf_dinov2, hf_bert, hf_roberta, hf_distilbert, hf_gpt2, hf_llama, hf_t5, hf_clip, hf_siglip,
         hf_lxmert, hf_visual_bert, hf_vilt, hf_blip, open_clip_tower, open_clip_coca, timm_class_token,
+        open_clip_custom, open_clip_custom_text,
         timm_pooled_by_attention, hf_mistral, hf_qwen2, hf_gpt2_reading, shared_block, timm_norm_behind,
         timm_eva, timm_eva_post_norm,
     )
