@@ -125,20 +125,14 @@ def select(out: object, target: Target, rows: Tensor, batch: int) -> Tensor:
         if isinstance(target, Tensor):
             target = target.tolist()  # a number where it has no axis
         if not isinstance(target, int | tuple | list):
-            raise UserError(
-                f"target={target!r}: must be a class, one for each sample, or a function of the output"
-            )
+            raise UserError(f"target={target!r}: must be a class, classes, or a function of the output")
         places = [target] * batch if isinstance(target, int | tuple) else target
         if len(places) != batch:
             raise UserError(f"target has {len(places)} entries for {batch} samples")
         chosen = [places[i] for i in rows.tolist()]
+        chosen = [tuple(place) if isinstance(place, list) else place for place in chosen]
         try:
-            y = torch.stack(
-                [
-                    row[tuple(p) if isinstance(p, tuple | list) else p]
-                    for row, p in zip(out, chosen, strict=True)
-                ]
-            )
+            y = torch.stack([row[place] for row, place in zip(out, chosen, strict=True)])
         except IndexError as error:
             raise UserError(f"target {chosen}: the output is {tuple(out.shape)}") from error
     if y.ndim != 1:
