@@ -1,5 +1,6 @@
 """Token ids, padding and words of texts, with CLIP's tokenizer and with tokenizers of other kinds."""
 
+import functools
 import warnings
 
 import pytest
@@ -37,6 +38,20 @@ def test_ids_are_those_of_open_clip_cut_to_the_longest_text(clip_bpe):
     assert tokens.removable[0].tolist() == [False, True, True, True] + [False] * 7
     assert tokens.removable[1].tolist() == [False] + [True] * 9 + [False]
     assert torch.equal(tokenize(clip_bpe, texts, whole_context=True).ids, theirs)
+
+
+@pytest.mark.parametrize("clean", ["lower", "whitespace", "canonicalize"])
+@settings(max_examples=60)
+@given(text=st.text("aeirst ,.:?'&!", max_size=30))
+def test_plain_text_has_the_ids_of_open_clip(clean, text):
+    tokenizer = _tokenizer(clean)
+    ids = tokenize(tokenizer, [text], whole_context=True).ids
+    assert torch.equal(ids, tokenizer([text]))
+
+
+@functools.cache
+def _tokenizer(clean: str) -> SimpleTokenizer:
+    return SimpleTokenizer(context_length=40, clean=clean)
 
 
 def test_batches_can_be_indexed_and_moved(clip_bpe):

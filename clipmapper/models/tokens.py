@@ -1,8 +1,10 @@
 """From sentences to token ids, and from scores of token pieces back to words."""
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -57,10 +59,10 @@ def tokenize(tokenizer, texts: Sequence[str], whole_context: bool = False) -> To
     width = tokenizer.context_length if whole_context else int(lengths.max())
     out = torch.full((len(rows), width), padding_id(tokenizer))
     removable = torch.zeros(out.shape, dtype=torch.bool)
-    for row, (ids, of_text) in enumerate(rows):
-        out[row, : len(ids)] = torch.tensor(ids)
-        removable[row, : len(ids)] = torch.tensor(of_text)
-    return TokenizedText(out, torch.arange(width) < lengths[:, None], removable)
+    valid = torch.arange(width) < lengths[:, None]
+    out[valid] = torch.tensor([i for ids, _ in rows for i in ids])
+    removable[valid] = torch.tensor([flag for _, of_text in rows for flag in of_text])
+    return TokenizedText(out, valid, removable)
 
 
 def padding_id(tokenizer) -> int:
@@ -96,7 +98,10 @@ def word_positions(
 def _encode(tokenizer, text: str) -> tuple[list[int], list[bool], int]:
     """Ids of one text with start and end tokens, which are of the text itself, how many it has uncut."""
     if isinstance(tokenizer, SimpleTokenizer):
-        pieces = tokenizer.encode(text)
+        if _PLAIN.fullmatch(text):
+            pieces = [piece for word in _WORD.findall(text) for piece in _pieces(tokenizer, word)]
+        else:
+            pieces = tokenizer.encode(text)
         kept = pieces[: tokenizer.context_length - 2]
         ids = [tokenizer.sot_token_id, *kept, tokenizer.eot_token_id]
         return ids, [False, *[True] * len(kept), False], len(pieces)
@@ -111,6 +116,18 @@ def _encode(tokenizer, text: str) -> tuple[list[int], list[bool], int]:
     if tokenizer.strip_sep_token and ids[-1] == inner.sep_token_id:
         ids, special = ids[:-1], special[:-1]  # CLIPA was trained without its tokenizer's end token
     return ids, [not flag for flag in special], wanted
+
+
+# In such a text there is nothing to clean, and CLIP's tokenizer takes letters and marks each by themselves.
+# To clean it takes most of the time of encoding, and word by word most of them are known already.
+# (A mark within a word is another matter: some tokenizers clean it away and join what it parted.)
+_PLAIN = re.compile(r"(?:[a-z ]|[,.:?](?= |$))*")
+_WORD = re.compile(r"[a-z]+|[,.:?]")
+
+
+@lru_cache(maxsize=10_000)
+def _pieces(tokenizer: SimpleTokenizer, word: str) -> tuple[int, ...]:
+    return tuple(tokenizer.encode(word))
 
 
 def _word_starts(tokenizer, pieces: Sequence[int]) -> list[bool]:
