@@ -120,6 +120,16 @@ def hf_xlm_roberta():
     )
 
 
+def hf_m2m100():
+    """The encoder of NLLB, a text tower of open_clip's."""
+    config = transformers.M2M100Config(
+        d_model=D, encoder_layers=LAYERS, decoder_layers=1, encoder_attention_heads=HEADS, encoder_ffn_dim=24,
+        vocab_size=40, max_position_embeddings=24, pad_token_id=1,
+    )  # fmt: skip
+    model = ready(transformers.M2M100Model(config).encoder)
+    return encoder_of_text(model, "layers", "", "self_attn", lambda o: o.last_hidden_state[:, 0, 3], pad_id=1)
+
+
 def hf_distilbert():
     config = transformers.DistilBertConfig(
         dim=D, n_layers=LAYERS, n_heads=HEADS, hidden_dim=24, vocab_size=40, max_position_embeddings=24
@@ -603,7 +613,8 @@ CASES = {
     for make in (
         hf_vit, hf_dinov2, hf_bert, hf_roberta, hf_distilbert, hf_gpt2, hf_llama, hf_t5, hf_clip, hf_siglip,
         hf_lxmert, hf_visual_bert, hf_vilt, hf_blip, open_clip_tower, open_clip_coca, timm_class_token,
-        open_clip_custom, open_clip_custom_text, hf_xlm_roberta, hf_mt5, timm_relative_positions, timm_beit,
+        open_clip_custom, open_clip_custom_text, hf_xlm_roberta, hf_m2m100, hf_mt5,
+        timm_relative_positions, timm_beit,
         timm_pooled_by_attention, hf_mistral, hf_qwen2, hf_gpt2_reading, shared_block, timm_norm_behind,
         timm_eva, timm_eva_post_norm,
     )

@@ -158,6 +158,9 @@ SUBLAYERS: dict[str, tuple[Sublayer, ...]] = {
     f"{_HF}t5.modeling_t5.T5LayerCrossAttention": _T5_CROSS,
     f"{_HF}mt5.modeling_mt5.MT5LayerSelfAttention": _T5_SELF,
     f"{_HF}mt5.modeling_mt5.MT5LayerCrossAttention": _T5_CROSS,
+    f"{_HF}m2m_100.modeling_m2m_100.M2M100EncoderLayer": (
+        _pre_norm("self_attn", streams=_TEXT, projection="self_attn.out_proj"),
+    ),
     # transformers: images and text
     f"{_HF}clip.modeling_clip.CLIPEncoderLayer": (_pre_norm("self_attn", projection="self_attn.out_proj"),),
     f"{_HF}siglip.modeling_siglip.SiglipEncoderLayer": (
