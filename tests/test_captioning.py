@@ -20,6 +20,7 @@ from training_models import same_bits
 import clipmapper
 from clipmapper import config
 from clipmapper.data.caption_truth import CaptionTruth
+from clipmapper.data.records import Record
 from clipmapper.data.scene_captions import draw_caption
 from clipmapper.data.scenes import draw_scene
 from clipmapper.data.scenes_captions import ScenesCaptions
@@ -32,8 +33,9 @@ from clipmapper.models.build import build_captioner
 from clipmapper.models.caption_decoding import Decoding, write_captions
 from clipmapper.models.caption_tokens import caption_vocabulary
 from clipmapper.training.caption_batches import CaptionBatches, Stage, drawn_batches
+from clipmapper.training.caption_report import family_scores
 from clipmapper.training.caption_task import CaptionTask
-from clipmapper.training.captioning import CaptionModule
+from clipmapper.training.captioning import CaptionModule, JudgedCaption
 from clipmapper.training.interruption import RunInterrupted
 from clipmapper.training.less_noise import less_noise
 from clipmapper.training.module import Labelled, StepBatches
@@ -432,6 +434,24 @@ def finished(settings) -> Path:
 
 def results_of(folder: Path) -> dict:
     return json.loads((folder / RESULTS).read_text())
+
+
+def test_families_are_scored_as_data_sets_of_their_own():
+    told = ["a red ring", "a blue disc", "two red discs", "a ring left of a disc", "nothing", "a blue ring"]
+    records = [
+        Record(n, Path(f"{n}.png"), str(n), family=["in", "out"][n % 2], captions=(text, f"{text} or so"))
+        for n, text in enumerate(told)
+    ]
+    said = [told[n] if n % 2 else "a red disc" for n in range(6)]
+    written = [JudgedCaption(n, text, None) for n, text in enumerate(said)]
+    found = family_scores(written, records)
+    assert list(found) == ["in", "out"] and found["in"]["captions"] == found["out"]["captions"] == 3
+    for family, mine in (("in", [0, 2, 4]), ("out", [1, 3, 5])):
+        wanted = score_captions([said[n] for n in mine], [records[n].captions for n in mine]).corpus
+        for score in ("cider", "bleu_4", "rouge_l"):
+            assert found[family][score] == pytest.approx(wanted[score])
+    assert found["out"]["cider"] > 2 * found["in"]["cider"] > 0
+    assert family_scores(written[::2], records) == {}  # one family: the whole says it
 
 
 def test_results_say_what_the_captions_are_worth(finished, capsys):

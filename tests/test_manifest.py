@@ -164,6 +164,30 @@ def test_captions_of_an_image_come_together(folder):
     assert found["5.png"].captions == ("one", "two", "three")
 
 
+def test_an_image_with_captions_is_in_one_family(folder):
+    entries = [
+        {"image": f"{n}.png", "caption": f"no. {k}", "family": "in"} for k in range(2) for n in range(5)
+    ]
+    entries[7]["family"] = "out"
+    path = lines(folder / "my.jsonl", entries)
+    assert told(path) == [f"{path}:8: another family than the image's: 'out', but 'in' on {path}:3"]
+
+
+def test_an_id_may_come_again_in_another_split_alone(folder):
+    """As COCO's and nocaps' numbers do, and those of the lines of two files of one name."""
+    (folder / "other").mkdir()
+    entries = [row | {"image": str(folder / row["image"])} for row in rows()]
+    files = [lines(folder / "my.jsonl", entries[:16]), lines(folder / "other" / "my.jsonl", entries[16:])]
+    data = manifest_data(files[0], validation_path=files[1])
+    assert {name: len(some) for name, some in data.splits.items()} == {"train": 16, "validation": 8}
+    numbered = [
+        row | {"id": 1, "split": split}
+        for row, split in zip(rows()[:3], ("train", "test", "train"), strict=True)
+    ]
+    path = lines(folder / "numbered.jsonl", numbered)
+    assert told(path) == [f"{path}:3: the same id twice: 1 is that of {path}:1 too"]
+
+
 def test_a_folder_and_an_object_of_hugging_face(folder):
     columns = {
         "image": [{"bytes": picture(n), "path": None} for n in range(6)],

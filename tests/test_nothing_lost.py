@@ -257,7 +257,9 @@ def test_run_goes_on_from_the_one_before(settings, whole, monkeypatch, capsys):
             train(config)
     damage(run_folder(config) / CHECKPOINT, "cut")
     folder = train(replace(config, resume=True))
-    assert "going on from the one before, 3 steps" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "going on from the one before, 3 steps" in printed
+    assert "3/5" in printed and "5/5" in printed  # how far there is to go
     assert same_training(checkpoint(folder), whole)
     assert not previous_of(folder / CHECKPOINT).exists()  # the run is finished
 

@@ -13,6 +13,7 @@ from PIL import Image
 from clipmapper.data.manifest import manifest_data
 from clipmapper.data.records import Record
 from clipmapper.errors import UserError
+from clipmapper.making_shards import main as make_shards
 from clipmapper.models.build import build_clipmapper
 from clipmapper.training.caption_batches import Stage, drawn_batches
 from clipmapper.training.processes import Share, batches_of
@@ -69,11 +70,17 @@ SHARDED = (
     "trainer.strategy=fsdp2",
 )
 PLAIN = (*COMMON, "data=manifest", "data.workers=0", "training.blind_steps=0", "callbacks=none")
-# A run, and the same stopped behind a step and resumed.
+STREAMED = (*PLAIN, "data=shards")
+# A run, and the same stopped behind a step and resumed; SHARDED is whole already.
 RESUMED = (
     (*PLAIN, "name=whole"),
     (*PLAIN, "name=stopped", "stop_after=2"),
     (*PLAIN, "name=stopped", "resume=true"),
+    (*SHARDED, "name=sharded_stopped", "stop_after=2"),
+    (*SHARDED, "name=sharded_stopped", "resume=true"),
+    (*STREAMED, "name=streamed"),
+    (*STREAMED, "name=streamed_stopped", "stop_after=2"),
+    (*STREAMED, "name=streamed_stopped", "resume=true"),
 )
 # How a run is made and not what comes of it: the run by one process is without.
 BY_THE_WAY = ("trainer.accumulate", "trainer.strategy", "trainer.compile")
@@ -86,7 +93,7 @@ def architecture(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
-    """Questions about two images: 13 to train on, 5 of validation, 3 of a test."""
+    """Questions about two images: 13 to train on, 5 of validation, 3 of a test; and a shard of each image."""
     folder = tmp_path_factory.mktemp("mine")
     for colour in ("red", "blue"):
         Image.new("RGB", (64, 48), colour).save(folder / f"{colour}.png")
@@ -98,6 +105,8 @@ def manifest(tmp_path_factory):
         rows.append(row | {"split": split} | ({} if split == "test" else {"answers": [colour] * 10}))
     path = folder / "questions.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
+    settings = ["data=manifest", f"data.path={path}", "data.workers=0", "--images-per-shard=1"]
+    make_shards([str(folder / "shards"), *settings])
     return path
 
 
@@ -125,7 +134,8 @@ def close(a: object, b: object) -> None:
 
 
 def placed(run: tuple[str, ...], architecture: str, manifest: Path, output: Path) -> tuple[str, ...]:
-    data = (f"data.path={manifest}",) if "data=manifest" in run else ()
+    path = manifest.with_name("shards") if "data=shards" in run else manifest
+    data = (f"data.path={path}",) if {"data=manifest", "data=shards"} & {*run} else ()
     return (*run, *data, f"encoder.architecture={architecture}", f"output={output}")
 
 
@@ -171,10 +181,15 @@ def test_compiled_blocks_train_as_they_are_written(by_two):
     assert int(graphs) > 0
 
 
-def test_a_stopped_run_of_two_processes_goes_on_as_if_it_had_not_been(by_two):
+@pytest.mark.parametrize(
+    "names",
+    [("whole", "stopped"), ("sharded", "sharded_stopped"), ("streamed", "streamed_stopped")],
+    ids=["plain", "fsdp2", "shards"],
+)
+def test_a_stopped_run_of_two_processes_goes_on_as_if_it_had_not_been(by_two, names):
     """One of them is told to stop, between two steps; both do."""
-    (whole,), (stopped,) = ([*(by_two.folder / name).iterdir()] for name in ("whole", "stopped"))
-    assert "stopped after step 2" in by_two.errors
+    (whole,), (stopped,) = ([*(by_two.folder / name).iterdir()] for name in names)
+    assert by_two.errors.count("stopped after step 2") == 3
     ends = [torch.load(folder / CHECKPOINT, weights_only=True) for folder in (whole, stopped)]
     assert ends[0]["global_step"] == 3
     for part in ("state_dict", "optimizer_states"):
@@ -186,10 +201,10 @@ def test_a_stopped_run_of_two_processes_goes_on_as_if_it_had_not_been(by_two):
 
 
 def test_one_process_speaks_and_writes(by_two):
-    assert by_two.printed.count("\nRun ") + by_two.printed.startswith("Run ") == 5
-    assert by_two.printed.count("Resuming ") == 1
+    assert by_two.printed.count("\nRun ") + by_two.printed.startswith("Run ") == 8
+    assert by_two.printed.count("Resuming ") == 3
     assert "distributed" not in by_two.printed + by_two.errors
-    assert by_two.printed.count("Written") == 5
+    assert by_two.printed.count("Written") == 8
 
 
 @pytest.mark.parametrize(("count", "batch_size", "of"), [(31, 500, 2), (3, 1, 2), (5, 2, 3), (7, 3, 1)])

@@ -15,10 +15,12 @@ from test_official_data import coco_folder, flickr_folder, vqa_v2_folder
 
 import clipmapper
 from clipmapper import cli
+from clipmapper.data.conversion import Source, convert
 from clipmapper.data.huggingface import records_of
 from clipmapper.data.images import as_pil, seen_part
 from clipmapper.data.vqa_results import official_accuracy
 from clipmapper.data.vqa_v2 import annotations_file
+from clipmapper.evaluation.caption_scores import score_captions
 from clipmapper.settings import train_settings
 from clipmapper.training.run import train
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
@@ -254,3 +256,43 @@ def test_official_files_from_start_to_finish(name, tmp_path):
     else:
         written = json.loads((done / "captions_validation.json").read_text())
         assert results["captions"]["validation"]["greedy"]["captions"] == len(written) > 0
+
+
+def test_nocaps_is_scored_by_domain(place, capsys):
+    """Trained on captions of another set with the same numbers, as nocaps is after COCO."""
+    domains = ("in-domain", "out-domain", "near-domain")
+    content = {
+        "licenses": [], "info": {"split": "val"},
+        "images": [
+            {"id": n, "file_name": f"{n}.jpg", "domain": domains[n % 3], "height": 4}
+            for n in range(1, 6)
+        ],
+        "annotations": [
+            {"id": 10 * n + k, "image_id": n, "caption": f"A {'red' if n % 2 else 'blue'} corner, no. {k}."}
+            for n in range(1, 6)
+            for k in range(2)
+        ],
+    }  # fmt: skip
+    (place / "nocaps_val_4500_captions.json").write_text(json.dumps(content))
+    source = Source(place / "nocaps_val_4500_captions.json", None, place)
+    convert("nocaps", source, "validation", place / "nocaps.jsonl")
+    told = [json.loads(line) for line in (place / "captions.jsonl").read_text().splitlines()]
+    (place / "coco.jsonl").write_text("\n".join(json.dumps(row | {"split": "train"}) for row in told))
+    paths = (f"data.path={place / 'coco.jsonl'}", f"data.validation_path={place / 'nocaps.jsonl'}")
+    small = ("model.width=32", "model.depth=1", "callbacks=none", "data.workers=0")
+    done = run(place, "experiment=caption_manifest", *paths, "name=nocaps", *small)
+    found = json.loads((done / RESULTS).read_text())["captions"]["validation"]
+    assert list(found["families"]) == sorted(domains)
+    written = json.loads((done / "captions_validation.json").read_text())
+    for domain, scores in found["families"].items():
+        mine = [one for one in written if domains[one["image_id"] % 3] == domain]
+        references = [
+            [a["caption"] for a in content["annotations"] if a["image_id"] == one["image_id"]] for one in mine
+        ]
+        wanted = score_captions([one["caption"] for one in mine], references).corpus
+        assert scores == {"captions": len(mine)} | {
+            k: pytest.approx(wanted[k]) for k in set(scores) - {"captions"}
+        }
+        assert set(scores) == {"captions", "cider", "bleu_4", "rouge_l"}
+    table = capsys.readouterr().out.partition("Greedy captions by family")[2]
+    assert [table.count(name) for name in (*domains, "overall")] == [1] * 4

@@ -1,10 +1,15 @@
 """From a manifest to shards, and runs from them."""
 
 import json
+import os
 import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import training_models
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -14,10 +19,13 @@ from clipmapper.data.shard_data import ShardData
 from clipmapper.errors import UserError
 from clipmapper.making_shards import main as make_shards
 from clipmapper.training.caption_task import CaptionTask
+from clipmapper.training.captioning import CaptionModule
 from clipmapper.training.instances import built
+from clipmapper.training.interruption import RunInterrupted
 from clipmapper.training.module import StepBatches
 from clipmapper.training.run import train
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
+from clipmapper.training.vqa import VQAModule
 from clipmapper.training.vqa_task import VQATask
 
 TRAIN, VALIDATION = 8, 3
@@ -28,6 +36,10 @@ SMALL = (
 ANSWERING = ("data=shards", "model.width=16", "model.head_width=16", "training.blind_steps=2")
 CAPTIONING = ("experiment=caption_manifest", "data=shards", "model.width=32", "model.vocabulary=data")
 EXPLAINED = ("callbacks.samples=2", "callbacks.pictures=1", "callbacks.methods=[random]")
+
+
+def checkpoint(folder: Path) -> dict:
+    return torch.load(folder / CHECKPOINT, weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +112,34 @@ def test_a_run_that_is_resumed_sees_the_batches_that_it_would_have_seen(place, n
     if name == "captions":  # newly drawn whenever an image comes again
         told = {tuple(ids.tolist()) for batch in whole for ids in batch["text"].ids}
         assert len(told) > 2
+
+
+@pytest.mark.parametrize("name", ["questions", "captions"])
+def test_a_run_that_is_stopped_goes_on_with_the_next_batches(place, name, monkeypatch):
+    """The whole way: stopped by a signal, resumed by the run itself, to the last bit of the weights."""
+    seen: list[tuple[int, ...]] = []
+    module, stop_in = (VQAModule, CaptionModule)[name == "captions"], None
+    original = module.training_step
+
+    def training_step(module, batch, index):
+        seen.append(tuple(batch["ids"]))
+        if module.global_step == stop_in:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(module, batch, index)
+
+    monkeypatch.setattr(module, "training_step", training_step)
+    config = settings(place, name, "data.workers=2", "callbacks=none", "training.max_steps=5", "name=resumed")
+    whole = checkpoint(train(replace(config, name="whole")))
+    wanted, stop_in = seen[:], 1
+    assert len(wanted) == 5 and len(set(wanted)) > 3
+    seen.clear()
+    with pytest.raises(RunInterrupted, match="after step 2"):
+        train(config)
+    stop_in = None
+    resumed = checkpoint(train(replace(config, resume=True)))
+    assert seen == wanted
+    for part in ("state_dict", "optimizer_states", "global_step"):
+        assert training_models.same_bits(resumed[part], whole[part]), part
 
 
 def test_what_shards_hold_is_what_the_manifest_said(place):

@@ -34,7 +34,7 @@ def manifest_data(
     ----------
     path : .jsonl, .csv or .parquet. Columns: ``image`` (a path, relative to ``images`` or else to the file;
         in Parquet also bytes) or ``image_base64``; ``question`` and ``answers`` (one or several), or
-        ``captions``; and, if wanted, ``id``, ``family`` (what accuracy is reported by) and ``split``.
+        ``captions``; and, if wanted, ``id``, ``family`` (what scores are reported by) and ``split``.
     validation_path, test_path : files of these splits; then ``path`` is for training.
     least_answers : how often an answer occurs in training to be one that the model can give.
     targets : how right an answer is: a key of :data:`clipmapper.data.answers.RULES`.
@@ -100,7 +100,7 @@ def data_of(
     ``splits``: records whose split is not given are under None.
     """
     records = [record for some in splits.values() for record in some]
-    problems = [*problems, *_mixed(records), *_partly_split(splits)]
+    problems = [*problems, *_mixed(records), *_partly_split(splits), *_families_of_captions(splits)]
     named = {name: some for name, some in splits.items() if name is not None}
     readable, notes = readable_only(named or {"train": splits.get(None, [])}, on_bad_image, problems)
     if records and records[0].captions:
@@ -153,6 +153,19 @@ def _partly_split(splits: dict[str | None, list[Record]]) -> list[Problem]:
     if len(splits) < 2 or None not in splits:
         return []
     return [Problem(record.source, "no split", "other lines have one") for record in splits[None]]
+
+
+def _families_of_captions(splits: dict[str | None, list[Record]]) -> list[Problem]:
+    """In a split an image is in one family, however many lines its captions have."""
+    found = []
+    for records in splits.values():
+        first: dict[str, Record] = {}
+        for record in records:
+            known = first.setdefault(record.image_id, record)
+            if record.captions and record.family != known.family:
+                what = f"{record.family!r}, but {known.family!r} on {known.source}"
+                found.append(Problem(record.source, "another family than the image's", what))
+    return found
 
 
 def _captions_together(records: Sequence[Record]) -> list[Record]:

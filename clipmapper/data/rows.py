@@ -39,14 +39,16 @@ class RowReader:
 
     ``folder``: what relative paths of images are relative to. ``splits``: name → records; a row without a
     split is under ``None``. ``problems``: in the order of rows. ``beside``: the reader of another file of the
-    same data, whose ids may not come again.
+    same data, with which texts are shared.
+
+    An id may come again in another split, as when a model of COCO's captions is validated on nocaps' images.
     """
 
     def __init__(self, folder: Path, beside: "RowReader | None" = None) -> None:
         self.folder = folder
         self.splits: dict[str | None, list[Record]] = {}
         self.problems: list[Problem] = []
-        self._ids: dict[int | str, Record] = beside._ids if beside else {}
+        self._ids: dict[tuple[str | None, int | str], Record] = {}
         self._texts: dict[str, str] = beside._texts if beside else {}
 
     def add(self, source: str, row: Mapping, split: str | None = None) -> None:
@@ -61,7 +63,7 @@ class RowReader:
         except Mistake as mistake:
             self.problems.append(Problem(source, *mistake.args))
             return
-        first = self._ids.setdefault(record.id, record)
+        first = self._ids.setdefault((split, record.id), record)
         # The captions of an image may come one by one, all with the image's id.
         if first is not record and not (record.captions and first.image_id == record.image_id):
             what = f"{record.id!r} is that of {first.source} too"

@@ -6,10 +6,13 @@ import numpy as np
 import wandb
 from jaxtyping import UInt8
 from lightning.pytorch.loggers import WandbLogger
+from rich.markup import escape
 from rich.table import Table
 
 from clipmapper.data.caption_truth import KINDS
+from clipmapper.data.records import Record
 from clipmapper.data.scene_captions import WORDINGS
+from clipmapper.evaluation.caption_scores import score_captions
 from clipmapper.training.captioning import SCORES, JudgedCaption
 
 _NAMES = {"cider": "CIDEr-D", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L"}
@@ -35,6 +38,25 @@ def truth_numbers(captions: Sequence[JudgedCaption]) -> dict:
             for wording, found in by_wording.items()
         },
     }
+
+
+def family_scores(captions: Sequence[JudgedCaption], records: Sequence[Record]) -> dict[str, dict]:
+    """Scores of the captions about each family of images, by its name; without any where there is one family.
+
+    A family is scored as a data set of its own, so CIDEr-D has the document frequencies of its references
+    alone: the usual way with nocaps' domains, whose overall score is not the mean of theirs.
+    """
+    of_family: dict[str, list[JudgedCaption]] = {}
+    for one in captions:
+        of_family.setdefault(records[one.image].family, []).append(one)
+    if len(of_family) < 2:
+        return {}
+    found = {}
+    for family, some in sorted(of_family.items()):
+        references = [records[one.image].captions for one in some]
+        scores = score_captions([one.caption for one in some], references, SCORES).corpus
+        found[family] = {"captions": len(some), **scores}
+    return found
 
 
 def sample_rows(captions: Sequence[JudgedCaption], references: Sequence[Sequence[str]]) -> list[dict]:
@@ -80,9 +102,21 @@ def score_table(splits: Mapping[str, Mapping]) -> Table:
     for split, row in splits.items():
         found = (row["greedy"].get(key) for key in known)
         shares = ["" if share is None else f"{100 * share:.1f}" for share in found]
-        scores = [f"{row[score] * (1 if score == 'cider' else 100):.2f}" for score in SCORES]
         name = {"held_out": "held-out combinations"}.get(split, split)
-        table.add_row(name, str(row["greedy"]["captions"]), *shares, *scores, f"{row['loss']:.3f}")
+        counted = str(row["greedy"]["captions"])
+        table.add_row(name, counted, *shares, *_score_cells(row), f"{row['loss']:.3f}")
+    return table
+
+
+def family_table(row: Mapping) -> Table:
+    """Scores of greedy captions, a row a family; ``row``: of a split, as in results.json."""
+    table = Table(title="Greedy captions by family, validation", title_justify="left")
+    table.add_column("family")
+    for column in ("captions", *(_NAMES[score] for score in SCORES)):
+        table.add_column(column, justify="right")
+    for family, found in row["families"].items():
+        table.add_row(escape(family), str(found["captions"]), *_score_cells(found))
+    table.add_row("overall", str(row["greedy"]["captions"]), *_score_cells(row), style="bold")
     return table
 
 
@@ -103,6 +137,10 @@ def truth_table(row: Mapping) -> Table:
             label = f"statements: {name}" if group == "statements" else f"captions: {name}"
             table.add_row(label, *cells)
     return table
+
+
+def _score_cells(scores: Mapping) -> list[str]:
+    return [f"{scores[score] * (1 if score == 'cider' else 100):.2f}" for score in SCORES]
 
 
 def _share(flags: Sequence[bool]) -> float | None:

@@ -22,6 +22,8 @@ from clipmapper.models.caption_decoding import Decoding
 from clipmapper.models.captioner import Captioner
 from clipmapper.training.caption_batches import CaptionBatches, Stage, drawn_batches
 from clipmapper.training.caption_report import (
+    family_scores,
+    family_table,
     log_samples,
     sample_rows,
     score_table,
@@ -154,7 +156,8 @@ class CaptionTask(Task):
 
         Of validation scenes also a drawn caption each: greedy captions come in the wordings that the model
         likes best, drawn ones in all. Where nobody knows whether a caption is true there are scores and
-        samples alone, and ``written``, a file with the captions in COCO's own format.
+        samples alone, scores also by family (nocaps: domain) where there are several, and ``written``, a file
+        with the captions in COCO's own format.
         """
         written = self._module.written
         splits: dict[str, dict] = {}
@@ -173,6 +176,8 @@ class CaptionTask(Task):
             log_samples(trainer.logger, rows, batches.picture, trainer.global_step)
         if known:
             return {"captions": splits, "samples": rows}
+        if families := family_scores(written["validation"], batches.split.records):
+            splits["validation"]["families"] = families
         file = folder / "captions_validation.json"
         ids = [record.id for record in batches.split.records]
         write_captions_file(file, [(ids[one.image], one.caption) for one in written["validation"]])
@@ -181,7 +186,9 @@ class CaptionTask(Task):
 
     def tables(self, results: Mapping) -> list[Table]:
         scores, validation = score_table(results["captions"]), results["captions"]["validation"]
-        return [scores, truth_table(validation)] if "drawn" in validation else [scores]
+        more = [truth_table(validation)] if "drawn" in validation else []
+        more += [family_table(validation)] if "families" in validation else []
+        return [scores, *more]
 
     @torch.no_grad()
     def _drawn(self, split: str) -> list[JudgedCaption]:

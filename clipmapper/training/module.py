@@ -14,7 +14,7 @@ from clipmapper.models.fine_tuning import learning_rate_scales, without_adapters
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.training.optimisation import adamw, warmup_cosine
 from clipmapper.training.processes import WHOLE, Share, sum_of_all, this_share
-from clipmapper.training.sharding import gathered, shard
+from clipmapper.training.sharding import gathered, shard, with_state_of_all
 
 
 class TaskModule(lightning.LightningModule):
@@ -37,6 +37,8 @@ class TaskModule(lightning.LightningModule):
     def configure_optimizers(self) -> dict:
         scales = learning_rate_scales(self.model.encoder, self.layer_decay)
         optimiser = adamw(self.model, self.learning_rate, self.weight_decay, scales=scales)
+        if isinstance(self, FSDPModule):
+            with_state_of_all(optimiser)
         schedule = warmup_cosine(optimiser, self.warmup_steps, self.max_steps)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

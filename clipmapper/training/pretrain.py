@@ -7,7 +7,7 @@ from pathlib import Path
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from clipmapper.config import PretrainConfig
 from clipmapper.errors import UserError
@@ -16,6 +16,7 @@ from clipmapper.models.encoder import ClipEncoder
 from clipmapper.training.contrastive import ContrastiveModule, contrastive_loader, retrieval_score
 from clipmapper.training.interruption import GracefulInterrupt
 from clipmapper.training.less_noise import less_noise
+from clipmapper.training.progress import StepsBar
 
 
 def run_pretraining(config: PretrainConfig) -> dict[str, float]:
@@ -58,7 +59,7 @@ def run_pretraining(config: PretrainConfig) -> dict[str, float]:
         accelerator="auto",
         precision=config.precision,
         logger=False,
-        callbacks=[checkpoints, GracefulInterrupt(last), TQDMProgressBar(refresh_rate=10)],
+        callbacks=[checkpoints, GracefulInterrupt(last), StepsBar(refresh_rate=10)],
         enable_model_summary=False,
     )
     began = time.monotonic()

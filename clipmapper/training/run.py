@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
@@ -35,6 +35,7 @@ from clipmapper.training.processes import (
     start_processes,
     this_share,
 )
+from clipmapper.training.progress import StepsBar
 from clipmapper.training.run_folder import (
     CHECKPOINT,
     RESULTS,
@@ -160,7 +161,7 @@ def _fit(
         ),
         StopAtNonFinite(checkpoint),
         GracefulInterrupt(checkpoint),
-        TQDMProgressBar(refresh_rate=20),
+        StepsBar(refresh_rate=20),
     ]
     if explainer is not None:
         callbacks.append(explainer)

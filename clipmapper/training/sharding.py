@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -28,6 +29,18 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     scalars = {weight for weight in module.parameters() if weight.ndim == 0}
     fully_shard(module, mesh=mesh, ignored_params=scalars)
     register_fsdp_forward_method(module, "training_step")
+
+
+def with_state_of_all(optimiser: torch.optim.AdamW) -> None:
+    """Give every weight the state that AdamW begins with, also one that never gets a gradient.
+
+    AdamW gives a weight its state with its first gradient. A checkpoint of shards in which a trained weight
+    has none (CLIP's projections, which no token passes) is refused by torch when it is loaded.
+    """
+    for group in optimiser.param_groups:
+        for weight in group["params"]:
+            averages = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+            optimiser.state[weight] = {"step": torch.tensor(0.0), **averages}
 
 
 @contextmanager
