@@ -8,12 +8,14 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+import transformers
 from test_relevance_naive import MASKS, attention
 
 from clipmapper.errors import UserError
 from clipmapper.evaluation.attention_causality import attention_causality
 from clipmapper.relevance.substitution import (
     jensen_shannon,
+    names_of_calls,
     random_matrix,
     substituted_attention,
     total_variation,
@@ -105,3 +107,79 @@ def test_on_clipmapper(tmp_path):
         for name in ("effective", "efficient"):
             assert results["substitutes"][name]["largest_logit_change"] < 1e-6
         assert results["substitutes"]["uniform"]["largest_logit_change"] > 1e-2
+
+
+def test_calls_are_named_by_the_module_that_makes_them(tmp_path):
+    model = tiny_models.clipmapper(tmp_path, "single_flow")
+    images, text = tiny_models.images(1), tiny_models.texts((7,))
+    names = names_of_calls(model, lambda: model(images, text, only_class_token=False))
+    assert len(names) == 6 and len(set(names)) == 6
+    modules = dict(model.named_modules())
+    assert all(name in modules for name in names)
+    assert [name.startswith("mapper") for name in names] == [False] * 4 + [True] * 2
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--samples", "0"], "--samples 0: must be at least 1"),
+        (["--checkpoint", "a", "--classifier", "b"], "give one of them"),
+        (["--classifier", "{tmp}"], "--classifier and --texts"),
+        (["--texts", "{tmp}/lines.txt"], "--classifier and --texts"),
+        (["--classifier", "{tmp}/no", "--texts", "{tmp}/lines.txt"], "no: no such file or folder"),
+        (["--classifier", "{tmp}", "--texts", "{tmp}/lines.txt"], "no text classifier with its tokenizer"),
+        (["--classifier", "{tmp}", "--texts", "{tmp}/empty.txt"], "holds no text"),
+        (["--classifier", "{tmp}", "--texts", "{tmp}"], "no readable text file"),
+        (["--checkpoint", "{tmp}/no.ckpt"], "no such file"),
+        (["--output", "{tmp}"], "can't be written"),
+        (["--output", "{tmp}/lines.txt/out.json"], "can't be written"),
+    ],
+)
+def test_what_can_t_be_is_refused_in_one_line(script, tmp_path, capsys, arguments, line):
+    (tmp_path / "lines.txt").write_text("a red disc\n")
+    (tmp_path / "empty.txt").write_text("\n")
+    output = ["--output", str(tmp_path / "out.json")]
+    assert script.main(output + [a.format(tmp=tmp_path) for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_classifier_in_a_folder(script, tmp_path, capsys):
+    """Texts of different lengths: padding is never read, whatever takes attention's place."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "disc", "left", "of"]
+    tokenizer = transformers.BertTokenizer(vocab={word: number for number, word in enumerate(words)})
+    config = transformers.BertConfig(
+        vocab_size=10, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=16,
+        max_position_embeddings=16, num_labels=3, initializer_range=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path / "classifier"
+    transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "lines.txt").write_text("a red disc\n\na disc left of a red disc\nred\n")
+    given = ["--classifier", str(folder), "--texts", str(tmp_path / "lines.txt")]
+    capsys.readouterr()
+    assert script.main([*given, "--list"]) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == ["0", "1"]
+    assert all(".attention" in line for line in listed)
+    output = tmp_path / "out.json"
+    assert script.main([*given, "--layers", "1", "--output", str(output)]) == 0
+    results = json.loads(output.read_text())
+    assert results["samples"] == 3 and results["layers"] == [1] and len(results["names"]) == 2
+    assert results["substitutes"]["efficient"]["largest_logit_change"] < 1e-4
+    assert results["substitutes"]["uniform"]["largest_logit_change"] > 1e-3
+
+
+def test_a_model_that_writes_captions_is_refused(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("clipmapper.models.build.load", lambda path: tiny_models.captioner(tmp_path))
+    assert script.main(["--checkpoint", "captions.ckpt", "--output", str(tmp_path / "out.json")]) == 2
+    assert "writes captions" in capsys.readouterr().err
+
+
+def test_no_layers_and_no_samples_are_refused():
+    with pytest.raises(UserError, match="no layers"):
+        attention_causality([lambda: torch.zeros(2, 3)], [], 0)
+    with pytest.raises(UserError, match="no samples"):
+        attention_causality([], None, 0)

@@ -61,6 +61,15 @@ def test_targets(model):
         explain.attribute(inputs, [1, 2, 0])
     with pytest.raises(UserError, match="not one scalar a sample"):
         explain.attribute(inputs)
+    with pytest.raises(UserError, match=r"target \[99, 99, 99, 99\]: the output is \(4, "):
+        explain.attribute(inputs, 99)
+    with pytest.raises(UserError, match=r"target=1.5: must be a class"):
+        explain.attribute(inputs, torch.tensor(1.5))
+    for size in (0, -1):
+        with pytest.raises(UserError, match=f"internal_batch_size={size}: at least 1"):
+            explain.attribute(inputs, 1, internal_batch_size=size)
+    with pytest.raises(UserError, match="0 samples"):
+        explain.attribute((IMAGES[:0], TEXT.ids[:0]), 1)
 
 
 def test_captum_s_sensitivity_takes_it(model):

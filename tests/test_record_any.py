@@ -111,6 +111,25 @@ def hf_roberta():
     )
 
 
+def hf_xlm_roberta():
+    config = transformers.XLMRobertaConfig(**WORDS, num_labels=3, pad_token_id=1)
+    model = ready(transformers.XLMRobertaForSequenceClassification(config))
+    path = "roberta.encoder.layer"
+    return encoder_of_text(
+        model, path, "attention", "attention.output.dropout", lambda o: o.logits[:, 1], pad_id=1
+    )
+
+
+def hf_m2m100():
+    """The encoder of NLLB, a text tower of open_clip's."""
+    config = transformers.M2M100Config(
+        d_model=D, encoder_layers=LAYERS, decoder_layers=1, encoder_attention_heads=HEADS, encoder_ffn_dim=24,
+        vocab_size=40, max_position_embeddings=24, pad_token_id=1,
+    )  # fmt: skip
+    model = ready(transformers.M2M100Model(config).encoder)
+    return encoder_of_text(model, "layers", "", "self_attn", lambda o: o.last_hidden_state[:, 0, 3], pad_id=1)
+
+
 def hf_distilbert():
     config = transformers.DistilBertConfig(
         dim=D, n_layers=LAYERS, n_heads=HEADS, hidden_dim=24, vocab_size=40, max_position_embeddings=24
@@ -167,12 +186,16 @@ def hf_gpt2_reading():
     )  # fmt: skip
 
 
-def hf_t5():
-    config = transformers.T5Config(
+def hf_mt5():
+    return hf_t5(transformers.MT5Config, transformers.MT5ForConditionalGeneration)
+
+
+def hf_t5(kind=transformers.T5Config, model=transformers.T5ForConditionalGeneration):
+    config = kind(
         d_model=D, d_kv=4, d_ff=24, num_layers=LAYERS, num_heads=HEADS, vocab_size=40,
         decoder_start_token_id=0,
     )  # fmt: skip
-    model = ready(transformers.T5ForConditionalGeneration(config))
+    model = ready(model(config))
     tokens, lengths = ids(2, 7), (7, 5)
     mask = torch.arange(7) < torch.tensor(lengths)[:, None]
     inputs = {
@@ -422,6 +445,37 @@ def open_clip_tower():
     )  # fmt: skip
 
 
+def open_clip_custom():
+    """Queries and keys normalised, heads scaled, norms inside and behind attention, as its options allow."""
+    import open_clip
+
+    vision = open_clip.transformer.VisionTransformer(
+        12, 4, D, LAYERS, HEADS, 2.0, output_dim=8, ls_init_value=0.5, qk_norm=True, scale_heads=True,
+        scale_attn_inner=True, scale_attn=True, scale_fc=True,
+    )  # fmt: skip
+    assert type(vision.transformer.resblocks[0]).__name__ == "CustomResidualAttentionBlock"
+    return Case(
+        ready(vision), {"x": pixels(2)}, lambda o: o[:, 1],
+        selfs("image", "transformer.resblocks", LAYERS, "", "ls_1"), number(image=10), [0],
+    )  # fmt: skip
+
+
+def open_clip_custom_text():
+    """The same blocks behind a causal mask."""
+    import open_clip
+
+    text = open_clip.transformer.TextTransformer(
+        7, 40, D, HEADS, LAYERS, 2.0, output_dim=8, qk_norm=True, scale_attn=True
+    )
+    assert type(text.transformer.resblocks[0]).__name__ == "CustomResidualAttentionBlock"
+    tokens = ids(2, 7)
+    tokens[:, 5] = 39  # the end token is the highest number
+    return Case(
+        ready(text), {"text": tokens}, lambda o: o[:, 1],
+        selfs("text", "transformer.resblocks", LAYERS, "", "ls_1"), number(text=7), [5],
+    )  # fmt: skip
+
+
 def open_clip_coca():
     """Image tower, pooled into 1 + 3 tokens; text tower with a class token; a decoder that reads both."""
     import open_clip
@@ -460,6 +514,34 @@ def timm_vit(**more):
         12, 4, embed_dim=D, depth=LAYERS, num_heads=HEADS, num_classes=5, init_values=0.5, **more
     )
     return ready(model)
+
+
+def timm_relative_positions():
+    """Biases of the scores, by MLP of a distance (relpos) with LayerScale."""
+    import timm
+
+    model = timm.models.vision_transformer_relpos.VisionTransformerRelPos(
+        12, 4, embed_dim=D, depth=LAYERS, num_heads=HEADS, num_classes=5, class_token=True,
+        global_pool="token", init_values=0.5,
+    )  # fmt: skip
+    return Case(
+        ready(model), {"x": pixels(2)}, lambda o: o[:, 1],
+        selfs("image", "blocks", LAYERS, "", "drop_path1"), number(image=10), [0],
+    )  # fmt: skip
+
+
+def timm_beit():
+    """Biases of the scores, from a table of relative positions."""
+    import timm
+
+    model = timm.models.beit.Beit(
+        12, 4, embed_dim=D, depth=LAYERS, num_heads=HEADS, num_classes=5, use_rel_pos_bias=True,
+        use_abs_pos_emb=False, init_values=0.5, global_pool="token",
+    )  # fmt: skip
+    return Case(
+        ready(model), {"x": pixels(2)}, lambda o: o[:, 1],
+        selfs("image", "blocks", LAYERS, "", "drop_path1"), number(image=10), [0],
+    )  # fmt: skip
 
 
 class Repeating(nn.Module):
@@ -531,6 +613,8 @@ CASES = {
     for make in (
         hf_vit, hf_dinov2, hf_bert, hf_roberta, hf_distilbert, hf_gpt2, hf_llama, hf_t5, hf_clip, hf_siglip,
         hf_lxmert, hf_visual_bert, hf_vilt, hf_blip, open_clip_tower, open_clip_coca, timm_class_token,
+        open_clip_custom, open_clip_custom_text, hf_xlm_roberta, hf_m2m100, hf_mt5,
+        timm_relative_positions, timm_beit,
         timm_pooled_by_attention, hf_mistral, hf_qwen2, hf_gpt2_reading, shared_block, timm_norm_behind,
         timm_eva, timm_eva_post_norm,
     )

@@ -116,6 +116,32 @@ def test_an_image_among_words():
     families.check_joined(case, trace)
 
 
+@pytest.mark.parametrize("size", [(12, 12), (20, 28), (8, 12)])
+def test_the_grid_is_that_of_the_images_that_came(size):
+    """Not the one the model was made for: transformers and timm interpolate position embeddings."""
+    import timm
+
+    hf = families.hf_vit().model
+    other = timm.models.vision_transformer.VisionTransformer(
+        12, 4, embed_dim=16, depth=1, num_heads=4, num_classes=5, dynamic_img_size=True
+    )
+    dinov2 = families.hf_dinov2().model
+    forwards = (
+        (hf, lambda x: hf(pixel_values=x, interpolate_pos_encoding=True).logits),
+        (other.double().eval(), other),
+        (dinov2, lambda x: dinov2(pixel_values=x).pooler_output),
+    )
+    rows, columns = size[0] // 4, size[1] // 4
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    for model, forward in forwards:
+        with unmarked(model), record(model) as trace:
+            y = forward(images)[:, 1]
+        trace.backward(y)
+        found = METHODS["gae"](trace)
+        assert found.image.shape == (2, rows, columns)
+        assert torch.equal(found.image.flatten(1), found.streams["image"][:, 1:])
+
+
 def test_a_tower_recorded_by_itself_and_a_tower_that_does_not_run(tmp_path):
     model = families.open_clip_model(tmp_path, "causal")
     with record(model.visual) as trace:

@@ -30,15 +30,21 @@ def attention_causality(
     layers: Collection[int] | None,
     seed: int,
     confidence: float = 0.95,
+    progress: Callable[[int], object] = lambda forwards: None,
 ) -> dict:
     """Results by name, for a JSON file.
 
     ``predict``: one forward a batch, giving logits. ``layers``: numbers of the model's attention sub-layers
     in the order in which they run (None: all). For every substitute: the share of predictions that change,
     with a bootstrap interval, the largest change of a logit, and the mean over rows of total variation and
-    Jensen–Shannon distance to A (None where the substitute is no distribution). Raises ``UserError`` for a
-    layer that the model does not have.
+    Jensen–Shannon distance to A (None where the substitute is no distribution). ``progress`` is told of every
+    forward; there are ``count_forwards(predict)``. Raises ``UserError`` for a layer that the model does not
+    have, and where there are no samples or no layers.
     """
+    if not predict:
+        raise UserError("no samples: at least one is needed")
+    if layers is not None and not layers:
+        raise UserError("no layers: at least one is needed (None: all)")
     with torch.no_grad():
         with substituted_attention(None) as seen:
             logits = [predict[0]()]
@@ -48,7 +54,10 @@ def attention_causality(
         unknown = sorted(set(layers or ()) - set(range(count)))
         if unknown:
             raise UserError(f"layers={unknown}: the model has attention sub-layers 0 to {count - 1}")
-        logits += [forward() for forward in predict[1:]]
+        progress(1)
+        for forward in predict[1:]:
+            logits.append(forward())
+            progress(1)
         results = {}
         for name, matrix in substitutes(seed).items():
             changed, largest, distances = [], 0.0, []
@@ -58,6 +67,7 @@ def attention_causality(
                 changed.append((other.argmax(dim=1) != own.argmax(dim=1)).double().cpu().numpy())
                 largest = max(largest, float((other - own).abs().max()))
                 distances += [_distances(a.double(), b.double()) for a, b in seen]
+                progress(1)
             share = bootstrap_interval(np.concatenate(changed), confidence=confidence, seed=seed)
             variation, shannon = zip(*distances, strict=True)
             results[name] = {
@@ -66,9 +76,14 @@ def attention_causality(
                 "total_variation": float(np.mean(variation)),
                 "jensen_shannon": None if None in shannon else float(np.mean(shannon)),
             }
-    chosen = sorted(range(count) if layers is None else layers)
+    chosen = sorted(range(count) if layers is None else set(layers))
     samples = sum(len(values) for values in logits)
     return {"samples": samples, "sublayers": count, "layers": chosen, "substitutes": results}
+
+
+def count_forwards(predict: Sequence[Callable[[], Tensor]]) -> int:
+    """How many forwards :func:`attention_causality` makes: one as it is, and one a substitute."""
+    return len(predict) * (1 + len(substitutes(0)))
 
 
 def _distances(a: Tensor, b: Tensor) -> tuple[float, float | None]:

@@ -52,14 +52,18 @@ class Attribution:
         """Relevance [batch, tokens] of each input; a tuple if a tuple was given.
 
         Tensors among ``additional_forward_args`` whose first axis is the batch are divided with it.
-        ``options`` go to the method. Raises ``UserError`` where ``target`` does not fit the output, and where
-        there are fewer streams than inputs.
+        ``options`` go to the method. Raises ``UserError`` where ``target`` does not fit the output, where
+        there are fewer streams than inputs, and for a batch, or parts of it, of no samples.
         """
         given = inputs if isinstance(inputs, tuple) else (inputs,)
         extra = additional_forward_args
         extra = extra if isinstance(extra, tuple) else () if extra is None else (extra,)
         batch = given[0].shape[0]
         size = batch if internal_batch_size is None else internal_batch_size
+        if batch < 1 or size < 1:
+            raise UserError(
+                f"{batch} samples, internal_batch_size={internal_batch_size}: at least 1 is needed"
+            )
         parts = []
         for start in range(0, batch, size):
             rows = torch.arange(start, min(start + size, batch))
@@ -120,13 +124,17 @@ def select(out: object, target: Target, rows: Tensor, batch: int) -> Tensor:
     else:
         if isinstance(target, Tensor):
             target = target.tolist()  # a number where it has no axis
+        if not isinstance(target, int | tuple | list):
+            raise UserError(f"target={target!r}: must be a class, classes, or a function of the output")
         places = [target] * batch if isinstance(target, int | tuple) else target
         if len(places) != batch:
             raise UserError(f"target has {len(places)} entries for {batch} samples")
         chosen = [places[i] for i in rows.tolist()]
-        y = torch.stack(
-            [row[tuple(p) if isinstance(p, tuple | list) else p] for row, p in zip(out, chosen, strict=True)]
-        )
+        chosen = [tuple(place) if isinstance(place, list) else place for place in chosen]
+        try:
+            y = torch.stack([row[place] for row, place in zip(out, chosen, strict=True)])
+        except IndexError as error:
+            raise UserError(f"target {chosen}: the output is {tuple(out.shape)}") from error
     if y.ndim != 1:
         raise UserError(f"target leaves {tuple(y.shape)} of the output, not one scalar a sample")
     return y

@@ -75,6 +75,8 @@ _HF = "transformers.models."
 _OUT = {"projection": "output.dense", "post_norm": "output.LayerNorm"}  # of BERT and its descendants
 _BERT = Sublayer(added="output.dropout", context="encoder_hidden_states", streams=_TEXT, **_OUT)
 _LLAMA = (_pre_norm("self_attn", streams=_TEXT, projection="self_attn.o_proj"),)
+_T5_SELF = (Sublayer(added="dropout", projection="SelfAttention.o"),)
+_T5_CROSS = (Sublayer(added="dropout", context="key_value_states", projection="EncDecAttention.o"),)
 _TIMM = {"streams": _IMAGE, "projection": "attn.proj"}
 
 
@@ -111,6 +113,8 @@ SUBLAYERS: dict[str, tuple[Sublayer, ...]] = {
     # timm
     "timm.models.vision_transformer.Block": (_pre_norm("drop_path1", scale="ls1", **_TIMM),),
     "timm.models.vision_transformer.ResPostBlock": (_pre_norm("drop_path1", streams=_IMAGE),),
+    "timm.models.vision_transformer_relpos.RelPosBlock": (_pre_norm("drop_path1", scale="ls1", **_TIMM),),
+    "timm.models.beit.Block": (_pre_norm("drop_path1", scale="gamma_1", **_TIMM),),
     "timm.models.eva.EvaBlock": (_pre_norm("drop_path1", scale="gamma_1", **_TIMM),),
     "timm.models.eva.EvaBlockPostNorm": (_pre_norm("drop_path1", streams=_IMAGE),),
     "timm.layers.attention_pool.AttentionPoolLatent": (
@@ -135,6 +139,7 @@ SUBLAYERS: dict[str, tuple[Sublayer, ...]] = {
     # transformers: text
     f"{_HF}bert.modeling_bert.BertAttention": (_BERT,),
     f"{_HF}roberta.modeling_roberta.RobertaAttention": (_BERT,),
+    f"{_HF}xlm_roberta.modeling_xlm_roberta.XLMRobertaAttention": (_BERT,),
     f"{_HF}distilbert.modeling_distilbert.TransformerBlock": (
         _pre_norm("attention", streams=_TEXT, projection="attention.out_lin", post_norm="sa_layer_norm"),
     ),
@@ -149,9 +154,12 @@ SUBLAYERS: dict[str, tuple[Sublayer, ...]] = {
     f"{_HF}llama.modeling_llama.LlamaDecoderLayer": _LLAMA,
     f"{_HF}mistral.modeling_mistral.MistralDecoderLayer": _LLAMA,
     f"{_HF}qwen2.modeling_qwen2.Qwen2DecoderLayer": _LLAMA,
-    f"{_HF}t5.modeling_t5.T5LayerSelfAttention": (Sublayer(added="dropout", projection="SelfAttention.o"),),
-    f"{_HF}t5.modeling_t5.T5LayerCrossAttention": (
-        Sublayer(added="dropout", context="key_value_states", projection="EncDecAttention.o"),
+    f"{_HF}t5.modeling_t5.T5LayerSelfAttention": _T5_SELF,
+    f"{_HF}t5.modeling_t5.T5LayerCrossAttention": _T5_CROSS,
+    f"{_HF}mt5.modeling_mt5.MT5LayerSelfAttention": _T5_SELF,
+    f"{_HF}mt5.modeling_mt5.MT5LayerCrossAttention": _T5_CROSS,
+    f"{_HF}m2m_100.modeling_m2m_100.M2M100EncoderLayer": (
+        _pre_norm("self_attn", streams=_TEXT, projection="self_attn.out_proj"),
     ),
     # transformers: images and text
     f"{_HF}clip.modeling_clip.CLIPEncoderLayer": (_pre_norm("self_attn", projection="self_attn.out_proj"),),

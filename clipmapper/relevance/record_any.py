@@ -11,7 +11,7 @@ from clipmapper.relevance.backward_rules import backward_rules
 from clipmapper.relevance.capture import Call, Capture, Watched
 from clipmapper.relevance.families import sublayers_of
 from clipmapper.relevance.fused import fused_attention
-from clipmapper.relevance.stream_names import patch_grid
+from clipmapper.relevance.stream_names import grids_seen, patch_grid
 from clipmapper.relevance.streams import StreamGraph
 from clipmapper.relevance.trace import AttentionTrace
 
@@ -26,12 +26,14 @@ def record_any(model: nn.Module, samples: Sequence[int] | None, rules: str) -> I
     capture = Capture(root, sublayers_in(root), calls.append)
     with ExitStack() as stack:
         stack.enter_context(fused_attention(root))
+        grids = grids_seen(stack, root)
         stack.enter_context(capture())
         _note_ends_of_blocks(stack, capture, calls)
         stack.enter_context(backward_rules(rules))
         yield trace
         # While gradients are still on: finding the streams may take small backward passes.
         _complete(trace, capture, calls, root)
+        trace.grid = grids[-1] if grids else patch_grid(root)
     trace.samples = samples
 
 
@@ -58,7 +60,6 @@ def _complete(trace: AttentionTrace, capture: Capture, calls: list[Call], root: 
     graph = StreamGraph(trace, root)
     for call in calls:
         graph.add(call)
-    trace.grid = patch_grid(root)
     trace.image_stream = "image" if "image" in trace.inputs else None
     trace.text_stream = "text" if "text" in trace.inputs else None
 

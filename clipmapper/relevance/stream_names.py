@@ -1,8 +1,9 @@
 """What the streams of a model are called, and the grid of its image patches."""
 
 import re
+from contextlib import ExitStack
 
-from torch import nn
+from torch import Tensor, nn
 
 from clipmapper.relevance.capture import Watched
 
@@ -32,8 +33,24 @@ def stream_name(watched: Watched, root: nn.Module) -> str:
     return "tokens"
 
 
+def grids_seen(stack: ExitStack, root: nn.Module) -> list[tuple[int, int]]:
+    """Holds, after a forward, (rows, columns) of what each patch embedding gave, until ``stack`` is left.
+
+    Images need not have the size that the model was made for (position embeddings can be interpolated).
+    """
+    seen: list[tuple[int, int]] = []
+
+    def note(module: nn.Module, args: tuple, output: Tensor) -> None:
+        seen.append((output.shape[-2], output.shape[-1]))
+
+    for module in root.modules():
+        if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size != (1, 1):
+            stack.callback(module.register_forward_hook(note).remove)
+    return seen
+
+
 def patch_grid(root: nn.Module) -> tuple[int, int] | None:
-    """(rows, columns) of the image patches, where the model says so."""
+    """(rows, columns) of the image patches of the size that the model was made for, where it says so."""
     for module in root.modules():
         size = vars(module).get("grid_size")
         if isinstance(size, tuple | list) and len(size) == 2:

@@ -1,12 +1,12 @@
 """Running a model with other attention matrices in place of its own."""
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipmapper.relevance.effective import effective_matrix, efficient_matrix
 from clipmapper.relevance.trace import Attention, Node
@@ -86,6 +86,36 @@ def substituted_attention(
     finally:
         F.scaled_dot_product_attention = original
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def names_of_calls(model: nn.Module, forward: Callable[[], object]) -> list[str]:
+    """Of every call of ``scaled_dot_product_attention`` in a forward: the path of the module that makes it.
+
+    Their order is that of the numbers that :func:`substituted_attention` counts by. A module that is called
+    twice is named twice. Restored on leaving, also after an exception.
+    """
+    paths = {module: path for path, module in model.named_modules()}
+    inside: list[str] = []
+    names: list[str] = []
+
+    def note(step: Attention) -> Tensor:
+        names.append(inside[-1] if inside else "")
+        return step.probabilities()
+
+    def enter(module: nn.Module, args: tuple) -> None:
+        inside.append(paths[module])
+
+    def leave(module: nn.Module, args: tuple, output: object) -> None:
+        inside.pop()
+
+    with ExitStack() as stack:
+        for module in paths:
+            stack.callback(module.register_forward_pre_hook(enter).remove)
+            stack.callback(module.register_forward_hook(leave).remove)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(substituted_attention(note))
+        forward()
+    return names
 
 
 def total_variation(a: Float[Tensor, "*rows keys"], b: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows"]:
