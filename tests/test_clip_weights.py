@@ -8,10 +8,12 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+import training_models
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from clipmapper.errors import UserError
+from clipmapper.models.build import DESCRIPTION, load
 from clipmapper.models.clip_weights import (
     build_clip,
     build_tokenizer,
@@ -71,6 +73,30 @@ def test_local_checkpoints_of_every_format_give_the_same_features(tmp_path, arch
         loaded = build_clip(architecture, str(tmp_path / name))
         assert not loaded.training and next(loaded.parameters()).dtype == torch.float32
         assert torch.equal(features(loaded), features(clip)), name
+
+
+def test_images_are_prepared_as_the_weights_want_it(tmp_path, architecture, clip, monkeypatch):
+    """Those of local files and of reloaded models too: SigLIP's are not CLIP's."""
+    clip_like = {"mean": (0.4, 0.4, 0.4), "std": (0.3, 0.3, 0.3), "resize_mode": "shortest"}
+    siglip = open_clip.get_pretrained_cfg("ViT-B-16-SigLIP", "webli")
+    assert siglip["resize_mode"] == "squash" and siglip["mean"] == (0.5, 0.5, 0.5)
+    known = {"one": siglip}
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda name: list(known))
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda name, tag: known[tag])
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    local = build_clip(architecture, str(tmp_path / "clip.pt")).visual
+    assert local.preprocess_cfg == clip.visual.preprocess_cfg | {k: siglip[k] for k in clip_like}
+    assert local.image_mean == (0.5, 0.5, 0.5) and local.preprocess_cfg["size"] == (24, 24)
+    known["two"] = clip_like  # where tags disagree, open_clip's default
+    local = build_clip(architecture, str(tmp_path / "clip.pt")).visual
+    assert local.preprocess_cfg == clip.visual.preprocess_cfg
+    model = training_models.tiny_model(training_models.tiny_clip(tmp_path))
+    state = {f"model.{name}": weight for name, weight in model.state_dict().items()}
+    for tag, mode in (("one", "squash"), ("two", "shortest")):
+        model.description["encoder"]["pretrained"] = tag
+        torch.save({DESCRIPTION: model.description, "state_dict": state}, tmp_path / "model.ckpt")
+        again = load(tmp_path / "model.ckpt").encoder.clip.visual
+        assert again.preprocess_cfg["resize_mode"] == mode and again.image_mean == known[tag]["mean"]
 
 
 @pytest.mark.parametrize("custom_text", [False, True])

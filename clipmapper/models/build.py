@@ -14,6 +14,7 @@ from clipmapper.errors import UserError
 from clipmapper.models.caption_head import CaptionHead, TiedCaptionHead
 from clipmapper.models.caption_tokens import caption_vocabulary
 from clipmapper.models.captioner import Captioner
+from clipmapper.models.clip_weights import prepare_images_as
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.fine_tuning import choose_trained, merge_adapters
@@ -253,6 +254,8 @@ def _empty(description: Mapping) -> CLIPmapper | Captioner:
             file.write_text(json.dumps(config))
             encoder["architecture"] = str(file)
         model = _BUILDERS[description["task"]](encoder | {"pretrained": None}, description)
+        if encoder.get("pretrained") is not None:
+            prepare_images_as(model.encoder.clip, encoder["architecture"], encoder["pretrained"])
         if config is not None:
             _ = model.encoder.tokenizer  # which is read by the file, while it is there
     model.encoder.architecture = description["encoder"]["architecture"]

@@ -13,7 +13,7 @@ from textwrap import shorten
 import open_clip
 import torch
 from jaxtyping import Int
-from open_clip.model import resize_pos_embed
+from open_clip.model import resize_pos_embed, set_model_preprocess_cfg
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -72,12 +72,31 @@ def build_clip(architecture: str, pretrained: str | None, image_size: int | None
         raise UserError(f"encoder.architecture={architecture}: {_one_line(error)}") from error
     if path is not None:
         load_clip_weights(clip, path)
+        prepare_images_as(clip, name, pretrained)
     if image_size is not None:
         _check_image_size(clip.visual, image_size)
         if _is_timm(name):
             clip.visual.set_input_size(image_size)
             clip.visual.preprocess_cfg["size"] = clip.visual.image_size
     return clip.eval()
+
+
+def prepare_images_as(clip: nn.Module, architecture: str, pretrained: str) -> None:
+    """Have images normalised and resized as the weights want it, which their file does not say.
+
+    As open_clip's tag does that they are from; those of another origin as all tags of the architecture do
+    (SigLIP: a mean of 0.5, squashed). Where they do not agree on something it stays open_clip's default, as
+    open_clip has it for any local file.
+    """
+    name = registered_name(architecture)
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    settings = [open_clip.get_pretrained_cfg(name, t) for t in ([pretrained] if pretrained in tags else tags)]
+    wanted = dict(clip.visual.preprocess_cfg)
+    for key in ("mean", "std", "interpolation", "resize_mode") if settings else ():
+        first = settings[0].get(key)
+        if first is not None and all(one.get(key) == first for one in settings):
+            wanted[key] = first
+    set_model_preprocess_cfg(clip, wanted)
 
 
 def _is_timm(name: str) -> bool:
