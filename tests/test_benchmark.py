@@ -218,6 +218,14 @@ def relevance_command(small_subjects, monkeypatch, tmp_path):
     return run
 
 
+def test_under_autocast_it_says_how_far_relevance_is_off(relevance_command, capsys):
+    rows = relevance_command("--models", "tower", "--precision", "bfloat16")
+    off = {row["way"]: row["deviation"] for row in rows if "deviation" in row}
+    assert off.keys() == {"gae"} and 0 < off["gae"] < 0.02
+    assert "off float32" in capsys.readouterr().out
+    assert all("deviation" not in row for row in relevance_command("--models", "tower"))
+
+
 def test_an_interrupted_benchmark_goes_on(relevance_command, monkeypatch, tmp_path, capsys):
     measure, seen = relevance._measure, []
 
