@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipmapper.relevance.families import Sublayer
 from clipmapper.relevance.multihead import without_weights
+from clipmapper.relevance.sublayer import Sublayer
 from clipmapper.relevance.trace import Attention, Edge, Entry, Node
 from clipmapper.relevance.unfused import softmax_noticed
 
@@ -201,6 +201,8 @@ class Capture:
             call.context, call.read_as = call.context_edge.turned(context), context
 
     def _end(self, watched: Watched, output: Tensor | tuple) -> None:
+        if watched.kind.again and not (self._running and self._running[-1].watched is watched):
+            return
         call = self._running.pop()
         if call.watched is not watched:
             raise RuntimeError(f"{call.watched.name}: has not ended when {watched.name} does")

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipmapper.errors import UserError
+
 _NOT_ASKED = "attention weights can't be asked for while recording; output_attentions=False"
 
 
@@ -19,9 +21,11 @@ def fused_attention(model: nn.Module) -> Iterator[None]:
     """Within, the model's modules use ``scaled_dot_product_attention`` where they have the choice.
 
     And the classes of ``STEP_BY_STEP``, which have none, are run by the function given there.
+    Raises ``UserError`` where the fused function can't do what the model does.
     """
     with ExitStack() as stack:
         modules = list(model.modules())
+        _refuse_capped_scores(model)
         # (By their __dict__: asking modules for what they don't have takes them long.)
         for config in {id(c): c for c in (vars(m).get("config") for m in modules)}.values():
             chosen = getattr(config, "_attn_implementation", None)
@@ -42,6 +46,16 @@ def fused_attention(model: nn.Module) -> Iterator[None]:
                 else:
                     stack.callback(setattr, module, "forward", had)
         yield
+
+
+def _refuse_capped_scores(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        cap = vars(module).get("attn_logit_softcapping")
+        if cap is not None:
+            raise UserError(
+                f"{name}: caps its scores (attn_logit_softcapping={cap}), which scaled_dot_product_attention "
+                "can't; a model whose configuration has None there can be recorded"
+            )
 
 
 def _bound(run: Callable, module: nn.Module) -> Callable:
@@ -76,6 +90,21 @@ def _blip_text(
     return _attend(module, hidden_states, encoder_hidden_states, encoder_attention_mask), None
 
 
+def _git(module, hidden_states, attention_mask=None, cache=None, **others):
+    return _blip_text(module, hidden_states, attention_mask, cache=cache)
+
+
+def _mpnet(module, hidden_states, attention_mask=None, position_bias=None, output_attentions=False, **others):
+    if output_attentions:
+        raise ValueError(_NOT_ASKED)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = torch.where(attention_mask, 0.0, float("-inf"))
+    if position_bias is not None:
+        attention_mask = position_bias if attention_mask is None else attention_mask + position_bias
+    query, key, value = (layer(hidden_states) for layer in (module.q, module.k, module.v))
+    return (module.o(_mixed(module, query, key, value, attention_mask)),)
+
+
 def _blip(module, hidden_states, **others):
     fused = module.qkv(hidden_states).unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4)
     mixed = F.scaled_dot_product_attention(*fused, scale=module.scale, dropout_p=_dropout(module))
@@ -83,12 +112,17 @@ def _blip(module, hidden_states, **others):
 
 
 def _attend(module: nn.Module, tokens: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
-    """With modules ``query``, ``key`` and ``value``, as in BERT; the mask is added to the scores."""
+    """With modules ``query``, ``key`` and ``value``, as in BERT."""
+    return _mixed(module, module.query(tokens), module.key(context), module.value(context), mask)
+
+
+def _mixed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Of all heads' queries, keys and values [batch, tokens, width]; the mask is added to the scores."""
 
     def heads(t: Tensor) -> Tensor:
         return t.unflatten(-1, (-1, module.attention_head_size)).transpose(1, 2)
 
-    query, key, value = heads(module.query(tokens)), heads(module.key(context)), heads(module.value(context))
+    query, key, value = heads(query), heads(key), heads(value)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(query.dtype)
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=_dropout(module))
@@ -106,4 +140,7 @@ STEP_BY_STEP: dict[str, Callable[..., tuple[Tensor, ...] | Tensor]] = {
     f"{_HF}vilt.modeling_vilt.ViltSelfAttention": _self,
     f"{_HF}blip.modeling_blip.BlipAttention": _blip,
     f"{_HF}blip.modeling_blip_text.BlipTextSelfAttention": _blip_text,
+    f"{_HF}flava.modeling_flava.FlavaSelfAttention": _self,
+    f"{_HF}git.modeling_git.GitSelfAttention": _git,
+    f"{_HF}mpnet.modeling_mpnet.MPNetSelfAttention": _mpnet,
 }

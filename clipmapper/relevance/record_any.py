@@ -11,6 +11,7 @@ from clipmapper.relevance.backward_rules import backward_rules
 from clipmapper.relevance.capture import Call, Capture, Watched
 from clipmapper.relevance.families import sublayers_of
 from clipmapper.relevance.fused import fused_attention
+from clipmapper.relevance.refused import why_refused
 from clipmapper.relevance.stream_names import grids_seen, patch_grid
 from clipmapper.relevance.streams import StreamGraph
 from clipmapper.relevance.trace import AttentionTrace
@@ -67,7 +68,8 @@ def _complete(trace: AttentionTrace, capture: Capture, calls: list[Call], root: 
 def sublayers_in(root: nn.Module) -> list[Watched]:
     """All attention sub-layers of a model.
 
-    Raises ``UserError`` when there is none, or one that seems to attend and is of no known family.
+    Raises ``UserError`` when there is none, or one that can't be recorded, or one that seems to attend and
+    is of no known family.
     """
     watched: list[Watched] = []
     covered: list[str] = []
@@ -81,16 +83,13 @@ def sublayers_in(root: nn.Module) -> list[Watched]:
             watched.append(Watched(name + (", cross-attention" if cross else ""), module, kind))
         if kinds:
             covered.append(name)
+        elif (why := why_refused(module)) is not None:
+            raise UserError(f"{name or 'the model'}: {type(module).__name__} {why}")
         elif re.search(r"attention|attn", type(module).__name__, re.IGNORECASE):
             unknown[name] = module
     for name, module in unknown.items():
         if not any(w.name.startswith(f"{name}." if name else "") for w in watched):
             kind = type(module).__name__
-            if re.search(r"window|swin", kind, re.IGNORECASE):
-                raise UserError(
-                    f"{name or 'the model'}: {kind} attends within windows; hierarchical models (Swin) can't "
-                    "be recorded, since their layers do not have the same tokens. Use one without (ViT)"
-                )
             raise UserError(f"{name or 'the model'}: the recorder does not know {kind}; {_HOW}")
     if not watched:
         raise UserError(f"{type(root).__name__} has no attention that the recorder knows; {_HOW}")

@@ -9,6 +9,12 @@ from clipmapper.relevance.capture import Watched
 
 _WORDS = (("image", r"vision|visual|image|vit|dino"), ("text", r"text|language|gpt|bert|llama"))
 
+# Towers of transformers, recorded alone. (Speech2Text is none.)
+_TOWERS = (
+    ("image", r"Vision(Model|Transformer|Tower)"),
+    ("text", r"(?<!2)Text(Model|Transformer)"),
+)
+
 
 def stream_name(watched: Watched, root: nn.Module) -> str:
     """image, text, encoder, decoder ...: of the family's line, or from the names on the module's path."""
@@ -19,13 +25,17 @@ def stream_name(watched: Watched, root: nn.Module) -> str:
     for name, words in _WORDS:
         if re.search(words, path, re.IGNORECASE):
             return name
+    kinds = [type(root).__name__]
+    for end in range(1, len(path.split("."))):
+        kinds.append(type(root.get_submodule(".".join(path.split(".")[:end]))).__name__)
+    for kind in reversed(kinds):
+        for name, words in _TOWERS:
+            if re.search(words, kind):
+                return name
     for name in ("decoder", "encoder"):
         if name in path:
             return name
     # A text transformer unpacked into CLIP itself, or one tower recorded alone.
-    kinds = [type(root).__name__]
-    for end in range(1, len(path.split("."))):
-        kinds.append(type(root.get_submodule(".".join(path.split(".")[:end]))).__name__)
     for kind in reversed(kinds):
         for name, words in (*_WORDS, ("text", r"CLIP|CoCa")):
             if re.search(words, kind, re.IGNORECASE if words != r"CLIP|CoCa" else 0):
