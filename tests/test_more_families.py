@@ -430,16 +430,19 @@ def test_equals_the_naive_implementation(name):
 
 
 NORM_BEHIND = ("hf_gemma2", "hf_gemma3", "hf_olmo2", "hf_olmo3", "hf_exaone4")  # RMSNorm: no projection
-POST_NORM = (
-    *(f"hf_{kind}" for kind in TEXT), "hf_mpnet", "hf_albert", "hf_altclip", "hf_chinese_clip", "hf_git",
-    "hf_blip2",
-    "hf_bart", "hf_marian", "hf_blenderbot-small", "hf_opt, norm behind",
-)  # fmt: skip
+POST_NORM = {  # streams whose norms come after the additions
+    **{f"hf_{kind}": ("text",) for kind in TEXT},
+    **dict.fromkeys(
+        ("hf_mpnet", "hf_albert", "hf_altclip", "hf_chinese_clip", "hf_opt, norm behind"), ("text",)
+    ),
+    **dict.fromkeys(("hf_bart", "hf_marian", "hf_blenderbot-small"), ("encoder", "decoder")),
+    "hf_git": ("joint",),
+    "hf_blip2": ("queries",),
+}
 
 
 def check_projections(case, trace, name):
     """What is added is the projection of what was mixed, and a norm behind is given x + a."""
-    assert any(s.projection and s.projection.norm for s in trace.attention) == (name in POST_NORM)
     given, handles = defaultdict(list), []
     for norm in {s.projection.norm for s in trace.attention if s.projection and s.projection.norm}:
         keep = lambda module, args: given[module].append(args[0])  # noqa: E731
@@ -452,6 +455,7 @@ def check_projections(case, trace, name):
         if name in NORM_BEHIND:
             assert step.projection is None
             continue
+        assert (step.projection.norm is not None) == (step.query_node.stream in POST_NORM.get(name, ()))
         weight = step.projection.weight(step.mixed.shape[1])
         by_head = torch.einsum("bhnd,hdc->bnc", step.mixed.detach(), weight)
         constant = step.added.detach() - by_head  # the bias

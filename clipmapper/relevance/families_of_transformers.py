@@ -33,13 +33,17 @@ _CROSS = {
     "projection": "encoder_attn.out_proj", "block": True,
 }  # fmt: skip
 # BART: norms come after the additions; the input of its cross-attention is what the first one gives.
-_BART_ENCODER = (Sublayer(**_SELF, post_norm="self_attn_layer_norm"),)
+_BOTH = {"decoder": "decoder", "encoder": "encoder", "": "text"}  # "": one of them, recorded alone
+_BART_ENCODER = (Sublayer(**_SELF, post_norm="self_attn_layer_norm", streams=_BOTH),)
 _BART_DECODER = (
     *_BART_ENCODER,
     Sublayer(**_CROSS, before="encoder_attn", post_norm="encoder_attn_layer_norm"),
 )
-_MBART_ENCODER = (Sublayer(**_SELF),)
-_MBART_DECODER = (*_MBART_ENCODER, Sublayer(**_CROSS, before="encoder_attn_layer_norm"))
+_CROSS_FIRST = Sublayer(**_CROSS, before="encoder_attn_layer_norm")
+_MBART_ENCODER = (Sublayer(**_SELF, streams=_BOTH),)
+_MBART_DECODER = (*_MBART_ENCODER, _CROSS_FIRST)
+_WHISPER_ENCODER = (Sublayer(**_SELF),)
+_WHISPER_DECODER = (*_WHISPER_ENCODER, _CROSS_FIRST)
 
 
 def _named(
@@ -133,15 +137,13 @@ TRANSFORMERS: dict[str, tuple[Sublayer, ...]] = dict((
     *_named("bart:Bart marian:Marian blenderbot_small:BlenderbotSmall", "EncoderLayer", _BART_ENCODER),
     *_named("bart:Bart marian:Marian blenderbot_small:BlenderbotSmall", "DecoderLayer", _BART_DECODER),
     *_named(
-        "mbart:MBart pegasus:Pegasus blenderbot:Blenderbot m2m_100:M2M100 whisper:Whisper "
-        "speech_to_text:Speech2Text",
-        "EncoderLayer", _MBART_ENCODER,
+        "mbart:MBart pegasus:Pegasus blenderbot:Blenderbot m2m_100:M2M100", "EncoderLayer", _MBART_ENCODER
     ),
+    *_named("whisper:Whisper speech_to_text:Speech2Text", "EncoderLayer", _WHISPER_ENCODER),
     *_named(
-        "mbart:MBart pegasus:Pegasus blenderbot:Blenderbot m2m_100:M2M100 whisper:Whisper "
-        "speech_to_text:Speech2Text",
-        "DecoderLayer", _MBART_DECODER,
+        "mbart:MBart pegasus:Pegasus blenderbot:Blenderbot m2m_100:M2M100", "DecoderLayer", _MBART_DECODER
     ),
+    *_named("whisper:Whisper speech_to_text:Speech2Text", "DecoderLayer", _WHISPER_DECODER),
     # images and text
     *_named(
         "clip:CLIP metaclip_2:MetaClip2 altclip:AltCLIP siglip:Siglip siglip2:Siglip2 owlvit:OwlViT "
