@@ -4,7 +4,7 @@ What they compute is the same; what is gained is that no N × N matrix is kept f
 recorder sees queries, keys and values.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -15,13 +15,12 @@ _NOT_ASKED = "attention weights can't be asked for while recording; output_atten
 
 
 @contextmanager
-def fused_attention(model: nn.Module) -> Iterator[None]:
-    """Within, the model's modules use ``scaled_dot_product_attention`` where they have the choice.
+def fused_attention(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within, the modules of a model use ``scaled_dot_product_attention`` where they have the choice.
 
     And the classes of ``STEP_BY_STEP``, which have none, are run by the function given there.
     """
     with ExitStack() as stack:
-        modules = list(model.modules())
         # (By their __dict__: asking modules for what they don't have takes them long.)
         for config in {id(c): c for c in (vars(m).get("config") for m in modules)}.values():
             chosen = getattr(config, "_attn_implementation", None)

@@ -25,15 +25,15 @@ def record_any(model: nn.Module, samples: Sequence[int] | None, rules: str) -> I
     trace, calls = AttentionTrace(rules=rules), []
     capture = Capture(root, sublayers_in(root), calls.append)
     with ExitStack() as stack:
-        stack.enter_context(fused_attention(root))
-        grids = grids_seen(stack, root)
+        stack.enter_context(fused_attention(capture.modules))
+        grids = grids_seen(stack, capture.modules)
         stack.enter_context(capture())
         _note_ends_of_blocks(stack, capture, calls)
         stack.enter_context(backward_rules(rules))
         yield trace
         # While gradients are still on: finding the streams may take small backward passes.
         _complete(trace, capture, calls, root)
-        trace.grid = grids[-1] if grids else patch_grid(root)
+        trace.grid = grids[-1] if grids else patch_grid(root, capture.modules)
     trace.samples = samples
 
 
@@ -70,17 +70,17 @@ def sublayers_in(root: nn.Module) -> list[Watched]:
     Raises ``UserError`` when there is none, or one that seems to attend and is of no known family.
     """
     watched: list[Watched] = []
-    covered: list[str] = []
+    covered = None  # the path that all of a known sub-layer's own modules begin with
     unknown: dict[str, nn.Module] = {}
     for name, module in root.named_modules():
-        if any(name.startswith(f"{outer}." if outer else "") for outer in covered):
+        if covered is not None and name.startswith(covered):
             continue
         kinds = sublayers_of(module)
         for kind in kinds:
             cross = kind.before is not None and kind.context is not None and len(kinds) > 1
             watched.append(Watched(name + (", cross-attention" if cross else ""), module, kind))
         if kinds:
-            covered.append(name)
+            covered = f"{name}." if name else ""  # (a module's are named right behind it)
         elif re.search(r"attention|attn", type(module).__name__, re.IGNORECASE):
             unknown[name] = module
     for name, module in unknown.items():
