@@ -81,7 +81,7 @@ def test_half_precision_is_near(precision):
     assert benchmark.deviation(half, whole)["deviation"] < 1e-3
 
 
-@pytest.mark.filterwarnings("default::DeprecationWarning")  # Inductor's own
+@pytest.mark.filterwarnings("default::DeprecationWarning", "default:TensorFloat32")  # Inductor's own
 def test_a_compiled_model_runs_as_written(tmp_path):
     tower = subjects.image_tower("vit", tiny_models.clip_config(tmp_path), 2, GPU)
     compiled = torch.compile(tower.module)

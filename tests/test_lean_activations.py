@@ -32,6 +32,14 @@ def test_it_can_be_differentiated_twice():
     assert torch.autograd.gradgradcheck(lean_quick_gelu, x)
 
 
+def test_gradients_of_several_scalars_at_once():
+    x = torch.linspace(-3, 3, 7, dtype=torch.float64, requires_grad=True)
+    y, toward = lean_quick_gelu(x), torch.eye(7, dtype=torch.float64)
+    (found,) = torch.autograd.grad(y, x, toward, is_grads_batched=True, retain_graph=True)
+    expected = torch.stack([torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in toward])
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_while_recorded_only_the_input_is_kept(kind):
     kept = []
