@@ -1,4 +1,4 @@
-"""The kernels for a GPU against ``rows_times``; as a program: on the CPU, in Triton's interpreter."""
+"""The kernels for a GPU against the reference; as a program: on the CPU, in Triton's interpreter."""
 
 import os
 from dataclasses import replace
@@ -6,50 +6,71 @@ from dataclasses import replace
 import torch
 
 from clipmapper.relevance.propagation import positive_attention, rows_times
-from clipmapper.relevance.trace import Attention, Node
+from clipmapper.relevance.trace import Attention, AttentionTrace, Node, exact_step
+from clipmapper.relevance.weighted import weighted_rule, weighted_token_rule
 
-# batch, heads, queries, keys, channels, causal, scale
+# batch, heads, queries, keys, channels, width, causal, scale
 CASES = (
-    (2, 3, 5, 5, 8, False, None),
-    (1, 2, 70, 131, 16, False, 0.2),
-    (2, 1, 65, 65, 24, True, None),
-    (1, 2, 130, 64, 64, False, None),
+    (2, 3, 5, 5, 8, 24, False, None),
+    (1, 2, 70, 131, 16, 300, False, 0.2),
+    (2, 1, 65, 65, 24, 24, True, None),
+    (1, 2, 130, 64, 64, 128, False, None),
 )
 
 
-def sublayer(batch, heads, queries, keys, channels, causal, scale, generator) -> Attention:
-    def drawn(tokens):
+def sublayer(batch, heads, queries, keys, channels, width, causal, scale, dtype, generator) -> Attention:
+    def heads_of(tokens):
         # As models have them: heads are a split of the width, so the tensor is not contiguous.
-        numbers = torch.randn(batch, tokens, heads, channels, generator=generator)
-        return numbers.bfloat16().float().transpose(1, 2)
+        return torch.randn(batch, tokens, heads, channels, generator=generator).to(dtype).transpose(1, 2)
 
-    nothing = torch.zeros(batch, queries, 4)
+    def tokens(dtype, first=False):
+        drawn = torch.randn(queries, batch, width, generator=generator).to(dtype).transpose(0, 1)
+        return drawn if first else drawn.contiguous()
+
     step = Attention(
-        "a", Node("s", 0), Node("s", 0), Node("s", 1), drawn(queries), drawn(keys), drawn(keys),
-        drawn(queries), None, scale, causal, nothing, nothing, mixed_gradient=drawn(queries),
+        "a", Node("s", 0), Node("s" if queries == keys else "t", 0), Node("s", 1), heads_of(queries),
+        heads_of(keys), heads_of(keys), heads_of(queries), None, scale, causal,
+        tokens(torch.float32, first=True), tokens(dtype), mixed_gradient=heads_of(queries),
+        before_gradient=tokens(torch.float32), added_gradient=tokens(dtype, first=True),
     )  # fmt: skip
     step.mixed_gradient[:, :, 1] = 0  # a row without any evidence
+    step.before_gradient[:, 2] = step.added_gradient[:, 2] = 0  # a token that does not matter
     return step
 
 
 def check(device: str, precision: float) -> None:
-    from clipmapper.relevance import row_kernels  # Triton reads on import whether it is to interpret
+    from clipmapper.relevance import row_kernels, weighted_kernels  # Triton reads here if it is to interpret
 
     generator = torch.Generator().manual_seed(0)
-    for case in CASES:
-        step = sublayer(*case, generator)
-        whole = torch.rand(case[0], 1, case[2], generator=generator).to(device)
-        names = ("query", "key", "value", "mixed", "mixed_gradient")
-        step = replace(step, **{name: getattr(step, name).to(device) for name in names})
+    for number, case in enumerate(CASES):
+        # (Triton's interpreter multiplies the bits of bfloat16 as if they were integers.)
+        half = torch.bfloat16 if device == "cuda" and number % 2 else torch.float16
+        step = sublayer(*case, half, generator)
+        batch, queries = case[0], case[2]
+        tensors = {name: value for name, value in vars(step).items() if isinstance(value, torch.Tensor)}
+        tensors = {name.removeprefix("_"): value.to(device) for name, value in tensors.items()}
+        step = replace(step, **tensors)
+        exact = exact_step(step)
+        assert exact is not step and row_kernels.can_multiply(step, torch.zeros(batch, 1, queries))
+        whole = torch.rand(batch, 1, queries, generator=generator).to(device)
         one = torch.zeros_like(whole)
-        one[:, :, min(66, case[2] - 1)] = 1
-        for row in (whole, one, whole * torch.linspace(-1, 1, case[2], device=device)):
+        one[:, :, min(66, queries - 1)] = 1
+        valid = torch.rand(batch, queries, generator=generator).to(device) > 0.3
+        for row in (whole, one, whole * torch.linspace(-1, 1, queries, device=device)):
             for normalise in (True, False):
-                expected = rows_times(positive_attention, step, row, normalise)
-                found = row_kernels.row_times_positive_attention(step, row, normalise)
-                for ours, its in zip(found, expected, strict=True):
-                    torch.testing.assert_close(ours, its, rtol=1e-4, atol=precision)
+                expected = rows_times(positive_attention, exact, row, normalise)
+                _agree(row_kernels.row_times_positive_attention(step, row, normalise), expected, precision)
+            for its_valid in (None, valid):
+                trace = AttentionTrace([exact], {"s": queries}, {} if its_valid is None else {"s": its_valid})
+                for by_token, rule in ((False, weighted_rule), (True, weighted_token_rule)):
+                    found = weighted_kernels.weighted_row(step, row, its_valid, by_token=by_token)
+                    _agree(found, rule(trace)(exact, row), precision)
     print(f"{len(CASES)} cases agree")
+
+
+def _agree(found: tuple, expected: tuple, precision: float) -> None:
+    for ours, its in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, its, rtol=1e-4, atol=precision)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def test_half_precision_is_near(precision):
     assert benchmark.deviation(half, whole)["deviation"] < 1e-3
 
 
-@pytest.mark.filterwarnings("default::DeprecationWarning")  # Inductor's own
+@pytest.mark.filterwarnings("default::DeprecationWarning", "default:TensorFloat32")  # Inductor's own
 def test_a_compiled_model_runs_as_written(tmp_path):
     tower = subjects.image_tower("vit", tiny_models.clip_config(tmp_path), 2, GPU)
     compiled = torch.compile(tower.module)
@@ -165,10 +165,23 @@ def test_a_compiled_run(tmp_path):
     assert run.status == 0, run.errors
 
 
-def test_a_captioner(tmp_path):
+@pytest.mark.parametrize("experiment", ["caption_scenes", "caption_scenes_gpt2"])
+def test_a_captioner(tmp_path, experiment):
     run = training_models.script(
-        "train", "experiment=caption_scenes", "encoder.pretrained=null", "data.train_scenes=20",
+        "train", f"experiment={experiment}", "encoder.pretrained=null", "data.train_scenes=20",
         "data.simple_scenes=9", "data.validation_scenes=8", "data.held_out_scenes=8", "training.max_steps=4",
-        "training.batch_size=8", "trainer=gpu", folder=tmp_path,
+        "training.batch_size=8", "callbacks=relevance", "callbacks.samples=4", "callbacks.pictures=1", "trainer=gpu", folder=tmp_path,
     )  # fmt: skip
     assert run.status == 0, run.errors
+    assert json.loads((run.run_folder / "results.json").read_text())["explanations"]
+    checkpoint = run.run_folder / "checkpoints" / "last.ckpt"
+    picture = training_models.small_scenes().validation.images[3]
+    found, expected = (
+        clipmapper.explain(load(checkpoint, device), picture, caption="a red ring left of a cross")
+        for device in (GPU, torch.device("cpu"))
+    )
+    np.testing.assert_allclose(found.patches, expected.patches, atol=1e-3)
+    perturbed = training_models.script(
+        "perturb", f"checkpoint={checkpoint}", "device=cuda", "samples=4", folder=tmp_path
+    )
+    assert perturbed.status == 0, perturbed.errors

@@ -108,8 +108,9 @@ class Again:
             stack.enter_context(self._evaluating())
             if trace.rules != "plain":
                 # Rules are for the fused function.
-                stack.enter_context(fused_attention(self.model))
-                stack.enter_context(without_weights(self.model))
+                modules = list(self.model.modules())
+                stack.enter_context(fused_attention(modules))
+                stack.enter_context(without_weights(modules))
                 stack.enter_context(backward_rules(trace.rules))
             stack.enter_context(_substituted(trace, tokens, rows))
             return self.forward(rows)

@@ -13,6 +13,7 @@ lrp         relevance halved at A V     relevance as it is   relevance as it is 
             and again at Q Kᵀ
 ==========  ==========================  ===================  =====================  ==================
 
+``plain``: the gradient, of a graph that keeps less (:mod:`clipmapper.relevance.lean_activations`).
 ``lrp`` and ``attn_lrp`` propagate *relevance*: a tensor's relevance is the tensor times its gradient. Both
 halve where two factors meet, at products of two activations as well (gated MLPs).
 """
@@ -35,6 +36,7 @@ from clipmapper.relevance.gated_rules import (
     quick_gelu_gate,
     scaled_gradient,
 )
+from clipmapper.relevance.lean_activations import lean_quick_gelu
 
 RULES = ("plain", "libra", "attn_lrp", "lrp")
 
@@ -74,7 +76,11 @@ def backward_rules(rules: str) -> Iterator[None]:
     if rules == "lrp" and any(map(torch.is_autocast_enabled, ("cpu", "cuda", "mps"))):
         raise UserError("rules='lrp' is not defined under autocast; record outside of it, in float32")
     if rules == "plain":
-        yield
+        with ExitStack() as stack:
+            for kind, gate in _composed_activations():
+                if gate is quick_gelu_gate:
+                    _replace(stack, kind, "forward", lambda self, x: lean_quick_gelu(x))
+            yield
         return
     table = {"libra": _LIBRA, "attn_lrp": _ATTN_LRP, "lrp": _LRP}[rules]
     activation = lrp_rules.same_relevance if rules == "lrp" else gated

@@ -40,7 +40,10 @@ def occlusion(trace: AttentionTrace, sign: str = "positive") -> Relevance:
     attribution, tokens, options = _captum(trace, "Occlusion", "occlusion")
     windows = tuple((1, values.shape[-1]) for values in tokens.values())
     at_once = max(1, _VARIANTS // trace.batch)
-    found = attribution.attribute(tuple(tokens.values()), windows, perturbations_per_eval=at_once, **options)
+    with trace.device:  # captum (0.9) makes some of its masks on the default device
+        found = attribution.attribute(
+            tuple(tokens.values()), windows, perturbations_per_eval=at_once, **options
+        )
     # Every channel of a token holds what the whole token changes.
     return _relevance(trace, tokens, found, lambda values: values[..., 0], sign)
 
@@ -52,11 +55,12 @@ def _captum(trace: AttentionTrace, kind: str, method: str):
         from captum import attr
     except ImportError as missing:
         raise UserError(f"{method} needs captum: pip install 'clipmapper[captum]'") from missing
-    tokens = input_tokens(trace, method)
+    tokens, usual = input_tokens(trace, method), torch.get_default_device()
 
     def forward(*arguments: Tensor) -> Tensor:
         *values, rows = arguments
-        return running.score(trace, rows, dict(zip(tokens, values, strict=True)))
+        with usual:  # the model's own default, whatever is set for captum
+            return running.score(trace, rows, dict(zip(tokens, values, strict=True)))
 
     rows = torch.arange(trace.batch, device=trace.device)
     return getattr(attr, kind)(forward), tokens, {"additional_forward_args": (rows,)}

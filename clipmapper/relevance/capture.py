@@ -104,6 +104,7 @@ class Capture:
     ) -> None:
         """``all_known``: attention that is not watched is no mistake."""
         self.model = model
+        self.modules = list(model.modules())  # once: to walk through a model takes its time
         self.watched = list(watched)
         self.called: set[int] = set()
         self._on_call, self._all_known = on_call, all_known
@@ -124,17 +125,18 @@ class Capture:
             stack.callback(self._give_back)
             for watched in self.watched:
                 self._watch(stack, watched)
-            for module in self.model.modules():
+            for module in self.modules:
                 if "norm" in type(module).__name__.lower():
                     stack.callback(module.register_forward_pre_hook(self._normed).remove)
-            for parameter in self.model.parameters():
-                # What only the weights' gradients need is then not kept.
-                if parameter.requires_grad:
-                    parameter.requires_grad_(False)
-                    stack.callback(parameter.requires_grad_, True)
+            for module in self.modules:
+                for parameter in module._parameters.values():
+                    # What only the weights' gradients need is then not kept.
+                    if parameter is not None and parameter.requires_grad:
+                        parameter.requires_grad_(False)
+                        stack.callback(parameter.requires_grad_, True)
             stack.enter_context(torch.inference_mode(False))  # in it no graph can be recorded
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(without_weights(self.model))
+            stack.enter_context(without_weights(self.modules))
             if "torch._dynamo" in sys.modules:
                 # A compiled model runs as it was written: its hooks are not part of what was compiled.
                 stack.enter_context(torch.compiler.set_stance("force_eager"))

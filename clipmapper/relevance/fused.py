@@ -4,28 +4,23 @@ What they compute is the same; what is gained is that no N × N matrix is kept f
 recorder sees queries, keys and values.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipmapper.errors import UserError
-
 _NOT_ASKED = "attention weights can't be asked for while recording; output_attentions=False"
 
 
 @contextmanager
-def fused_attention(model: nn.Module) -> Iterator[None]:
-    """Within, the model's modules use ``scaled_dot_product_attention`` where they have the choice.
+def fused_attention(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Within, the modules of a model use ``scaled_dot_product_attention`` where they have the choice.
 
     And the classes of ``STEP_BY_STEP``, which have none, are run by the function given there.
-    Raises ``UserError`` where the fused function can't do what the model does.
     """
     with ExitStack() as stack:
-        modules = list(model.modules())
-        _refuse_capped_scores(model)
         # (By their __dict__: asking modules for what they don't have takes them long.)
         for config in {id(c): c for c in (vars(m).get("config") for m in modules)}.values():
             chosen = getattr(config, "_attn_implementation", None)
@@ -46,16 +41,6 @@ def fused_attention(model: nn.Module) -> Iterator[None]:
                 else:
                     stack.callback(setattr, module, "forward", had)
         yield
-
-
-def _refuse_capped_scores(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        cap = vars(module).get("attn_logit_softcapping")
-        if cap is not None:
-            raise UserError(
-                f"{name}: caps its scores (attn_logit_softcapping={cap}), which scaled_dot_product_attention "
-                "can't; a model whose configuration has None there can be recorded"
-            )
 
 
 def _bound(run: Callable, module: nn.Module) -> Callable:

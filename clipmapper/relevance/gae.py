@@ -59,7 +59,7 @@ def _self_alone(trace: AttentionTrace) -> Relevance:
     def rule(step: Attention, row: Float[Tensor, "batch rows queries"]):
         return row, rows_times(positive_attention, step, row, normalise=False)[0]
 
-    rows = propagate(trace, trace.read_row(), rule)
+    rows = propagate(trace, trace.read_row(), rule, as_recorded=True)
     return as_relevance(trace, {stream: row[:, 0] for stream, row in rows.items()})
 
 

@@ -1,6 +1,6 @@
 """``torch.nn.MultiheadAttention`` made to go through fused attention while a forward is recorded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -11,8 +11,8 @@ _NEED_WEIGHTS = 4
 
 
 @contextmanager
-def without_weights(model: nn.Module) -> Iterator[None]:
-    """Within, its modules compute no attention weights (then they would not use fused attention).
+def without_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, these modules compute no attention weights (then they would not use fused attention).
 
     Callers that asked for weights are given None. The fast path for inference, which is no attention that
     could be differentiated, is off.
@@ -21,7 +21,7 @@ def without_weights(model: nn.Module) -> Iterator[None]:
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-        for module in model.modules():
+        for module in modules:
             if isinstance(module, nn.MultiheadAttention):
                 hook = module.register_forward_pre_hook(_need_no_weights, with_kwargs=True)
                 stack.callback(hook.remove)

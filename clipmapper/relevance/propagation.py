@@ -35,9 +35,17 @@ _ALL = slice(None)
 
 
 def propagate(
-    trace: AttentionTrace, rows: Mapping[Node, Float[Tensor, "batch rows _tokens"]], rule: Rule
+    trace: AttentionTrace,
+    rows: Mapping[Node, Float[Tensor, "batch rows _tokens"]],
+    rule: Rule,
+    *,
+    as_recorded: bool = False,
 ) -> dict[str, Float[Tensor, "batch rows _tokens"]]:
-    """Take rows (one-hot at the tokens to be read) back to the inputs; returns them per input stream."""
+    """Take rows (one-hot at the tokens to be read) back to the inputs; returns them per input stream.
+
+    ``as_recorded``: give the rule sub-layers with numbers in half precision, which it makes exact where it
+    computes with them (most rules get them as float32).
+    """
     at: dict[Node, Tensor] = dict(rows)
     for step in reversed(trace.steps):
         if isinstance(step, Join):
@@ -49,7 +57,7 @@ def propagate(
             continue
         row = at.pop(step.output_node, None)
         if row is not None:
-            own, to_keys = rule(exact_step(step), row)
+            own, to_keys = rule(step if as_recorded else exact_step(step), row)
             _add(at, step.query_node, own)
             if to_keys is not None:
                 _add(at, step.key_node, to_keys)
@@ -88,9 +96,10 @@ def rows_times(
     and the second value holds that part of ``row``. Rows of M that ``row`` does not ask for (all but the
     read token's in the last sub-layer) are not rebuilt.
     """
-    kernels = _kernels() if row.is_cuda and matrix is positive_attention else None
-    if kernels is not None and kernels.can_multiply(step, row):
+    kernels = kernels_for(step, row) if matrix is positive_attention else None
+    if kernels is not None:
         return kernels.row_times_positive_attention(step, row, normalise)
+    step = exact_step(step, only_attention=True)
     total = torch.zeros(*row.shape[:2], step.key.shape[2], dtype=row.dtype, device=row.device)
     stuck = torch.zeros_like(row)
     for samples, queries in _blocks(step, row):
@@ -103,6 +112,12 @@ def rows_times(
             weight = weight * (~empty / sums.masked_fill_(empty, 1.0))[:, None]
         total[samples] += weight @ part
     return total, stuck
+
+
+def kernels_for(step: Attention, row: Float[Tensor, "batch rows queries"]) -> ModuleType | None:
+    """:mod:`clipmapper.relevance.row_kernels` where they are made for this row of this sub-layer."""
+    kernels = _kernels() if row.is_cuda else None
+    return kernels if kernels is not None and kernels.can_multiply(step, row) else None
 
 
 @functools.cache

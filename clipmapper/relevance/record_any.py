@@ -11,7 +11,7 @@ from clipmapper.relevance.backward_rules import backward_rules
 from clipmapper.relevance.capture import Call, Capture, Watched
 from clipmapper.relevance.families import sublayers_of
 from clipmapper.relevance.fused import fused_attention
-from clipmapper.relevance.refused import why_refused
+from clipmapper.relevance.refused import refuse_capped_scores, why_refused
 from clipmapper.relevance.stream_names import grids_seen, patch_grid
 from clipmapper.relevance.streams import StreamGraph
 from clipmapper.relevance.trace import AttentionTrace
@@ -26,15 +26,15 @@ def record_any(model: nn.Module, samples: Sequence[int] | None, rules: str) -> I
     trace, calls = AttentionTrace(rules=rules), []
     capture = Capture(root, sublayers_in(root), calls.append)
     with ExitStack() as stack:
-        stack.enter_context(fused_attention(root))
-        grids = grids_seen(stack, root)
+        stack.enter_context(fused_attention(capture.modules))
+        grids = grids_seen(stack, capture.modules)
         stack.enter_context(capture())
         _note_ends_of_blocks(stack, capture, calls)
         stack.enter_context(backward_rules(rules))
         yield trace
         # While gradients are still on: finding the streams may take small backward passes.
         _complete(trace, capture, calls, root)
-        trace.grid = grids[-1] if grids else patch_grid(root)
+        trace.grid = grids[-1] if grids else patch_grid(root, capture.modules)
     trace.samples = samples
 
 
@@ -72,18 +72,19 @@ def sublayers_in(root: nn.Module) -> list[Watched]:
     is of no known family.
     """
     watched: list[Watched] = []
-    covered: list[str] = []
+    covered = None  # the path that all of a known sub-layer's own modules begin with
     unknown: dict[str, nn.Module] = {}
     for name, module in root.named_modules():
-        if any(name.startswith(f"{outer}." if outer else "") for outer in covered):
+        if covered is not None and name.startswith(covered):
             continue
         kinds = sublayers_of(module)
         for kind in kinds:
             cross = kind.before is not None and kind.context is not None and len(kinds) > 1
             watched.append(Watched(name + (", cross-attention" if cross else ""), module, kind))
         if kinds:
-            covered.append(name)
-        elif (why := why_refused(module)) is not None:
+            covered = f"{name}." if name else ""  # (a module's are named right behind it)
+            refuse_capped_scores(name, module)
+        elif (why := why_refused(type(module))) is not None:
             raise UserError(f"{name or 'the model'}: {type(module).__name__} {why}")
         elif re.search(r"attention|attn", type(module).__name__, re.IGNORECASE):
             unknown[name] = module

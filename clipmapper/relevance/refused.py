@@ -1,8 +1,11 @@
 """Kinds of attention that can't be recorded, and why: what is said of such a class when a model has it."""
 
+import functools
 import re
 
 from torch import nn
+
+from clipmapper.errors import UserError
 
 _TALKING = "mixes the attention of its heads behind the softmax, which is then no softmax of queries and keys"
 _CLASS_ONLY = "changes the class token only, which it reads put together with the patches"
@@ -64,11 +67,24 @@ _REASONS = (
 )  # fmt: skip
 
 
-def why_refused(module: nn.Module) -> str | None:
+@functools.cache
+def why_refused(kind: type[nn.Module]) -> str | None:
     """What attention of this class does that can't be recorded, None where nothing is known against it."""
-    for kind in type(module).__mro__:
-        name = f"{kind.__module__}.{kind.__qualname__}"
+    for ancestor in kind.__mro__:
+        name = f"{ancestor.__module__}.{ancestor.__qualname__}"
         for pattern, why in _REASONS:
             if re.search(rf"(?:^|\.)(?:{pattern})$", name):
                 return why
     return None
+
+
+def refuse_capped_scores(path: str, block: nn.Module) -> None:
+    """Raises ``UserError`` where a block's attention caps its scores (Gemma 2): the fused function can't."""
+    for name, module in block.named_children():
+        cap = vars(module).get("attn_logit_softcapping")
+        if cap is not None:
+            raise UserError(
+                f"{path}.{name}: caps its scores (attn_logit_softcapping={cap}), which "
+                "scaled_dot_product_attention can't; a model whose configuration has None there can be "
+                "recorded"
+            )

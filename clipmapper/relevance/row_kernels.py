@@ -6,12 +6,12 @@ again; here a tile of each is made from queries, keys, values and the gradient o
 (Dao et al. 2022, arXiv 2205.14135), used, and forgotten. Two passes: Σ_j of every row of A and of Ā, then the
 product. Heads are summed last and in order, so the same input gives the same bits.
 
-Only for what was recorded in half precision: its products are exact in the tensor cores' tf32. Products of
-float32 would have to be made without those, which on an H100 took six times as long as the reference
-(ViT-B/16, 32 images).
+Only for what was recorded in half precision: tensor cores multiply such numbers exactly and add in float32.
+Products of float32 would have to be made without those, which on an H100 took six times as long as the
+reference (ViT-B/16, 32 images).
 """
 
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import torch
 import triton
@@ -19,7 +19,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from clipmapper.relevance.trace import Attention
+from clipmapper.relevance.trace import HALVES, Attention
 
 _TILE = 64
 _WIDEST = 128  # channels of a head: a tile of queries, keys, values and gradients has to fit on the chip
@@ -27,17 +27,23 @@ _WIDEST = 128  # channels of a head: a tile of queries, keys, values and gradien
 
 def can_multiply(step: Attention, row: Float[Tensor, "batch rows queries"]) -> bool:
     """Whether :func:`row_times_positive_attention` is made for this: one row, no mask but a causal one."""
+    attending = (step.query, step.key, step.value, step.mixed_gradient)
     return (
-        row.device.type == "cuda"
-        and row.shape[1] == 1
+        row.shape[1] == 1
+        and row.dtype == torch.float32
         and step.mask is None
         and step.replaced is None
-        and step.all_rounded
         and step.query.shape[-1] <= _WIDEST
-        and all(
-            t.dtype == torch.float32 for t in (row, step.query, step.key, step.value, step.mixed_gradient)
-        )
+        and step.query.dtype in HALVES
+        and all(t is not None and t.dtype == step.query.dtype for t in attending)
     )
+
+
+class RowSums(NamedTuple):
+    """Of every row of attention: log Σ_j exp(score), and Σ_j relu(∇A ⊙ A)."""
+
+    logarithms: Float[Tensor, "batch heads queries"]
+    positive: Float[Tensor, "batch heads queries"]
 
 
 @torch.no_grad()
@@ -45,40 +51,50 @@ def row_times_positive_attention(
     step: Attention, row: Float[Tensor, "batch 1 queries"], normalise: bool
 ) -> tuple[Float[Tensor, "batch 1 keys"], Float[Tensor, "batch 1 queries"]]:
     """As ``rows_times(positive_attention, step, row, normalise)``, where :func:`can_multiply` says so."""
+    sums = row_sums(step, row)
+    moving, stuck = row, torch.zeros_like(row)
+    if normalise:
+        total = sums.positive.mean(dim=1)[:, None]
+        empty: Bool[Tensor, "batch 1 queries"] = total <= 0
+        stuck = row * empty
+        moving = row * ~empty / total.masked_fill(empty, 1.0)
+    return row_times(step, moving, sums), stuck
+
+
+def row_sums(step: Attention, row: Float[Tensor, "batch 1 queries"]) -> RowSums:
+    """Sums of the rows that ``row`` asks for; of tiles of rows of which it asks nothing, 0."""
+    batch, heads, queries, _ = step.query.shape
+    sums = RowSums(*torch.zeros(2, batch, heads, queries, device=row.device))
+    _launch(_sums_of_rows, queries, step, row, sums.logarithms, sums.positive)
+    return sums
+
+
+def row_times(
+    step: Attention, row: Float[Tensor, "batch 1 queries"], sums: RowSums
+) -> Float[Tensor, "batch 1 keys"]:
+    """``row @ Ā``."""
+    batch, heads, keys, _ = step.key.shape
+    of_keys = torch.empty(batch, heads, keys, device=row.device)
+    _launch(_row_times, keys, step, row, sums.logarithms, of_keys)
+    return of_keys.mean(dim=1, keepdim=True)
+
+
+def _launch(kernel, tokens: int, step: Attention, row: Tensor, *results: Tensor) -> None:
+    """Run a kernel on every tile of so many tokens, head and sample."""
     # The last axis has to be dense; of the others every stride is given.
-    query, key, value, gradient = (
-        t if t.stride(-1) == 1 else t.contiguous()
-        for t in (step.query.detach(), step.key.detach(), step.value.detach(), step.mixed_gradient)
-    )
-    batch, heads, queries, width = query.shape
-    keys = key.shape[2]
+    tensors = [
+        t.detach() if t.stride(-1) == 1 else t.detach().contiguous()
+        for t in (step.query, step.key, step.value, step.mixed_gradient)
+    ]
+    batch, heads, queries, width = step.query.shape
     scale = width**-0.5 if step.scale is None else step.scale
-    row = row.contiguous()
-    of_rows = torch.zeros(2, batch, heads, queries, device=row.device)  # log Σ exp scores; Σ_j relu(∇A ⊙ A)
-    strides = [stride for t in (query, key, value, gradient) for stride in t.stride()[:3]]
-    fixed = {
-        "WIDTH": width,
-        "PADDED": max(16, triton.next_power_of_2(width)),
-        "TILE": _TILE,
-        "CAUSAL": step.causal,
-    }
-    tensors = (query, key, value, gradient)
+    strides = [stride for t in tensors for stride in t.stride()[:3]]
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(row):
-        _sums_of_rows[(triton.cdiv(queries, _TILE), heads, batch)](
-            *tensors, row, of_rows[0], of_rows[1], heads, queries, keys, scale, *strides, **fixed
-        )
-        moving, stuck = row, torch.zeros_like(row)
-        if normalise:
-            sums = of_rows[1].mean(dim=1)[:, None]
-            empty: Bool[Tensor, "batch 1 queries"] = sums <= 0
-            stuck = row * empty
-            moving = row * ~empty / sums.masked_fill(empty, 1.0)
-        of_keys = torch.empty(batch, heads, keys, device=row.device)
-        _row_times[(triton.cdiv(keys, _TILE), heads, batch)](
-            *tensors, moving, of_rows[0], of_keys, heads, queries, keys, scale, *strides, **fixed
-        )
-    return of_keys.mean(dim=1)[:, None], stuck
+        kernel[(triton.cdiv(tokens, _TILE), heads, batch)](
+            *tensors, row.contiguous(), *results, heads, queries, step.key.shape[2], scale, *strides,
+            WIDTH=width, PADDED=max(16, triton.next_power_of_2(width)), TILE=_TILE, CAUSAL=step.causal,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -96,7 +112,7 @@ def _scores(
     q, k, first_query, first_key, keys, scale,
     TILE: tl.constexpr, CAUSAL: tl.constexpr
 ):  # fmt: skip
-    scores = tl.dot(q, tl.trans(k), input_precision="tf32") * scale
+    scores = tl.dot(q, tl.trans(k)) * scale
     key = first_key + tl.arange(0, TILE)
     allowed = key[None, :] < keys
     if CAUSAL:
@@ -129,7 +145,7 @@ def _sums_of_rows(
         now = tl.maximum(largest, tl.max(scores, axis=1))
         shrink = tl.exp(largest - now)
         part = tl.exp(scores - now[:, None])
-        evidence = tl.maximum(part * tl.dot(g, tl.trans(v), input_precision="tf32"), 0.0)
+        evidence = tl.maximum(part * tl.dot(g, tl.trans(v)), 0.0)
         total = total * shrink + tl.sum(part, axis=1)
         positive = positive * shrink + tl.sum(evidence, axis=1)
         largest = now
@@ -160,7 +176,7 @@ def _row_times(
             logarithm = tl.load(logarithms + place, mask=tokens < queries, other=0.0)
             scores = _scores(q, k, at, first, keys, scale, TILE, CAUSAL)
             probability = tl.exp(scores - logarithm[:, None])
-            evidence = tl.maximum(probability * tl.dot(g, tl.trans(v), input_precision="tf32"), 0.0)
+            evidence = tl.maximum(probability * tl.dot(g, tl.trans(v)), 0.0)
             product += tl.sum(weight[:, None] * evidence, axis=0)
     tokens = first + tl.arange(0, TILE)
     tl.store(out + (sample * heads + head) * keys + tokens, product, mask=tokens < keys)

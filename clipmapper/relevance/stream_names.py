@@ -1,6 +1,8 @@
 """What the streams of a model are called, and the grid of its image patches."""
 
+import functools
 import re
+from collections.abc import Iterable
 from contextlib import ExitStack
 
 from torch import Tensor, nn
@@ -22,9 +24,9 @@ def stream_name(watched: Watched, root: nn.Module) -> str:
     for part, name in watched.kind.streams.items():
         if part in path:
             return name
-    for name, words in _WORDS:
-        if re.search(words, path, re.IGNORECASE):
-            return name
+    named = _by_path(path)
+    if named is not None:
+        return named
     kinds = [type(root).__name__]
     for end in range(1, len(path.split("."))):
         kinds.append(type(root.get_submodule(".".join(path.split(".")[:end]))).__name__)
@@ -43,7 +45,15 @@ def stream_name(watched: Watched, root: nn.Module) -> str:
     return "tokens"
 
 
-def grids_seen(stack: ExitStack, root: nn.Module) -> list[tuple[int, int]]:
+@functools.cache
+def _by_path(path: str) -> str | None:
+    for name, words in _WORDS:
+        if re.search(words, path, re.IGNORECASE):
+            return name
+    return None
+
+
+def grids_seen(stack: ExitStack, modules: Iterable[nn.Module]) -> list[tuple[int, int]]:
     """Holds, after a forward, (rows, columns) of what each patch embedding gave, until ``stack`` is left.
 
     Images need not have the size that the model was made for (position embeddings can be interpolated).
@@ -53,15 +63,15 @@ def grids_seen(stack: ExitStack, root: nn.Module) -> list[tuple[int, int]]:
     def note(module: nn.Module, args: tuple, output: Tensor) -> None:
         seen.append((output.shape[-2], output.shape[-1]))
 
-    for module in root.modules():
+    for module in modules:
         if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size != (1, 1):
             stack.callback(module.register_forward_hook(note).remove)
     return seen
 
 
-def patch_grid(root: nn.Module) -> tuple[int, int] | None:
+def patch_grid(root: nn.Module, modules: Iterable[nn.Module]) -> tuple[int, int] | None:
     """(rows, columns) of the image patches of the size that the model was made for, where it says so."""
-    for module in root.modules():
+    for module in modules:
         size = vars(module).get("grid_size")
         if isinstance(size, tuple | list) and len(size) == 2:
             return int(size[0]), int(size[1])

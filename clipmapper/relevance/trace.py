@@ -93,8 +93,7 @@ class Attention:
     projection: Projection | None = None  # what is behind attention, where the recorder knows it
     after: Tensor | None = None  # [batch, queries, width]: the stream after the MLP that follows; None: none
     pools: bool = False  # nothing is before it: its queries are learned, and its output is `added` alone
-    rounded: bool = False  # some of these were computed with less than float32 ...
-    all_rounded: bool = False  # ... or query, key, value and the gradient of o, all four
+    rounded: bool = False  # some of these were computed with less than float32
     # x + a, where the graph holds that and not a: then `added` is their difference, when first asked for.
     total: Float[Tensor, "batch queries width"] | None = None
     # Where mixed, before and added are in the graph; () when it is gone.
@@ -124,7 +123,7 @@ class Attention:
     def probability_gradient(self) -> Float[Tensor, "batch heads queries keys"]:
         """∂y/∂A = ∂y/∂o · vᵀ: exact, since o = A v, and the same for any way of computing attention."""
         with torch.no_grad():
-            return _exact(self._required("mixed_gradient")) @ _exact(self.value.detach()).transpose(-2, -1)
+            return exact(self._required("mixed_gradient")) @ exact(self.value.detach()).transpose(-2, -1)
 
     def _required(self, name: str) -> Tensor:
         value = getattr(self, name)
@@ -161,7 +160,7 @@ def attention_probabilities(
     scale: float | None,
 ) -> Float[Tensor, "batch heads queries keys"]:
     """What ``scaled_dot_product_attention`` mixes values by, given the same arguments."""
-    query, key = _exact(query.detach()), _exact(key.detach())
+    query, key = exact(query.detach()), exact(key.detach())
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
     if causal:
         allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
@@ -174,12 +173,12 @@ def attention_probabilities(
     return torch.softmax(scores, dim=-1, out=scores)
 
 
-_HALVES = (torch.float16, torch.bfloat16)
+HALVES = (torch.float16, torch.bfloat16)
 
 
-def _exact(tensor: Tensor) -> Tensor:
+def exact(tensor: Tensor) -> Tensor:
     """As float32 where it is less: a softmax of bfloat16 scores would be off by parts in a hundred."""
-    return tensor.float() if tensor.dtype in _HALVES else tensor
+    return tensor.float() if tensor.dtype in HALVES else tensor
 
 
 _NUMBERS = (
@@ -188,20 +187,23 @@ _NUMBERS = (
 )  # fmt: skip
 
 
-def exact_step(step: Attention) -> Attention:
+_ATTENDING = ("query", "key", "value", "mixed_gradient", "replaced")
+
+
+def exact_step(step: Attention, *, only_attention: bool = False) -> Attention:
     """The sub-layer with all its numbers as float32 where they are less; itself where none is.
+
+    ``only_attention``: those alone that attention and its gradient are rebuilt from.
 
     A model in half precision, or under autocast (which mixes both), rounds what it computes; what is made of
     that here does not round again. For one sub-layer at a time: all of them would take twice the memory.
     """
-    found = {name: value for name in _NUMBERS if (value := getattr(step, name)) is not None}
-    if not any(value.dtype in _HALVES for value in found.values()):
+    names = _ATTENDING if only_attention else _NUMBERS
+    found = {name: value for name in names if (value := getattr(step, name)) is not None}
+    if not any(value.dtype in HALVES for value in found.values()):
         return step
-    attending = (step.query, step.key, step.value, step.mixed_gradient)
-    halves = all(tensor is not None and tensor.dtype in _HALVES for tensor in attending)
     with torch.no_grad():
-        exact = {name: _exact(value) for name, value in found.items()}
-        return replace(step, **exact, rounded=True, all_rounded=halves)
+        return replace(step, **{name: exact(value) for name, value in found.items()}, rounded=True)
 
 
 @dataclass(frozen=True)
@@ -348,7 +350,12 @@ class AttentionTrace:
 
     def _find_read(self) -> None:
         """What y reads: the final tokens that its gradient reaches, all alike where they are several."""
-        active = {step.query_node.stream for step in self.attention if bool(step.added_gradient.any())}
+        # (All at once: each number that is asked of a GPU waits for everything before it.)
+        flags = torch.stack([step.added_gradient.any().to(self.device) for step in self.attention])
+        reaching = {
+            step.output_node for step, reaches in zip(self.attention, flags.tolist(), strict=True) if reaches
+        }
+        active = {node.stream for node in reaching}
         # A final state that another stream reads is not read by y itself, if that stream reaches y.
         consumed = set()
         for step in self.steps:
@@ -358,14 +365,14 @@ class AttentionTrace:
                 }
                 if readers & active:
                     consumed.update(step.parts)
-            elif not step.is_self and bool(step.added_gradient.any()):
+            elif not step.is_self and step.output_node in reaching:
                 consumed.add(step.key_node)
         last = {step.output_node.stream: step for step in self.attention}
         found = []
         for step in last.values():
-            reached = (step.added_gradient != 0).any(dim=-1)
-            if step.output_node in consumed or not bool(reached.any()):
+            if step.output_node in consumed or step.output_node not in reaching:
                 continue
+            reached = (step.added_gradient != 0).any(dim=-1)
             if bool((reached.sum(dim=1) == 1).all()):
                 found.append((step.output_node, reached.int().argmax(dim=1)))
             else:

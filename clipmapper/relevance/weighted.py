@@ -12,13 +12,14 @@ from clipmapper.relevance.method import explanation
 from clipmapper.relevance.propagation import (
     Matrix,
     Rule,
+    kernels_for,
     mean_attention,
     positive_attention,
     propagate,
     rows_times,
 )
 from clipmapper.relevance.result import Relevance, as_relevance
-from clipmapper.relevance.trace import Attention, AttentionTrace
+from clipmapper.relevance.trace import Attention, AttentionTrace, exact
 
 
 @explanation(gradient=True, layers=True)
@@ -71,8 +72,10 @@ def weighted_rule(trace: AttentionTrace) -> Rule:
     """What :func:`weighted` does at one sub-layer, for :func:`clipmapper.relevance.propagation.propagate`."""
 
     def rule(step: Attention, row: Float[Tensor, "batch rows queries"]):
-        importance_before, importance_added = _importance(trace, step)
-        alpha = _share(importance_before.sum(dim=1), importance_added.sum(dim=1))
+        if kernels_for(step, row) is not None:
+            return _by_kernels(trace, step, row, by_token=False)
+        before, added = _importance(trace, step)
+        alpha = _share(before.sum(dim=1), added.sum(dim=1))
         return _mix(step, row, alpha[:, None, None], positive_attention)
 
     return rule
@@ -80,6 +83,8 @@ def weighted_rule(trace: AttentionTrace) -> Rule:
 
 def weighted_token_rule(trace: AttentionTrace) -> Rule:
     def rule(step: Attention, row: Float[Tensor, "batch rows queries"]):
+        if kernels_for(step, row) is not None:
+            return _by_kernels(trace, step, row, by_token=True)
         alpha = _share(*_importance(trace, step))
         return _mix(step, row, alpha[:, None, :], positive_attention)
 
@@ -116,7 +121,8 @@ def _norms(
 ) -> tuple[Float[Tensor, "batch queries"], Float[Tensor, "batch queries"]]:
     """‖x_i‖ and ‖a_i‖; 0 at padding."""
     valid = trace.padding_free(step.query_node.stream)
-    return step.before.detach().norm(dim=-1) * valid, step.added.detach().norm(dim=-1) * valid
+    before, added = (exact(tokens.detach()).norm(dim=-1) for tokens in (step.before, step.added))
+    return before * valid, added * valid
 
 
 def _importance(
@@ -128,9 +134,18 @@ def _importance(
     """
     before_gradient, added_gradient = step.gradients()
     valid = trace.padding_free(step.query_node.stream)
-    before = (before_gradient * step.before.detach()).clamp(min=0).mean(dim=-1) * valid
-    added = (added_gradient * step.added.detach()).clamp(min=0).mean(dim=-1) * valid
-    return before, added
+    pairs = ((before_gradient, step.before.detach()), (added_gradient, step.added.detach()))
+    before, added = ((exact(g) * exact(t)).clamp_(min=0).mean(dim=-1) for g, t in pairs)
+    return before * valid, added * valid
+
+
+def _by_kernels(
+    trace: AttentionTrace, step: Attention, row: Tensor, *, by_token: bool
+) -> tuple[Tensor, Tensor]:
+    """α and the row in few launches; from numbers in half precision, as the kernels of Ā are."""
+    from clipmapper.relevance.weighted_kernels import weighted_row  # which needs Triton
+
+    return weighted_row(step, row, trace.valid.get(step.query_node.stream), by_token=by_token)
 
 
 def _share(before: Tensor, added: Tensor) -> Tensor:
@@ -147,5 +162,5 @@ def _mix(step: Attention, row: Tensor, alpha: Tensor, matrix: Matrix) -> tuple[T
 
 
 def _accumulate(trace: AttentionTrace, rule: Rule) -> Relevance:
-    rows = propagate(trace, trace.read_row(), rule)
+    rows = propagate(trace, trace.read_row(), rule, as_recorded=True)
     return as_relevance(trace, {stream: row[:, 0] for stream, row in rows.items()})

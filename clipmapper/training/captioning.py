@@ -95,8 +95,9 @@ class CaptionModule(TaskModule):
         """How much each token that the head can say counts."""
         if not len(self.emphasised):
             return None
-        weights = torch.ones(self.model.head.known)
-        weights[self.model.head.places(self.emphasised)] = self.emphasis
+        head, device = self.model.head, self.model.device  # where encoding the scenes has brought it
+        weights = torch.ones(head.known, device=device)
+        weights[head.places(self.emphasised.to(device))] = self.emphasis
         return weights
 
     def placed(self, text: TokenizedText) -> TokenizedText:
