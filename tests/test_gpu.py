@@ -170,7 +170,8 @@ def test_a_captioner(tmp_path, experiment):
     run = training_models.script(
         "train", f"experiment={experiment}", "encoder.pretrained=null", "data.train_scenes=20",
         "data.simple_scenes=9", "data.validation_scenes=8", "data.held_out_scenes=8", "training.max_steps=4",
-        "training.batch_size=8", "callbacks=relevance", "callbacks.samples=4", "callbacks.pictures=1", "trainer=gpu", folder=tmp_path,
+        "training.batch_size=8", "callbacks=relevance", "callbacks.samples=4", "callbacks.pictures=1",
+        "trainer=gpu", folder=tmp_path,
     )  # fmt: skip
     assert run.status == 0, run.errors
     assert json.loads((run.run_folder / "results.json").read_text())["explanations"]
