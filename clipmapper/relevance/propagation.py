@@ -25,7 +25,7 @@ Rule = Callable[
 # How many numbers of attention (samples × heads × queries × keys) are rebuilt at a time: they stay in a
 # core's cache (on a CPU, 8 images through ViT-B/16: half the time of whole layers), and memory grows with N
 # and not with N². A GPU has no such cache, and each block costs it a dozen launches.
-_BLOCK = 2**21
+_BLOCK = 2**20
 _BLOCK_ON_GPU = 2**26
 
 # (step, which samples, which query rows) → Float[samples, queries, keys].
