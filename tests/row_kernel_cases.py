@@ -56,15 +56,15 @@ def check(device: str, precision: float) -> None:
         one = torch.zeros_like(whole)
         one[:, :, min(66, queries - 1)] = 1
         valid = torch.rand(batch, queries, generator=generator).to(device) > 0.3
-        for row in (whole, one, whole * torch.linspace(-1, 1, queries, device=device)):
-            for normalise in (True, False):
-                expected = rows_times(positive_attention, exact, row, normalise)
-                _agree(row_kernels.row_times_positive_attention(step, row, normalise), expected, precision)
-            for its_valid in (None, valid):
-                trace = AttentionTrace([exact], {"s": queries}, {} if its_valid is None else {"s": its_valid})
-                for by_token, rule in ((False, weighted_rule), (True, weighted_token_rule)):
-                    found = weighted_kernels.weighted_row(step, row, its_valid, by_token=by_token)
-                    _agree(found, rule(trace)(exact, row), precision)
+        turned = whole * torch.linspace(-1, 1, queries, device=device)
+        for row, normalise in ((whole, True), (whole, False), (one, True), (turned, False)):
+            expected = rows_times(positive_attention, exact, row, normalise)
+            _agree(row_kernels.row_times_positive_attention(step, row, normalise), expected, precision)
+        for row, its_valid, by_token in ((whole, None, False), (turned, valid, True), (one, valid, False)):
+            trace = AttentionTrace([exact], {"s": queries}, {} if its_valid is None else {"s": its_valid})
+            rule = weighted_token_rule(trace) if by_token else weighted_rule(trace)
+            found = weighted_kernels.weighted_row(step, row, its_valid, by_token=by_token)
+            _agree(found, rule(exact, row), precision)
     print(f"{len(CASES)} cases agree")
 
 

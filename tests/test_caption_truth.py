@@ -41,12 +41,12 @@ def drawn(index: int, wording_seed: int = 0) -> tuple[Scene, str]:
 
 def test_every_drawn_caption_is_correct_and_complete():
     seen = dict.fromkeys(WORDINGS, 0)
-    for index in range(3000):
+    for index in range(1000):
         scene, caption = drawn(index)
         truth = caption_truth(caption, scene)
         assert truth.correct and truth.complete, (caption, truth)
         seen[truth.wording] += 1
-    assert min(seen.values()) > 300
+    assert min(seen.values()) > 100
 
 
 @given(st.integers(0, 10**6), st.integers(0, 10**6))
@@ -234,7 +234,7 @@ def counts_kinds(caption: str) -> bool:
     return re.search(rf"\b(?:{'|'.join(NUMBERS)}) (?!objects?\b)", caption) is not None
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(st.integers(0, 10**6))
 def test_changed_captions_are_judged_as_the_second_opinion_judges_them(index):
     scene, caption = drawn(index)
@@ -255,7 +255,7 @@ def test_changed_captions_are_judged_as_the_second_opinion_judges_them(index):
 def test_most_changes_make_a_caption_false():
     """Otherwise the test above would test nothing."""
     false = true = 0
-    for index in range(300):
+    for index in range(60):
         scene, caption = drawn(index)
         for changed in mutations(caption):
             correct = caption_truth(changed, scene).correct

@@ -110,6 +110,15 @@ def run(monkeypatch, capsys, tmp_path) -> Runs:
 
 # Compositions
 
+_composed: dict[str, config.TrainConfig] = {}
+
+
+def composed(run: Runs, choice: str) -> config.TrainConfig:
+    """The settings of ``clipmapper train`` with a file of ``conf/``; composing takes its time."""
+    if choice not in _composed:
+        _composed[choice] = run.config("train", *with_what_belongs_to_it(choice))
+    return _composed[choice]
+
 
 def test_every_file_is_covered():
     assert {path.stem for path in CONF.glob("*.yaml")} == {*COMMANDS, "plain_hydra"}
@@ -129,7 +138,7 @@ def test_command_gets_its_typed_settings(run, command, tmp_path):
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes_and_validates(run, choice):
-    given = run.config("train", *with_what_belongs_to_it(choice))
+    given = composed(run, choice)
     group, _, name = choice.partition("=")
     if group == "experiment":
         assert given.name == name
@@ -201,7 +210,7 @@ def test_methods_are_those_that_exist():
 
 @pytest.mark.parametrize("choice", [c for c in CHOICES if c.split("=")[0] in ("data", "callbacks")])
 def test_target_takes_exactly_these_settings(run, choice):
-    section = getattr(run.config("train", *with_what_belongs_to_it(choice)), choice.partition("=")[0])
+    section = getattr(composed(run, choice), choice.partition("=")[0])
     if section is None:
         return
     module, _, name = section._target_.rpartition(".")
@@ -215,7 +224,7 @@ def test_target_takes_exactly_these_settings(run, choice):
 
 @pytest.mark.parametrize("choice", [c for c in CHOICES if c.startswith("training=")])
 def test_target_of_training_is_a_task(run, choice):
-    target = run.config("train", *with_what_belongs_to_it(choice)).training._target_
+    target = composed(run, choice).training._target_
     module, _, name = target.rpartition(".")
     task = getattr(importlib.import_module(module), name)
     assert issubclass(task, Task) and not task.__abstractmethods__
