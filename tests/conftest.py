@@ -1,5 +1,6 @@
 """Shapes and types in signatures are checked while the tests run (and only then); how the suite is run."""
 
+import gc
 import os
 import signal
 
@@ -49,3 +50,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(group(item)))
     order = {name: number for number, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: order.get(group(item), len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """What the imports have left is there for good: the garbage collector need not look through it again."""
+    gc.collect()
+    gc.freeze()
