@@ -255,12 +255,9 @@ def encoder_decoder(kind):
         crossing = f"{at}.encoder_attn_layer_norm" if first else f"{at}.encoder_attn"
         specs.append(Spec("decoder", "encoder", crossing, f"{at}.encoder_attn"))
 
-    def attentions(o):
-        decoders = [A for pair in zip(o.decoder_attentions, o.cross_attentions, strict=True) for A in pair]
-        return [*o.encoder_attentions, *decoders]
-
     return Case(
-        model, inputs, lambda o: o.logits[:, 2, 9], specs, number(encoder=6, decoder=4), [6 + 2], attentions,
+        model, inputs, lambda o: o.logits[:, 2, 9], specs, number(encoder=6, decoder=4), [6 + 2],
+        base.attentions_of_both,
         lengths=lengths, text="encoder",
     )  # fmt: skip
 

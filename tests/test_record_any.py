@@ -190,6 +190,12 @@ def hf_mt5():
     return hf_t5(transformers.MT5Config, transformers.MT5ForConditionalGeneration)
 
 
+def attentions_of_both(o):
+    """Of an encoder and a decoder, in the order in which they ran."""
+    decoders = [A for pair in zip(o.decoder_attentions, o.cross_attentions, strict=True) for A in pair]
+    return [*o.encoder_attentions, *decoders]
+
+
 def hf_t5(kind=transformers.T5Config, model=transformers.T5ForConditionalGeneration):
     config = kind(
         d_model=D, d_kv=4, d_ff=24, num_layers=LAYERS, num_heads=HEADS, vocab_size=40,
@@ -207,12 +213,9 @@ def hf_t5(kind=transformers.T5Config, model=transformers.T5ForConditionalGenerat
         specs.append(Spec("decoder", "decoder", f"{at}.0", f"{at}.0.dropout"))
         specs.append(Spec("decoder", "encoder", f"{at}.1", f"{at}.1.dropout"))
 
-    def attentions(o):
-        decoders = [A for pair in zip(o.decoder_attentions, o.cross_attentions, strict=True) for A in pair]
-        return [*o.encoder_attentions, *decoders]
-
     return Case(
-        model, inputs, lambda o: o.logits[:, 2, 9], specs, number(encoder=7, decoder=4), [7 + 2], attentions,
+        model, inputs, lambda o: o.logits[:, 2, 9], specs, number(encoder=7, decoder=4), [7 + 2],
+        attentions_of_both,
         lengths=lengths, text="encoder",
     )  # fmt: skip
 

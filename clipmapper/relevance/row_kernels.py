@@ -79,13 +79,14 @@ def row_times(
     return of_keys.mean(dim=1, keepdim=True)
 
 
+def dense(tensor: Tensor) -> Tensor:
+    """With a last axis that is dense, as the kernels take it; of the others they are given the strides."""
+    return tensor.detach() if tensor.stride(-1) == 1 else tensor.detach().contiguous()
+
+
 def _launch(kernel, tokens: int, step: Attention, row: Tensor, *results: Tensor) -> None:
     """Run a kernel on every tile of so many tokens, head and sample."""
-    # The last axis has to be dense; of the others every stride is given.
-    tensors = [
-        t.detach() if t.stride(-1) == 1 else t.detach().contiguous()
-        for t in (step.query, step.key, step.value, step.mixed_gradient)
-    ]
+    tensors = [dense(t) for t in (step.query, step.key, step.value, step.mixed_gradient)]
     batch, heads, queries, width = step.query.shape
     scale = width**-0.5 if step.scale is None else step.scale
     strides = [stride for t in tensors for stride in t.stride()[:3]]

@@ -14,7 +14,7 @@ import triton.language as tl
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from clipmapper.relevance.row_kernels import RowSums, row_sums, row_times
+from clipmapper.relevance.row_kernels import RowSums, dense, row_sums, row_times
 from clipmapper.relevance.trace import Attention
 
 _TOKENS, _CHANNELS = 8, 256  # of a tile in which importance is summed
@@ -43,10 +43,7 @@ def importance(
     step: Attention, valid: Bool[Tensor, "batch queries"] | None
 ) -> Float[Tensor, "2 batch queries"]:
     """relu(∇x ⊙ x) and relu(∇a ⊙ a), mean over channels; 0 at padding."""
-    tensors = [
-        t.detach() if t.stride(-1) == 1 else t.detach().contiguous()
-        for t in (step.before, step.before_gradient, step.added, step.added_gradient)
-    ]
+    tensors = [dense(t) for t in (step.before, step.before_gradient, step.added, step.added_gradient)]
     batch, queries, width = step.before.shape
     out = torch.empty(2, batch, queries, device=step.before.device)
     strides = [stride for t in tensors for stride in t.stride()[:2]]
