@@ -51,6 +51,8 @@ def occlusion(trace: AttentionTrace, sign: str = "positive") -> Relevance:
 def _captum(trace: AttentionTrace, kind: str, method: str):
     """The captum object, its inputs, and what it is to hand on to the forward."""
     running = again(trace, method)
+    if kind == "IntegratedGradients":
+        trace.require_no_cut()
     try:
         from captum import attr
     except ImportError as missing:

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipmapper.relevance.checkpointing import without_checkpointing
+from clipmapper.relevance.gradient_cuts import GradientCuts
 from clipmapper.relevance.multihead import without_weights
 from clipmapper.relevance.sublayer import Sublayer
 from clipmapper.relevance.trace import Attention, Edge, Entry, Node
@@ -54,6 +56,7 @@ class Call:
     mixed_edge: Edge | None = None
     attention: dict = field(default_factory=dict)
     after: Tensor | None = None  # the stream after the block, where the module is one
+    fresh: bool = False  # its tokens came without a graph, which starts here
     begun_at: nn.Module | None = None  # the module that got the tokens before the sub-layer ...
     number: int = 0  # ... in its call of this number
     record: Attention | None = None
@@ -107,6 +110,7 @@ class Capture:
         self.modules = list(model.modules())  # once: to walk through a model takes its time
         self.watched = list(watched)
         self.called: set[int] = set()
+        self.cuts = GradientCuts(model)
         self._on_call, self._all_known = on_call, all_known
         self._running: list[Call] = []
         self._begun: Counter[int] = Counter()
@@ -125,6 +129,8 @@ class Capture:
             stack.callback(self._give_back)
             for watched in self.watched:
                 self._watch(stack, watched)
+            self.cuts.watch(stack, self.modules)
+            stack.enter_context(without_checkpointing())
             for module in self.modules:
                 if "norm" in type(module).__name__.lower():
                     stack.callback(module.register_forward_pre_hook(self._normed).remove)
@@ -183,7 +189,10 @@ class Capture:
         before = given = argument(module, args, kwargs, None)
         if not before.requires_grad:
             # The graph starts here: what is before the first sub-layer (embeddings) needs no backward.
-            if watched.kind.adds_outside:
+            call.fresh = True
+            if before.is_inference():
+                self.cuts.note(watched.name, type(watched.module).__name__)
+            elif watched.kind.adds_outside:
                 before.requires_grad_()
                 self._borrowed.append(before)
             else:
@@ -220,6 +229,8 @@ class Capture:
         call.shape = call.added.shape
         mixed = call.attention["mixed"]
         call.mixed_edge = Edge.of(mixed)
+        if call.added_edge.edge is None or call.mixed_edge.edge is None:
+            self.cuts.note(watched.name, type(watched.module).__name__)
         self.called.add(id(watched))
         self._on_call(call)
         self._last = call

@@ -48,7 +48,8 @@ def effective_rollout(trace: AttentionTrace) -> Relevance:
 
     def matrix(step: Attention) -> Matrix:
         mean = effective_matrix(step).mean(dim=1, keepdim=True).clamp(min=0)
-        return (mean / mean.sum(dim=-1, keepdim=True)).expand(-1, step.query.shape[1], -1, -1)
+        total = mean.sum(dim=-1, keepdim=True)
+        return (mean / total.masked_fill(total <= 0, 1.0)).expand(-1, step.query.shape[1], -1, -1)
 
     return rollout(with_attention(trace, matrix))
 

@@ -28,7 +28,7 @@ def grad_cam(trace: AttentionTrace) -> Relevance:
         inside = (rows & columns).to(trace.dtype)
         step = part_of(step, samples, slice(None))
         weight = (step.probability_gradient() * inside).sum(dim=(2, 3), keepdim=True)
-        weight = weight / inside.sum(dim=(2, 3), keepdim=True)
+        weight = weight / inside.sum(dim=(2, 3), keepdim=True).clamp(min=1)
         return (weight * step.probabilities()).mean(dim=1).clamp(min=0)[:, queries]
 
     return last_attention(trace, matrix)

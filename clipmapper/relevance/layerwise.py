@@ -35,6 +35,7 @@ def legrad(trace: AttentionTrace, start_layer: int | Mapping[str, int] = 0) -> R
     running = again(trace, "legrad")
     if running.readout is None:
         raise UserError("legrad reads every layer by the model's head: set Again.readout to it")
+    trace.require_no_cut()
     recorded = from_layer(running.undifferentiated(trace), start_layer)
     read_stream = trace.reads[0][0].stream
     totals: dict[str, Tensor] = {}
@@ -47,14 +48,14 @@ def legrad(trace: AttentionTrace, start_layer: int | Mapping[str, int] = 0) -> R
             continue
         inside = recorded.padding_free(read_stream)[..., None].to(step.after.dtype)
         with torch.enable_grad(), backward_rules(trace.rules):
-            pooled = (step.after * inside).sum(dim=1) / inside.sum(dim=1)
+            pooled = (step.after * inside).sum(dim=1) / inside.sum(dim=1).clamp(min=1)
             score = running.readout(pooled).sum()
         found = torch.autograd.grad(score, [s.mixed for s in layer], retain_graph=True)
         for sublayer, gradient in zip(layer, found, strict=True):
-            sublayer = replace(sublayer, mixed_gradient=gradient)
+            sublayer = replace(sublayer, mixed_gradient=gradient, gradient_scale=None)
             evidence = sublayer.probability_gradient().clamp(min=0)
             # Rows of padding are no tokens of the layer.
-            rows = (inside[:, None] / inside.sum(dim=1)[:, None, None]).to(evidence.dtype)
+            rows = (inside[:, None] / inside.sum(dim=1)[:, None, None].clamp(min=1)).to(evidence.dtype)
             column = (evidence * rows).sum(dim=2).mean(dim=1)
             source = sublayer.key_node.stream
             totals[source] = totals[source] + column if source in totals else column

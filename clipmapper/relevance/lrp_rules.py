@@ -17,6 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from clipmapper.relevance.trace import blind_queries
+
 _SMALL = 1e-9  # of the released code's safe_divide
 
 
@@ -120,6 +122,8 @@ class _Attention(torch.autograd.Function):
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
         probabilities = scores.softmax(dim=-1)
+        if (blind := blind_queries(mask)) is not None:
+            probabilities = probabilities.masked_fill(blind, 0)
         relevance = probabilities * (gradient @ value.mT) / 2
         share = _divide(relevance, product) / 2
         return share @ key, share.mT @ query, probabilities.mT @ gradient / 2, None, None, None, None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from clipmapper.errors import UserError
+from clipmapper.relevance.finite import finite
 from clipmapper.relevance.layers import from_layer
 from clipmapper.relevance.result import Relevance, check_sign
 from clipmapper.relevance.trace import Attention, AttentionTrace
@@ -28,7 +29,8 @@ def explanation(*, gradient: bool = False, layers: bool = False) -> Callable:
     With ``gradient`` there is an option ``sign``: "positive" is the method itself, what speaks for y;
     "negative" is the method for −y, what speaks against it, as positive numbers; "both" is their difference.
     With ``layers`` there is ``start_layer``, see :func:`clipmapper.relevance.layers.from_layer`. A function
-    may have options of these names itself. An option that a method does not have raises ``UserError``.
+    may have options of these names itself. An option that a method does not have raises ``UserError``, and so
+    does a map that is not finite.
     """
 
     def decorate(function: Callable[..., Relevance]) -> Callable[..., Relevance]:
@@ -48,13 +50,7 @@ def explanation(*, gradient: bool = False, layers: bool = False) -> Callable:
             sign = "positive" if "sign" in own else options.pop("sign", "positive")
             # Relevance is not computed by autocast's rules (``trace.again`` is).
             with torch.autocast(trace.device.type, enabled=False):
-                if sign == "positive":
-                    return function(trace, **options)
-                against = function(opposite(trace), **options)
-                if sign == "negative":
-                    return against
-                streams = function(trace, **options).streams
-                return replace(against, streams={s: v - against.streams[s] for s, v in streams.items()})
+                return finite(trace, _signed(function, trace, sign, options), function.__name__)
 
         parameters = list(own.values())
         parameters.insert(1, inspect.Parameter("y", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None))
@@ -66,6 +62,16 @@ def explanation(*, gradient: bool = False, layers: bool = False) -> Callable:
         return method
 
     return decorate
+
+
+def _signed(function: Callable[..., Relevance], trace: AttentionTrace, sign: str, options: dict) -> Relevance:
+    if sign == "positive":
+        return function(trace, **options)
+    against = function(opposite(trace), **options)
+    if sign == "negative":
+        return against
+    streams = function(trace, **options).streams
+    return replace(against, streams={s: v - against.streams[s] for s, v in streams.items()})
 
 
 def _options(signature: inspect.Signature) -> list[str]:

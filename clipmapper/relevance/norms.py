@@ -109,7 +109,7 @@ def _transformed(
     """‖ẽ‖ / ‖e‖ · softmax over tokens of cos(e, ẽ); 0 at padding."""
     valid = trace.padding_free(node.stream)
     cosine = torch.nn.functional.cosine_similarity(e, new, dim=-1)
-    share = cosine.masked_fill(~valid, float("-inf")).softmax(dim=-1)
+    share = cosine.masked_fill(~valid, float("-inf")).softmax(dim=-1).masked_fill(~valid, 0)
     length = e.norm(dim=-1)
     return share * new.norm(dim=-1) / length.masked_fill(length == 0, 1.0)
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node, exact_step
+from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node, by_sample, exact_step
 
 # Given a sub-layer and rows at its output, the rows at its query tokens and at its key tokens.
 Rule = Callable[
@@ -98,7 +98,10 @@ def rows_times(
     """
     kernels = kernels_for(step, row) if matrix is positive_attention else None
     if kernels is not None:
-        return kernels.row_times_positive_attention(step, row, normalise)
+        total, stuck = kernels.row_times_positive_attention(step, row, normalise)
+        if step.gradient_scale is not None and not normalise:
+            total = total / by_sample(step.gradient_scale, total)
+        return total, stuck
     step = exact_step(step, only_attention=True)
     total = torch.zeros(*row.shape[:2], step.key.shape[2], dtype=row.dtype, device=row.device)
     stuck = torch.zeros_like(row)
@@ -181,6 +184,7 @@ def part_of(step: Attention, samples: slice, queries: slice) -> Attention:
         mask=mask,
         causal=causal,
         mixed_gradient=cut(step.mixed_gradient),
+        gradient_scale=None if step.gradient_scale is None else step.gradient_scale[samples],
         replaced=cut(step.replaced),
         before_gradient=None,
         added_gradient=None,

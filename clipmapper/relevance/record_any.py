@@ -34,6 +34,7 @@ def record_any(model: nn.Module, samples: Sequence[int] | None, rules: str) -> I
         yield trace
         # While gradients are still on: finding the streams may take small backward passes.
         _complete(trace, capture, calls, root)
+        trace.cut = trace.cut or capture.cuts.first
         trace.grid = grids[-1] if grids else patch_grid(root, capture.modules)
     trace.samples = samples
 

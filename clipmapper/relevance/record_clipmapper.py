@@ -84,6 +84,7 @@ def record_clipmapper(
         stack.enter_context(capture())
         stack.enter_context(backward_rules(rules))
         yield trace
+    trace.cut = capture.cuts.first
     whole = all(s.before.shape[1] == trace.lengths[s.query_node.stream] for s in trace.attention)
     if len(trace.attention) != len(capture.watched) or not whole:
         option = "only_text" if isinstance(model, Captioner) else "only_class_token"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from clipmapper.relevance.half_gradients import scaled_gradients
 from clipmapper.relevance.trace import Attention, AttentionTrace, attention_probabilities
 
 _FORWARD = ("query", "key", "value", "mixed", "before", "added")
@@ -73,36 +74,50 @@ def each_scalar(
     ``at_once`` scalars make one trace, so that memory does not grow with their number. The last one lets go
     of the graph.
 
-    Raises ``ValueError`` for a trace of several samples, and where ``y`` does not depend on the trace.
+    Raises ``ValueError`` for a trace of several samples, and where ``y`` does not depend on the trace;
+    ``UserError`` where a part of the model passes no gradient.
     """
     if trace.batch != 1:
         raise ValueError(f"a trace of one sample is needed, not of {trace.batch}")
-    if not y.requires_grad:
-        raise ValueError("y does not depend on the recorded forward: run the model inside the recorder")
+    trace.require_gradient(y)
     steps = trace.attention
     wanted = [edge.edge for step in steps for edge in step.edges]
     shapes = [t.shape[1:] for step in steps for t in (step.mixed, step.before, step.before)]
+    half = torch.float16 in {t.dtype for step in steps for t in (step.mixed, step.before)}
     for start in range(0, len(y), at_once):
         part = slice(start, start + at_once)
-        count = len(y[part])
-        found = torch.autograd.grad(
-            y[part],
-            wanted,
-            torch.eye(count, dtype=y.dtype, device=y.device),
-            is_grads_batched=True,
-            allow_unused=True,
-            retain_graph=start + at_once < len(y),
-        )
+        last = start + at_once >= len(y)
+
+        def run(
+            scale: Tensor | None, largest_at_first: float = 1.0, part=part, last=last
+        ) -> tuple[list[Tensor | None], float]:
+            ones = torch.eye(len(y[part]), dtype=y.dtype, device=y.device)
+            found = torch.autograd.grad(
+                y[part],
+                wanted,
+                ones if scale is None else ones * (scale * largest_at_first).to(y.dtype),
+                is_grads_batched=True,
+                allow_unused=True,
+                retain_graph=scale is not None or not last,
+            )
+            return list(found), largest_at_first
+
+        count, scale = len(y[part]), None
+        if half:
+            found, scale = scaled_gradients(run, count, y.device, lambda g: g.abs().flatten(1).amax(dim=1))
+        else:
+            found, _ = run(None)
         gradients = iter(
             y.new_zeros(1).expand(count, *shape) if g is None else g[:, 0]
             for shape, g in zip(shapes, found, strict=True)
         )
-        yield _rows(trace, gradients, position[part], identity[part], stream)
+        yield _rows(trace, gradients, scale, position[part], identity[part], stream)
 
 
 def _rows(
     trace: AttentionTrace,
     gradients: Iterator[Tensor],
+    scale: Float[Tensor, "scalars"] | None,
     position: Int[Tensor, "scalars"],
     identity: Sequence[int],
     stream: str,
@@ -122,6 +137,7 @@ def _rows(
                 mixed_gradient=next(gradients),
                 before_gradient=next(gradients),
                 added_gradient=next(gradients),
+                gradient_scale=scale,
             )
         steps.append(step)
     rows = replace(

@@ -5,6 +5,7 @@ input, the first recorded tensors met say in which state of which stream it is. 
 tokens selected, a few backward passes through just that piece of the graph measure which token went where.
 """
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,15 @@ _TOKENWISE = {
     "NativeLayerNorm", "FusedRmsNorm", "NativeDropout", "Linear", "Expand", "Clamp", "Where",
 }  # fmt: skip
 _LAST_AXIS = ((2**64 - 1,), 2**64 - 1, (-1,), -1)
+
+_BLOCK = re.compile(r"(.*?)\b(\d+)\b(?!.*\b\d+\b)")
+
+
+def _list_of(name: str) -> tuple[str, int] | None:
+    """What is before the last number in a block's name, and that number."""
+    found = _BLOCK.match(name)
+    return None if found is None else (found[1], int(found[2]))
+
 
 Place = tuple[object, int]  # a node of the autograd graph and which of its outputs
 
@@ -42,6 +52,9 @@ class StreamGraph:
         self._without_graph: dict[int, tuple[Tensor, Node]] = {}
         self._made: dict[Node, Attention] = {}
         self._batch: int | None = None
+        # By what is before the number in a block's name: its last block, the state it made and their shape.
+        self._left: set[Node] = set()
+        self._last_in_list: dict[tuple[str, int] | None, tuple[str, Node, torch.Size]] = {}
 
     def add(self, call: Call) -> None:
         """Raises ``UserError`` for tokens of which it can't be said which earlier ones they are."""
@@ -50,7 +63,9 @@ class StreamGraph:
         if call.before is None:
             query = self._new_stream(own_name, call.added)
         else:
-            query = self._resolve(call.before, call.before_edge, call.before, name, own_name)
+            query = self._continued(call) or self._resolve(
+                call.before, call.before_edge, call.before, name, own_name
+            )
         if call.context is None:
             key = query
         else:
@@ -71,10 +86,29 @@ class StreamGraph:
         if query in self._made and call.before is not None:
             self._made[query].after = call.before  # what is between two sub-layers of a stream is the MLP
         self._made[output] = step
+        self._last_in_list[_list_of(name)] = (name, output, call.shape)
         trace.steps.append(step)
         self._enter(step, call)
         if step.is_self:
             self._note_padding(step)
+
+    def _continued(self, call: Call) -> Node | None:
+        """The state that a block goes on with though its tokens came without a graph; None for an input.
+
+        A stream that begins in the middle of a row of blocks is the one that left the block before: the
+        model has cut its gradient there (as by ``detach()``). Methods without a gradient need not care.
+        """
+        found = _list_of(call.watched.name)
+        if not call.fresh or found is None or found[1] == 0:
+            return None
+        before = self._last_in_list.get((found[0], found[1] - 1))
+        if before is None or before[2] != call.before.shape or before[1] in self._left:
+            return None
+        name, node, _ = before
+        self._left.add(node)
+        if self.trace.cut is None:
+            self.trace.cut = f"the gradient stops between {name} and {call.watched.name}"
+        return node
 
     def _enter(self, step: Attention, call: Call) -> None:
         """Note which input streams come in here."""
@@ -156,7 +190,8 @@ class StreamGraph:
             if kind in ("Mean", "Sum"):
                 stays = getattr(function, "_saved_dim", None) in _LAST_AXIS
             else:
-                stays = kind in _TOKENWISE or kind.endswith("AccumulateGrad")
+                # (An operator without a derivative, as of a quantised layer, can not be measured.)
+                stays = kind in _TOKENWISE or kind.endswith(("AccumulateGrad", "NotImplemented"))
             if not stays:
                 moved.add(kind)
             for further in function.next_functions:
@@ -176,6 +211,12 @@ class StreamGraph:
                 f"something between the attention sub-layers mixes tokens ({', '.join(sorted(moved))}); "
                 "hierarchical models (windows, merged patches) can't be recorded"
             )
+        if bool((places < 0).all()):
+            # They hang together in the graph, and no gradient arrives: a function with a backward that gives
+            # none. Where the tokens are as many, they are taken for the same.
+            self.trace.cut = self.trace.cut or f"the gradient stops before {name}"
+            if len(nodes) == 1 and self.trace.lengths[nodes[0].stream] == tokens.shape[1]:
+                return nodes[0]
         count = tokens.shape[1]
         identity = torch.arange(count, device=tokens.device)
         whole = sum(self.trace.lengths[node.stream] for node in nodes) == count

@@ -17,7 +17,7 @@ Matrix = Callable[[Attention], Float[Tensor, "batch heads queries keys"]]
 def uniform_matrix(step: Attention) -> Float[Tensor, "batch heads queries keys"]:
     """The same attention to every key that a query may read."""
     allowed = step.allowed().expand(step.probabilities().shape).to(step.query.dtype)
-    return allowed / allowed.sum(dim=-1, keepdim=True)
+    return _distributed(allowed)
 
 
 def random_matrix(seed: int) -> Matrix:
@@ -29,9 +29,15 @@ def random_matrix(seed: int) -> Matrix:
         # Exponential numbers, divided by their sum, are uniform on the simplex.
         drawn = -torch.rand(shape, generator=generator, dtype=torch.float64).clamp(min=1e-300).log()
         drawn = drawn.to(step.query.device, step.query.dtype) * step.allowed()
-        return drawn / drawn.sum(dim=-1, keepdim=True)
+        return _distributed(drawn)
 
     return matrix
+
+
+def _distributed(rows: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows keys"]:
+    """Each row divided by its sum; a query that may read nothing reads nothing."""
+    total = rows.sum(dim=-1, keepdim=True)
+    return rows / total.masked_fill(total == 0, 1.0)
 
 
 def substitutes(seed: int) -> dict[str, Matrix]:

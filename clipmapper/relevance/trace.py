@@ -15,8 +15,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from clipmapper.errors import UserError
+from clipmapper.relevance.half_gradients import Rescued, scaled_gradients
 from clipmapper.relevance.projections import Projection
 
+_NO_GRADIENT = (
+    "so gradient methods can't explain this model; those without a gradient (rollout, raw_attention, "
+    "attention_flow, ...) can"
+)
 # "Not at all" is -inf, the most negative number or, in older code, -10000.
 _FORBIDDEN = -9999
 
@@ -98,6 +104,8 @@ class Attention:
     total: Float[Tensor, "batch queries width"] | None = None
     # Where mixed, before and added are in the graph; () when it is gone.
     edges: tuple[Edge, ...] = field(default=(), repr=False)
+    # [batch]: what the gradients as stored were multiplied by, so that half precision holds them. None: 1.
+    gradient_scale: Tensor | None = None
 
     @property
     def is_self(self) -> bool:
@@ -123,7 +131,8 @@ class Attention:
     def probability_gradient(self) -> Float[Tensor, "batch heads queries keys"]:
         """∂y/∂A = ∂y/∂o · vᵀ: exact, since o = A v, and the same for any way of computing attention."""
         with torch.no_grad():
-            return exact(self._required("mixed_gradient")) @ exact(self.value.detach()).transpose(-2, -1)
+            product = exact(self._required("mixed_gradient")) @ exact(self.value.detach()).transpose(-2, -1)
+        return product if self.gradient_scale is None else product / by_sample(self.gradient_scale, product)
 
     def _required(self, name: str) -> Tensor:
         value = getattr(self, name)
@@ -133,7 +142,11 @@ class Attention:
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """(∂y/∂x, ∂y/∂a), each [batch, queries, width]."""
-        return self._required("before_gradient"), self._required("added_gradient")
+        found = self._required("before_gradient"), self._required("added_gradient")
+        if self.gradient_scale is None:
+            return found
+        before, added = (exact(g) / by_sample(self.gradient_scale, g) for g in found)
+        return before, added
 
 
 def _added(step: Attention) -> Tensor:
@@ -159,7 +172,10 @@ def attention_probabilities(
     causal: bool,
     scale: float | None,
 ) -> Float[Tensor, "batch heads queries keys"]:
-    """What ``scaled_dot_product_attention`` mixes values by, given the same arguments."""
+    """What ``scaled_dot_product_attention`` mixes values by, given the same arguments.
+
+    A query that may read no key (padding on the left of a causal model) gets a row of zeros, as there.
+    """
     query, key = exact(query.detach()), exact(key.detach())
     scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-2, -1)
     if causal:
@@ -170,7 +186,27 @@ def attention_probabilities(
             scores.masked_fill_(~mask, float("-inf"))
         else:
             scores += mask
-    return torch.softmax(scores, dim=-1, out=scores)
+    torch.softmax(scores, dim=-1, out=scores)
+    blind = blind_queries(mask)
+    return scores if blind is None else scores.masked_fill_(blind, 0)
+
+
+def blind_queries(mask: Tensor | None) -> Bool[Tensor, "*queries 1"] | None:
+    """True for queries whose mask lets them read no key at all; None where there is none.
+
+    Broadcasts to the shape of A. Only what is −inf counts: by the most negative number that is finite, which
+    some models forbid keys with, a softmax over nothing else is uniform, and so is what the model computed.
+    """
+    if mask is None:
+        return None
+    reads = mask if mask.dtype == torch.bool else mask > float("-inf")
+    blind = ~reads.any(dim=-1, keepdim=True)
+    return blind if bool(blind.any()) else None
+
+
+def by_sample(values: Float[Tensor, "batch"], like: Tensor) -> Tensor:
+    """One number a sample, to be multiplied with ``like`` [batch, ...]."""
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -181,12 +217,53 @@ def exact(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in HALVES else tensor
 
 
+def gradients_of(
+    y: Tensor, edges: Sequence[GradientEdge], trace: "AttentionTrace", keep_graph: bool
+) -> tuple[list[Tensor | None], Tensor | None]:
+    """Gradients of ``y.sum()``, and per sample what they were multiplied by (None: nothing)."""
+    halves = {tensor.dtype for step in trace.attention for tensor in (step.mixed, step.before)}
+    half = torch.float16 in halves
+
+    def run(scale: Tensor | None, largest_at_first: float = 1.0) -> tuple[list[Tensor | None], float]:
+        with torch.inference_mode(False), torch.enable_grad():
+            scaled = y
+            if trace.rules == "lrp":
+                # The relevance that is passed on is 1 (Chefer et al.'s one-hot vector), not y.
+                scaled = y / y.detach()
+            if scale is not None:
+                scaled = scaled * scale.to(scaled.dtype).view_as(scaled)
+            total = scaled.sum()
+        recorded = {edge.node for edge in edges}
+        # (Backward rules are code of ours that autocast would reach, where the caller is inside it.)
+        with torch.autocast(trace.device.type, enabled=False):
+            if scale is None:
+                found = torch.autograd.grad(total, edges, allow_unused=True, retain_graph=keep_graph)
+                return list(found), 1.0
+            with Rescued(y, recorded, largest_at_first) as rescued:
+                found = torch.autograd.grad(total, edges, allow_unused=True, retain_graph=True)
+            return list(found), rescued.factor
+
+    if not half:
+        return run(None)[0], None
+
+    def largest(gradient: Tensor) -> Tensor | None:
+        """For each sample; models that count tokens first have samples on their second axis."""
+        if y.ndim == 0:
+            return gradient.abs().amax()[None]
+        axis = 0 if gradient.shape[0] == len(y) else 1
+        return gradient.abs().transpose(0, axis).flatten(1).amax(dim=1)
+
+    found, scale = scaled_gradients(run, y.numel(), trace.device, largest)
+    return found, scale.expand(trace.batch)
+
+
 _NUMBERS = (
     "query", "key", "value", "mixed", "before", "added", "mixed_gradient", "before_gradient",
     "added_gradient", "context", "after", "replaced",
 )  # fmt: skip
 
 
+_GRADIENTS = {"mixed_gradient", "before_gradient", "added_gradient"}
 _ATTENDING = ("query", "key", "value", "mixed_gradient", "replaced")
 
 
@@ -202,8 +279,15 @@ def exact_step(step: Attention, *, only_attention: bool = False) -> Attention:
     found = {name: value for name in names if (value := getattr(step, name)) is not None}
     if not any(value.dtype in HALVES for value in found.values()):
         return step
+    scale = step.gradient_scale
+    if scale is not None:  # of all three alike, whichever were asked for
+        found |= {name: value for name in _GRADIENTS if (value := getattr(step, name)) is not None}
     with torch.no_grad():
-        return replace(step, **{name: exact(value) for name, value in found.items()}, rounded=True)
+        numbers = {name: exact(value) for name, value in found.items()}
+        if scale is not None:
+            for name in _GRADIENTS & numbers.keys():
+                numbers[name] = numbers[name] / by_sample(scale, numbers[name])
+        return replace(step, **numbers, rounded=True, gradient_scale=None)
 
 
 @dataclass(frozen=True)
@@ -255,6 +339,7 @@ class AttentionTrace:
     rules : by which the backward was made (:mod:`clipmapper.relevance.backward_rules`).
     entries : where every input stream's tokens come in, as far as others can be put in their place.
     again : the same forward, for methods that run the model more than once.
+    cut : which module passes no gradient, where the recorder has noticed one.
     """
 
     steps: list[Attention | Join] = field(default_factory=list)
@@ -270,6 +355,7 @@ class AttentionTrace:
     rules: str = "plain"
     entries: dict[str, Entry] = field(default_factory=dict)
     again: Any = None  # clipmapper.relevance.again.Again, which needs this module
+    cut: str | None = None
     _read_was_found: bool = False
     _explained: weakref.ref | None = None
 
@@ -312,28 +398,22 @@ class AttentionTrace:
         ``keep_graph``: another scalar of the same forward (the next word of a caption) may follow; its
         gradients take the place of these. The last one goes without, and lets go of the graph.
 
-        Raises ``ValueError`` when ``y`` depends on nothing that was recorded, or is not one number a sample.
+        In float16 it is made of y as often and as large as the gradients need (``Attention.gradient_scale``).
+
+        Raises ``ValueError`` when ``y`` depends on nothing that was recorded, or is not one number a sample,
+        and ``UserError`` where a part of the model passes no gradient.
         """
         if y.ndim > 1 or (y.ndim == 1 and len(y) != self.batch):
             shape = tuple(y.shape)
             raise ValueError(f"y has shape {shape}: one number a sample is explained, [{self.batch}]")
-        if not y.requires_grad:
-            raise ValueError("y does not depend on the recorded forward: run the model inside the recorder")
+        self.require_gradient(y)
         edges = [edge for step in self.attention for edge in step.edges if edge.edge is not None]
         if not edges:
             raise RuntimeError("the graph is gone: backward(y, keep_graph=True) lets another one follow")
         explained = weakref.ref(y)
-        with torch.inference_mode(False), torch.enable_grad():
-            if self.rules == "lrp":
-                # The relevance that is passed on is 1 (Chefer et al.'s one-hot vector), not y.
-                y = y / y.detach()
-            total = y.sum()
-        # (Backward rules are code of ours that autocast would reach, where the caller is inside it.)
-        with torch.autocast(self.device.type, enabled=False):
-            found = torch.autograd.grad(
-                total, [edge.edge for edge in edges], allow_unused=True, retain_graph=keep_graph
-            )
+        found, scale = gradients_of(y, [edge.edge for edge in edges], self, keep_graph)
         gradients = {id(edge): gradient for edge, gradient in zip(edges, found, strict=True)}
+        self._check_reached([gradients.get(id(edge)) for step in self.attention for edge in step.edges])
         for step in self.attention:
             recorded = (step.mixed, step.before, step.added)
             step.mixed_gradient, step.before_gradient, step.added_gradient = (
@@ -342,11 +422,39 @@ class AttentionTrace:
                 else edge.turned(gradients[id(edge)])
                 for tensor, edge in zip(recorded, step.edges, strict=True)
             )
+            step.gradient_scale = scale
         self._explained = explained
         if self.reads_what_y_reads:
             self._find_read()
         if not keep_graph:
             self.release_graph()
+
+    def require_gradient(self, y: Tensor) -> None:
+        """Raises ``UserError`` that names the module where the model passes no gradient, and ``ValueError``
+        where y has nothing to do with the recorded forward."""
+        self.require_no_cut()
+        if not y.requires_grad:
+            raise ValueError("y does not depend on the recorded forward: run the model inside the recorder")
+
+    def require_no_cut(self) -> None:
+        """Raises ``UserError`` that names the module where the model passes no gradient."""
+        if self.cut is not None:
+            raise UserError(f"{self.cut}, {_NO_GRADIENT}")
+
+    def _check_reached(self, gradients: Sequence[Tensor | None]) -> None:
+        """Raises where no gradient arrives (None) at what others, at which it does, are made of."""
+        if all(gradient is None for gradient in gradients):
+            raise ValueError("y depends on nothing that was recorded: run the model inside the recorder")
+        made: dict[Node, tuple[str, bool]] = {}
+        for number, step in enumerate(self.attention):
+            _, before, added = gradients[3 * number : 3 * number + 3]
+            name, arrives = made.get(step.query_node, ("", True))
+            if not arrives and before is not None and bool(before.any()):
+                raise UserError(
+                    f"the gradient stops between {name} and {step.name}: something there passes none (a "
+                    f"detach, a function with a backward of its own), {_NO_GRADIENT}"
+                )
+            made[step.output_node] = (step.name, added is not None)
 
     def _find_read(self) -> None:
         """What y reads: the final tokens that its gradient reaches, all alike where they are several."""
