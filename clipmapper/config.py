@@ -220,6 +220,7 @@ class RecordDataConfig(DataConfig):
     """What data sets of records have (:class:`clipmapper.data.records.RecordData`)."""
 
     on_bad_image: str = setting(choices=("error", "skip"))
+    decoding: str = setting(choices=("fast", "exact"))
     workers: int = setting(minimum=0)
 
 
@@ -306,6 +307,7 @@ class ShardsConfig(DataConfig):
 
     path: str = setting(text=True)
     buffer: int = setting(minimum=1)
+    decoding: str = setting(choices=("fast", "exact"))
     workers: int = setting(minimum=0)
 
     def problems(self) -> Iterator[tuple[str, str]]:

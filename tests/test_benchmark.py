@@ -72,10 +72,11 @@ def test_data(tmp_path, capsys):
     command.main(["data", *arguments, "--output", str(tmp_path)])
     found = json.loads((tmp_path / "data.json").read_text())
     speed = found["images_per_s_and_core"]
-    assert speed["pillow"] == pytest.approx(3 / found["times"]["pillow"]["median_s"])
-    assert found["speed_up"] == pytest.approx(speed["pillow_torchvision"] / speed["pillow"])
-    assert found["deviation"]["pillow"] == 0 and found["deviation"]["pillow_torchvision"] < 0.05
-    assert found["loader_images_per_s"]["0"] > 0 and "images/s and core" in capsys.readouterr().out
+    assert speed["exact"] == pytest.approx(3 / found["times"]["exact"]["cpu_median_s"])
+    assert found["speed_up"] == pytest.approx(speed["fast"] / speed["open_clip"])
+    assert found["deviation"]["exact"]["max"] < 0.01 and 0 < found["deviation"]["fast"]["mean"] < 0.05
+    assert found["bytes"]["open_clip"] == 4 * found["bytes"]["fast"]
+    assert found["loader_images_per_s"]["0"] > 0 and "levels of 255" in capsys.readouterr().out
     with pytest.raises(SystemExit) as leaving:
         command.main(["data", "--images", str(tmp_path), "--output", str(tmp_path)])
     assert leaving.value.code == 2 and "no JPEG there" in capsys.readouterr().err

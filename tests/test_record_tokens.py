@@ -95,7 +95,7 @@ def test_images_of_captions_have_their_own_tokens(tmp_path):
 
 def test_files_are_known_by_their_content(model, tmp_path):
     def digest(folder: Path) -> str:
-        return different_images(records_in_place(folder), model.encoder.preprocess(), tmp_path)[0].digest()
+        return different_images(records_in_place(folder), model.encoder.reader(), tmp_path)[0].digest()
 
     def records_in_place(folder: Path) -> list[Record]:
         return [Record(n, folder / f"{n}.png", str(folder / f"{n}.png")) for n in range(2)]
@@ -111,10 +111,10 @@ def test_files_are_known_by_their_content(model, tmp_path):
         digest(tmp_path / "there")
     # And what is not a file.
     records = records_in(tmp_path / "here")
-    images, _ = different_images(records, model.encoder.preprocess(), tmp_path)
-    assert images.digest() == different_images(records[:3], images.transform, tmp_path)[0].digest()
+    images, _ = different_images(records, model.encoder.reader(), tmp_path)
+    assert images.digest() == different_images(records[:3], images.reader, tmp_path)[0].digest()
     others = [records[0], records[1], Record(2, Stored(Image.new("RGB", (80, 52))), "2")]
-    assert images.digest() != different_images(others, images.transform, tmp_path)[0].digest()
+    assert images.digest() != different_images(others, images.reader, tmp_path)[0].digest()
 
 
 def test_a_later_run_finds_the_tokens_and_other_images_do_not(model, tmp_path):

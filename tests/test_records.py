@@ -97,8 +97,8 @@ def test_frequent_answers_are_normalised_and_ordered():
     assert frequent_answers(answers, 5) == ["a", "2", "yes"]
 
 
-def transform(image: Image.Image) -> torch.Tensor:
-    return torch.tensor(np.asarray(image.resize((4, 4)))).permute(2, 0, 1).float()
+def read(record: Record) -> torch.Tensor:
+    return torch.tensor(np.asarray(record.pil().resize((4, 4)))).permute(2, 0, 1)
 
 
 def test_a_batch_of_questions():
@@ -107,7 +107,7 @@ def test_a_batch_of_questions():
         Record("8", halves_bytes, "a", "is it red?", ("yes",), "yes/no"),
     ]
     collate = VQACollate(list, AnswerVocabulary(["yes", "red"]))
-    dataset = RecordDataset(records, transform)
+    dataset = RecordDataset(records, read)
     batch = collate([dataset[i] for i in range(len(dataset))])
     assert batch["images"].shape == (2, 3, 4, 4) and batch["images"][0, :, 0, 0].argmax() == 0
     assert batch["text"] == ["what colour?", "is it red?"] and batch["targets"].tolist() == [[0, 1], [1, 0]]
@@ -117,7 +117,7 @@ def test_a_batch_of_questions():
 
 def test_a_batch_of_captions():
     record = Record(1, halves_bytes, "a", captions=("red and blue", "two halves"))
-    batch = CaptionCollate(list)([RecordDataset([record], transform)[0]], ["two halves"])
+    batch = CaptionCollate(list)([RecordDataset([record], read)[0]], ["two halves"])
     assert batch["text"] == ["two halves"] and batch["references"] == [["red and blue", "two halves"]]
     assert batch["images"].shape == (1, 3, 4, 4) and batch["ids"] == [1]
 

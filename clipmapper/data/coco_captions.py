@@ -12,13 +12,18 @@ _KARPATHY = {"train": "train", "restval": "train", "val": "validation", "test": 
 
 
 def coco_captions_data(
-    folder: str, karpathy: str | None = None, *, on_bad_image: str = "error", workers: int = 0
+    folder: str,
+    karpathy: str | None = None,
+    *,
+    on_bad_image: str = "error",
+    decoding: str = "fast",
+    workers: int = 0,
 ) -> RecordData:
     """``folder`` holds ``annotations/captions_train2014.json``, ``captions_val2014.json`` and the images,
     ``train2014/`` and ``val2014/`` (or all of 2017).
 
     ``karpathy``: the file ``dataset_coco.json``, relative to ``folder``; None: COCO's own train and val.
-    ``on_bad_image``, ``workers``: as of :func:`clipmapper.data.manifest.manifest_data`.
+    ``on_bad_image``, ``decoding``, ``workers``: as of :func:`clipmapper.data.manifest.manifest_data`.
 
     Raises ``UserError`` for missing files, images without a caption and captions without an image.
     """
@@ -31,7 +36,7 @@ def coco_captions_data(
     else:
         splits = _karpathy(root / karpathy, {r.id: r for some in official.values() for r in some})
     readable, notes = readable_only(splits, on_bad_image)
-    return RecordData(readable, None, workers=workers, notes=notes)
+    return RecordData(readable, None, decoding=decoding, workers=workers, notes=notes)
 
 
 def read_coco_captions(folder: Path, subset: str) -> list[Record]:

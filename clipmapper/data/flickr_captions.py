@@ -21,6 +21,7 @@ def flickr_captions_data(
     validation_share: float = 0.05,
     split_seed: int = 0,
     on_bad_image: str = "error",
+    decoding: str = "fast",
     workers: int = 0,
 ) -> RecordData:
     """Read a token file, ``1000092795.jpg#0<tab>caption`` a line (``results_20130124.token``,
@@ -67,6 +68,7 @@ def flickr_captions_data(
         validation_share=validation_share,
         split_seed=split_seed,
         on_bad_image=on_bad_image,
+        decoding=decoding,
         workers=workers,
     )
 

@@ -46,6 +46,7 @@ def huggingface_data(
     validation_share: float = 0.1,
     split_seed: int = 0,
     on_bad_image: str = "error",
+    decoding: str = "fast",
     workers: int = 0,
 ) -> RecordData:
     """A folder that ``save_to_disk`` wrote, with the columns of a manifest; ``image`` is an ``Image`` feature
@@ -65,6 +66,7 @@ def huggingface_data(
         validation_share=validation_share,
         split_seed=split_seed,
         on_bad_image=on_bad_image,
+        decoding=decoding,
         workers=workers,
     )
 
@@ -79,6 +81,7 @@ def records_of(
     validation_share: float = 0.1,
     split_seed: int = 0,
     on_bad_image: str = "error",
+    decoding: str = "fast",
     workers: int = 0,
 ) -> RecordData:
     """A ``datasets.Dataset`` or ``DatasetDict`` as data to train on. ``name`` is what messages call it.
@@ -117,6 +120,7 @@ def records_of(
         validation_share=validation_share,
         split_seed=split_seed,
         on_bad_image=on_bad_image,
+        decoding=decoding,
         workers=workers,
     )
 

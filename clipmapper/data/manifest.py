@@ -26,6 +26,7 @@ def manifest_data(
     validation_share: float = 0.1,
     split_seed: int = 0,
     on_bad_image: str = "error",
+    decoding: str = "fast",
     workers: int = 0,
 ) -> RecordData:
     """Read one file with all splits, or one for each.
@@ -41,6 +42,7 @@ def manifest_data(
     accuracy : a key of :data:`clipmapper.data.answers.ACCURACIES`.
     validation_share, split_seed : of the images, where no split for validation is given.
     on_bad_image : "error" or "skip".
+    decoding : how photographs are read, one of :data:`clipmapper.data.pixels.DECODING`.
     workers : processes that decode images while training.
 
     Raises ``UserErrors`` with everything that is wrong, before anything else happens.
@@ -78,6 +80,7 @@ def manifest_data(
         validation_share=validation_share,
         split_seed=split_seed,
         on_bad_image=on_bad_image,
+        decoding=decoding,
         workers=workers,
     )
 
@@ -93,6 +96,7 @@ def data_of(
     validation_share: float,
     split_seed: int,
     on_bad_image: str,
+    decoding: str,
     workers: int,
 ) -> RecordData:
     """Check records as a whole and complete their splits. ``where``: the name of the data in messages.
@@ -123,7 +127,12 @@ def data_of(
         notes += unknown_answers(readable["validation"], vocabulary)
     order = [name for name in ("train", "validation", "test") if readable.get(name)]
     return RecordData(
-        {name: readable[name] for name in order}, vocabulary, accuracy=accuracy, workers=workers, notes=notes
+        {name: readable[name] for name in order},
+        vocabulary,
+        accuracy=accuracy,
+        decoding=decoding,
+        workers=workers,
+        notes=notes,
     )
 
 

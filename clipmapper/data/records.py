@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -55,7 +55,10 @@ class Record:
     def pil(self) -> Image.Image:
         """The image in RGB, turned upright by its EXIF orientation. Raises ``UserError`` with the source."""
         try:
-            return as_pil(self.image.read() if isinstance(self.image, StoredImage) else self.image)
+            # (Whether something has the methods of a protocol takes half a millisecond to find out.)
+            if not isinstance(self.image, Path | bytes) and isinstance(self.image, StoredImage):
+                return as_pil(self.image.read())
+            return as_pil(self.image)
         except UserError as error:
             raise UserError(f"{self.source}: {error}" if self.source else str(error)) from error
 
@@ -63,23 +66,24 @@ class Record:
 class RecordDataset(Dataset):
     """Records with their images as the encoder reads them.
 
-    ``transform``: PIL image → Float[3, height, width], such as
-    :meth:`clipmapper.models.encoder.ClipEncoder.preprocess`. An item is (record, pixels); a list of them goes
-    into :class:`VQACollate` or :class:`CaptionCollate`. Raises ``UserError`` for an unreadable image.
+    ``reader``: a :class:`clipmapper.data.pixels.PixelReader`. An item is (record, pixels); a list of them
+    goes into :class:`VQACollate` or :class:`CaptionCollate`. Raises ``UserError`` for an unreadable image.
     """
 
-    def __init__(self, records: Sequence[Record], transform: Callable[[Image.Image], Tensor]) -> None:
-        self.records, self.transform = records, transform
+    def __init__(
+        self, records: Sequence[Record], reader: Callable[[Record], UInt8[Tensor, "3 height width"]]
+    ) -> None:
+        self.records, self.reader = records, reader
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, number: int) -> tuple[Record, Float[Tensor, "3 height width"]]:
+    def __getitem__(self, number: int) -> "Item":
         record = self.records[number]
-        return record, self.transform(record.pil())
+        return record, self.reader(record)
 
 
-Item = tuple[Record, Float[Tensor, "3 height width"]]
+Item = tuple[Record, UInt8[Tensor, "3 height width"]]
 
 
 class VQACollate:
@@ -137,6 +141,7 @@ class RecordData:
     splits : name → records; "train" and "validation" at least, each not empty, "test" where there is one.
     vocabulary : the answers that the model is to know; None for captions.
     accuracy : how answers are scored, a key of :data:`clipmapper.data.answers.ACCURACIES`.
+    decoding : how photographs are read, one of :data:`clipmapper.data.pixels.DECODING`.
     workers : processes that decode images, 0 for none.
     notes : lines that the run prints about the data (images left out, answers unknown to the vocabulary).
     """
@@ -147,12 +152,14 @@ class RecordData:
         vocabulary: AnswerVocabulary | None,
         *,
         accuracy: str = "vqa",
+        decoding: str = "fast",
         workers: int = 0,
         notes: Sequence[str] = (),
     ) -> None:
         self.accuracy = ACCURACIES[accuracy]
         self.splits = dict(splits)
         self.vocabulary = vocabulary
+        self.decoding = decoding
         self.workers = workers
         self.notes = list(notes)
 

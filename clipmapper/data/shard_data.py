@@ -19,13 +19,14 @@ class ShardData(RecordData):
     path : the folder, or an address that ``webdataset`` opens. Images of the validation and test splits are
         read from a folder when they are needed; from an address they are kept in memory.
     buffer : how many training records are mixed; their encoded images are in memory, in each worker.
+    decoding : how photographs are read, one of :data:`clipmapper.data.pixels.DECODING`.
     workers : processes that read and decode, 0 for none.
 
     ``splits`` lacks "train", which :meth:`stream` gives. Raises ``UserError`` for shards that are damaged or
     not there (of the training ones only the latter, and only in a folder).
     """
 
-    def __init__(self, path: str, *, buffer: int, workers: int = 0) -> None:
+    def __init__(self, path: str, *, buffer: int, decoding: str = "fast", workers: int = 0) -> None:
         index = read_index(path)
         self.path, self.buffer, self.shards = path, buffer, index["splits"]
         self.words = index["words"]
@@ -38,7 +39,7 @@ class ShardData(RecordData):
                 f"data.path={path}: {len(missing)} shards are not there; the first is {missing[0]}"
             )
         others = {name: list(self.records(name)) for name in self.shards if name != "train"}
-        super().__init__(others, vocabulary, accuracy=index["accuracy"], workers=workers)
+        super().__init__(others, vocabulary, accuracy=index["accuracy"], decoding=decoding, workers=workers)
 
     @property
     def train_records(self) -> int:

@@ -22,6 +22,7 @@ def vqa_v2_data(
     targets: str = "soft",
     accuracy: str = "vqa",
     on_bad_image: str = "error",
+    decoding: str = "fast",
     workers: int = 0,
 ) -> RecordData:
     """``folder`` holds the official files under their own names, and COCO's images in folders of theirs.
@@ -36,7 +37,7 @@ def vqa_v2_data(
     least_answers : an answer that is the ``multiple_choice_answer`` of as many questions of train2014 and
         val2014 (where their annotations are there) is in the vocabulary: 3129 answers with 9, as is usual.
     targets : a key of :data:`clipmapper.data.answers.RULES`.
-    accuracy, on_bad_image, workers : as of :func:`clipmapper.data.manifest.manifest_data`.
+    accuracy, on_bad_image, decoding, workers : as of :func:`clipmapper.data.manifest.manifest_data`.
 
     Raises ``UserError`` for missing files and for questions without an annotation.
     """
@@ -60,7 +61,9 @@ def vqa_v2_data(
     if validation in train:
         notes.append(f"validation: {validation} is trained on, so its accuracy says nothing about new images")
     notes += unknown_answers(readable["validation"], vocabulary)
-    return RecordData(readable, vocabulary, accuracy=accuracy, workers=workers, notes=notes)
+    return RecordData(
+        readable, vocabulary, accuracy=accuracy, decoding=decoding, workers=workers, notes=notes
+    )
 
 
 def read_vqa_v2(folder: Path, subset: str) -> list[Record]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from clipmapper.models.caption_decoding import Decoding, write_captions
@@ -17,7 +17,7 @@ _MOST_SCORES = 2**26
 @torch.no_grad()
 def kept_captions(
     model: Captioner,
-    images: Float[Tensor, "samples 3 height width"],
+    images: Num[Tensor, "samples 3 height width"],
     text: TokenizedText,
     decoding: Decoding,
 ) -> Callable[

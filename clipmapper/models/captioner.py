@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
@@ -78,7 +78,7 @@ class Captioner(nn.Module):
 
     def forward(
         self,
-        images: Float[Tensor, "batch 3 height width"],
+        images: Num[Tensor, "batch 3 height width"],
         text: TokenizedText,
         *,
         image_ignore: Bool[Tensor, "batch patches"] | None = None,

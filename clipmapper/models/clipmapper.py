@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
@@ -33,7 +33,7 @@ class CLIPmapper(nn.Module):
 
     def forward(
         self,
-        images: Float[Tensor, "batch 3 height width"],
+        images: Num[Tensor, "batch 3 height width"],
         text: TokenizedText,
         *,
         image_ignore: Bool[Tensor, "batch patches"] | None = None,
@@ -94,7 +94,7 @@ class CLIPmapper(nn.Module):
         return self.head(image[:, 0])
 
     @torch.no_grad()
-    def kept_scorer(self, images: Float[Tensor, "samples 3 height width"], text: TokenizedText):
+    def kept_scorer(self, images: Num[Tensor, "samples 3 height width"], text: TokenizedText):
         """A function that answers these samples with some of their tokens removed.
 
         ``scorer(sample, image_keep, text_keep)`` → logits [variants, answers], where ``sample`` are positions

@@ -2,11 +2,12 @@
 
 import open_clip
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
 from clipmapper.data.images import as_pil
+from clipmapper.data.pixels import PixelReader, normalised
 from clipmapper.models.clip_weights import build_clip, build_tokenizer, registered_name
 from clipmapper.models.image_towers import image_tower
 from clipmapper.models.text_tower import TextTower
@@ -77,23 +78,34 @@ class ClipEncoder(nn.Module):
         """The image transform that belongs to the weights: PIL image → Float[3, height, width]."""
         return image_transform_v2(PreprocessCfg(**self.clip.visual.preprocess_cfg), is_train=False)
 
+    def reader(self, decoding: str = "fast") -> PixelReader:
+        """What reads the photographs of records for these weights, as uint8."""
+        return PixelReader(self.clip.visual.preprocess_cfg, decoding)
+
     def load_image(self, image) -> Float[Tensor, "batch 3 height width"]:
-        """A path, PIL image or uint8 array [height, width, 3] as the towers read it; a tensor as it is."""
+        """A path, PIL image or uint8 array [height, width, 3] as the towers read it; a tensor as it is.
+
+        The exact way: one image is no matter of speed.
+        """
         if isinstance(image, Tensor):
             return image if image.ndim == 4 else image[None]
         return self.preprocess()(as_pil(image))[None]
 
     def image_tokens(
         self,
-        images: Float[Tensor, "batch 3 height width"],
+        images: Num[Tensor, "batch 3 height width"],
         keep: Int[Tensor, "batch kept"] | None = None,
         ignore: Bool[Tensor, "batch patches"] | None = None,
     ) -> Float[Tensor, "batch tokens channels"]:
         """Prefix tokens, then patches row by row, after the tower's final LayerNorm.
 
-        ``keep``: patches that stay (the others are physically removed); ``ignore``: patches that no
-        attention of the tower reads. See :meth:`clipmapper.models.image_towers.ImageTower.forward`.
+        ``images``: as :meth:`preprocess` gives them, or uint8 as a :meth:`reader` does, which are normalised
+        here, on their device. ``keep``: patches that stay (the others are physically removed); ``ignore``:
+        patches that no attention of the tower reads. See
+        :meth:`clipmapper.models.image_towers.ImageTower.forward`.
         """
+        if images.dtype == torch.uint8:
+            images = normalised(images, self.clip.visual)
         return self.image_tower(images, keep=keep, ignore=ignore)
 
     def text_tokens(
@@ -142,7 +154,7 @@ class ClipEncoder(nn.Module):
 
     @torch.no_grad()
     def embeddings(
-        self, images: Float[Tensor, "batch 3 height width"], ids: Int[Tensor, "texts tokens"]
+        self, images: Num[Tensor, "batch 3 height width"], ids: Int[Tensor, "texts tokens"]
     ) -> tuple[Float[Tensor, "batch embedding"], Float[Tensor, "texts embedding"]]:
         """Normalised pooled features of both towers, for retrieval."""
         image = self.pool_image(self.image_tokens(images))

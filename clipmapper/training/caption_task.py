@@ -74,7 +74,7 @@ class CaptionTask(Task):
                 there = [self.data.splits[name] for name in names if name in self.data.splits]
                 check_room(self.model.encoder, store, there, texts=False)
             self.splits = {
-                name: RecordCaptions(self.model, self.data.splits[name], name, store)
+                name: RecordCaptions(self.model, self.data.splits[name], name, store, self.data.decoding)
                 for name in names
                 if name in self.data.splits
             }

@@ -31,8 +31,8 @@ class ImageSource(Protocol):
     def load(self, rows: Sequence[int]) -> Tensor:
         """What :meth:`pixels` takes, for some images; called in workers."""
 
-    def pixels(self, loaded: Tensor) -> Float[Tensor, "images 3 height width"]:
-        """What the encoder reads, on the device of ``loaded``."""
+    def pixels(self, loaded: Tensor) -> Tensor:
+        """What the encoder is given, on the device of ``loaded``."""
 
     def digest(self) -> str:
         """Of the images' content, in their order."""

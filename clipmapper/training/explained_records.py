@@ -9,6 +9,8 @@ from PIL import Image
 
 from clipmapper.data.answers import AnswerVocabulary, normalised
 from clipmapper.data.images import seen_part
+from clipmapper.data.pixels import PixelReader
+from clipmapper.data.pixels import normalised as normalised_pixels
 from clipmapper.data.records import Record, RecordData
 from clipmapper.errors import UserError
 from clipmapper.evaluation.cider import DocumentFrequencies
@@ -34,15 +36,21 @@ def samples_of(
         choose = choose_caption_samples if captioner else choose_samples
         return choose(model, getattr(data, split), count, seed)
     records = data.split(split)
+    reader = model.encoder.reader(data.decoding)
     if captioner:
-        return _captions(model, records, count, seed)
+        return _captions(model, records, reader, count, seed)
     if not any(record.answers for record in records):
         raise UserError(f"split={split}: its questions have no answers")
-    return _questions(model, records, data.vocabulary, count, seed)
+    return _questions(model, records, reader, data.vocabulary, count, seed)
 
 
 def _questions(
-    model: CLIPmapper, records: Sequence[Record], vocabulary: AnswerVocabulary, count: int, seed: int
+    model: CLIPmapper,
+    records: Sequence[Record],
+    reader: PixelReader,
+    vocabulary: AnswerVocabulary,
+    count: int,
+    seed: int,
 ) -> ExplainedSamples:
     """Families in equal shares; what decides an answer is not known."""
     by_family: dict[str, list[int]] = {}
@@ -53,7 +61,7 @@ def _questions(
     turns = [queue[turn] for turn in range(max(map(len, queues))) for queue in queues if turn < len(queue)]
     chosen = turns[:count]
     asked = [records[number] for number in chosen]
-    pictures, images = _opened(model, asked)
+    pictures, images = _opened(model, asked, reader)
     return ExplainedSamples(
         ids=chosen,
         pictures=pictures,
@@ -68,10 +76,12 @@ def _questions(
     )
 
 
-def _captions(model: Captioner, records: Sequence[Record], count: int, seed: int) -> ExplainedCaptions:
+def _captions(
+    model: Captioner, records: Sequence[Record], reader: PixelReader, count: int, seed: int
+) -> ExplainedCaptions:
     order = np.random.default_rng((seed, 0xCA)).permutation(len(records))
     chosen = [int(number) for number in order[:count]]
-    pictures, images = _opened(model, [records[number] for number in chosen])
+    pictures, images = _opened(model, [records[number] for number in chosen], reader)
     return ExplainedCaptions(
         ids=chosen,
         pictures=pictures,
@@ -85,15 +95,14 @@ def _captions(model: Captioner, records: Sequence[Record], count: int, seed: int
 
 
 def _opened(
-    model: CLIPmapper | Captioner, records: Sequence[Record]
+    model: CLIPmapper | Captioner, records: Sequence[Record], reader: PixelReader
 ) -> tuple[list[np.ndarray], torch.Tensor]:
     """What the model sees of each image, to be looked at, and as its encoder reads it."""
-    transform, visual = model.encoder.preprocess(), model.encoder.clip.visual
+    visual = model.encoder.clip.visual
     pictures, images = [], []
     for record in records:
-        image = record.pil()
-        images.append(transform(image))
-        picture = Image.fromarray(seen_part(image, visual))
+        images.append(reader(record))
+        picture = Image.fromarray(seen_part(record.pil(), visual))
         picture.thumbnail((_LARGEST, _LARGEST), Image.Resampling.LANCZOS)
         pictures.append(np.asarray(picture))
-    return pictures, torch.stack(images)
+    return pictures, normalised_pixels(torch.stack(images), visual)

@@ -60,7 +60,7 @@ class RecordQuestions:
     """Batches of one split of questions.
 
     With a ``store`` the encoder runs once over the split, otherwise in every step, and images are decoded
-    whenever they are asked for. ``name``: of the split.
+    whenever they are asked for. ``name``: of the split. ``decoding``: of the data.
     """
 
     def __init__(
@@ -70,13 +70,15 @@ class RecordQuestions:
         vocabulary: AnswerVocabulary,
         name: str,
         store: TokenStore | None,
+        decoding: str = "fast",
     ) -> None:
         self.split = QuestionRecords(records)
-        self.dataset = RecordDataset(records, model.encoder.preprocess())
+        reader = model.encoder.reader(decoding)
+        self.dataset = RecordDataset(records, reader)
         self.collate = VQACollate(partial(tokenize, model.encoder.tokenizer), vocabulary)
         self.cache: TokenCache | None = None
         if store is not None:
-            self.cache = record_question_tokens(model.encoder, store, records, name)
+            self.cache = record_question_tokens(model.encoder, store, records, name, reader)
 
     def batch(self, questions: Tensor) -> dict:
         """A batch of these questions (see :class:`clipmapper.training.vqa.VQAModule`)."""
@@ -99,17 +101,28 @@ class RecordQuestions:
 
 
 class RecordCaptions:
-    """Batches of one split of images with captions. ``name``, ``store``: as of :class:`RecordQuestions`."""
+    """Batches of one split of images with captions.
+
+    ``name``, ``store``, ``decoding``: as of :class:`RecordQuestions`.
+    """
 
     def __init__(
-        self, model: Captioner, records: Sequence[Record], name: str, store: TokenStore | None
+        self,
+        model: Captioner,
+        records: Sequence[Record],
+        name: str,
+        store: TokenStore | None,
+        decoding: str = "fast",
     ) -> None:
         self.split = CaptionRecords(records)
-        self.dataset = RecordDataset(records, model.encoder.preprocess())
+        reader = model.encoder.reader(decoding)
+        self.dataset = RecordDataset(records, reader)
         self.collate = CaptionCollate(partial(caption_tokens, model.tokenizer, model.ends))
         self.image_tokens: Tensor | None = None
         if store is not None:
-            self.image_tokens, self.image_of = record_image_tokens(model.encoder, store, records, name)
+            self.image_tokens, self.image_of = record_image_tokens(
+                model.encoder, store, records, name, reader
+            )
 
     def batch(self, images: Sequence[int], captions: Sequence[str]) -> dict:
         """A batch of these images, each with one caption (see :class:`CaptionModule`)."""

@@ -1,18 +1,18 @@
 """Tokens of a frozen encoder for records: computed once, kept by the content of the image files."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from PIL import Image
+from jaxtyping import Float, Int, UInt8
 from rich.progress import Progress
 from torch import Tensor
 
 from clipmapper.data.content import content_digest, file_digests, joint_digest
+from clipmapper.data.pixels import PixelReader
 from clipmapper.data.records import Record, StoredImage
 from clipmapper.data.token_cache import TokenCache, TokenStore
 from clipmapper.errors import UserError
@@ -29,21 +29,22 @@ class RecordImages:
     """
 
     records: Sequence[Record]
-    transform: Callable[[Image.Image], Tensor]
+    reader: PixelReader
     index: Path | None
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def load(self, rows: Sequence[int]) -> Float[Tensor, "images 3 height width"]:
-        return torch.stack([self.transform(self.records[row].pil()) for row in rows])
+    def load(self, rows: Sequence[int]) -> UInt8[Tensor, "images 3 height width"]:
+        return torch.stack([self.reader(self.records[row]) for row in rows])
 
     def pixels(self, loaded: Tensor) -> Tensor:
         return loaded
 
     def digest(self) -> str:
         """Raises ``UserError`` for a file that cannot be read."""
-        return self._content
+        # (Tokens of exactly read images are those of before there was a fast way.)
+        return f"{self._content} read fast" if self.reader.fast else self._content
 
     @cached_property
     def _content(self) -> str:
@@ -67,7 +68,7 @@ class RecordImages:
 
 
 def different_images(
-    records: Sequence[Record], transform: Callable[[Image.Image], Tensor], index: Path | None
+    records: Sequence[Record], reader: PixelReader, index: Path | None
 ) -> tuple[RecordImages, Int[Tensor, "records"]]:
     """The images of records, in the order in which they first come, and which of them each record has."""
     first: dict[str, int] = {}
@@ -76,23 +77,23 @@ def different_images(
         if record.image_id not in first:
             first[record.image_id] = len(first)
             chosen.append(record)
-    images = RecordImages(chosen, transform, index)
+    images = RecordImages(chosen, reader, index)
     return images, torch.tensor([first[record.image_id] for record in records])
 
 
 def record_question_tokens(
-    encoder: ClipEncoder, store: TokenStore, records: Sequence[Record], name: str
+    encoder: ClipEncoder, store: TokenStore, records: Sequence[Record], name: str, reader: PixelReader
 ) -> TokenCache:
     """Tokens of the images and texts of questions. ``name``: of the split."""
-    images, image_of = _images_to_encode(encoder, store, records)
+    images, image_of = _images_to_encode(store, records, reader)
     return question_tokens(encoder, store, images, [record.question for record in records], image_of, name)
 
 
 def record_image_tokens(
-    encoder: ClipEncoder, store: TokenStore, records: Sequence[Record], name: str
+    encoder: ClipEncoder, store: TokenStore, records: Sequence[Record], name: str, reader: PixelReader
 ) -> tuple[Float[Tensor, "images tokens width"], Int[Tensor, "records"]]:
     """Tokens of images, and which of them each record has, with a progress bar."""
-    images, image_of = _images_to_encode(encoder, store, records)
+    images, image_of = _images_to_encode(store, records, reader)
     with Progress(transient=True) as progress:
         task = progress.add_task(f"CLIP tokens, {name} split", total=len(images))
         tokens = image_tokens(encoder, store, images, lambda done: progress.advance(task, done))
@@ -121,9 +122,9 @@ def check_room(
 
 
 def _images_to_encode(
-    encoder: ClipEncoder, store: TokenStore, records: Sequence[Record]
+    store: TokenStore, records: Sequence[Record], reader: PixelReader
 ) -> tuple[RecordImages, Int[Tensor, "records"]]:
-    images, image_of = different_images(records, encoder.preprocess(), store.folder)
+    images, image_of = different_images(records, reader, store.folder)
     if store.folder is not None:
         images.digest()  # which has a progress bar of its own, before the next one
     return images, image_of

@@ -30,14 +30,14 @@ class StreamedQuestions:
         self.split = range(data.train_records)
         self.stream, self.seen = data.stream(seed), count()
         self.asked = data.stream(seed + 1)  # for what reads beside training: its place is its own
-        self.transform = model.encoder.preprocess()
+        self.reader = model.encoder.reader(data.decoding)
         self.collate = VQACollate(partial(tokenize, model.encoder.tokenizer), data.vocabulary)
 
     def batches(self, batch_size: int) -> Callable[[int, Share], dict]:
         """A share of the training batch of every step."""
         return shard_batches(
             self.stream,
-            lambda records, step: self.collate([*RecordDataset(records, self.transform)]),
+            lambda records, step: self.collate([*RecordDataset(records, self.reader)]),
             batch_size,
         )
 
@@ -51,7 +51,7 @@ class StreamedCaptions:
 
     def __init__(self, model: Captioner, data: ShardData, seed: int) -> None:
         self.data, self.seed = data, seed
-        self.transform = model.encoder.preprocess()
+        self.reader = model.encoder.reader(data.decoding)
         self.collate = CaptionCollate(partial(caption_tokens, model.tokenizer, model.ends))
 
     @cached_property
@@ -67,6 +67,6 @@ class StreamedCaptions:
             for record in records:
                 rng = random.Random(f"captions/{self.seed}/{step}/{record.id}")
                 drawn += [rng.choice(record.captions) for _ in range(captions)]
-            return self.collate([*RecordDataset(records, self.transform)], drawn)
+            return self.collate([*RecordDataset(records, self.reader)], drawn)
 
         return shard_batches(self.data.stream(self.seed), batch_of, batch_size)

@@ -67,7 +67,9 @@ class VQATask(Task):
             if store is not None:
                 check_room(self.model.encoder, store, self.data.splits.values(), texts=True)
             self.splits = {
-                name: RecordQuestions(self.model, records, self.data.vocabulary, name, store)
+                name: RecordQuestions(
+                    self.model, records, self.data.vocabulary, name, store, self.data.decoding
+                )
                 for name, records in self.data.splits.items()
             }
             if isinstance(self.data, ShardData):
