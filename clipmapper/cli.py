@@ -12,7 +12,7 @@ from typing import NoReturn, TypeVar
 import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException
 from omegaconf import Container
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,6 +27,7 @@ from clipmapper.config import (
 from clipmapper.config_checks import check_overrides, checked, describe_failure, setting_named
 from clipmapper.errors import UserError, UserErrors
 from clipmapper.shipped import shipped_root
+from clipmapper.visible_text import visible
 
 _Schema = TypeVar("_Schema", bound=Section)
 
@@ -129,11 +130,6 @@ def _run(
         except UserError as error:
             # Here and not below: Hydra would print a line of its own before it lets the exception through.
             _fail(str(error))
-        except InstantiationException as error:
-            # Of errors of Hydra's within a run, only a mistyped _target_ is a mistake in the settings.
-            if not str(error).startswith("Error locating target"):
-                raise
-            _fail(str(error).partition(", set env")[0])
         composing = True  # the next of a sweep
         return found  # a sweeper may look for the highest
 
@@ -208,10 +204,10 @@ def _interrupted(schema: type[Section], stop: KeyboardInterrupt) -> NoReturn:
 
 def _warn(message: Warning | str, *_) -> None:
     """A warning as one line, without the line of code that gave it."""
-    print("warning:", " ".join(str(message).split()), file=sys.stderr)
+    print("warning:", " ".join(visible(str(message)).split()), file=sys.stderr)
 
 
 def _fail(*messages: str) -> NoReturn:
     for message in messages:
-        print("error:", " ".join(message.split()), file=sys.stderr)
+        print("error:", " ".join(visible(message).split()), file=sys.stderr)
     sys.exit(2)

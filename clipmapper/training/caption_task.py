@@ -181,7 +181,7 @@ class CaptionTask(Task):
         file = folder / "captions_validation.json"
         ids = [record.id for record in batches.split.records]
         write_captions_file(file, [(ids[one.image], one.caption) for one in written["validation"]])
-        console().print(f"captions, validation: {file}", markup=False)
+        console().print(f"captions, validation: {file}")
         return {"captions": splits, "samples": rows, "written": {"validation": str(file)}}
 
     def tables(self, results: Mapping) -> list[Table]:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import lightning
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
@@ -22,7 +21,7 @@ from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.fine_tuning import merge_adapters
 from clipmapper.training.checkpoint_files import NO_ROOM, previous_of, restore_checkpoint
 from clipmapper.training.finite import StopAtNonFinite
-from clipmapper.training.instances import built
+from clipmapper.training.instances import built, named
 from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
 from clipmapper.training.less_noise import less_noise
 from clipmapper.training.module import Labelled, StepBatches
@@ -93,7 +92,7 @@ def _train(config: TrainConfig, device: torch.device, data: RecordData | None) -
     lightning.seed_everything(config.seed, verbose=False)
     described = None if data else asdict(config.data)
     data = data or built(described)
-    task: Task = instantiate({"_target_": config.training._target_, "_partial_": True})(config, data)
+    task: Task = named(config.training._target_)(config, data)
     model = task.model
     if described:  # an object of the caller's can't be found again from a checkpoint
         model.description["data"] = described
@@ -104,7 +103,7 @@ def _train(config: TrainConfig, device: torch.device, data: RecordData | None) -
     out.print(f"{'Resuming' if resumed else 'Run'} {folder}")
 
     for line in _data_lines(data):
-        out.print(line, markup=False)
+        out.print(line)
 
     model.to(device)
     task.prepare(explainer, folder)
