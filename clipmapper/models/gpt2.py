@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 from transformers.utils import logging as transformers_logging
 
 from clipmapper.errors import UserError
+from clipmapper.models.gpt2_description import GPT2_KEYS
 
 # New beside a pretrained GPT-2, which reads no images.
 CROSS_ATTENTION = ("crossattention", "ln_cross_attn")
@@ -75,7 +76,7 @@ def new_gpt2(
 def gpt2_of(config: GPT2Config | Mapping) -> GPT2LMHeadModel:
     """A GPT-2 with random weights, of this configuration (or of what :func:`plain_config` made of one)."""
     if not isinstance(config, GPT2Config):
-        config = GPT2Config(**config)
+        config = GPT2Config(**{key: config[key] for key in GPT2_KEYS if key in config})
     config.use_cache = False
     # Attention that a recorder sees: see clipmapper.relevance.capture.
     config._attn_implementation = "sdpa"
@@ -84,7 +85,8 @@ def gpt2_of(config: GPT2Config | Mapping) -> GPT2LMHeadModel:
 
 def plain_config(model: GPT2LMHeadModel) -> dict:
     """The configuration in plain types, for a checkpoint."""
-    return json.loads(model.config.to_json_string())
+    config = json.loads(model.config.to_json_string())
+    return {key: config[key] for key in GPT2_KEYS if key in config}
 
 
 def local_gpt2(path: str, cross: bool) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:

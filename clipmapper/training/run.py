@@ -8,7 +8,7 @@ from pathlib import Path
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
@@ -19,12 +19,13 @@ from clipmapper.models.build import load
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.fine_tuning import merge_adapters
-from clipmapper.training.checkpoint_files import NO_ROOM, previous_of, restore_checkpoint
+from clipmapper.training.checkpoint_files import NO_ROOM, previous_of, restore_checkpoint, steps_of
 from clipmapper.training.finite import StopAtNonFinite
 from clipmapper.training.instances import built, named
 from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
 from clipmapper.training.less_noise import less_noise
 from clipmapper.training.module import Labelled, StepBatches
+from clipmapper.training.newest_checkpoint import NewestCheckpoint
 from clipmapper.training.processes import (
     another_has_failed,
     check_shares,
@@ -150,9 +151,9 @@ def _fit(
 ) -> lightning.Trainer:
     training = config.training
     checkpoint = folder / CHECKPOINT
-    first_step = int(torch.load(checkpoint, weights_only=True, mmap=True)["global_step"]) if resume else 0
+    first_step = steps_of(checkpoint) if resume else 0
     callbacks: list[Callback] = [
-        ModelCheckpoint(
+        NewestCheckpoint(
             dirpath=checkpoint.parent,
             filename=checkpoint.stem,
             every_n_train_steps=config.trainer.checkpoint_interval,
