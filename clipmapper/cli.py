@@ -1,7 +1,6 @@
 """The commands: thin mains over Hydra configurations, for ``scripts/`` and for the ``clipmapper`` command."""
 
 import os
-import re
 import sys
 import warnings
 from argparse import Namespace
@@ -26,6 +25,7 @@ from clipmapper.config import (
 )
 from clipmapper.config_checks import check_overrides, checked, describe_failure, setting_named
 from clipmapper.errors import UserError, UserErrors
+from clipmapper.free_text import quoted
 from clipmapper.shipped import shipped_root
 from clipmapper.visible_text import visible
 
@@ -147,7 +147,7 @@ def _run(
             print(f"clipmapper {version('clipmapper')}")
             return
         flags = _parsed(given)
-        sys.argv = [original[0], *(given if flags.multirun else _quoted(given, schema))]
+        sys.argv = [original[0], *quoted(given, schema, sweep=flags.multirun)]
         check_overrides(_parsed(sys.argv[1:]).overrides, schema, groups, sweep=flags.multirun)
         hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(task)()
     except UserError as error:
@@ -176,23 +176,6 @@ def _parsed(arguments: Sequence[str]) -> Namespace:
     parser = get_args_parser()
     parser.error = refuse  # argparse's own error is preceded by many lines of usage
     return parser.parse_args(arguments)
-
-
-def _quoted(arguments: Sequence[str], schema: type[Section]) -> list[str]:
-    """Free text (a question, a path) in the quotes of Hydra's grammar, which would trip over its commas.
-
-    Not for a sweep, where a comma separates values.
-    """
-    quoted = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        found = setting_named(key.lstrip("+"), schema) if equals else None
-        already = value == "null" or re.fullmatch(r"'.*'|\".*\"", value, re.DOTALL)
-        if found and found[0].metadata.get("text") and not already:
-            escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + (match[2] and r"\'"), value)
-            argument = f"{key}='{escaped}'"
-        quoted.append(argument)
-    return quoted
 
 
 def _interrupted(schema: type[Section], stop: KeyboardInterrupt) -> NoReturn:

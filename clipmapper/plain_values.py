@@ -25,7 +25,7 @@ def whole(least: int, most: int) -> Rule:
     return check
 
 
-def number(least: float, most: float) -> Rule:
+def number(least: int | float, most: int | float) -> Rule:
     def check(value: object, where: str) -> None:
         if type(value) not in (int, float) or not math.isfinite(value) or not least <= value <= most:
             raise ValueError(f"{where}: {shown(value)} is not a number from {least:g} to {most:g}")

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from clipmapper import cli, config
 from clipmapper.config_keys import setting_named
 from clipmapper.errors import UserError
+from clipmapper.free_text import quoted
 from clipmapper.training.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -445,7 +446,7 @@ def test_unknown_command(run, arguments, says):
 
 @given(st.text(min_size=1).filter(lambda text: text != "null" and text[0] not in "'\""))
 def test_free_text_reaches_its_setting_as_it_is(text):
-    (argument,) = cli._quoted([f"question={text}"], config.ExplainConfig)
+    (argument,) = quoted([f"question={text}"], config.ExplainConfig)
     (override,) = OverridesParser.create().parse_overrides([argument])
     assert override.key_or_group == "question" and override.value() == text
 
