@@ -1,6 +1,7 @@
 """The commands: thin mains over Hydra configurations, for ``scripts/`` and for the ``clipmapper`` command."""
 
 import os
+import re
 import sys
 import warnings
 from argparse import Namespace
@@ -26,6 +27,7 @@ from clipmapper.config import (
 from clipmapper.config_checks import check_overrides, checked, describe_failure, setting_named
 from clipmapper.errors import UserError, UserErrors
 from clipmapper.free_text import quoted
+from clipmapper.settings import config_groups, data_settings
 from clipmapper.shipped import shipped_root
 from clipmapper.visible_text import visible
 
@@ -62,12 +64,17 @@ def explain(arguments: Sequence[str] | None = None) -> None:
 def perturb(arguments: Sequence[str] | None = None) -> None:
     """Compare explanation methods by perturbation."""
 
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # What train's group `data` holds chooses other groups of train as well: it is composed by itself.
+    of_data = [argument for argument in given if re.match(r"[+~]*data[=.]", argument)]
+
     def work(config: PerturbConfig) -> None:
         from clipmapper.training.run_perturb import perturb_checkpoint
 
+        config.data = data_settings(of_data) if of_data and of_data != ["data=null"] else None
         perturb_checkpoint(config)
 
-    _run("perturb", PerturbConfig, work, arguments)
+    _run("perturb", PerturbConfig, work, [argument for argument in given if argument not in of_data])
 
 
 def pretrain_clip(arguments: Sequence[str] | None = None) -> None:
@@ -137,10 +144,7 @@ def _run(
     # Hydra prints errors itself, on several lines and with exit status 1, unless told to let them through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     conf = shipped_root() / "conf"
-    # The groups are those of training, and Hydra's, which Hydra checks; the other commands have none.
-    folders = [path for path in conf.iterdir() if path.is_dir() and path.name != "hydra"]
-    folders = folders if schema is TrainConfig else []
-    groups = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+    groups = config_groups() if schema is TrainConfig else {}  # the other commands have none
     try:
         given = list(original[1:] if arguments is None else arguments)
         if "--version" in given:

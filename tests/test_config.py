@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from clipmapper import cli, config
 from clipmapper.config_keys import setting_named
@@ -444,11 +445,20 @@ def test_unknown_command(run, arguments, says):
     assert says in line and "usage: clipmapper train|explain|perturb|pretrain_clip" in line
 
 
-@given(st.text(min_size=1).filter(lambda text: text != "null" and text[0] not in "'\""))
+_PIECES = st.one_of(st.text(max_size=3), st.sampled_from(["${", "${oc.env:HOME}", "$", "{", "}", "\\", "'"]))
+
+
+@given(
+    st.lists(_PIECES, min_size=1)
+    .map("".join)
+    .filter(lambda text: text not in ("", "null", "???") and text[0] not in "'\"")
+)
 def test_free_text_reaches_its_setting_as_it_is(text):
+    """Through Hydra's grammar and OmegaConf's, which would put the user's folder for ${oc.env:HOME}."""
     (argument,) = quoted([f"question={text}"], config.ExplainConfig)
     (override,) = OverridesParser.create().parse_overrides([argument])
-    assert override.key_or_group == "question" and override.value() == text
+    assert override.key_or_group == "question"
+    assert OmegaConf.create({"question": override.value()}).question == text
 
 
 def test_free_text_of_a_whole_run(run):

@@ -217,7 +217,7 @@ def registered_name(architecture: str) -> str:
 def architecture_config(architecture: str) -> dict:
     """A configuration of the user's own, from its file, in open_clip's format.
 
-    Raises ``UserError`` for a file that is none, and for one that would have code run (``trust_remote_code``).
+    Raises ``UserError`` for a file that is none, and for one that would run code (``trust_remote_code``).
     """
     try:
         config = json.loads(shipped_path(architecture).read_text(encoding="utf-8"))
@@ -236,10 +236,16 @@ def architecture_config(architecture: str) -> dict:
     options = config["text_cfg"].get("tokenizer_kwargs") or {}
     if not isinstance(options, dict) or "trust_remote_code" in options:
         raise UserError(
-            f"encoder.architecture={architecture}: text_cfg.tokenizer_kwargs: trust_remote_code is never given: "
-            "it runs code that comes with a tokenizer"
+            f"encoder.architecture={architecture}: text_cfg.tokenizer_kwargs: trust_remote_code is never "
+            "given: it runs code that comes with a tokenizer"
         )
     return config
+
+
+def names_tokenizer(architecture: str) -> bool:
+    """Whether it is a file of the user's own that names a tokenizer of a hub or of a folder."""
+    own = architecture_config(architecture) if architecture.endswith(".json") else None
+    return own is not None and own["text_cfg"].get("hf_tokenizer_name") is not None
 
 
 @contextmanager

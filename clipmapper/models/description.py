@@ -12,8 +12,8 @@ from pathlib import Path
 import open_clip
 import timm
 
-from clipmapper.models.gpt2_description import GPT2_SECTION
 from clipmapper.models.gpt2_decoder import DECODERS
+from clipmapper.models.gpt2_description import GPT2_SECTION
 from clipmapper.models.mapper import MAPPERS
 from clipmapper.plain_values import (
     Rule,
@@ -114,8 +114,7 @@ _OF_ARCHITECTURE = {
     "nonscalar_logit_scale": flag,
     "multimodal_cfg": section(
         {},
-        _TEXT_KEYS
-        | {"dim_head": _WIDTH, "n_queries": whole(1, 65_536), "attn_pooler_heads": _HEADS},
+        _TEXT_KEYS | {"dim_head": _WIDTH, "n_queries": whole(1, 65_536), "attn_pooler_heads": _HEADS},
     ),
 }
 _NAMED = {  # where the user names the same file
@@ -227,8 +226,8 @@ def _no_names(config: object, where: str, named: bool) -> None:
     for key in _NAMES if isinstance(of_text, Mapping) and not named else ():
         if of_text.get(key) is not None:
             raise ValueError(
-                f"{where}.text_cfg.{key}: {shown(of_text[key])} would be loaded from a hub or a folder, which "
-                "only you may name; if the architecture is yours, give its file: architecture=FILE.json"
+                f"{where}.text_cfg.{key}: {shown(of_text[key])} would be loaded from a hub or a folder, "
+                "which only you may name; if the architecture is yours, give its file: architecture=FILE.json"
             )
 
 

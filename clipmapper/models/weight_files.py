@@ -23,8 +23,8 @@ def read_torch_file(path: Path, *, mmap: bool = False) -> object:
 
     torch itself compares none: a changed byte would be another weight. Files of torch before 1.6 have none;
     they are read as they are. ``mmap``: tensors are read from disk as they are asked for. Raises
-    ``Unreadable`` with one line for a file that is damaged, of another program, or holds more than tensors and
-    plain values.
+    ``Unreadable`` with one line for a file that is damaged, of another program, or holds more than tensors
+    and plain values.
     """
     try:
         zipped = zipfile.is_zipfile(path)
@@ -35,7 +35,9 @@ def read_torch_file(path: Path, *, mmap: bool = False) -> object:
         with warnings.catch_warnings():
             # torch asks to report the pickle protocol of a file that it is then right to refuse.
             warnings.filterwarnings("ignore", "Detected pickle protocol")
-            warnings.filterwarnings("ignore", "'torch.load' received a zip file that looks like a TorchScript")
+            warnings.filterwarnings(
+                "ignore", "'torch.load' received a zip file that looks like a TorchScript"
+            )
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipped)
     except Unreadable:
         raise

@@ -17,8 +17,10 @@ from clipmapper.data.records import RecordData
 from clipmapper.errors import UserError
 from clipmapper.models.build import load
 from clipmapper.models.captioner import Captioner
+from clipmapper.models.clip_weights import names_tokenizer
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.fine_tuning import merge_adapters
+from clipmapper.training.checkpoint_data import data_description
 from clipmapper.training.checkpoint_files import NO_ROOM, previous_of, restore_checkpoint, steps_of
 from clipmapper.training.finite import StopAtNonFinite
 from clipmapper.training.instances import built, named
@@ -91,8 +93,8 @@ def _train(config: TrainConfig, device: torch.device, data: RecordData | None) -
     resumed = folder_to_resume(config.output, config.name, settings) if config.resume else None
     resumed = resumed or in_main(lambda: run_of_requeued_job(config.output, config.name))
     lightning.seed_everything(config.seed, verbose=False)
-    described = None if data else asdict(config.data)
-    data = data or built(described)
+    described = None if data else data_description(config.data)
+    data = data or built(asdict(config.data))
     task: Task = named(config.training._target_)(config, data)
     model = task.model
     if described:  # an object of the caller's can't be found again from a checkpoint
@@ -114,7 +116,8 @@ def _train(config: TrainConfig, device: torch.device, data: RecordData | None) -
             trainer.save_checkpoint(folder / CHECKPOINT)
         if not is_main():
             return folder
-        _make_plain(model, folder / CHECKPOINT, sharded=config.trainer.strategy == "fsdp2")
+        sharded = config.trainer.strategy == "fsdp2"
+        _make_plain(model, folder / CHECKPOINT, config.encoder.architecture, sharded)
         model.to(device)
 
         with torch.compiler.set_stance("force_eager"):
@@ -194,12 +197,13 @@ def _fit(
     return trainer
 
 
-def _make_plain(model: CLIPmapper | Captioner, checkpoint: Path, sharded: bool) -> None:
+def _make_plain(model: CLIPmapper | Captioner, checkpoint: Path, architecture: str, sharded: bool) -> None:
     """A trained model as :func:`clipmapper.load` gives it: whole, without adapters."""
     if not sharded or this_share().of == 1:
         merge_adapters(model.encoder)
         return
-    for name, part in load(checkpoint).named_children():
+    own = architecture if names_tokenizer(architecture) else None
+    for name, part in load(checkpoint, architecture=own).named_children():
         setattr(model, name, part)
 
 

@@ -32,7 +32,7 @@ def chosen_device(name: str) -> torch.device:
 
 def explain_file(config: ExplainConfig) -> list[Path]:
     """Answer or caption, explain, write the pictures; returns their paths."""
-    model = load(config.checkpoint, chosen_device(config.device))
+    model = load(config.checkpoint, chosen_device(config.device), config.architecture)
     methods = [config.method, *(m for m in COMPARED_METHODS if config.compare and m != config.method)]
     explain = _explain_caption if isinstance(model, Captioner) else _explain_answer
     return explain(model, config, methods)
