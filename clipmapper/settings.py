@@ -53,7 +53,8 @@ def config_groups() -> Mapping[str, Sequence[str]]:
 
 def _composed(overrides: Sequence[str]) -> Container:
     register()
-    before = GlobalHydra.instance().hydra  # a command may be composing its own
+    before = GlobalHydra.instance().hydra  # of the command that asks
+    GlobalHydra.instance().hydra = None
     try:
         with initialize_config_dir(str(_conf()), version_base="1.3"):
             return compose("train", quoted(overrides, TrainConfig))

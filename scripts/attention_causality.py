@@ -178,9 +178,9 @@ def _of_folder(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Tensor
     folder = options.classifier
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
-            folder, attn_implementation="sdpa", local_files_only=True
+            folder, attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
         ).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, LookupError) as error:
         line = str(error).splitlines()[0]
         raise UserError(f"--classifier {folder}: no text classifier with its tokenizer ({line})") from error

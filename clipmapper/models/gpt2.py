@@ -101,7 +101,7 @@ def local_gpt2(path: str, cross: bool) -> tuple[GPT2LMHeadModel, PreTrainedToken
         raise UserError(f"{what}: no such folder; it holds config.json, weights and tokenizer of a GPT-2")
     try:
         kind = json.loads((folder / "config.json").read_text())["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{what}: there is no readable config.json of a transformers model in it") from error
     if kind != "gpt2":
         raise UserError(f"{what}: a model of the kind {kind!r}, not of the GPT-2 family (model_type gpt2)")
@@ -119,8 +119,9 @@ def local_gpt2(path: str, cross: bool) -> tuple[GPT2LMHeadModel, PreTrainedToken
                 add_cross_attention=cross,
                 attn_implementation="sdpa",
                 output_loading_info=True,
+                trust_remote_code=False,
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged file fails where its reader happens to stumble over it
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{what}: not a readable GPT-2 ({line})") from error
