@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -15,6 +15,7 @@ CHECKPOINT = Path("checkpoints") / "last.ckpt"
 CONFIG = "config.yaml"
 RESULTS = "results.json"
 JOB = "slurm_job"
+_DEPTH = 20  # of what is nested in a file of settings
 
 
 def new_run_folder(output: str, name: str, settings: Mapping) -> Path:
@@ -81,9 +82,7 @@ def _settings_of(folder: Path) -> Mapping:
     file = folder / CONFIG
     try:
         text = file.read_text(encoding="utf-8")
-        # An alias can stand for any amount of text, by aliases of aliases; what we write has none.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            raise ValueError("it has aliases")
+        _check_events(yaml.parse(text))
         settings = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"resume=true: {file}: {error.strerror}; start a new run without it") from error
@@ -95,6 +94,18 @@ def _settings_of(folder: Path) -> Mapping:
     if not isinstance(settings, dict):
         raise UserError(f"resume=true: {file}: no settings of a run; start a new run without it")
     return settings
+
+
+def _check_events(events: Iterable[yaml.Event]) -> None:
+    """Raise ``ValueError`` for YAML of another kind than we write.
+
+    An alias can stand for any amount of text, by aliases of aliases, and what is nested deep takes long.
+    """
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > _DEPTH:
+            raise ValueError("it has aliases, or is nested too deep")
 
 
 def objective(folder: Path) -> float | None:
