@@ -373,7 +373,8 @@ def test_lies_about_the_model(canary, tmp_path, content, keys, value, says):
 CAPTIONER = {
     "mapper": "dual_flow", "width": 16, "depth": 1, "heads": 2, "mlp_ratio": 2.0,
     "image_position_embedding": True, "tied_head": False, "text_embedding_only": True,
-    "vocabulary": "tokenizer", "decoder": "gpt2_prefix", "gpt2": {"path": None, "layers": 1, "width": 8, "heads": 2, "frozen": False},
+    "vocabulary": "tokenizer", "decoder": "gpt2_prefix",
+    "gpt2": {"path": None, "layers": 1, "width": 8, "heads": 2, "frozen": False},
 }  # fmt: skip
 
 
@@ -502,8 +503,8 @@ def test_checkpoints_from_before_names_still_load(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["../../x", "/x", "a/b", "a\\b", "..", ".", ".hidden", "x.", " x", "a\nb", "a\x1b[2Jb", "a\x00b", "\u202ex",
-     "con", "NUL.txt", "a:b", "x" * 300, "a*", "", "  "],
+    ["../../x", "/x", "a/b", "a\\b", "..", ".", ".hidden", "x.", " x", "a\nb", "a\x1b[2Jb", "a\x00b",
+     "\u202ex", "con", "NUL.txt", "a:b", "x" * 300, "a*", "", "  "],
 )  # fmt: skip
 def test_names_stay_in_their_folder(one_line, name):
     assert file_name_problem(name) is not None

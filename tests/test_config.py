@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -20,6 +19,7 @@ from clipmapper import cli, config
 from clipmapper.config_keys import setting_named
 from clipmapper.errors import UserError
 from clipmapper.free_text import quoted
+from clipmapper.training.instances import built
 from clipmapper.training.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -381,8 +381,11 @@ def test_user_error_of_the_run_is_one_line(run):
 
 def test_target_that_does_not_exist_is_one_line(run, monkeypatch):
     work = sys.modules["clipmapper.training.run"]
-    monkeypatch.setattr(work, "train", lambda given: instantiate(asdict(given.data)))
-    assert run.error("train", "data._target_=no.such.Data") == "Error locating target 'no.such.Data'"
+    monkeypatch.setattr(work, "train", lambda given: built(asdict(given.data)))
+    says = "_target_=no.such.Data: Error locating target 'no.such.Data'"
+    assert run.error("train", "data._target_=no.such.Data") == says
+    assert "'os.system' is blocklisted" in run.error("train", "data._target_=os.system")
+    assert "cannot be called with these settings" in run.error("train", "data._target_=pathlib.Path.home")
 
 
 def test_other_errors_keep_their_traceback(run):
