@@ -31,7 +31,7 @@ from clipmapper.models.build import DESCRIPTION
 from clipmapper.models.clip_weights import build_clip, build_tokenizer
 from clipmapper.plain_values import section_of_numbers
 from clipmapper.settings import data_settings
-from clipmapper.training.checkpoint_files import restore_checkpoint
+from clipmapper.training.checkpoint_files import check_same_model, restore_checkpoint
 from clipmapper.training.instances import built
 from clipmapper.training.newest_checkpoint import NewestCheckpoint
 from clipmapper.training.run_folder import CHECKPOINT, folder_to_resume
@@ -440,20 +440,42 @@ def test_a_tokenizer_is_loaded_where_the_user_names_it_and_runs_no_code(canary, 
 # Weights
 
 
-def test_every_byte_of_the_weights_counts(tmp_path, content):
-    path = saved(tmp_path / "whole.ckpt", content)
-    clipmapper.load(path)
-    whole = path.read_bytes()
+def one_bit_off(path: Path, which: int) -> str:
+    """Change a bit of one of the file's tensors; says which part of the file it is in."""
+    whole = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as archive:
-        members = [info for info in archive.infolist() if "/data/" in info.filename]
-        largest = max(members, key=lambda info: info.file_size)
-        for info in (members[0], largest, members[-1]):
-            with archive.open(info) as stored:
-                at = whole.index(stored.read(64), info.header_offset)
-            torn = bytearray(whole)
-            torn[at + 2] ^= 1
-            path.write_bytes(torn)
-            assert f"damaged ({info.filename} is not what was written)" in refused(path)
+        info = [info for info in archive.infolist() if "/data/" in info.filename][which]
+        with archive.open(info) as stored:
+            whole[whole.index(stored.read(64), info.header_offset) + 2] ^= 1
+    path.write_bytes(whole)
+    return info.filename
+
+
+@pytest.mark.parametrize("which", [0, 7, -1])
+def test_every_byte_of_the_weights_counts(tmp_path, content, which):
+    """On loading a model, on resuming a run, and of an encoder's weights in a file of one's own."""
+    path = saved(tmp_path / "whole.ckpt", content | {"global_step": 3})
+    assert restore_checkpoint(path) is None
+    changed_part = one_bit_off(path, which)
+    assert f"damaged ({changed_part} is not what was written)" in refused(path)
+    with pytest.raises(UserError, match="damaged"):
+        restore_checkpoint(path)
+    architecture = training_models.tiny_clip(tmp_path)
+    weights = saved(tmp_path / "clip.pt", build_clip(architecture, None).state_dict())
+    build_clip(architecture, str(weights))
+    one_bit_off(weights, which)
+    with pytest.raises(UserError, match=r"encoder\.pretrained=.*damaged"):
+        build_clip(architecture, str(weights))
+
+
+def test_a_resumed_checkpoint_is_of_the_same_model(tmp_path, content):
+    path = saved(tmp_path / "last.ckpt", content | {"global_step": 3})
+    model = torch.nn.Module()
+    model.model = clipmapper.load(path)
+    check_same_model(path, model)
+    model.model.head = torch.nn.Linear(2, 3)
+    with pytest.raises(UserError, match=r"resume=true: .*lacks the weights model.head"):
+        check_same_model(path, model)
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])

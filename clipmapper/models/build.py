@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from open_clip.model import set_model_preprocess_cfg
-from torch import Tensor
 from transformers import GPT2LMHeadModel
 
 from clipmapper.errors import UserError
@@ -24,7 +23,13 @@ from clipmapper.models.gpt2_captioner import GPT2Captioner
 from clipmapper.models.gpt2_decoder import DECODERS, GPT2Decoder, GPT2Head
 from clipmapper.models.heads import VQAHead
 from clipmapper.models.mapper import MAPPERS, Mapper
-from clipmapper.models.weight_files import Unreadable, check_finite, check_tensors, read_torch_file
+from clipmapper.models.weight_files import (
+    Unreadable,
+    check_finite,
+    check_sizes,
+    check_tensors,
+    read_torch_file,
+)
 
 # What a description says of the encoder only where it is chosen.
 _CHOSEN = ("image_size", "trained_blocks", "lora_rank")
@@ -248,7 +253,7 @@ def load(
             _check_architecture(description["encoder"], architecture)
         # Without room for a number: a description may ask for more than there is memory.
         with torch.device("meta"):
-            _check_sizes(_empty(description).state_dict(), state)
+            check_sizes(_empty(description).state_dict(), state)
         model = _empty(description)
         model.load_state_dict(state)
     except Unreadable as error:
@@ -268,23 +273,6 @@ def _check_architecture(encoder: Mapping, architecture: str) -> None:
     own = architecture_config(architecture) if architecture.endswith(".json") else None
     if own != encoder["config"] or (own is None and architecture != encoder["architecture"]):
         raise UserError(f"architecture={architecture}: not the one that the model was trained with")
-
-
-def _check_sizes(wanted: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> None:
-    """Raise ``Unreadable`` where a description and the weights are not of the same model."""
-    for name, tensor in wanted.items():
-        if name not in there:
-            raise Unreadable(f"it lacks the weights {name} that its description asks for")
-        if tensor.shape != there[name].shape:
-            raise Unreadable(
-                f"the weights {name} are {_sizes(there[name])}, its description asks for {_sizes(tensor)}"
-            )
-    if more := sorted(set(there) - set(wanted)):
-        raise Unreadable(f"its description knows no weights {more[0]}")
-
-
-def _sizes(tensor: Tensor) -> str:
-    return " x ".join(map(str, tensor.shape)) or "one number"
 
 
 def _empty(description: Mapping) -> CLIPmapper | Captioner:

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from clipmapper.errors import UserError
 from clipmapper.models.gpt2_description import GPT2_KEYS
+from clipmapper.models.weight_files import check_finite, read_torch_file
 
 # New beside a pretrained GPT-2, which reads no images.
 CROSS_ATTENTION = ("crossattention", "ln_cross_attn")
@@ -112,6 +113,8 @@ def local_gpt2(path: str, cross: bool) -> tuple[GPT2LMHeadModel, PreTrainedToken
             "new GPT-2 on CLIP's tokens"
         )
     try:
+        for file in sorted(folder.glob("pytorch_model*.bin")):
+            read_torch_file(file, mmap=True)
         with _quiet():
             model, info = GPT2LMHeadModel.from_pretrained(
                 folder,
@@ -122,6 +125,7 @@ def local_gpt2(path: str, cross: bool) -> tuple[GPT2LMHeadModel, PreTrainedToken
                 trust_remote_code=False,
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        check_finite(model.state_dict())
     except Exception as error:  # a damaged file fails where its reader happens to stumble over it
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{what}: not a readable GPT-2 ({line})") from error

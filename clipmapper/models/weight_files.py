@@ -82,6 +82,23 @@ def check_finite(state: Mapping[str, Tensor]) -> None:
             raise Unreadable(f"the weights {name} hold numbers that are not finite (NaN or infinite)")
 
 
+def check_sizes(wanted: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> None:
+    """Raise ``Unreadable`` where a description and the weights are not of the same model."""
+    for name, tensor in wanted.items():
+        if name not in there:
+            raise Unreadable(f"it lacks the weights {name} that its description asks for")
+        if tensor.shape != there[name].shape:
+            raise Unreadable(
+                f"the weights {name} are {_sizes(there[name])}, its description asks for {_sizes(tensor)}"
+            )
+    if more := sorted(set(there) - set(wanted)):
+        raise Unreadable(f"its description knows no weights {more[0]}")
+
+
+def _sizes(tensor: Tensor) -> str:
+    return " x ".join(map(str, tensor.shape)) or "one number"
+
+
 def _compare_checksums(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:

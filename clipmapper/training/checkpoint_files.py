@@ -8,9 +8,16 @@ from typing import BinaryIO
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import nn
 
 from clipmapper.errors import UserError
-from clipmapper.models.weight_files import Unreadable, check_finite, check_tensors, read_torch_file
+from clipmapper.models.weight_files import (
+    Unreadable,
+    check_finite,
+    check_sizes,
+    check_tensors,
+    read_torch_file,
+)
 
 # What a file system says that has no room: the disk is full, the quota is used up, the file is too large.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -85,6 +92,15 @@ def restore_checkpoint(path: Path) -> str | None:
 def steps_of(path: Path) -> int:
     """How many steps the checkpoint of a run has made, which :func:`restore_checkpoint` has found whole."""
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+
+
+def check_same_model(path: Path, module: nn.Module) -> None:
+    """Raise ``UserError`` where the checkpoint at ``path`` is not of the model that is to go on."""
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    try:
+        check_sizes(module.state_dict(), state)
+    except Unreadable as error:
+        raise UserError(f"resume=true: {path}: {error}; start a new run without it") from error
 
 
 def _problem(path: Path) -> str | None:

@@ -21,7 +21,13 @@ from clipmapper.models.clip_weights import names_tokenizer
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.fine_tuning import merge_adapters
 from clipmapper.training.checkpoint_data import data_description
-from clipmapper.training.checkpoint_files import NO_ROOM, previous_of, restore_checkpoint, steps_of
+from clipmapper.training.checkpoint_files import (
+    NO_ROOM,
+    check_same_model,
+    previous_of,
+    restore_checkpoint,
+    steps_of,
+)
 from clipmapper.training.finite import StopAtNonFinite
 from clipmapper.training.instances import built, named
 from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
@@ -171,6 +177,8 @@ def _fit(
     trainer = build_trainer(config.trainer, training.max_steps, folder, logger, callbacks)
     module = task.module()
     module.layer_decay = training.layer_decay
+    if resume:
+        check_same_model(checkpoint, module)
     if config.trainer.compile:
         module.compile_trained()
     share = this_share()
