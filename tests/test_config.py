@@ -343,7 +343,7 @@ def test_mistake_in_the_settings_of_training(run, arguments, key, says):
         (
             "explain",
             ["model=scenes"],
-            "model: there is no such setting; there are answer, caption, c",
+            "model: there is no such setting; there are answer, architecture, caption, c",
         ),
         ("perturb", ["checkpoint=a", "split=heldout"], "split: 'heldout' is not one of validation, held_out"),
         ("pretrain_clip", ["variants=7"], "batch_size: "),
