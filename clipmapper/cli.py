@@ -12,7 +12,7 @@ from typing import NoReturn, TypeVar
 import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException
 from omegaconf import Container
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,7 +26,10 @@ from clipmapper.config import (
 )
 from clipmapper.config_checks import check_overrides, checked, describe_failure, setting_named
 from clipmapper.errors import UserError, UserErrors
+from clipmapper.free_text import quoted
+from clipmapper.settings import config_groups, data_settings
 from clipmapper.shipped import shipped_root
+from clipmapper.visible_text import visible
 
 _Schema = TypeVar("_Schema", bound=Section)
 
@@ -61,12 +64,17 @@ def explain(arguments: Sequence[str] | None = None) -> None:
 def perturb(arguments: Sequence[str] | None = None) -> None:
     """Compare explanation methods by perturbation."""
 
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # What train's group `data` holds chooses other groups of train as well: it is composed by itself.
+    of_data = [argument for argument in given if re.match(r"[+~]*data[=.]", argument)]
+
     def work(config: PerturbConfig) -> None:
         from clipmapper.training.run_perturb import perturb_checkpoint
 
+        config.data = data_settings(of_data) if of_data and of_data != ["data=null"] else None
         perturb_checkpoint(config)
 
-    _run("perturb", PerturbConfig, work, arguments)
+    _run("perturb", PerturbConfig, work, [argument for argument in given if argument not in of_data])
 
 
 def pretrain_clip(arguments: Sequence[str] | None = None) -> None:
@@ -129,11 +137,6 @@ def _run(
         except UserError as error:
             # Here and not below: Hydra would print a line of its own before it lets the exception through.
             _fail(str(error))
-        except InstantiationException as error:
-            # Of errors of Hydra's within a run, only a mistyped _target_ is a mistake in the settings.
-            if not str(error).startswith("Error locating target"):
-                raise
-            _fail(str(error).partition(", set env")[0])
         composing = True  # the next of a sweep
         return found  # a sweeper may look for the highest
 
@@ -141,17 +144,14 @@ def _run(
     # Hydra prints errors itself, on several lines and with exit status 1, unless told to let them through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     conf = shipped_root() / "conf"
-    # The groups are those of training, and Hydra's, which Hydra checks; the other commands have none.
-    folders = [path for path in conf.iterdir() if path.is_dir() and path.name != "hydra"]
-    folders = folders if schema is TrainConfig else []
-    groups = {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+    groups = config_groups() if schema is TrainConfig else {}  # the other commands have none
     try:
         given = list(original[1:] if arguments is None else arguments)
         if "--version" in given:
             print(f"clipmapper {version('clipmapper')}")
             return
         flags = _parsed(given)
-        sys.argv = [original[0], *(given if flags.multirun else _quoted(given, schema))]
+        sys.argv = [original[0], *quoted(given, schema, sweep=flags.multirun)]
         check_overrides(_parsed(sys.argv[1:]).overrides, schema, groups, sweep=flags.multirun)
         hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(task)()
     except UserError as error:
@@ -182,23 +182,6 @@ def _parsed(arguments: Sequence[str]) -> Namespace:
     return parser.parse_args(arguments)
 
 
-def _quoted(arguments: Sequence[str], schema: type[Section]) -> list[str]:
-    """Free text (a question, a path) in the quotes of Hydra's grammar, which would trip over its commas.
-
-    Not for a sweep, where a comma separates values.
-    """
-    quoted = []
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        found = setting_named(key.lstrip("+"), schema) if equals else None
-        already = value == "null" or re.fullmatch(r"'.*'|\".*\"", value, re.DOTALL)
-        if found and found[0].metadata.get("text") and not already:
-            escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + (match[2] and r"\'"), value)
-            argument = f"{key}='{escaped}'"
-        quoted.append(argument)
-    return quoted
-
-
 def _interrupted(schema: type[Section], stop: KeyboardInterrupt) -> NoReturn:
     what = f"interrupted: {stop}" if str(stop) else "interrupted"
     more = "; the same command with resume=true goes on" if setting_named("resume", schema) else ""
@@ -208,10 +191,10 @@ def _interrupted(schema: type[Section], stop: KeyboardInterrupt) -> NoReturn:
 
 def _warn(message: Warning | str, *_) -> None:
     """A warning as one line, without the line of code that gave it."""
-    print("warning:", " ".join(str(message).split()), file=sys.stderr)
+    print("warning:", " ".join(visible(str(message)).split()), file=sys.stderr)
 
 
 def _fail(*messages: str) -> NoReturn:
     for message in messages:
-        print("error:", " ".join(message.split()), file=sys.stderr)
+        print("error:", " ".join(visible(message).split()), file=sys.stderr)
     sys.exit(2)

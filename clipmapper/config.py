@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
 
+from clipmapper.file_names import file_name_problem
+
 # What is compared unless told otherwise: in the pictures and tables of a run, and by `explain compare=true`.
 COMPARED_METHODS = (
     "weighted",
@@ -77,6 +79,7 @@ CAPTION_SCORES = (
     "spice",
 )
 _SEED_LIMIT = 2**32 - 1  # numpy's legacy generator, which Lightning seeds as well, takes no more
+_SCENES = 1_000_000  # of a split: 7 GB of pixels
 
 
 def setting(**limits: Any) -> Any:
@@ -180,9 +183,13 @@ class CaptionModelConfig(ModelConfig):
 
 @dataclass
 class DataConfig(Section):
-    """What every data set has."""
+    """What every data set has.
+
+    ``choices``: what ``data=`` may be for it. A checkpoint tells by them which data it was trained on.
+    """
 
     task: ClassVar[str | None] = None  # which one it is for, None: any
+    choices: ClassVar[tuple[str, ...]] = ()
 
     _target_: str = setting()
 
@@ -192,12 +199,13 @@ class ScenesVQAConfig(DataConfig):
     """Parameters of :class:`clipmapper.data.scenes_vqa.ScenesVQA`."""
 
     task = "vqa"
+    choices = ("scenes",)
 
-    train_scenes: int = setting(minimum=1)
-    simple_scenes: int = setting(minimum=1)
-    validation_scenes: int = setting(minimum=1)
-    held_out_scenes: int = setting(minimum=1)
-    train_questions: int = setting(minimum=1)
+    train_scenes: int = setting(minimum=1, maximum=_SCENES)
+    simple_scenes: int = setting(minimum=1, maximum=_SCENES)
+    validation_scenes: int = setting(minimum=1, maximum=_SCENES)
+    held_out_scenes: int = setting(minimum=1, maximum=_SCENES)
+    train_questions: int = setting(minimum=1, maximum=1000)
     seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
 
 
@@ -206,11 +214,12 @@ class ScenesCaptionsConfig(DataConfig):
     """Parameters of :class:`clipmapper.data.scenes_captions.ScenesCaptions`."""
 
     task = "captioning"
+    choices = ("scenes_captions",)
 
-    train_scenes: int = setting(minimum=1)
-    simple_scenes: int = setting(minimum=1)
-    validation_scenes: int = setting(minimum=1)
-    held_out_scenes: int = setting(minimum=1)
+    train_scenes: int = setting(minimum=1, maximum=_SCENES)
+    simple_scenes: int = setting(minimum=1, maximum=_SCENES)
+    validation_scenes: int = setting(minimum=1, maximum=_SCENES)
+    held_out_scenes: int = setting(minimum=1, maximum=_SCENES)
     references: int = setting(minimum=1, maximum=10)
     seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
 
@@ -245,6 +254,8 @@ class SplitsConfig(RecordDataConfig):
 class ManifestConfig(SplitsConfig, AnswersConfig):
     """Parameters of :func:`clipmapper.data.manifest.manifest_data`."""
 
+    choices = ("manifest",)
+
     path: str = setting(text=True)
     validation_path: str | None = setting(text=True)
     test_path: str | None = setting(text=True)
@@ -258,6 +269,8 @@ class ManifestConfig(SplitsConfig, AnswersConfig):
 class HuggingFaceConfig(SplitsConfig, AnswersConfig):
     """Parameters of :func:`clipmapper.data.huggingface.huggingface_data`."""
 
+    choices = ("huggingface",)
+
     path: str = setting(text=True)
 
     def problems(self) -> Iterator[tuple[str, str]]:
@@ -269,6 +282,7 @@ class VQAv2Config(AnswersConfig):
     """Parameters of :func:`clipmapper.data.vqa_v2.vqa_v2_data`."""
 
     task = "vqa"
+    choices = ("vqa_v2",)
 
     folder: str = setting(text=True)
     train: list[str] = setting(choices=("train2014", "val2014"))
@@ -285,6 +299,7 @@ class CocoCaptionsConfig(RecordDataConfig):
     """Parameters of :func:`clipmapper.data.coco_captions.coco_captions_data`."""
 
     task = "captioning"
+    choices = ("coco_captions",)
 
     folder: str = setting(text=True)
     karpathy: str | None = setting(text=True)
@@ -295,6 +310,7 @@ class FlickrCaptionsConfig(SplitsConfig):
     """Parameters of :func:`clipmapper.data.flickr_captions.flickr_captions_data`."""
 
     task = "captioning"
+    choices = ("flickr30k", "flickr8k")
 
     tokens: str = setting(text=True)
     images: str = setting(text=True)
@@ -304,6 +320,8 @@ class FlickrCaptionsConfig(SplitsConfig):
 @dataclass
 class ShardsConfig(DataConfig):
     """Parameters of :class:`clipmapper.data.shard_data.ShardData`."""
+
+    choices = ("shards",)
 
     path: str = setting(text=True)
     buffer: int = setting(minimum=1)
@@ -526,7 +544,9 @@ class TrainConfig(Section):
             self.callbacks = None
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from _empty_texts(self, "name", "output")
+        yield from _empty_texts(self, "output")
+        if problem := file_name_problem(self.name):
+            yield "name", problem
         task = self.training.task
         if self.trainer.ema_decay is not None and self.encoder.lora_rank is not None:
             yield "trainer.ema_decay", "averages adapters' factors, not their product; give ema_decay=null"
@@ -563,12 +583,15 @@ class TrainConfig(Section):
 class ExplainConfig(Section):
     """``clipmapper explain``.
 
+    ``architecture``: see :func:`clipmapper.models.build.load`.
+
     Of a model that answers questions: ``question``, and ``answer``, the one to explain (null: the predicted).
     Of a captioner: ``caption``, the one to explain (null: the one that it writes), ``word``, one word of it
     alone (null: all), and ``word_weights``.
     """
 
     checkpoint: str = setting(text=True)
+    architecture: str | None = setting(text=True)
     image: str = setting(text=True)
     question: str | None = setting(text=True)
     method: str = setting(choices=METHODS)
@@ -582,7 +605,7 @@ class ExplainConfig(Section):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from _empty_texts(
-            self, "checkpoint", "image", "question", "answer", "caption", "word", "output"
+            self, "checkpoint", "architecture", "image", "question", "answer", "caption", "word", "output"
         )
         yield from _device_problems(self.device)
 
@@ -591,10 +614,13 @@ class ExplainConfig(Section):
 class PerturbConfig(Section):
     """``clipmapper perturb``. ``chunk``: how many samples are settled between two savings.
 
+    ``data``: what is explained; null: the built-in world that the checkpoint was trained on.
     ``word_weights`` and ``caption_scores`` are for captioners, and null otherwise.
     """
 
     checkpoint: str = setting(text=True)
+    architecture: str | None = setting(text=True)
+    data: DataConfig | None = setting()
     methods: list[str] = setting(choices=METHODS)
     samples: int = setting(minimum=1)
     split: str = setting(choices=("validation", "held_out", "train", "test"))
@@ -609,7 +635,7 @@ class PerturbConfig(Section):
     device: str = setting()
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from _empty_texts(self, "checkpoint", "output")
+        yield from _empty_texts(self, "checkpoint", "architecture", "output")
         yield from _list_problems("methods", self.methods)
         if self.caption_scores is not None:
             yield from _list_problems("caption_scores", self.caption_scores)

@@ -18,7 +18,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from clipmapper.config import Section
+from clipmapper.config import DataConfig, Section, TrainConfig
 from clipmapper.config_keys import described, nearest_choice, section_of, setting_named, unknown_setting
 from clipmapper.errors import UserError
 
@@ -42,17 +42,26 @@ def checked(config: Container, schema: type[_Schema]) -> _Schema:
     """The configuration as an instance of its schema. Raises ``UserError`` naming the wrong setting."""
     if OmegaConf.get_type(config) is not schema:
         raise UserError(f"this configuration lacks the schema of {schema.__name__} in its defaults list")
+    return _instance(config, "", schema)
+
+
+def checked_data(config: Container) -> DataConfig:
+    """The section ``data`` alone, whatever the task that the others are for; raises as :func:`checked`."""
+    return _instance(config.data, "data.", TrainConfig)
+
+
+def _instance(node: Container, prefix: str, schema: type[Section]) -> Any:
     try:
-        _check_keys(config, "", schema)
-        missing = sorted(OmegaConf.missing_keys(config))
+        _check_keys(node, prefix, schema)
+        missing = sorted(OmegaConf.missing_keys(node))
         if missing:
             given = " ".join(f"{key}=…" for key in missing)
             it = "it" if len(missing) == 1 else "them"
             raise UserError(f"{', '.join(missing)}: no value; give {it} as {given}")
-        instance = OmegaConf.to_object(config)
+        instance = OmegaConf.to_object(node)
     except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise UserError(describe_failure(error, schema, {})) from error
-    _check_values(instance, "")
+    _check_values(instance, prefix)
     return instance
 
 

@@ -6,18 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException, InstantiationException
-from hydra.utils import instantiate
-from omegaconf.errors import OmegaConfBaseException
 from rich.progress import Progress
 
-from clipmapper.config import TrainConfig, register
-from clipmapper.config_checks import checked, describe_failure
 from clipmapper.data.records import RecordData
 from clipmapper.data.shard_files import write_shards
 from clipmapper.errors import UserError
-from clipmapper.shipped import shipped_root
+from clipmapper.settings import data_settings
+from clipmapper.training.instances import built
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,18 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _data(settings: Sequence[str]) -> RecordData:
-    register()
-    try:
-        with initialize_config_dir(str(shipped_root() / "conf"), version_base="1.3"):
-            config = checked(compose("train", list(settings)), TrainConfig)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(describe_failure(error, TrainConfig, {})) from error
-    try:
-        data = instantiate(asdict(config.data))
-    except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from error
-        raise
+    data = built(asdict(data_settings(settings)))
     if not isinstance(data, RecordData):
         raise UserError(
             "data: the built-in scenes are drawn anew whenever they are needed; choose another data set"

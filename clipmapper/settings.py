@@ -1,9 +1,18 @@
 """The settings of a command from Python, as the command line composes them."""
 
-from hydra import compose, initialize_config_dir
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from clipmapper.config import TrainConfig, register
-from clipmapper.config_checks import checked
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import Container
+from omegaconf.errors import OmegaConfBaseException
+
+from clipmapper.config import DataConfig, TrainConfig, register
+from clipmapper.config_checks import check_overrides, checked, checked_data, describe_failure
+from clipmapper.errors import UserError
+from clipmapper.free_text import quoted
 from clipmapper.shipped import shipped_root
 
 
@@ -12,6 +21,46 @@ def train_settings(*overrides: str) -> TrainConfig:
 
     Raises ``UserError`` for settings that are wrong, and Hydra's own exceptions for keys that do not exist.
     """
+    return checked(_composed(overrides), TrainConfig)
+
+
+def data_settings(overrides: Sequence[str]) -> DataConfig:
+    """The data set that ``data=… data.KEY=…`` choose, as for ``clipmapper train``.
+
+    Raises ``UserError`` for what is wrong with them, and where none is chosen.
+    """
+    for override in overrides:
+        if override.partition("=")[0].lstrip("+~").partition(".")[0] not in ("data", "experiment"):
+            raise UserError(f"{override}: only the data set can be chosen here, as data=… data.KEY=…")
+    if not any(override.startswith(("data=", "experiment=")) for override in overrides):
+        raise UserError(
+            f"{overrides[0]}: of which data set? Choose it as well, as in data=manifest data.path=…"
+        )
+    groups = config_groups()
+    try:
+        check_overrides(quoted(overrides, TrainConfig), TrainConfig, groups, sweep=False)
+        return checked_data(_composed(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(describe_failure(error, TrainConfig, groups)) from error
+
+
+def config_groups() -> Mapping[str, Sequence[str]]:
+    """The groups of ``clipmapper train`` and their choices; Hydra's own are for Hydra to check."""
+    conf = _conf()
+    folders = [path for path in conf.iterdir() if path.is_dir() and path.name != "hydra"]
+    return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
+
+
+def _composed(overrides: Sequence[str]) -> Container:
     register()
-    with initialize_config_dir(str((shipped_root() / "conf").absolute()), version_base="1.3"):
-        return checked(compose("train", list(overrides)), TrainConfig)
+    before = GlobalHydra.instance().hydra  # of the command that asks
+    GlobalHydra.instance().hydra = None
+    try:
+        with initialize_config_dir(str(_conf()), version_base="1.3"):
+            return compose("train", quoted(overrides, TrainConfig))
+    finally:
+        GlobalHydra.instance().hydra = before
+
+
+def _conf() -> Path:
+    return (shipped_root() / "conf").absolute()

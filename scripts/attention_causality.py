@@ -1,8 +1,12 @@
 """Replace attention by matrices with and without the same effect, and count changed predictions.
 
-On a trained CLIPmapper, with questions of its own data:
+On a trained CLIPmapper, with questions of its own world:
 
     python scripts/attention_causality.py --checkpoint last.ckpt --samples 100 --output outputs/causality.json
+
+(the built-in world that it was trained on), or of yours, chosen as for scripts/train.py:
+
+    python scripts/attention_causality.py --checkpoint last.ckpt data=manifest data.path=my.jsonl
 
 On a text classifier, a folder of Hugging Face weights:
 
@@ -35,6 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, 2 after a line on stderr for a mistake of the user's, 130 when interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="a trained CLIPmapper that answers questions")
+    parser.add_argument(
+        "--architecture", help="FILE.json, if the checkpoint's architecture is yours and names a tokenizer"
+    )
+    parser.add_argument(
+        "data", nargs="*", metavar="data=…",
+        help="the questions' data set, as for scripts/train.py (default: the world that --checkpoint knows)",
+    )  # fmt: skip
     parser.add_argument("--classifier", type=Path, help="folder of a Hugging Face text classifier")
     parser.add_argument("--texts", type=Path, help="a text file, one text a line, for --classifier")
     parser.add_argument(
@@ -61,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tqdm(total=count_forwards(predict), desc="forwards", leave=False) as bar:
             results = attention_causality(predict, options.layers, options.seed, progress=bar.update)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
@@ -80,6 +91,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--samples {options.samples}: must be at least 1")
     if options.checkpoint is not None and options.classifier is not None:
         raise UserError("--checkpoint and --classifier: give one of them")
+    if options.data and options.checkpoint is None:
+        raise UserError(f"{options.data[0]}: data are for --checkpoint")
     if (options.classifier is None) != (options.texts is None):
         raise UserError("--classifier and --texts (a text file with one text a line) go together")
     for path in (options.classifier, options.texts):
@@ -111,15 +124,15 @@ def _show(results: dict) -> None:
 def _clipmapper(options: argparse.Namespace) -> tuple[nn.Module, Forwards]:
     from clipmapper.models.build import load
     from clipmapper.models.captioner import Captioner
+    from clipmapper.settings import data_settings
+    from clipmapper.training.checkpoint_data import data_for
     from clipmapper.training.explained_records import samples_of
-    from clipmapper.training.instances import built
 
-    model = load(options.checkpoint)
+    given = data_settings(options.data) if options.data else None
+    model = load(options.checkpoint, architecture=options.architecture)
     if isinstance(model, Captioner):
         raise UserError(f"{options.checkpoint}: writes captions; predictions are counted of answers")
-    if "data" not in model.description:
-        raise UserError(f"{options.checkpoint}: does not say which data it was trained on")
-    data = built(model.description["data"])
+    data = data_for(model, given, str(options.checkpoint))
     samples = samples_of(model, data, "validation", options.samples, options.seed)
 
     def forward(rows: Tensor) -> Tensor:
@@ -165,9 +178,9 @@ def _of_folder(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Tensor
     folder = options.classifier
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
-            folder, attn_implementation="sdpa", local_files_only=True
+            folder, attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
         ).eval()
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, LookupError) as error:
         line = str(error).splitlines()[0]
         raise UserError(f"--classifier {folder}: no text classifier with its tokenizer ({line})") from error

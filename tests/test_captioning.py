@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import training_models
-from hydra.utils import instantiate
 from torch.utils.data import DataLoader
 from training_models import same_bits
 
@@ -36,6 +35,7 @@ from clipmapper.training.caption_batches import CaptionBatches, Stage, drawn_bat
 from clipmapper.training.caption_report import family_scores
 from clipmapper.training.caption_task import CaptionTask
 from clipmapper.training.captioning import CaptionModule, JudgedCaption
+from clipmapper.training.checkpoint_data import data_for
 from clipmapper.training.interruption import RunInterrupted
 from clipmapper.training.less_noise import less_noise
 from clipmapper.training.module import Labelled, StepBatches
@@ -474,7 +474,7 @@ def test_results_say_what_the_captions_are_worth(finished, capsys):
 
 def test_checkpoint_of_a_run_writes_the_captions_of_its_results(finished):
     model = clipmapper.load(finished / CHECKPOINT)
-    split = instantiate(model.description["data"]).validation
+    split = data_for(model, None, "last.ckpt").validation
     longest = Decoding("greedy", max_length=model.encoder.context_length - 1)
     for sample in results_of(finished)["samples"]:
         assert model.caption(split.images[sample["image"]], longest) == sample["caption"]
@@ -489,7 +489,7 @@ def test_a_run_with_gpt2(settings, decoder):
     folder = train(settings(*chosen, *sizes))
     model = clipmapper.load(folder / CHECKPOINT)
     assert model.decoder.cross == (decoder == "gpt2_cross")
-    pictures = instantiate(model.description["data"]).validation.images
+    pictures = data_for(model, None, "last.ckpt").validation.images
     for row in results_of(folder)["samples"]:
         how = Decoding("greedy", max_length=model.longest)
         assert model.caption(pictures[row["image"]], how) == row["caption"]

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.utils import instantiate
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from clipmapper import cli, config
 from clipmapper.config_keys import setting_named
 from clipmapper.errors import UserError
+from clipmapper.free_text import quoted
+from clipmapper.training.instances import built
 from clipmapper.training.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -341,7 +343,7 @@ def test_mistake_in_the_settings_of_training(run, arguments, key, says):
         (
             "explain",
             ["model=scenes"],
-            "model: there is no such setting; there are answer, caption, c",
+            "model: there is no such setting; there are answer, architecture, caption, c",
         ),
         ("perturb", ["checkpoint=a", "split=heldout"], "split: 'heldout' is not one of validation, held_out"),
         ("pretrain_clip", ["variants=7"], "batch_size: "),
@@ -379,8 +381,11 @@ def test_user_error_of_the_run_is_one_line(run):
 
 def test_target_that_does_not_exist_is_one_line(run, monkeypatch):
     work = sys.modules["clipmapper.training.run"]
-    monkeypatch.setattr(work, "train", lambda given: instantiate(asdict(given.data)))
-    assert run.error("train", "data._target_=no.such.Data") == "Error locating target 'no.such.Data'"
+    monkeypatch.setattr(work, "train", lambda given: built(asdict(given.data)))
+    says = "_target_=no.such.Data: Error locating target 'no.such.Data'"
+    assert run.error("train", "data._target_=no.such.Data") == says
+    assert "'os.system' is blocklisted" in run.error("train", "data._target_=os.system")
+    assert "cannot be called with these settings" in run.error("train", "data._target_=pathlib.Path.home")
 
 
 def test_other_errors_keep_their_traceback(run):
@@ -443,11 +448,20 @@ def test_unknown_command(run, arguments, says):
     assert says in line and "usage: clipmapper train|explain|perturb|pretrain_clip" in line
 
 
-@given(st.text(min_size=1).filter(lambda text: text != "null" and text[0] not in "'\""))
+_PIECES = st.one_of(st.text(max_size=3), st.sampled_from(["${", "${oc.env:HOME}", "$", "{", "}", "\\", "'"]))
+
+
+@given(
+    st.lists(_PIECES, min_size=1)
+    .map("".join)
+    .filter(lambda text: text not in ("", "null", "???") and text[0] not in "'\"")
+)
 def test_free_text_reaches_its_setting_as_it_is(text):
-    (argument,) = cli._quoted([f"question={text}"], config.ExplainConfig)
+    """Through Hydra's grammar and OmegaConf's, which would put the user's folder for ${oc.env:HOME}."""
+    (argument,) = quoted([f"question={text}"], config.ExplainConfig)
     (override,) = OverridesParser.create().parse_overrides([argument])
-    assert override.key_or_group == "question" and override.value() == text
+    assert override.key_or_group == "question"
+    assert OmegaConf.create({"question": override.value()}).question == text
 
 
 def test_free_text_of_a_whole_run(run):

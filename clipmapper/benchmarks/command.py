@@ -9,6 +9,7 @@ from typing import NamedTuple
 from clipmapper.benchmarks import captions, loading, perturbation, relevance, token_caching
 from clipmapper.benchmarks.timing import write_results
 from clipmapper.errors import UserError
+from clipmapper.file_names import file_name_problem
 
 
 class Benchmark(NamedTuple):
@@ -81,6 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error("--repeats must be at least 1")
+    if problem := file_name_problem(options.name):
+        parser.error(f"--name: {problem}")
     benchmark = BENCHMARKS[options.benchmark]
     output = options.output
     options.output = str(output)

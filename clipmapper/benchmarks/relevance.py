@@ -249,7 +249,7 @@ def show(results: dict) -> None:
     out.print(table)
     for row in results["rows"]:
         if "left_out" in row:
-            out.print(f"{row['model']}, batch {row['batch']}, {row['way']}: {row['left_out']}", markup=False)
+            out.print(f"{row['model']}, batch {row['batch']}, {row['way']}: {row['left_out']}")
         if "resident_bytes" in row:
             grown = row["resident_bytes"] / 2**30
             out.print(f"{row['model']}, {row['way']}: {grown:.2f} GiB resident above the model")

@@ -18,8 +18,10 @@ def earlier_rows(path: Path, now: Mapping, must_agree: Mapping[str, Sequence[str
     try:
         before = json.loads(path.read_text())
         rows = before["rows"]
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise TypeError("no rows")
         entries = [(s, key, before[s].get(key)) for s, keys in must_agree.items() for key in keys]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"--resume: {path} is no result of this benchmark; remove it, or give another --name"
         ) from error

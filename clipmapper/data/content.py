@@ -44,15 +44,16 @@ def file_digests(
     file = index / INDEX
     try:
         known = json.loads(file.read_text())
-    except (OSError, ValueError):  # absent or damaged: everything is read
+    except (OSError, ValueError, RecursionError):  # absent or damaged: everything is read
         known = {}
+    known = known if isinstance(known, dict) else {}
     kept = {}
 
     def of(path: Path) -> str:
         stamp = _stamp(path)
         name = os.path.abspath(path)
         before = known.get(name)
-        digest = before[1] if before and before[0] == stamp else _read(path)
+        digest = before[1] if _is_entry(before) and before[0] == stamp else _read(path)
         kept[name] = [stamp, digest]
         progress(1)
         return digest
@@ -78,3 +79,7 @@ def _read(path: Path) -> str:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
+
+
+def _is_entry(known: object) -> bool:
+    return isinstance(known, list) and len(known) == 2 and isinstance(known[1], str)

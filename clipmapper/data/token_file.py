@@ -66,7 +66,7 @@ class TokenFile:
             key = json.loads((self.folder / KEY).read_text())
             # Copy on write: torch wants to be able to write, and nothing that is written reaches the file.
             tokens = torch.from_numpy(np.load(path, mmap_mode="c"))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # numpy refuses pickled objects, and stumbles where it happens to
             raise UserError(f"token cache {self.folder}: damaged ({error}); delete this folder") from error
         if key != self.key or tokens.dtype != self.dtype or tuple(tokens.shape) != self.shape:
             raise UserError(f"token cache {self.folder}: holds other tokens than its name says; delete it")

@@ -1,13 +1,13 @@
 """Perturbation of a large set in chunks, so that an interrupted run goes on where it stopped."""
 
 import logging
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from clipmapper.evaluation.perturbation_scores import PerturbationScores, write_arrays
+from clipmapper.visible_text import visible
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def _load_chunk(path: Path, chunk_key: str) -> PerturbationScores | None:
             if str(stored["key"]) != chunk_key:
                 return None
             return PerturbationScores.from_arrays(stored)
-    # What numpy raises for an empty, a foreign, an incomplete and a cut file.
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        _log.warning("%s is damaged and is computed again (%s)", path, error)
+    # What numpy raises for an empty, a foreign, an incomplete and a cut file, and one with pickled objects.
+    except Exception as error:
+        _log.warning("%s is damaged and is computed again (%s)", path, visible(str(error)))
         return None

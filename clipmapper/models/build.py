@@ -1,21 +1,21 @@
 """Building a model from plain settings, and writing those settings into its checkpoints."""
 
 import json
-import pickle
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from open_clip.model import set_model_preprocess_cfg
 from transformers import GPT2LMHeadModel
 
 from clipmapper.errors import UserError
 from clipmapper.models.caption_head import CaptionHead, TiedCaptionHead
 from clipmapper.models.caption_tokens import caption_vocabulary
 from clipmapper.models.captioner import Captioner
-from clipmapper.models.clip_weights import prepare_images_as
+from clipmapper.models.clip_weights import architecture_config
 from clipmapper.models.clipmapper import CLIPmapper
+from clipmapper.models.description import PREPROCESS, check_description
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.fine_tuning import choose_trained, merge_adapters
 from clipmapper.models.gpt2 import OwnTokenizer, gpt2_of, local_gpt2, new_gpt2, plain_config
@@ -23,7 +23,13 @@ from clipmapper.models.gpt2_captioner import GPT2Captioner
 from clipmapper.models.gpt2_decoder import DECODERS, GPT2Decoder, GPT2Head
 from clipmapper.models.heads import VQAHead
 from clipmapper.models.mapper import MAPPERS, Mapper
-from clipmapper.shipped import shipped_path
+from clipmapper.models.weight_files import (
+    Unreadable,
+    check_finite,
+    check_sizes,
+    check_tensors,
+    read_torch_file,
+)
 
 # What a description says of the encoder only where it is chosen.
 _CHOSEN = ("image_size", "trained_blocks", "lora_rank")
@@ -54,7 +60,7 @@ def build_clipmapper(encoder: Mapping, model: Mapping, answers: Sequence[str]) -
     stage_1 = build_encoder(encoder)
     mapper, head = build_mapper_and_head(stage_1, model, len(answers))
     built = CLIPmapper(stage_1, mapper, head, answers)
-    built.description = describe("vqa", encoder, model, answers=list(answers))
+    built.description = describe("vqa", stage_1, encoder, model, answers=list(answers))
     return built
 
 
@@ -113,7 +119,7 @@ def build_captioner(
             "config": plain_config(language_model),
             "tokenizer": tokenizer and tokenizer.description(),
         }
-        built.description = describe("captioning", encoder, model, tokens=tokens, gpt2=described)
+        built.description = describe("captioning", stage_1, encoder, model, tokens=tokens, gpt2=described)
         return built
     embedding = stage_1.text_tower.owner.token_embedding
     if model["tied_head"]:
@@ -121,7 +127,7 @@ def build_captioner(
     else:
         head = CaptionHead(model["width"], embedding.num_embeddings, tokens)
     built = Captioner(stage_1, mapper, head, text_embedding_only=text_embedding_only)
-    built.description = describe("captioning", encoder, model, tokens=tokens)
+    built.description = describe("captioning", stage_1, encoder, model, tokens=tokens)
     return built
 
 
@@ -183,19 +189,19 @@ def _mapper(
     )
 
 
-def describe(task: str, encoder: Mapping, model: Mapping, **more) -> dict:
+def describe(task: str, stage_1: ClipEncoder, encoder: Mapping, model: Mapping, **more) -> dict:
     """Everything but the weights, in plain types; an architecture of one's own goes in whole.
 
     ``more``: what the task's model needs besides (the answers, the tokens of the head).
     """
     architecture = encoder["architecture"]
-    config = None
-    if architecture.endswith(".json"):
-        config = json.loads(shipped_path(architecture).read_text())
+    config = architecture_config(architecture) if architecture.endswith(".json") else None
+    preprocess = {key: stage_1.clip.visual.preprocess_cfg[key] for key in PREPROCESS}
     return {
         "task": task,
         "encoder": {"architecture": architecture, "frozen": encoder["frozen"], "config": config}
-        | {key: encoder[key] for key in _CHOSEN if encoder.get(key) is not None},
+        | {key: encoder[key] for key in _CHOSEN if encoder.get(key) is not None}
+        | {"preprocess": {k: list(v) if isinstance(v, tuple) else v for k, v in preprocess.items()}},
         "tokenizer": Path(architecture).stem if config else architecture,
         "model": dict(model),
         **more,
@@ -206,45 +212,71 @@ def describe(task: str, encoder: Mapping, model: Mapping, **more) -> dict:
 _BUILDERS: Mapping[str, Callable[[Mapping, Mapping], CLIPmapper | Captioner]] = {
     "vqa": lambda encoder, described: build_clipmapper(encoder, described["model"], described["answers"]),
     "captioning": lambda encoder, described: build_captioner(
-        encoder, described["model"], tokens=described["tokens"], gpt2=described.get("gpt2")
+        encoder, described["model"], tokens=described.get("tokens"), gpt2=described.get("gpt2")
     ),
 }
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> CLIPmapper | Captioner:
+def load(
+    path: str | Path, device: str | torch.device = "cpu", architecture: str | None = None
+) -> CLIPmapper | Captioner:
     """A trained model from a checkpoint, ready to ``.answer(image, question)`` or to ``.caption(image)``.
 
-    No pickled code is executed and nothing but the file is needed. Raises ``UserError`` when the file is
-    missing, damaged, or not a checkpoint of a CLIPmapper.
+    The file may be anybody's: no pickled code is executed, every byte is compared with its checksum, and what
+    it says of the model is checked against a closed list (:mod:`clipmapper.models.description`) and against
+    its own weights before anything is built. Nothing else is opened; of open_clip's own architectures some
+    (SigLIP) have a tokenizer that is fetched when a text is first read. ``architecture``: for a model whose
+    architecture is your own file and names a tokenizer, that file.
+
+    Raises ``UserError`` when the file is missing, damaged, not a checkpoint of a CLIPmapper, or has weights
+    that are not finite.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"checkpoint={path}: no such file")
     try:
-        with warnings.catch_warnings():
-            # What torch says about pickles of other programs helps nobody: the line below says enough.
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        description = checkpoint[DESCRIPTION]
+        checkpoint = read_torch_file(path)
+        if not isinstance(checkpoint, dict) or not {DESCRIPTION, "state_dict"} <= set(checkpoint):
+            raise Unreadable("it holds no model")
+        description, state = checkpoint[DESCRIPTION], checkpoint["state_dict"]
+        if not isinstance(state, dict):
+            raise Unreadable("it holds no model")
         state = {
-            name.removeprefix("model."): value
-            for name, value in checkpoint["state_dict"].items()
-            if name.startswith("model.")
+            str(name).removeprefix("model."): value
+            for name, value in state.items()
+            if str(name).startswith("model.")
         }
+        check_tensors(state, path.stat().st_size)
+        check_finite(state)
+        check_description(description, len(state), named=architecture is not None)
+        if architecture is not None:
+            _check_architecture(description["encoder"], architecture)
+        # Without room for a number: a description may ask for more than there is memory.
+        with torch.device("meta"):
+            check_sizes(_empty(description).state_dict(), state)
         model = _empty(description)
         model.load_state_dict(state)
-    except (pickle.UnpicklingError, LookupError) as error:
-        # torch's own text advises to execute what is in the file; what is missing in it tells a user nothing.
-        what = "it is damaged, of another program, or holds more than weights"
-        raise UserError(f"checkpoint={path}: not a readable checkpoint of clipmapper ({what})") from error
-    except (RuntimeError, TypeError, ValueError, AttributeError, EOFError, OSError) as error:
+    except Unreadable as error:
+        raise UserError(f"checkpoint={path}: not a readable checkpoint of clipmapper ({error})") from error
+    except UserError as error:
+        raise UserError(f"checkpoint={path}: {error}") from error
+    # What a file that was tampered with raises depends on where its numbers do not go together.
+    except Exception as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"checkpoint={path}: not a readable checkpoint of clipmapper ({line})") from error
     merge_adapters(model.encoder)
     return model.to(device).eval()
 
 
+def _check_architecture(encoder: Mapping, architecture: str) -> None:
+    """Raise ``UserError`` where the user names another architecture than the checkpoint has."""
+    own = architecture_config(architecture) if architecture.endswith(".json") else None
+    if own != encoder["config"] or (own is None and architecture != encoder["architecture"]):
+        raise UserError(f"architecture={architecture}: not the one that the model was trained with")
+
+
 def _empty(description: Mapping) -> CLIPmapper | Captioner:
+    """The model of a checked description, without its weights."""
     encoder = dict(description["encoder"])
     config = encoder.pop("config")
     with tempfile.TemporaryDirectory() as folder:
@@ -254,9 +286,10 @@ def _empty(description: Mapping) -> CLIPmapper | Captioner:
             file.write_text(json.dumps(config))
             encoder["architecture"] = str(file)
         model = _BUILDERS[description["task"]](encoder | {"pretrained": None}, description)
-        if encoder.get("pretrained") is not None:
-            prepare_images_as(model.encoder.clip, encoder["architecture"], encoder["pretrained"])
-        if config is not None:
+        if "preprocess" in encoder:
+            visual = model.encoder.clip.visual
+            set_model_preprocess_cfg(model.encoder.clip, visual.preprocess_cfg | encoder["preprocess"])
+        if config is not None and torch.get_default_device().type != "meta":
             _ = model.encoder.tokenizer  # which is read by the file, while it is there
     model.encoder.architecture = description["encoder"]["architecture"]
     model.description = dict(description)

@@ -2,8 +2,7 @@
 
 import json
 import logging
-import pickle
-import warnings
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
+from clipmapper.models.weight_files import Unreadable, check_finite, check_tensors, read_torch_file
 from clipmapper.shipped import shipped_path
 
 # A checkpoint may hold only the token embeddings that its training ever used: these ids, in this order.
@@ -62,6 +62,8 @@ def build_clip(architecture: str, pretrained: str | None, image_size: int | None
                 # timm's towers are resized with their weights inside, below.
                 force_image_size=None if _is_timm(name) else image_size,
                 weights_only=True,
+                # Where the sizes of a model are looked at, it is built without its numbers.
+                device="meta" if torch.get_default_device().type == "meta" else "cpu",
             )
     except Exception as error:
         if tag is not None:
@@ -119,11 +121,14 @@ def build_tokenizer(architecture: str, context_length: int):
     Raises ``UserError`` when it is one of a hub that cannot be read.
     """
     name = registered_name(architecture)
+    of_text = open_clip.get_model_config(name)["text_cfg"]
+    # Said, because transformers would ask a terminal whether it may run a repository's code.
+    options = {"trust_remote_code": False} if of_text.get("hf_tokenizer_name") else {}
     try:
         with open_clip_log():
-            return open_clip.get_tokenizer(name, context_length=context_length)
+            return open_clip.get_tokenizer(name, context_length=context_length, **options)
     except (OSError, ValueError) as error:
-        source = open_clip.get_model_config(name)["text_cfg"].get("hf_tokenizer_name", "a hub's")
+        source = of_text.get("hf_tokenizer_name", "a hub's")
         raise UserError(
             f"encoder.architecture={architecture}: its tokenizer ({source}) could not be read "
             f"({_one_line(error)}); it is fetched once and needs a network then"
@@ -134,7 +139,8 @@ def load_clip_weights(clip: nn.Module, path: Path) -> None:
     """Fill ``clip`` from a local checkpoint, in open_clip's formats or that of :func:`save_clip_weights`.
 
     Position embeddings of another resolution or context length are interpolated, as open_clip does.
-    Raises ``UserError`` when the file is damaged, does not fit, or holds more than tensors.
+    Raises ``UserError`` when the file is damaged, does not fit, holds numbers that are not finite, or more
+    than tensors. (The formats of safetensors and of numpy's ``.npy`` have no checksums to compare.)
     """
     try:
         if path.suffix == ".safetensors" and EMBEDDING_IDS in _tensor_names(path):
@@ -142,15 +148,13 @@ def load_clip_weights(clip: nn.Module, path: Path) -> None:
             resize_pos_embed(state, clip)
             clip.load_state_dict(state)
         else:
-            with open_clip_log(), warnings.catch_warnings():
-                # torch asks to report the pickle protocol of a file that it is then right to refuse.
-                warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            if path.suffix not in (".safetensors", ".npz", ".npy"):
+                _check_torch_file(path)
+            with open_clip_log():
                 open_clip.load_checkpoint(clip, str(path), weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"encoder.pretrained={path}: not a checkpoint of plain tensors (it is damaged, or it holds "
-            "pickled objects, which are not loaded because that can run code)"
-        ) from error
+        check_finite(clip.state_dict())
+    except Unreadable as error:
+        raise UserError(f"encoder.pretrained={path}: {error}") from error
     # What a damaged or foreign file raises depends on where its reader happens to stumble over it.
     except Exception as error:
         kind = "" if isinstance(error, RuntimeError | SafetensorError) else f"{type(error).__name__}: "
@@ -196,11 +200,30 @@ def registered_name(architecture: str) -> str:
             + (f"; did you mean {' or '.join(near)}?" if near else "; see open_clip.list_models()")
         )
     path = shipped_path(architecture)
+    architecture_config(architecture)
+    if not re.fullmatch(r"[\w.+ -]+", path.stem):  # open_clip loads "hf-hub:…" from a hub
+        raise UserError(
+            f"encoder.architecture={architecture}: its name may have letters, digits, spaces and .+-_ alone"
+        )
+    if (Path(open_clip.__file__).parent / "model_configs" / path.name).exists():
+        raise UserError(
+            f"encoder.architecture={architecture}: open_clip has an architecture named {path.stem}; "
+            "give the file another name"
+        )
+    open_clip.add_model_config(path)
+    return path.stem
+
+
+def architecture_config(architecture: str) -> dict:
+    """A configuration of the user's own, from its file, in open_clip's format.
+
+    Raises ``UserError`` for a file that is none, and for one that would run code (``trust_remote_code``).
+    """
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(shipped_path(architecture).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"encoder.architecture={architecture}: no such file") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = _one_line(error)
         raise UserError(f"encoder.architecture={architecture}: not readable JSON ({reason})") from error
     parts = {"embed_dim": int, "vision_cfg": dict, "text_cfg": dict}
@@ -210,13 +233,19 @@ def registered_name(architecture: str) -> str:
             f"encoder.architecture={architecture}: needs the number embed_dim and the objects vision_cfg and "
             "text_cfg, as open_clip's own model configurations have them"
         )
-    if (Path(open_clip.__file__).parent / "model_configs" / path.name).exists():
+    options = config["text_cfg"].get("tokenizer_kwargs") or {}
+    if not isinstance(options, dict) or "trust_remote_code" in options:
         raise UserError(
-            f"encoder.architecture={architecture}: open_clip has an architecture named {path.stem}; "
-            "give the file another name"
+            f"encoder.architecture={architecture}: text_cfg.tokenizer_kwargs: trust_remote_code is never "
+            "given: it runs code that comes with a tokenizer"
         )
-    open_clip.add_model_config(path)
-    return path.stem
+    return config
+
+
+def names_tokenizer(architecture: str) -> bool:
+    """Whether it is a file of the user's own that names a tokenizer of a hub or of a folder."""
+    own = architecture_config(architecture) if architecture.endswith(".json") else None
+    return own is not None and own["text_cfg"].get("hf_tokenizer_name") is not None
 
 
 @contextmanager
@@ -241,6 +270,15 @@ def open_clip_log() -> Iterator[None]:
         root.removeFilter(worth_reading)
         if handler is not None:
             root.removeHandler(handler)
+
+
+def _check_torch_file(path: Path) -> None:
+    """Raise ``Unreadable`` before open_clip, which compares no checksums, reads the file."""
+    loaded = read_torch_file(path, mmap=True)
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else {}
+    if isinstance(state, dict):
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        check_tensors(tensors, path.stat().st_size)
 
 
 def _tensor_names(path: Path) -> set[str]:

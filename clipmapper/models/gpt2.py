@@ -12,6 +12,8 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedT
 from transformers.utils import logging as transformers_logging
 
 from clipmapper.errors import UserError
+from clipmapper.models.gpt2_description import GPT2_KEYS
+from clipmapper.models.weight_files import check_finite, read_torch_file
 
 # New beside a pretrained GPT-2, which reads no images.
 CROSS_ATTENTION = ("crossattention", "ln_cross_attn")
@@ -75,7 +77,7 @@ def new_gpt2(
 def gpt2_of(config: GPT2Config | Mapping) -> GPT2LMHeadModel:
     """A GPT-2 with random weights, of this configuration (or of what :func:`plain_config` made of one)."""
     if not isinstance(config, GPT2Config):
-        config = GPT2Config(**config)
+        config = GPT2Config(**{key: config[key] for key in GPT2_KEYS if key in config})
     config.use_cache = False
     # Attention that a recorder sees: see clipmapper.relevance.capture.
     config._attn_implementation = "sdpa"
@@ -84,7 +86,8 @@ def gpt2_of(config: GPT2Config | Mapping) -> GPT2LMHeadModel:
 
 def plain_config(model: GPT2LMHeadModel) -> dict:
     """The configuration in plain types, for a checkpoint."""
-    return json.loads(model.config.to_json_string())
+    config = json.loads(model.config.to_json_string())
+    return {key: config[key] for key in GPT2_KEYS if key in config}
 
 
 def local_gpt2(path: str, cross: bool) -> tuple[GPT2LMHeadModel, PreTrainedTokenizerBase]:
@@ -99,7 +102,7 @@ def local_gpt2(path: str, cross: bool) -> tuple[GPT2LMHeadModel, PreTrainedToken
         raise UserError(f"{what}: no such folder; it holds config.json, weights and tokenizer of a GPT-2")
     try:
         kind = json.loads((folder / "config.json").read_text())["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{what}: there is no readable config.json of a transformers model in it") from error
     if kind != "gpt2":
         raise UserError(f"{what}: a model of the kind {kind!r}, not of the GPT-2 family (model_type gpt2)")
@@ -110,6 +113,8 @@ def local_gpt2(path: str, cross: bool) -> tuple[GPT2LMHeadModel, PreTrainedToken
             "new GPT-2 on CLIP's tokens"
         )
     try:
+        for file in sorted(folder.glob("pytorch_model*.bin")):
+            read_torch_file(file, mmap=True)
         with _quiet():
             model, info = GPT2LMHeadModel.from_pretrained(
                 folder,
@@ -117,8 +122,10 @@ def local_gpt2(path: str, cross: bool) -> tuple[GPT2LMHeadModel, PreTrainedToken
                 add_cross_attention=cross,
                 attn_implementation="sdpa",
                 output_loading_info=True,
+                trust_remote_code=False,
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        check_finite(model.state_dict())
     except Exception as error:  # a damaged file fails where its reader happens to stumble over it
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{what}: not a readable GPT-2 ({line})") from error

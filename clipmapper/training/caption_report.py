@@ -6,7 +6,6 @@ import numpy as np
 import wandb
 from jaxtyping import UInt8
 from lightning.pytorch.loggers import WandbLogger
-from rich.markup import escape
 from rich.table import Table
 
 from clipmapper.data.caption_truth import KINDS
@@ -115,7 +114,7 @@ def family_table(row: Mapping) -> Table:
     for column in ("captions", *(_NAMES[score] for score in SCORES)):
         table.add_column(column, justify="right")
     for family, found in row["families"].items():
-        table.add_row(escape(family), str(found["captions"]), *_score_cells(found))
+        table.add_row(family, str(found["captions"]), *_score_cells(found))
     table.add_row("overall", str(row["greedy"]["captions"]), *_score_cells(row), style="bold")
     return table
 

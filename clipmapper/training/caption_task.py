@@ -20,6 +20,7 @@ from clipmapper.errors import UserError
 from clipmapper.models.build import build_captioner, load
 from clipmapper.models.caption_decoding import Decoding
 from clipmapper.models.captioner import Captioner
+from clipmapper.models.clip_weights import names_tokenizer
 from clipmapper.training.caption_batches import CaptionBatches, Stage, drawn_batches
 from clipmapper.training.caption_report import (
     family_scores,
@@ -181,7 +182,7 @@ class CaptionTask(Task):
         file = folder / "captions_validation.json"
         ids = [record.id for record in batches.split.records]
         write_captions_file(file, [(ids[one.image], one.caption) for one in written["validation"]])
-        console().print(f"captions, validation: {file}", markup=False)
+        console().print(f"captions, validation: {file}")
         return {"captions": splits, "samples": rows, "written": {"validation": str(file)}}
 
     def tables(self, results: Mapping) -> list[Table]:
@@ -205,7 +206,8 @@ class CaptionTask(Task):
 def _loaded(config: TrainConfig) -> Captioner:
     """The captioner of ``training.checkpoint``, which must be the one that the settings describe."""
     path = config.training.checkpoint
-    model = load(path)
+    own = config.encoder.architecture
+    model = load(path, architecture=own if names_tokenizer(own) else None)
     if not isinstance(model, Captioner):
         raise UserError(f"training.checkpoint={path}: a model that answers questions, not a captioner")
     described = model.description

@@ -2,16 +2,22 @@
 
 import errno
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import nn
 
 from clipmapper.errors import UserError
+from clipmapper.models.weight_files import (
+    Unreadable,
+    check_finite,
+    check_sizes,
+    check_tensors,
+    read_torch_file,
+)
 
 # What a file system says that has no room: the disk is full, the quota is used up, the file is too large.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -80,11 +86,21 @@ def restore_checkpoint(path: Path) -> str | None:
             f"resume=true: {path}: {problem}, and the one before, {previous}: {also}; start anew without it"
         )
     os.replace(previous, path)
-    return f"{path}: {problem}; going on from the one before, {_step(path)} steps"
+    return f"{path}: {problem}; going on from the one before, {steps_of(path)} steps"
 
 
-def _step(path: Path) -> int:
-    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+def steps_of(path: Path) -> int:
+    """How many steps the checkpoint of a run has made, which :func:`restore_checkpoint` has found whole."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+
+
+def check_same_model(path: Path, module: nn.Module) -> None:
+    """Raise ``UserError`` where the checkpoint at ``path`` is not of the model that is to go on."""
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    try:
+        check_sizes(module.state_dict(), state)
+    except Unreadable as error:
+        raise UserError(f"resume=true: {path}: {error}; start a new run without it") from error
 
 
 def _problem(path: Path) -> str | None:
@@ -92,15 +108,17 @@ def _problem(path: Path) -> str | None:
     if not path.is_file():
         return "missing"
     try:
-        with zipfile.ZipFile(path) as archive:
-            # torch checks no checksums when it reads.
-            if (damaged := archive.testzip()) is not None:
-                return f"damaged ({damaged} is not what was written)"
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        return f"damaged or cut short ({(str(error) or type(error).__name__).splitlines()[0]})"
-    whole = isinstance(checkpoint, dict) and {"global_step", "state_dict"} <= set(checkpoint)
-    return None if whole else "not a checkpoint of a run"
+        checkpoint = read_torch_file(path, mmap=True)
+        if not isinstance(checkpoint, dict) or not {"global_step", "state_dict"} <= set(checkpoint):
+            return "not a checkpoint of a run"
+        step, state = checkpoint["global_step"], checkpoint["state_dict"]
+        if type(step) is not int or step < 0 or not isinstance(state, dict):
+            return "not a checkpoint of a run"
+        check_tensors(state, path.stat().st_size)
+        check_finite(state)
+    except Unreadable as error:
+        return str(error)
+    return None
 
 
 def _keep_as_previous(path: Path) -> None:

@@ -76,7 +76,7 @@ def token_store(config: TrainConfig, encoder: ClipEncoder, *, texts: bool) -> To
         # The class token that CoCa's text tower appends would be cut off with a cached text's padding.
         why = "no token cache, for this text tower puts a token behind each text: it runs in every step"
     if why is not None:
-        console().print(why, markup=False, soft_wrap=True)
+        console().print(why, soft_wrap=True)
     if why is not None or not training.token_cache:
         return None
     machine = max(1, this_share().of // config.trainer.num_nodes)

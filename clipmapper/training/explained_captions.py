@@ -1,5 +1,6 @@
 """Which images' captions are explained, and what is known about the images."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from clipmapper.data.content import content_digest, joint_digest
 from clipmapper.data.images import clip_input
 from clipmapper.data.scene_captions import WORD_KINDS, AlignedCaption, aligned_captions
 from clipmapper.evaluation.cider import DocumentFrequencies
@@ -44,6 +46,14 @@ class ExplainedCaptions:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def digest(self) -> str:
+        """Another one for other samples: of what their scores depend on."""
+        known = [] if self.known is None else [caption.text for caption in self.known]
+        counts = self.frequencies.counts
+        of_split = [self.frequencies.images, len(counts), sum(counts.values())]
+        texts = json.dumps([self.ids, self.references, known, of_split])
+        return joint_digest([content_digest(self.images.cpu().numpy()), content_digest(texts.encode())])
 
 
 def choose_caption_samples(model: Captioner, split, count: int, seed: int) -> ExplainedCaptions:

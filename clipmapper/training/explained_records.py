@@ -29,6 +29,8 @@ def samples_of(
 ) -> ExplainedSamples | ExplainedCaptions:
     """``count`` questions (images with captions) of a split of the data, drawn by ``seed``.
 
+    Scores are of the answers that the model can give, which need not be those of the data.
+
     Raises ``UserError`` for a split that the data does not have, or that has nothing to explain.
     """
     captioner = isinstance(model, Captioner)
@@ -41,7 +43,28 @@ def samples_of(
         return _captions(model, records, reader, count, seed)
     if not any(record.answers for record in records):
         raise UserError(f"split={split}: its questions have no answers")
-    return _questions(model, records, reader, data.vocabulary, count, seed)
+    vocabulary = AnswerVocabulary(model.answers, data.vocabulary.rule)
+    return _questions(model, records, reader, vocabulary, count, seed)
+
+
+def unanswerable(samples: ExplainedSamples | ExplainedCaptions) -> str | None:
+    """One line about questions none of whose answers the model can give, None where there are none.
+
+    Raises ``UserError`` where there are no others.
+    """
+    if isinstance(samples, ExplainedCaptions):
+        return None
+    found = int((samples.targets.sum(1) == 0).sum())
+    if found == len(samples):
+        raise UserError(
+            f"data: none of the answers to these {found} questions is one that the model can give, such as "
+            f"{samples.truths[0]!r}; choose the data that it was trained on, or like them"
+        )
+    if not found:
+        return None
+    return (
+        f"{found} of {len(samples)} questions have no answer that the model can give: none is right for them"
+    )
 
 
 def _questions(

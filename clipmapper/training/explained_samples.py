@@ -1,5 +1,6 @@
 """Which questions are explained, and what is known about them."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from clipmapper.data.content import content_digest, joint_digest
 from clipmapper.data.images import clip_input
 from clipmapper.data.scenes_vqa import VQASplit
 from clipmapper.models.clipmapper import CLIPmapper
@@ -37,6 +39,16 @@ class ExplainedSamples:
     def __len__(self) -> int:
         return len(self.questions)
 
+    def digest(self) -> str:
+        """Another one for other samples: of what their scores depend on."""
+        return joint_digest(
+            [
+                content_digest(self.images.cpu().numpy()),
+                content_digest(self.targets.cpu().numpy()),
+                content_digest(json.dumps([self.ids, self.questions, self.truths, self.families]).encode()),
+            ]
+        )
+
 
 def choose_samples(model: CLIPmapper, split: VQASplit, count: int, seed: int) -> ExplainedSamples:
     """``count`` questions of a split, the families in equal shares, drawn by ``seed``.
@@ -59,7 +71,9 @@ def choose_samples(model: CLIPmapper, split: VQASplit, count: int, seed: int) ->
     pictures = split.images[split.image_of[chosen]]
     index = {answer: i for i, answer in enumerate(model.answers)}
     targets = torch.zeros(len(asked), len(model.answers))
-    targets[torch.arange(len(asked)), [index[q.answer] for q in asked]] = 1.0
+    for row, question in enumerate(asked):
+        if question.answer in index:  # of a model that was trained on other data not all are
+            targets[row, index[question.answer]] = 1.0
     tokenizer = model.encoder.tokenizer
     text = tokenize(tokenizer, [q.text for q in asked])
     deciding = []

@@ -1,6 +1,7 @@
 """Objects of the settings."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -9,11 +10,37 @@ from clipmapper.errors import UserError
 
 
 def built(settings: Mapping):
-    """What the ``_target_`` of a section stands for. A ``UserError`` of its comes through as it is."""
+    """What the ``_target_`` of a section stands for, called with the rest of the section.
+
+    For settings that the user gave on the command line or wrote in YAML, never for what a file says. Values
+    are handed over as they are: Hydra would look for ``${…}`` and for more targets in them. Raises
+    ``UserError`` for a target that is not there, that Hydra holds dangerous, or that does not take these
+    settings.
+    """
+    values = dict(settings)
+    target = named(values.pop("_target_"))
     try:
-        return instantiate(dict(settings))
+        inspect.signature(target).bind(**values)
+    except TypeError as error:
+        raise UserError(
+            f"_target_={settings['_target_']}: cannot be called with these settings ({error})"
+        ) from error
+    except ValueError:  # of something built in that does not say what it takes
+        pass
+    try:
+        return target(**values)
+    except InstantiationException as error:  # of what it gives Hydra may think as of the target
+        raise _refused(settings["_target_"], error) from error
+
+
+def named(target: str) -> Callable:
+    """What a ``_target_`` of the user's settings stands for, not yet called; raises as :func:`built`."""
+    try:
+        return instantiate({"_target_": target, "_partial_": True})
     except InstantiationException as error:
-        # Hydra wraps what a constructor raises in an error of its own, with lines about where.
-        if isinstance(error.__cause__, UserError):
-            raise error.__cause__ from error
-        raise
+        raise _refused(target, error) from error
+
+
+def _refused(target: str, error: InstantiationException) -> UserError:
+    reason = " ".join(str(error).partition(", set env")[0].partition("\nfull_key")[0].split())
+    return UserError(f"_target_={target}: {reason}")

@@ -6,16 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import lightning
-import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from clipmapper.config import PretrainConfig
 from clipmapper.errors import UserError
 from clipmapper.models.clip_weights import save_clip_weights
 from clipmapper.models.encoder import ClipEncoder
+from clipmapper.training.checkpoint_files import restore_checkpoint, steps_of
 from clipmapper.training.contrastive import ContrastiveModule, contrastive_loader, retrieval_score
 from clipmapper.training.interruption import GracefulInterrupt
 from clipmapper.training.less_noise import less_noise
+from clipmapper.training.newest_checkpoint import NewestCheckpoint
 from clipmapper.training.progress import StepsBar
 
 
@@ -37,7 +37,9 @@ def run_pretraining(config: PretrainConfig) -> dict[str, float]:
     last = folder / "last.ckpt"
     if config.resume and not last.is_file():
         raise UserError(f"resume=true: there is no {last} to go on from")
-    first_step = int(torch.load(last, weights_only=True)["global_step"]) if config.resume else 0
+    if config.resume:
+        restore_checkpoint(last)
+    first_step = steps_of(last) if config.resume else 0
     loader = contrastive_loader(
         encoder,
         batch_size=config.batch_size,
@@ -48,7 +50,7 @@ def run_pretraining(config: PretrainConfig) -> dict[str, float]:
         first_step=first_step,
         workers=config.workers,
     )
-    checkpoints = ModelCheckpoint(
+    checkpoints = NewestCheckpoint(
         dirpath=folder,
         save_last=True,
         every_n_train_steps=config.checkpoint_every,

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import lightning
 import torch
-from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from torch.utils.data import DataLoader
 
@@ -18,14 +17,23 @@ from clipmapper.data.records import RecordData
 from clipmapper.errors import UserError
 from clipmapper.models.build import load
 from clipmapper.models.captioner import Captioner
+from clipmapper.models.clip_weights import names_tokenizer
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.fine_tuning import merge_adapters
-from clipmapper.training.checkpoint_files import NO_ROOM, previous_of, restore_checkpoint
+from clipmapper.training.checkpoint_data import data_description
+from clipmapper.training.checkpoint_files import (
+    NO_ROOM,
+    check_same_model,
+    previous_of,
+    restore_checkpoint,
+    steps_of,
+)
 from clipmapper.training.finite import StopAtNonFinite
-from clipmapper.training.instances import built
+from clipmapper.training.instances import built, named
 from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
 from clipmapper.training.less_noise import less_noise
 from clipmapper.training.module import Labelled, StepBatches
+from clipmapper.training.newest_checkpoint import NewestCheckpoint
 from clipmapper.training.processes import (
     another_has_failed,
     check_shares,
@@ -91,9 +99,9 @@ def _train(config: TrainConfig, device: torch.device, data: RecordData | None) -
     resumed = folder_to_resume(config.output, config.name, settings) if config.resume else None
     resumed = resumed or in_main(lambda: run_of_requeued_job(config.output, config.name))
     lightning.seed_everything(config.seed, verbose=False)
-    described = None if data else asdict(config.data)
-    data = data or built(described)
-    task: Task = instantiate({"_target_": config.training._target_, "_partial_": True})(config, data)
+    described = None if data else data_description(config.data)
+    data = data or built(asdict(config.data))
+    task: Task = named(config.training._target_)(config, data)
     model = task.model
     if described:  # an object of the caller's can't be found again from a checkpoint
         model.description["data"] = described
@@ -104,7 +112,7 @@ def _train(config: TrainConfig, device: torch.device, data: RecordData | None) -
     out.print(f"{'Resuming' if resumed else 'Run'} {folder}")
 
     for line in _data_lines(data):
-        out.print(line, markup=False)
+        out.print(line)
 
     model.to(device)
     task.prepare(explainer, folder)
@@ -114,7 +122,8 @@ def _train(config: TrainConfig, device: torch.device, data: RecordData | None) -
             trainer.save_checkpoint(folder / CHECKPOINT)
         if not is_main():
             return folder
-        _make_plain(model, folder / CHECKPOINT, sharded=config.trainer.strategy == "fsdp2")
+        sharded = config.trainer.strategy == "fsdp2"
+        _make_plain(model, folder / CHECKPOINT, config.encoder.architecture, sharded)
         model.to(device)
 
         with torch.compiler.set_stance("force_eager"):
@@ -151,9 +160,9 @@ def _fit(
 ) -> lightning.Trainer:
     training = config.training
     checkpoint = folder / CHECKPOINT
-    first_step = int(torch.load(checkpoint, weights_only=True, mmap=True)["global_step"]) if resume else 0
+    first_step = steps_of(checkpoint) if resume else 0
     callbacks: list[Callback] = [
-        ModelCheckpoint(
+        NewestCheckpoint(
             dirpath=checkpoint.parent,
             filename=checkpoint.stem,
             every_n_train_steps=config.trainer.checkpoint_interval,
@@ -168,6 +177,8 @@ def _fit(
     trainer = build_trainer(config.trainer, training.max_steps, folder, logger, callbacks)
     module = task.module()
     module.layer_decay = training.layer_decay
+    if resume:
+        check_same_model(checkpoint, module)
     if config.trainer.compile:
         module.compile_trained()
     share = this_share()
@@ -194,12 +205,13 @@ def _fit(
     return trainer
 
 
-def _make_plain(model: CLIPmapper | Captioner, checkpoint: Path, sharded: bool) -> None:
+def _make_plain(model: CLIPmapper | Captioner, checkpoint: Path, architecture: str, sharded: bool) -> None:
     """A trained model as :func:`clipmapper.load` gives it: whole, without adapters."""
     if not sharded or this_share().of == 1:
         merge_adapters(model.encoder)
         return
-    for name, part in load(checkpoint).named_children():
+    own = architecture if names_tokenizer(architecture) else None
+    for name, part in load(checkpoint, architecture=own).named_children():
         setattr(model, name, part)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.markup import escape
+from rich.text import Text
 
 from clipmapper.config import COMPARED_METHODS, ExplainConfig
 from clipmapper.errors import UserError
@@ -32,7 +32,7 @@ def chosen_device(name: str) -> torch.device:
 
 def explain_file(config: ExplainConfig) -> list[Path]:
     """Answer or caption, explain, write the pictures; returns their paths."""
-    model = load(config.checkpoint, chosen_device(config.device))
+    model = load(config.checkpoint, chosen_device(config.device), config.architecture)
     methods = [config.method, *(m for m in COMPARED_METHODS if config.compare and m != config.method)]
     explain = _explain_caption if isinstance(model, Captioner) else _explain_answer
     return explain(model, config, methods)
@@ -48,11 +48,11 @@ def _explain_answer(model: CLIPmapper, config: ExplainConfig, methods: Sequence[
     stem = f"{_slug(Path(config.image).stem)}_{_slug(config.question)}"
     files = _pictures(config, stem, explanations, question=first.question, answer=first.answer)
     out = console()
-    out.print(f"question: {escape(config.question)}")
+    out.print(f"question: {config.question}")
     what = "explained answer" if config.answer is not None else "answer"
-    out.print(f"{what}: [bold]{escape(first.answer)}[/bold] (probability {first.score:.3f})")
+    out.print(f"{what}:", Text(first.answer, style="bold"), f"(probability {first.score:.3f})")
     words = "  ".join(f"{word} {score:.3f}" for word, score in first.words)
-    out.print(f"relevance of words ({first.method}): {escape(words)}")
+    out.print(f"relevance of words ({first.method}): {words}")
     out.print(files_table(files))
     return list(files.values())
 
@@ -74,10 +74,10 @@ def _explain_caption(model: Captioner, config: ExplainConfig, methods: Sequence[
     files = _pictures(config, stem, explanations, question=first.caption)
     out = console()
     what = "explained caption" if config.caption is not None else "caption"
-    out.print(f"{what}: [bold]{escape(first.caption)}[/bold]")
+    out.print(f"{what}:", Text(first.caption, style="bold"))
     told = zip(first.explained, first.probabilities, strict=True)
     words = "  ".join(f"{first.words[place]} {probability:.2f}" for place, probability in told)
-    out.print(f"probability of words: {escape(words)}")
+    out.print(f"probability of words: {words}")
     out.print(files_table(files))
     return list(files.values())
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -15,6 +15,7 @@ CHECKPOINT = Path("checkpoints") / "last.ckpt"
 CONFIG = "config.yaml"
 RESULTS = "results.json"
 JOB = "slurm_job"
+_DEPTH = 20  # of what is nested in a file of settings
 
 
 def new_run_folder(output: str, name: str, settings: Mapping) -> Path:
@@ -64,16 +65,47 @@ def folder_to_resume(output: str, name: str, settings: Mapping) -> Path:
     folder = runs[0]
     if (folder / RESULTS).exists():
         raise UserError(f"resume=true: the newest run, {folder}, is finished; start a new one without it")
-    before, now = _flat(yaml.safe_load((folder / CONFIG).read_text())), _flat(settings)
+    before, now = _flat(_settings_of(folder)), _flat(settings)
     missing = object()  # None is a value: callbacks=none turns a section into one
     changed = [key for key in now | before if before.get(key, missing) != now.get(key, missing)]
     if changed:
-        was = f" ({json.dumps(before[changed[0]])})" if changed[0] in before else ""
+        was = f" ({json.dumps(before[changed[0]], default=str)[:200]})" if changed[0] in before else ""
         raise UserError(
             f"resume=true: {changed[0]} is not what {folder} was started with{was}; "
             "resume with the same settings or start a new run"
         )
     return folder
+
+
+def _settings_of(folder: Path) -> Mapping:
+    """What the run was started with. Raises ``UserError`` where its file is none of ours."""
+    file = folder / CONFIG
+    try:
+        text = file.read_text(encoding="utf-8")
+        _check_events(yaml.parse(text))
+        settings = yaml.safe_load(text)
+    except OSError as error:
+        raise UserError(f"resume=true: {file}: {error.strerror}; start a new run without it") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"resume=true: {file}: no settings of a run ({reason}); start a new run without it"
+        ) from error
+    if not isinstance(settings, dict):
+        raise UserError(f"resume=true: {file}: no settings of a run; start a new run without it")
+    return settings
+
+
+def _check_events(events: Iterable[yaml.Event]) -> None:
+    """Raise ``ValueError`` for YAML of another kind than we write.
+
+    An alias can stand for any amount of text, by aliases of aliases, and what is nested deep takes long.
+    """
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > _DEPTH:
+            raise ValueError("it has aliases, or is nested too deep")
 
 
 def objective(folder: Path) -> float | None:
@@ -95,5 +127,5 @@ def _flat(settings: Mapping, prefix: str = "") -> dict:
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value
     return flat

@@ -14,9 +14,9 @@ from clipmapper.evaluation.caption_perturbation import LOG_PROBABILITY
 from clipmapper.evaluation.caption_scores import check_scores
 from clipmapper.models.build import load
 from clipmapper.models.captioner import Captioner
-from clipmapper.training.explained_records import samples_of
+from clipmapper.training.checkpoint_data import data_for
+from clipmapper.training.explained_records import samples_of, unanswerable
 from clipmapper.training.explanation_kinds import explanation_kind
-from clipmapper.training.instances import built
 from clipmapper.training.run_explain import chosen_device
 from clipmapper.training.run_folder import RESULTS, write_json
 from clipmapper.training.tables import console, files_table
@@ -25,16 +25,14 @@ _PICTURES = 8
 
 
 def perturb_checkpoint(config: PerturbConfig) -> Path:
-    """Explain questions (captions) of the checkpoint's own data, print the tables, write ``results.json`` and
-    pictures.
+    """Explain questions (captions) of the settings' data or of the checkpoint's own world, print the tables,
+    write ``results.json`` and pictures.
 
     Finished chunks are kept in ``output/chunks``; with ``resume`` a run that was stopped takes them up again.
     """
     began = time.monotonic()
-    model = load(config.checkpoint, chosen_device(config.device))
-    if "data" not in model.description:
-        raise UserError(f"checkpoint={config.checkpoint}: does not say which data it was trained on")
-    data = built(model.description["data"])
+    model = load(config.checkpoint, chosen_device(config.device), config.architecture)
+    data = data_for(model, config.data, config.checkpoint)
     captioner = isinstance(model, Captioner)
     options = {k: getattr(config, k) for k in ("word_weights", "caption_scores")}
     options = {k: value for k, value in options.items() if value is not None}
@@ -44,12 +42,15 @@ def perturb_checkpoint(config: PerturbConfig) -> Path:
         options["scores"] = options.pop("caption_scores")
         check_scores([score for score in options["scores"] if score != LOG_PROBABILITY])
     samples = samples_of(model, data, config.split, config.samples, config.seed)
+    out = console()
+    if line := unanswerable(samples):
+        out.print(line)
     kind = explanation_kind(samples)
     folder = Path(config.output)
     settings = asdict(config)
     digest = hashlib.sha256(Path(config.checkpoint).read_bytes()).hexdigest()
     depends = {k: v for k, v in settings.items() if k in ("methods", "samples", "split", "seed", "chunk")}
-    depends |= options
+    depends |= options | {"data": settings["data"], "explained": samples.digest()}
     total = kind.points(len(samples), len(config.methods))
     chunks = folder / "chunks"
     if not config.resume and chunks.exists():
@@ -77,7 +78,6 @@ def perturb_checkpoint(config: PerturbConfig) -> Path:
         folder / RESULTS,
         {"settings": settings, "explanations": numbers, "seconds": round(time.monotonic() - began, 1)},
     )
-    out = console()
     for table in kind.tables(numbers):
         out.print(table)
     out.print(files_table({"results": folder / RESULTS, "pictures": pictures[0].parent}))

@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from clipmapper.evaluation.caption_perturbation import LOG_PROBABILITY, WORD_PROBABILITY
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
+from clipmapper.training.plain_console import PlainConsole
 
 _WIDTH = 110  # columns, where the output is no terminal
 
@@ -41,9 +41,9 @@ class _Areas(NamedTuple):
     factor: int
 
 
-def console() -> Console:
-    plain = Console(emoji=False)  # a path or a question may hold what rich reads as one
-    return plain if plain.is_terminal else Console(width=_WIDTH, emoji=False)
+def console() -> PlainConsole:
+    plain = PlainConsole()
+    return plain if plain.is_terminal else PlainConsole(width=_WIDTH)
 
 
 def accuracy_table(accuracy: Mapping) -> Table:
@@ -108,7 +108,7 @@ def _areas_table(title: str, columns: Sequence[_Areas]) -> Table:
             difference = column.entries[method].get("difference_to_weighted")
             if difference is not None and difference["low"] <= 0 <= difference["high"]:
                 text += " ="
-            cells.append(f"[bold]{escape(text)}[/bold]" if area["mean"] == best else escape(text))
+            cells.append(Text(text, style="bold" if area["mean"] == best else ""))
         table.add_row(method, *cells)
     table.caption = "bold: best; = : not significantly different from weighted (paired interval holds 0)"
     table.caption_justify = "left"
@@ -154,9 +154,7 @@ def word_localisation_table(results: Mapping) -> Table | None:
         for kind in found.values():
             value = kind["methods"][method]["mass"]
             half = (value["high"] - value["low"]) / 2
-            cells.append(
-                escape(f"{100 * value['mean']:.1f} ± {100 * half:.1f} ({100 * value['median']:.1f})")
-            )
+            cells.append(f"{100 * value['mean']:.1f} ± {100 * half:.1f} ({100 * value['median']:.1f})")
         table.add_row(method, *cells)
     baseline = (f"{100 * kind['area_baseline']:.1f}" for kind in found.values())
     table.add_section()
@@ -169,7 +167,7 @@ def files_table(files: Mapping[str, str | Path]) -> Table:
     table.add_column("what")
     table.add_column("path", overflow="fold")
     for what, path in files.items():
-        table.add_row(what, escape(str(path)))
+        table.add_row(what, str(path))
     return table
 
 

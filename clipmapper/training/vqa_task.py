@@ -140,7 +140,7 @@ class VQATask(Task):
         files = {}
         for split, answers in answered.items():
             files[split] = str(write_results(folder / f"answers_{split}.json", answers))
-            console().print(f"answers, {split}: {files[split]}", markup=False)
+            console().print(f"answers, {split}: {files[split]}")
         return {"accuracy": table, "answers": files}
 
     @torch.no_grad()

@@ -1,0 +1,247 @@
+"""What a checkpoint may say about its model: a closed list of keys, types and ranges.
+
+A checkpoint may come from anybody. Nothing that it says is imported, downloaded or opened: names of
+architectures are those that open_clip or timm bring along, and a configuration of one's own may name no
+tokenizer and no weights of a hub or of a folder, unless the user names the same file.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import open_clip
+import timm
+
+from clipmapper.models.gpt2_decoder import DECODERS
+from clipmapper.models.gpt2_description import GPT2_SECTION
+from clipmapper.models.mapper import MAPPERS
+from clipmapper.plain_values import (
+    Rule,
+    absent_or,
+    either,
+    flag,
+    list_of,
+    number,
+    one_of,
+    section,
+    shown,
+    text,
+    whole,
+)
+
+_LAYERS, _WIDTH, _HEADS = whole(1, 512), whole(1, 65_536), whole(1, 1024)
+_LENGTH, _VOCABULARY = whole(1, 1_048_576), whole(1, 10_000_000)
+_SIDE = either(whole(1, 16_384), list_of(whole(1, 16_384), 2, 2))  # pixels
+_RATIO, _DROPOUT, _ID = number(0.001, 64), number(0, 1), whole(-1, 10_000_000)
+# As installed: whatever else open_clip is told of while the program runs comes from files.
+_BROUGHT_ALONG = frozenset(
+    file.stem for file in (Path(open_clip.__file__).parent / "model_configs").glob("*.json")
+)
+# Names are part of file names, and open_clip takes what stands before a colon for the place to load from.
+_NAME = re.compile(r"[\w.+ -]{1,200}")
+
+
+def _timm_name(value: object, where: str) -> None:
+    """Of a model that timm brings along, without the weights that a dot and a tag would stand for."""
+    text(200)(value, where)
+    if value not in timm.list_models():
+        raise ValueError(f"{where}: {shown(value)} is no model of timm's own")
+
+
+# What loads from a hub or a folder: the user alone may name it.
+_NAMES = ("hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode")
+
+_BLOCKS = {  # of either tower of open_clip
+    "width": _WIDTH,
+    "layers": _LAYERS,
+    "mlp_ratio": _RATIO,
+    "ls_init_value": absent_or(number(-1e3, 1e3)),
+    "act_kwargs": absent_or(section({}, {"approximate": one_of("none", "tanh")})),
+    "norm_kwargs": absent_or(section({}, {"eps": number(0, 1)})),
+    "block_type": one_of(None, "default", "custom"),
+    "final_ln_after_pool": flag,
+    "output_tokens": flag,
+    **dict.fromkeys(
+        ("qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc"), flag
+    ),
+}
+_VISION = section(
+    {},
+    _BLOCKS
+    | {
+        "head_width": _WIDTH,
+        "patch_size": absent_or(_SIDE),
+        "image_size": _SIDE,
+        "patch_dropout": _DROPOUT,
+        "attentional_pool": one_of(True, False, "parallel", "cascade"),
+        "attn_pooler_queries": whole(1, 65_536),
+        "attn_pooler_heads": _HEADS,
+        "no_ln_pre": flag,
+        "pos_embed_type": one_of("learnable"),
+        "pool_type": one_of("tok", "avg", "none"),
+        "timm_model_name": _timm_name,
+        "timm_model_pretrained": one_of(False),
+        "timm_pool": one_of("", "avg", "avgmax", "max", "token", "map", "abs_attn", "rot_attn"),
+        "timm_proj": one_of(None, "", "linear", "mlp", "none"),
+        "timm_proj_bias": flag,
+        "timm_drop": _DROPOUT,
+        "timm_drop_path": absent_or(_DROPOUT),
+    },
+)
+_TEXT_KEYS = _BLOCKS | {
+    "heads": _HEADS,
+    "context_length": _LENGTH,
+    "vocab_size": _VOCABULARY,
+    "embed_cls": flag,
+    "pad_id": _ID,
+    "eos_id": _ID,
+    "no_causal_mask": flag,
+    "pool_type": one_of("argmax", "eos", "first", "last", "none"),
+    "proj_type": one_of("linear", "none"),
+    "proj_bias": flag,
+}
+_TEXT = section({}, _TEXT_KEYS)
+_ARCHITECTURE = {
+    "embed_dim": _WIDTH,
+    "vision_cfg": _VISION,
+    "text_cfg": _TEXT,
+}
+_OF_ARCHITECTURE = {
+    "quick_gelu": flag,
+    "custom_text": flag,
+    "init_logit_scale": number(-1e3, 1e3),
+    "init_logit_bias": absent_or(number(-1e3, 1e3)),
+    "nonscalar_logit_scale": flag,
+    "multimodal_cfg": section(
+        {},
+        _TEXT_KEYS | {"dim_head": _WIDTH, "n_queries": whole(1, 65_536), "attn_pooler_heads": _HEADS},
+    ),
+}
+_NAMED = {  # where the user names the same file
+    "hf_tokenizer_name": absent_or(text(1000)),
+    "tokenizer_kwargs": absent_or(
+        section(
+            {},
+            {
+                "clean": one_of("canonicalize", "lower", "whitespace"),
+                "strip_sep_token": flag,
+            },
+        )
+    ),
+    "tokenizer_mode": one_of(None, "clips"),
+}
+_PREPROCESS = section(
+    {
+        "mean": list_of(number(-10, 10), 3, 3),
+        "std": list_of(number(1e-6, 10), 3, 3),
+        "interpolation": one_of("bicubic", "bilinear", "random"),
+        "resize_mode": one_of("shortest", "longest", "squash"),
+    }
+)
+# Of the settings that describe how images are prepared, what the architecture does not say.
+PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
+
+_MAPPER = {
+    "mapper": one_of(*MAPPERS),
+    "width": _WIDTH,
+    "depth": _LAYERS,
+    "heads": _HEADS,
+    "mlp_ratio": _RATIO,
+    "image_position_embedding": flag,
+}
+_MODELS = {
+    "vqa": section(_MAPPER | {"head_width": _WIDTH}),
+    "captioning": section(
+        _MAPPER
+        | {"tied_head": flag, "text_embedding_only": flag, "vocabulary": one_of("tokenizer", "data")},
+        {
+            "decoder": one_of(None, *DECODERS),  # older checkpoints do not say
+            "gpt2": section(
+                {"path": absent_or(text(10_000)), "layers": _LAYERS, "width": _WIDTH, "heads": _HEADS,
+                 "frozen": flag}
+            ),
+        },
+    ),
+}  # fmt: skip
+
+_CHOICES = {
+    "image_size": absent_or(whole(1, 16_384)),
+    "trained_blocks": absent_or(_LAYERS),
+    "lora_rank": absent_or(whole(1, 4096)),
+    "preprocess": _PREPROCESS,
+}
+_TASKS = {
+    "vqa": {"answers": list_of(text(10_000), 1)},
+    "captioning": {"tokens": absent_or(list_of(_ID, 1)), "gpt2": GPT2_SECTION},
+}
+
+
+def check_description(description: object, tensors: int, named: bool = False) -> None:
+    """Raise ``ValueError`` with one line for a description that is not one of :func:`build.describe`.
+
+    ``tensors``: how many the checkpoint has; there is no layer without one. ``named``: the user has given the
+    same architecture, so that it may name a tokenizer.
+    """
+    section({"task": one_of(*_TASKS)}, _anything_of(description))(description, "its description")
+    task = description["task"]
+    needed = {"task": one_of(task), "encoder": _encoder(named), "model": _MODELS[task]}
+    optional = {"tokenizer": text(10_000), "data": _unread} | _TASKS[task]
+    section(needed, optional)(description, "its description")
+    if task == "vqa" and "answers" not in description:
+        raise ValueError("its description: has no answers")
+    model = description["model"]
+    if task == "captioning":
+        if model.get("decoder") is not None and ("gpt2" not in description or "gpt2" not in model):
+            raise ValueError(f"its description: has no gpt2, the decoder {model['decoder']} of model.decoder")
+        if model["vocabulary"] == "data" and description.get("tokens") is None:
+            raise ValueError("its description: has no tokens, the vocabulary of its data")
+    layers = sum(_layers(description))
+    if layers > tensors:
+        raise ValueError(f"its description: has {layers} layers, but the file has {tensors} tensors")
+
+
+def _encoder(named: bool) -> Rule:
+    of_text = section({}, _TEXT_KEYS | _NAMED) if named else _TEXT
+    config = section(_ARCHITECTURE | {"text_cfg": of_text}, _OF_ARCHITECTURE)
+
+    def architecture(value: object, where: str) -> None:
+        section({"architecture": text(10_000), "frozen": flag, "config": _unread}, _CHOICES)(value, where)
+        name, own = value["architecture"], value["config"]
+        if own is None:
+            if name not in _BROUGHT_ALONG:
+                raise ValueError(f"{where}.architecture: {shown(name)} is no architecture of open_clip's own")
+            return
+        stem = Path(name).name
+        if not _NAME.fullmatch(stem) or not stem.endswith(".json"):
+            raise ValueError(f"{where}.architecture: {shown(name)} is no name of a .json file")
+        _no_names(own, f"{where}.config", named)
+        config(own, f"{where}.config")
+
+    return architecture
+
+
+def _no_names(config: object, where: str, named: bool) -> None:
+    """What would load from elsewhere gets a line of its own."""
+    of_text = config.get("text_cfg") if isinstance(config, Mapping) else None
+    for key in _NAMES if isinstance(of_text, Mapping) and not named else ():
+        if of_text.get(key) is not None:
+            raise ValueError(
+                f"{where}.text_cfg.{key}: {shown(of_text[key])} would be loaded from a hub or a folder, "
+                "which only you may name; if the architecture is yours, give its file: architecture=FILE.json"
+            )
+
+
+def _layers(description: Mapping) -> Iterator[int]:
+    config = description["encoder"]["config"] or {}
+    for part in ("vision_cfg", "text_cfg", "multimodal_cfg"):
+        yield config.get(part, {}).get("layers", 0)
+    yield description["model"]["depth"]
+    yield description.get("gpt2", {}).get("config", {}).get("n_layer", 0)
+
+
+def _anything_of(description: object) -> dict:
+    return dict.fromkeys(description, _unread) if isinstance(description, Mapping) else {}
+
+
+def _unread(value: object, where: str) -> None:
+    """Of a value that is checked elsewhere."""

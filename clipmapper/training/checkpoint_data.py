@@ -1,0 +1,111 @@
+"""Which data a checkpoint was trained on: told by it, never opened for it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, fields
+
+from clipmapper.config import DataConfig, ScenesCaptionsConfig, ScenesVQAConfig
+from clipmapper.data.records import RecordData
+from clipmapper.data.scenes_captions import ScenesCaptions
+from clipmapper.data.scenes_vqa import ScenesVQA
+from clipmapper.errors import UserError
+from clipmapper.models.captioner import Captioner
+from clipmapper.models.clipmapper import CLIPmapper
+from clipmapper.plain_values import section_of_numbers, shown
+from clipmapper.training.instances import built
+
+# The world that is drawn from a seed: to rebuild it takes nothing but numbers.
+_WORLDS: Mapping[str, tuple[type[DataConfig], Callable[..., ScenesVQA | ScenesCaptions]]] = {
+    "scenes": (ScenesVQAConfig, ScenesVQA),
+    "scenes_captions": (ScenesCaptionsConfig, ScenesCaptions),
+}
+# What older checkpoints have in place of a name. They are compared, not imported.
+_TARGETS = {
+    "clipmapper.data.scenes_vqa.ScenesVQA": "scenes",
+    "clipmapper.data.scenes_captions.ScenesCaptions": "scenes_captions",
+    "clipmapper.data.manifest.manifest_data": "manifest",
+    "clipmapper.data.huggingface.huggingface_data": "huggingface",
+    "clipmapper.data.vqa_v2.vqa_v2_data": "vqa_v2",
+    "clipmapper.data.coco_captions.coco_captions_data": "coco_captions",
+    "clipmapper.data.flickr_captions.flickr_captions_data": "flickr30k",
+    "clipmapper.data.shard_data.ShardData": "shards",
+}
+_SHOWN = 4  # settings in a message
+
+
+def data_description(config: DataConfig) -> dict:
+    """What a checkpoint says of the data that it was trained on: a name and plain settings, for messages.
+
+    ``name`` is what ``data=`` was, or the user's own ``_target_``.
+    """
+    settings = asdict(config)
+    target = settings.pop("_target_")
+    name = config.choices[0] if _TARGETS.get(target) in config.choices else target
+    return {"name": name, "settings": settings}
+
+
+def data_for(model: CLIPmapper | Captioner, given: DataConfig | None, checkpoint: str):
+    """The data to explain a model on: those that the user gives, or the built-in world of its training.
+
+    Raises ``UserError`` where neither is known, and for data of the other task. ``checkpoint``: its path.
+    """
+    captioner = isinstance(model, Captioner)
+    data = _world(model.description.get("data"), checkpoint) if given is None else built(asdict(given))
+    captions = data.task == "captioning" if isinstance(data, RecordData) else isinstance(data, ScenesCaptions)
+    if captions != captioner:
+        does, has = ("writes captions", "questions") if captioner else ("answers questions", "captions")
+        raise UserError(
+            f"checkpoint={checkpoint}: it {does}, but these data have {has}; choose others with data=…"
+        )
+    return data
+
+
+def _world(described: object, checkpoint: str) -> ScenesVQA | ScenesCaptions:
+    name, settings = _name_and_settings(described)
+    if name not in _WORLDS:
+        was = "it does not say which data it was trained on" if name is None else _trained_on(name, settings)
+        known = sorted({*_TARGETS.values(), "flickr8k"} - set(_WORLDS))
+        choice = name if name in _TARGETS.values() else f"one of {', '.join(known)}"
+        raise UserError(
+            f"checkpoint={checkpoint}: {was}; a checkpoint opens no data: say which to explain it on, with "
+            f"data=… data.KEY=… as for training (data={choice})"
+        )
+    schema, world = _WORLDS[name]
+    try:
+        section_of_numbers(schema, leaving=("_target_",))(settings, f"checkpoint={checkpoint}: its data")
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return world(**settings)
+
+
+def _name_and_settings(described: object) -> tuple[str | None, object]:
+    """Of a description of today's, or of an older one with a ``_target_``."""
+    if not isinstance(described, Mapping):
+        return None, None
+    if "_target_" in described:
+        target = described["_target_"]
+        settings = {key: value for key, value in described.items() if key != "_target_"}
+        return (_TARGETS.get(target, target) if isinstance(target, str) else None), settings
+    name = described.get("name")
+    return (name if isinstance(name, str) else None), described.get("settings")
+
+
+def _trained_on(name: str, settings: object) -> str:
+    told = list(_told(settings))[:_SHOWN]
+    return f"it was trained on data={shown(name)[1:-1]}" + (f" ({', '.join(told)})" if told else "")
+
+
+def _told(settings: object) -> Iterator[str]:
+    """Paths and the like, by which the user will know the data again."""
+    texts = {
+        one.name for schema in _schemas(DataConfig) for one in fields(schema) if one.metadata.get("text")
+    }
+    for key in sorted(texts):
+        value = settings.get(key) if isinstance(settings, Mapping) else None
+        if isinstance(value, str):
+            yield f"{key} {shown(value)}"
+
+
+def _schemas(schema: type[DataConfig]) -> Iterator[type[DataConfig]]:
+    yield schema
+    for child in schema.__subclasses__():
+        yield from _schemas(child)
