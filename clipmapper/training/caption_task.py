@@ -34,6 +34,7 @@ from clipmapper.training.captioning import SCORES, CaptionModule, JudgedCaption
 from clipmapper.training.encoder_tokens import token_store
 from clipmapper.training.explained_records import samples_of
 from clipmapper.training.processes import Share
+from clipmapper.training.readable_items import left_out_lines
 from clipmapper.training.record_batches import RecordCaptions
 from clipmapper.training.record_tokens import check_room
 from clipmapper.training.relevance_callback import RelevanceCallback
@@ -89,7 +90,7 @@ class CaptionTask(Task):
         # scst draws its own.
         captions = training.captions if training.objective == "cross_entropy" else 1
         if isinstance(self.data, ShardData):
-            self.splits["train"] = StreamedCaptions(self.model, self.data, self.config.seed)
+            self.splits["train"] = StreamedCaptions(self.model, self.data, self.config.seed, folder)
             self._batch_at = self.splits["train"].batches(training.batch_size, captions)
             return
         self._batch_at = drawn_batches(
@@ -176,6 +177,8 @@ class CaptionTask(Task):
             log_samples(trainer.logger, rows, batches.picture, trainer.global_step)
         if known:
             return {"captions": splits, "samples": rows}
+        for line in left_out_lines(folder):
+            console().print(line, markup=False, soft_wrap=True)
         if families := family_scores(written["validation"], batches.split.records):
             splits["validation"]["families"] = families
         file = folder / "captions_validation.json"

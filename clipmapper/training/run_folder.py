@@ -16,6 +16,9 @@ CONFIG = "config.yaml"
 RESULTS = "results.json"
 JOB = "slurm_job"
 
+# Settings that a run may go on with others of: what to do about an image that it stopped at.
+_FREE = ("data.on_bad_image",)
+
 
 def new_run_folder(output: str, name: str, settings: Mapping) -> Path:
     """``output/name/date_time`` with the run's settings in it."""
@@ -66,7 +69,9 @@ def folder_to_resume(output: str, name: str, settings: Mapping) -> Path:
         raise UserError(f"resume=true: the newest run, {folder}, is finished; start a new one without it")
     before, now = _flat(yaml.safe_load((folder / CONFIG).read_text())), _flat(settings)
     missing = object()  # None is a value: callbacks=none turns a section into one
-    changed = [key for key in now | before if before.get(key, missing) != now.get(key, missing)]
+    changed = [
+        key for key in now | before if key not in _FREE and before.get(key, missing) != now.get(key, missing)
+    ]
     if changed:
         was = f" ({json.dumps(before[changed[0]])})" if changed[0] in before else ""
         raise UserError(
