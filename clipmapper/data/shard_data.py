@@ -14,7 +14,7 @@ from clipmapper.data.manifest import unknown_answers
 from clipmapper.data.problems import stop_for
 from clipmapper.data.records import Record, RecordData
 from clipmapper.data.shard_index import INDEX, Shard, ShardIndex, read_index
-from clipmapper.data.shard_scan import Drawn, ScannedShard, scanned
+from clipmapper.data.shard_scan import Drawn, ScannedShard, places, scanned
 from clipmapper.data.shard_sources import local, named_splits, tar_files
 from clipmapper.data.shard_stream import ShardStream, in_order
 from clipmapper.errors import UserError
@@ -171,6 +171,7 @@ def _as_found(
     notes = _left_out(shards, on_bad_image)
     if "validation" not in shards:
         whole = shards["train"]
+        share = _share(whole, share, seed)
         shards["train"] = [shard.part(Drawn(False, share, seed)) for shard in whole]
         shards["validation"] = [shard.part(Drawn(True, share, seed)) for shard in whole]
         notes.append(f"validation: images of train, drawn by data.split_seed={seed}")
@@ -186,6 +187,14 @@ def _as_found(
     if len(kinds) > 1:
         raise UserError(f"data.path={path}: questions in some shards and captions in others")
     return {name: _told_apart(some) for name, some in shards.items()}, notes
+
+
+def _share(shards: Sequence[ScannedShard], share: float, seed: int) -> float:
+    """``share``, or what puts one image at least on either side where there are two."""
+    drawn = np.concatenate([places(shard.path.name, shard.images, seed) for shard in shards])
+    if len(drawn) > 1 and not (drawn < share).any():
+        return float(np.nextafter(drawn.min(), 1))
+    return float(drawn.max()) if len(drawn) > 1 and (drawn < share).all() else share
 
 
 def _told_apart(shards: Sequence[ScannedShard]) -> list[ScannedShard]:

@@ -51,9 +51,14 @@ class Drawn:
     seed: int
 
     def of(self, shard: str, count: int) -> np.ndarray:
-        digest = hashlib.blake2b(f"{self.seed}/{shard}".encode(), digest_size=8).digest()
-        held = np.random.default_rng(int.from_bytes(digest, "big")).random(count) < self.share
+        held = places(shard, count, self.seed) < self.share
         return np.flatnonzero(held if self.validation else ~held)
+
+
+def places(shard: str, count: int, seed: int) -> np.ndarray:
+    """Uniform in [0, 1) for each sample of a shard, by its name."""
+    digest = hashlib.blake2b(f"{seed}/{shard}".encode(), digest_size=8).digest()
+    return np.random.default_rng(int.from_bytes(digest, "big")).random(count)
 
 
 @dataclass(frozen=True)
@@ -294,7 +299,7 @@ def _scan(path: Path, place: Path, answered: bool) -> None:
         "counted": counted if any(counted) else [],
         "words": sorted(words),
     }
-    places = np.array(rows, np.int64).reshape(-1, len(_PLACES))
+    numbers = np.array(rows, np.int64).reshape(-1, len(_PLACES))
     assert all(len(name) <= 4 * LONGEST_NAME for name in names)
     content = np.frombuffer(json.dumps(told).encode(), np.uint8)
     index = place / f"{path.name}.npz"
@@ -302,7 +307,7 @@ def _scan(path: Path, place: Path, answered: bool) -> None:
     try:
         np.savez_compressed(
             temporary,
-            places=places,
+            places=numbers,
             name=np.array(names or [b""], "S")[: len(names)],
             told=content,
             stamp=np.array(stamp),

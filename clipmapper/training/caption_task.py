@@ -31,7 +31,7 @@ from clipmapper.training.caption_report import (
     truth_table,
 )
 from clipmapper.training.captioning import SCORES, CaptionModule, JudgedCaption
-from clipmapper.training.encoder_tokens import token_store
+from clipmapper.training.encoder_tokens import ArrayImages, token_store
 from clipmapper.training.explained_records import samples_of
 from clipmapper.training.processes import Share
 from clipmapper.training.readable_items import left_out_lines
@@ -42,6 +42,7 @@ from clipmapper.training.self_critical import SelfCriticalModule
 from clipmapper.training.streamed_batches import StreamedCaptions, check_readers
 from clipmapper.training.tables import console
 from clipmapper.training.task import Task
+from clipmapper.training.token_room import check_tokens
 
 VALIDATION_SPLITS = ("validation", "held_out")
 
@@ -72,7 +73,7 @@ class CaptionTask(Task):
         store = token_store(self.config, self.model.encoder, texts=False)
         if isinstance(self.data, RecordData):
             if store is not None:
-                there = [self.data.splits[name] for name in names if name in self.data.splits]
+                there = {name: self.data.splits[name] for name in names if name in self.data.splits}
                 check_room(self.model.encoder, store, there, texts=False)
             self.splits = {
                 name: RecordCaptions(self.model, self.data.splits[name], name, store)
@@ -80,6 +81,12 @@ class CaptionTask(Task):
                 if name in self.data.splits
             }
         else:
+            if store is not None:
+                visual = self.model.encoder.clip.visual
+                images = {
+                    name: ArrayImages(getattr(self.data, name).images, visual) for name in (*names, "simple")
+                }
+                check_tokens(self.model.encoder, store, {name: (of, None) for name, of in images.items()})
             self.splits = {
                 name: CaptionBatches(self.model, getattr(self.data, name), name, store)
                 for name in (*names, "simple")

@@ -66,7 +66,7 @@ class VQATask(Task):
         store = token_store(self.config, self.model.encoder, texts=True)
         if isinstance(self.data, RecordData):
             if store is not None:
-                check_room(self.model.encoder, store, self.data.splits.values(), texts=True)
+                check_room(self.model.encoder, store, self.data.splits, texts=True)
             self.splits = {
                 name: RecordQuestions(self.model, records, self.data.vocabulary, name, store)
                 for name, records in self.data.splits.items()
