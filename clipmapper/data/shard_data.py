@@ -167,7 +167,7 @@ def _as_found(
         if both := {p.resolve() for p in files["train"]} & {p.resolve() for p in files["validation"]}:
             raise UserError(f"data.validation_path: {min(both).name} is among the files of data.path too")
     order = [name for name in ("train", "validation", "test") if name in files]
-    shards = {name: scanned(files[name], answered=name != "test") for name in order}
+    shards = {name: _told_apart(scanned(files[name], answered=name != "test")) for name in order}
     notes = _left_out(shards, on_bad_image)
     if "validation" not in shards:
         whole = shards["train"]
@@ -186,7 +186,7 @@ def _as_found(
     kinds = {shard.captioned for some in shards.values() for shard in some if shard.images}
     if len(kinds) > 1:
         raise UserError(f"data.path={path}: questions in some shards and captions in others")
-    return {name: _told_apart(some) for name, some in shards.items()}, notes
+    return shards, notes
 
 
 def _share(shards: Sequence[ScannedShard], share: float, seed: int) -> float:

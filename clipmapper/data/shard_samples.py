@@ -51,7 +51,7 @@ def sample_name(name: str) -> tuple[str, str] | None:
     """
     folder, slash, base = name.removeprefix("./").rpartition("/")
     stem, _dot, suffix = base.partition(".")
-    if not stem or not suffix or (not folder and stem.startswith("__") and base.endswith("__")):
+    if not stem or not suffix or (not folder and stem.startswith("__") and stem.endswith("__")):
         return None
     return f"{folder}{slash}{stem}", suffix.rpartition(".")[2].lower()
 

@@ -63,31 +63,32 @@ def places(shard: str, count: int, seed: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ScannedShard:
-    """A tar file whose samples are known. ``index``: the file that holds their places. ``ids``: what is put
-    before a sample's key to make it the only one of its name."""
+    """A tar file whose samples are known. ``index``: the file that holds their places, as the shard was
+    at ``stamp``. ``ids``: what is put before a sample's key to make it the only one of its name."""
 
     path: Path
     index: Path
     images: int
     records: int
     captioned: bool | None
+    stamp: tuple[int, ...]
     drawn: Drawn | None = None
     ids: str = ""
 
     @property
     def samples(self) -> np.ndarray:
         """Places, sizes and names of the samples of this split, in the order of the tar file."""
-        return _samples(self.index, self.path.name, self.drawn)
+        return _samples(self)
 
     def part(self, drawn: Drawn) -> "ScannedShard":
         """The samples that ``drawn`` draws."""
-        chosen = _samples(self.index, self.path.name, drawn)
+        chosen = _samples(replace(self, drawn=drawn))
         return replace(self, images=len(chosen), records=int(chosen["records"].sum()), drawn=drawn)
 
     def record(self, number: int) -> Record:
         """Record ``number`` of the shard: its text is read now, its image when it is asked for."""
-        row = int(np.searchsorted(_ends(self.index, self.path.name, self.drawn), number, side="right"))
-        first = int(_ends(self.index, self.path.name, self.drawn)[row]) - int(self.samples[row]["records"])
+        row = int(np.searchsorted(_ends(self), number, side="right"))
+        first = int(_ends(self)[row]) - int(self.samples[row]["records"])
         return self._records(self.samples[row])[number - first]
 
     def every_record(self) -> list[Record]:
@@ -114,7 +115,7 @@ class ScannedShard:
         return np.array([sample_name(name.decode())[0] for name in self.samples["name"]])
 
     def _told(self) -> dict:
-        return _load(self.index)[1]
+        return _load(self.index, self.stamp)[1]
 
     def _records(self, sample: np.void) -> list[Record]:
         told = (
@@ -138,12 +139,15 @@ class ScannedShard:
             raise UserError(
                 f"{self.path}: {name} has changed since the run began ({mistake.args[0]})"
             ) from mistake
-        own = f"{self.path}: {name}"
-        return [
-            replace(r, source=own, id=r.id if r.image_id != str(image) else f"{self.ids}{r.id}",
-                    image_id=r.image_id if r.image_id != str(image) else f"{self.path.name}/{name}")
-            for r in found
-        ]  # fmt: skip
+        key, file, own = sample_name(name)[0], f"{self.path.name}/{name}", f"{self.path}: {name}"
+        found = [replace(r, source=own, id=self._id(r.id, key)) for r in found]
+        # Of others' records the image has no name but its place; make_shards.py has kept the name.
+        return [r if r.image_id != str(image) else replace(r, image_id=file) for r in found]
+
+    def _id(self, given: int | str, key: str) -> int | str:
+        """With the shard's name before it where it is the sample's key, and not the only one of its name."""
+        of_key = str(given) == key or str(given).startswith(f"{key}/")
+        return f"{self.ids}{given}" if self.ids and of_key else given
 
 
 def scanned(paths: Sequence[Path], *, answered: bool = True) -> list[ScannedShard]:
@@ -211,7 +215,9 @@ def _remembered(path: Path, place: Path, answered: bool) -> ScannedShard | None:
         return None  # absent, damaged or something else
     if not right:
         return None
-    return ScannedShard(path, index, len(samples), int(samples["records"].sum()), told["captioned"])
+    return ScannedShard(
+        path, index, len(samples), int(samples["records"].sum()), told["captioned"], tuple(stamp)
+    )
 
 
 def _in_place(samples: np.ndarray, size: int) -> bool:
@@ -238,23 +244,29 @@ def _read(index: Path) -> tuple[np.ndarray, dict, list[int]]:
         return samples, told, file["stamp"].tolist()
 
 
+# Keyed by the stamp as well: a shard may be written anew under its name.
+
+
 @lru_cache(maxsize=64)
-def _load(index: Path) -> tuple[np.ndarray, dict]:
+def _load(index: Path, stamp: tuple[int, ...]) -> tuple[np.ndarray, dict]:
     try:
-        return _read(index)[:2]
+        samples, told, found = _read(index)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{index}: gone or damaged since the run began; start it again") from error
+    if tuple(found) != stamp:
+        raise UserError(f"{index}: the shard has changed since the run began; start it again")
+    return samples, told
 
 
 @lru_cache(maxsize=64)
-def _samples(index: Path, shard: str, drawn: Drawn | None) -> np.ndarray:
-    samples = _load(index)[0]
-    return samples if drawn is None else samples[drawn.of(shard, len(samples))]
+def _samples(shard: "ScannedShard") -> np.ndarray:
+    samples = _load(shard.index, shard.stamp)[0]
+    return samples if shard.drawn is None else samples[shard.drawn.of(shard.path.name, len(samples))]
 
 
 @lru_cache(maxsize=64)
-def _ends(index: Path, shard: str, drawn: Drawn | None) -> np.ndarray:
-    return np.cumsum(_samples(index, shard, drawn)["records"])
+def _ends(shard: "ScannedShard") -> np.ndarray:
+    return np.cumsum(_samples(shard)["records"])
 
 
 def _type(name_bytes: int) -> np.dtype:

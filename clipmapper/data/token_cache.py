@@ -57,7 +57,8 @@ class TokenStore:
                 half = "" if self.precision == "float16" else "; training.token_precision=float16 takes half"
                 raise UserError(
                     f"training.token_cache_folder={self.folder}: tokens of {what} take "
-                    f"{size_of(needed)} more, {size_of(there)} are free{half}; training.token_cache=false needs none"
+                    f"{size_of(needed)} more, {size_of(there)} are free"
+                    f"{half}; training.token_cache=false needs none"
                 )
             return
         there = available_memory()

@@ -51,7 +51,7 @@ class _Lines:
         print(f"{self.what}: {self.done:,} of {self.total:,} ({share:.0f} %){left}", flush=True)
 
 
-def span(seconds: float) -> str:
+def span(seconds: int | float) -> str:
     """A duration in the unit that people would say it in."""
     for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * size:
