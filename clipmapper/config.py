@@ -318,18 +318,17 @@ class FlickrCaptionsConfig(SplitsConfig):
 
 
 @dataclass
-class ShardsConfig(DataConfig):
+class ShardsConfig(SplitsConfig, AnswersConfig):
     """Parameters of :class:`clipmapper.data.shard_data.ShardData`."""
 
     choices = ("shards",)
 
     path: str = setting(text=True)
+    validation_path: str | None = setting(text=True)
     buffer: int = setting(minimum=1)
-    decoding: str = setting(choices=("fast", "exact"))
-    workers: int = setting(minimum=0)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from _empty_texts(self, "path")
+        yield from _empty_texts(self, "path", "validation_path")
 
 
 @dataclass

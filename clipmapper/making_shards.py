@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.progress import Progress
-
 from clipmapper.data.records import RecordData
-from clipmapper.data.shard_files import write_shards
-from clipmapper.errors import UserError
+from clipmapper.data.shard_files import check_writable, webdataset, write_shards
+from clipmapper.data.waiting import waiting
+from clipmapper.errors import UserError, UserErrors
 from clipmapper.settings import data_settings
 from clipmapper.training.instances import built
 
@@ -26,19 +25,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.images_per_shard < 1:
         parser.error("--images-per-shard must be at least 1")
     try:
+        webdataset()
+        check_writable(options.folder)
         data = _data(options.settings)
-        with Progress(transient=True) as progress:
-            images = sum(len({r.image_id for r in records}) for records in data.splits.values())
-            task = progress.add_task("shards", total=images)
+        images = sum(len({r.image_id for r in records}) for records in data.splits.values())
+        with waiting("images written to shards", images) as advance:
             written = write_shards(
                 data,
                 options.folder,
                 images_per_shard=options.images_per_shard,
                 seed=options.seed,
-                progress=lambda done: progress.advance(task, done),
+                progress=advance,
             )
     except UserError as error:
-        print("error:", error, file=sys.stderr)
+        for line in error.lines if isinstance(error, UserErrors) else [str(error)]:
+            print("error:", " ".join(line.split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)

@@ -213,7 +213,7 @@ def test_tokens_that_no_memory_holds_are_refused_before_any_is_made(
         needed += 2 * 12 * tokenize(encoder.tokenizer, questions).ids.shape[1] * encoder.text_width
         what += " and 12 texts"
     monkeypatch.setattr(token_cache, "available_memory", lambda: needed - 1)
-    with pytest.raises(UserError, match=rf"tokens of {what} take .* GB.*training\.token_cache_folder"):
+    with pytest.raises(UserError, match=rf"tokens of {what} take .* of memory.*training\.token_cache_folder"):
         prepared(settings_of(folder, captions), tmp_path)
     monkeypatch.setattr(token_cache, "available_memory", lambda: needed)
     with pytest.raises(pytest.fail.Exception, match="it was encoded"):
@@ -239,8 +239,35 @@ def test_settings_that_nothing_can_be_done_with_are_named(manifests, tmp_path, c
     capsys.readouterr()
     task = prepared(settings_of(manifests[0], False, *more), tmp_path)
     printed = capsys.readouterr().out
-    assert (line in printed and printed.count("\n") == 1) if line else "token" not in printed
+    assert (line in printed and printed.count("\n") == 1) if line else True
+    # Size and time are said whenever something is computed, and only then.
+    assert ("token cache: 10 images and 12 texts, " in printed and "takes about" in printed) == (more == ())
     assert ("image_tokens" in task.batch_at(0, WHOLE)) == (more == ())
+
+
+@pytest.mark.parametrize("captions", [False, True])
+def test_a_disk_that_is_too_small_for_all_splits_together_is_told_before_any_is_computed(
+    manifests, captions, tmp_path, monkeypatch, capsys
+):
+    folder, cache = manifests[captions], f"training.token_cache_folder={tmp_path / 'cache'}"
+    monkeypatch.setattr(token_cache, "free_bytes", lambda folder: 2**30)
+    prepared(settings_of(folder, captions, cache), tmp_path)
+    needed = sum(file.stat().st_size for file in (tmp_path / "cache").rglob("tokens.npy"))
+    assert "takes about" in capsys.readouterr().out
+    monkeypatch.setattr(token_cache, "free_bytes", lambda folder: 0)  # nothing more is needed
+    prepared(settings_of(folder, captions, cache), tmp_path)
+    assert "all there" in capsys.readouterr().out
+    # Headers of the four (two) files are no tokens.
+    needed -= 128 * len(list((tmp_path / "cache").rglob("tokens.npy")))
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(ClipEncoder, "image_tokens", lambda *_: pytest.fail("it was encoded"))
+    monkeypatch.setattr(token_cache, "free_bytes", lambda folder: needed - 1)
+    with pytest.raises(UserError, match=r"token_cache_folder=.* 10 images.* more, .* are free"):
+        prepared(settings_of(folder, captions, cache), tmp_path)
+    assert not list((tmp_path / "cache").rglob("tokens*"))
+    monkeypatch.setattr(token_cache, "free_bytes", lambda folder: needed)
+    with pytest.raises(pytest.fail.Exception, match="it was encoded"):
+        prepared(settings_of(folder, captions, cache), tmp_path)
 
 
 def test_texts_with_a_token_behind_them_are_not_kept(manifests, tmp_path, capsys, model, monkeypatch):

@@ -10,15 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipmapper.data.answers import AnswerVocabulary
 from clipmapper.data.records import Record, RecordData
+from clipmapper.data.shard_data import ShardData
 from clipmapper.data.shard_files import write_shards
-from clipmapper.data.shard_stream import ShardStream, in_order, read_index
+from clipmapper.data.shard_index import read_index
+from clipmapper.data.shard_scan import ScannedShard, scanned
+from clipmapper.data.shard_stream import ShardStream, in_order
 from clipmapper.errors import UserError
 from clipmapper.training.processes import Share
+from clipmapper.training.readable_items import ReadableItems
 from clipmapper.training.shard_batches import shard_batches
 
 IMAGES, SHARD = 22, 3
@@ -52,27 +57,36 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def shards_of(folder: Path, split: str = "train") -> list[ScannedShard]:
+    return scanned([folder / shard.name for shard in read_index(folder).splits[split]])
+
+
 def stream(folder: Path, buffer: int = 8, seed: int = 0) -> ShardStream:
-    return ShardStream(str(folder), read_index(str(folder))["splits"]["train"], buffer=buffer, seed=seed)
+    return ShardStream(str(folder), shards_of(folder), buffer=buffer, seed=seed)
+
+
+def tiny(record: Record) -> torch.Tensor:
+    record.pil()
+    return torch.zeros(3, 1, 1, dtype=torch.uint8)
 
 
 def test_records_come_back_as_they_were(folder):
-    index = read_index(str(folder))
-    assert index["answers"] == ["one", "two"] and index["families"] == ["what"]
+    index = read_index(folder)
+    assert index.answers == ["one", "two"] and index.families == ["what"]
     for split, wanted in data_of().splits.items():
-        shards = index["splits"][split]
-        found = {r.id: r for r in in_order(str(folder), shards)}
-        assert len(found) == len(wanted) == sum(s.records for s in shards)
+        shards = shards_of(folder, split)
+        found = {r.id: r for r in in_order(shards)}
+        assert len(found) == len(wanted) == sum(s.records for s in index.splits[split])
         for record in wanted:
             again = found[record.id]
-            assert (again.image, again.image_id, again.question) == (
+            assert (again.image.read(), again.image_id, again.question) == (
                 record.image,
                 record.image_id,
                 record.question,
             )
             assert (again.answers, again.family) == (record.answers, record.family)
     # The questions of an image are together, the images not in their old order.
-    order = [r.image_id for r in in_order(str(folder), index["splits"]["train"])]
+    order = [r.image_id for r in in_order(shards_of(folder))]
     assert order != sorted(order) and len({*order}) == sum(a != b for a, b in pairwise(order)) + 1
 
 
@@ -112,7 +126,7 @@ def test_an_epoch_over_two_nodes_of_two_workers_has_every_sample_once(folder):
         for index in range(4):
             before = sum(s.records for e in range(epoch) for s in stream(folder).epoch_shards(e, index, 4))
             shards = stream(folder).epoch_shards(epoch, index, 4)
-            dealt.add((index, *(s.name for s in shards)))
+            dealt.add((index, *(s.path.name for s in shards)))
             size = sum(s.records for s in shards)
             of_epoch += [r.id for r in islice(stream(folder).records(index, 4, before), size)]
         assert sorted(of_epoch) == sorted(wanted), epoch
@@ -161,13 +175,13 @@ def test_writing_goes_on_where_it_was_interrupted(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_shards(data_of(), tmp_path, images_per_shard=SHARD, seed=0, progress=stop)
-    with pytest.raises(UserError, match=r"no readable shards\.json"):
-        read_index(str(tmp_path))
+    with pytest.raises(UserError, match=r"no shards\.json: .* was interrupted; the same command goes on"):
+        read_index(tmp_path)
     written = {p: os.stat(p).st_mtime_ns for p in tmp_path.glob("*.tar")}
     assert len(written) == 3
     write_shards(data_of(), tmp_path, images_per_shard=SHARD, seed=0)
     assert all(os.stat(p).st_mtime_ns == when for p, when in written.items())
-    ids = [r.id for r in in_order(str(tmp_path), read_index(str(tmp_path))["splits"]["train"])]
+    ids = [r.id for r in in_order(shards_of(tmp_path))]
     assert sorted(ids) == [r.id for r in questions(range(IMAGES))]
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -184,18 +198,22 @@ def test_shards_of_other_data_are_not_mixed(folder, tmp_path):
 
 def test_damaged_shards_are_told(folder, tmp_path):
     for shard in folder.iterdir():
-        (tmp_path / shard.name).write_bytes(shard.read_bytes())
-    first = stream(tmp_path).epoch_shards(0, 0, 1)[0].name
+        if shard.is_file():
+            (tmp_path / shard.name).write_bytes(shard.read_bytes())
+    first = stream(tmp_path).epoch_shards(0, 0, 1)[0].path.name
     content = (tmp_path / first).read_bytes()
     with tarfile.open(tmp_path / first) as tar:
         end = tar.getmembers()[-2].offset
     for cut in (end, end + 600):  # between two images, and in the middle of one
         (tmp_path / first).write_bytes(content[:cut])
-        with pytest.raises(UserError, match=first):
-            list(islice(stream(tmp_path).records(), 60))
+        with pytest.raises(UserError, match=rf"{first}.*cut off"):
+            ShardData(str(tmp_path), buffer=4)
+    (tmp_path / first).write_bytes(content)
+    reading = stream(tmp_path).records()
+    next(reading)
     (tmp_path / first).unlink()
     with pytest.raises(UserError, match=f"{first}.*No such file"):
-        list(islice(stream(tmp_path).records(), 60))
+        list(islice(reading, 60))
 
 
 def test_an_image_of_an_unknown_format_becomes_a_png(tmp_path):
@@ -204,8 +222,8 @@ def test_an_image_of_an_unknown_format_becomes_a_png(tmp_path):
     data = RecordData({"train": [Record(1, file.getvalue(), "a", captions=("a b", "b c"))]}, None)
     data.splits["validation"] = data.splits["train"]
     write_shards(data, tmp_path, images_per_shard=5, seed=0)
-    (record,) = in_order(str(tmp_path), read_index(str(tmp_path))["splits"]["train"])
-    assert record.image[1:4] == b"PNG" and record.captions == ("a b", "b c")
+    (record,) = in_order(shards_of(tmp_path))
+    assert record.image.read()[1:4] == b"PNG" and record.captions == ("a b", "b c")
     assert np.array_equal(np.asarray(record.pil()), np.asarray(data.train[0].pil()))
     assert json.loads((tmp_path / "shards.json").read_text())["words"] == ["a", "b", "c"]
     (broken,) = [Record(1, b"no image", "a", captions=("a",), source="my.jsonl:3")]
@@ -231,7 +249,10 @@ class Steps(IterableDataset):
 @pytest.mark.parametrize("first", [1, 4])
 def test_training_resumed_at_a_step_sees_the_samples_that_it_would_have_seen(folder, first):
     def batches(first: int, share: Share) -> dict[int, list[int]]:
-        batch_at = shard_batches(stream(folder), lambda records, step: {"ids": [r.id for r in records]}, 7)
+        items = ReadableItems(tiny, "error", folder)
+        batch_at = shard_batches(
+            stream(folder), items, lambda made, step: {"ids": [r.id for r, _ in made]}, 7
+        )
         loader = DataLoader(Steps(batch_at, first, 9, share), batch_size=None, num_workers=2)
         return {int(step): batch["ids"] for step, batch in loader}
 

@@ -55,7 +55,9 @@ def test_file_is_built_once_and_found_again(tmp_path):
     again = token_file(tmp_path).build(computing(log), seen.append)
     assert torch.equal(again, tokens) and len(log) == 5 and sum(seen) == 2 * ROWS
     (folder,) = tmp_path.iterdir()
-    assert {p.name for p in folder.iterdir()} == {"tokens.npy", "key.json", "done", "build.lock"}
+    assert {p.name for p in folder.iterdir()} == {
+        "tokens.npy", "key.json", "done", "verified.json", "build.lock"
+    }  # fmt: skip
     # It is mapped, not read; what a caller writes does not reach the file.
     again[:] = 0
     assert torch.equal(token_file(tmp_path).open(), tokens)
@@ -170,6 +172,45 @@ class Rows:
 
     def __call__(self, rows):
         return torch.tensor(list(rows))
+
+
+def test_a_byte_that_was_changed_is_found(tmp_path):
+    cache = token_file(tmp_path)
+    cache.build(computing([]))
+    file, content = cache.folder / "tokens.npy", (cache.folder / "tokens.npy").read_bytes()
+    row = 2 * 12
+    for place, rows in ((len(content) - 1, "20 to 22"), (len(content) - 18 * row, "5 to 9")):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        file.write_bytes(changed)
+        with pytest.raises(UserError, match=f"rows {rows} are not what was computed"):
+            cache.open()
+    # What is right again, or a copy, is compared once and then known by its times.
+    file.write_bytes(content)
+    (cache.folder / "verified.json").write_text("5")
+    assert torch.equal(cache.open(), values(range(ROWS)).half())
+    known = (cache.folder / "verified.json").read_text()
+    assert cache.open() is not None and (cache.folder / "verified.json").read_text() == known != "5"
+    (cache.folder / "done").write_bytes(b"")
+    assert cache.open() is not None  # needed to compare, which there is no reason for
+    file.touch()
+    with pytest.raises(UserError, match="done is not whole"):
+        cache.open()
+
+
+def test_marks_of_all_parts_are_read_so_often_as_time_passes_and_not_for_each_part(tmp_path, monkeypatch):
+    looks, original = [], TokenFile._done
+
+    def done(self):
+        looks.append(1)
+        return original(self)
+
+    monkeypatch.setattr(TokenFile, "_done", done)
+    monkeypatch.setattr("clipmapper.data.token_file._LOOK", 1000.0)
+    TokenFile(tmp_path, "images", {}, 60, SHAPE, torch.float16, 1).build(computing([]))
+    assert len(looks) == 2
+    (folder,) = tmp_path.iterdir()
+    assert not list(folder.glob("part-*.lock"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -91,14 +91,20 @@ def frequent_answers(answers: Iterable[str], least: int) -> list[str]:
 def answer_vocabulary(answers: Iterable[Sequence[str]], least: int, rule: str) -> AnswerVocabulary:
     """The vocabulary of training questions, given all human answers of each.
 
-    A question counts once, for its most frequent answer (of several the one that was given first), as VQA's
-    own ``multiple_choice_answer`` is made. With fewer than four human answers each of them counts.
+    What a question counts for: :func:`counted_answers`.
     """
-    counted: list[str] = []
-    for of_question in answers:
-        counts = Counter(map(normalised, of_question))
-        counted += counts if len(of_question) < _FEW else [counts.most_common(1)[0][0]]
+    counted = [answer for of_question in answers for answer in counted_answers(of_question)]
     return AnswerVocabulary(frequent_answers(counted, least), rule)
+
+
+def counted_answers(of_question: Sequence[str]) -> list[str]:
+    """What the human answers to a question, at least one, count for among the answers of a data set.
+
+    The most frequent one, normalised (of several the one that was given first), as VQA's own
+    ``multiple_choice_answer`` is made; with fewer than four human answers each of them.
+    """
+    counts = Counter(map(normalised, of_question))
+    return list(counts) if len(of_question) < _FEW else [counts.most_common(1)[0][0]]
 
 
 @lru_cache(maxsize=1_000_000)

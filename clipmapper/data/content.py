@@ -1,5 +1,6 @@
 """Digests of data's content, by which a cache tells whether it was made from this data."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -50,7 +51,7 @@ def file_digests(
     kept = {}
 
     def of(path: Path) -> str:
-        stamp = _stamp(path)
+        stamp = file_stamp(path)
         name = os.path.abspath(path)
         before = known.get(name)
         digest = before[1] if _is_entry(before) and before[0] == stamp else _read(path)
@@ -61,14 +62,16 @@ def file_digests(
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(of, paths))
     if any(known.get(name) != entry for name, entry in kept.items()):
-        index.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(known | kept))
-        os.replace(temporary, file)
+        with contextlib.suppress(OSError):  # where it can't be kept, they are read again the next time
+            index.mkdir(parents=True, exist_ok=True)
+            temporary = file.with_suffix(f".{os.getpid()}.tmp")
+            temporary.write_text(json.dumps(known | kept))
+            os.replace(temporary, file)
     return digests
 
 
-def _stamp(path: Path) -> list[int]:
+def file_stamp(path: Path) -> list[int]:
+    """How a file is known to be as it was: size, inode, times of the last change of both."""
     found = os.stat(path)
     return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 

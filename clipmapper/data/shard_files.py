@@ -1,36 +1,30 @@
-"""Data sets as WebDataset shards: tar files of images, each followed by what was asked or said about it."""
+"""Writing WebDataset shards: tar files of images, each followed by what was asked or said about it."""
 
+import contextlib
 import importlib
 import io
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from clipmapper.data.answers import ACCURACIES
 from clipmapper.data.content import content_digest
 from clipmapper.data.records import Record, RecordData, StoredImage
+from clipmapper.data.shard_index import INDEX, PLAN, VERSION, Shard
+from clipmapper.data.shard_samples import KEPT
 from clipmapper.errors import UserError
 
-INDEX = "shards.json"
-_PLAN = "plan.json"
-VERSION = 2
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A tar file: its name, how many images and how many records (questions, or images with captions)."""
-
-    name: str
-    images: int
-    records: int
+_LOCKS = ".writing"
+_POLL = 0.2  # seconds between two looks at the shards that other processes are writing
 
 
 def write_shards(
@@ -45,23 +39,26 @@ def write_shards(
 
     An image is stored once, as the file that it was (``000000017.jpg``), with all its records behind it
     (``000000017.json``). A shard gets its name when it is complete; the same call after an interruption goes
-    on with the shard that was not. ``progress`` is told of images.
+    on with the shard that was not. Several processes that make the same call share the shards between them:
+    each takes one that nobody else is writing, and all wait for the last. ``progress`` is told of images.
 
-    Raises ``UserError`` when the folder holds shards of other data or with other settings, and for an image
-    that cannot be read.
+    Raises ``UserError`` when the folder holds shards of other data or with other settings, where nothing can
+    be written, and for an image that cannot be read.
     """
     plan = {split: _shuffled(records, seed) for split, records in data.splits.items()}
-    _check_plan(folder, plan, images_per_shard, seed)
+    check_writable(folder)
+    with FileLock(folder / _LOCKS / "plan.lock"):
+        _check_plan(folder, plan, images_per_shard, seed)
     written: dict[str, list[Shard]] = {}
+    parts: dict[str, tuple[Sequence[Sequence[Record]], int]] = {}
     for split, images in plan.items():
         written[split] = []
         for number, start in enumerate(range(0, len(images), images_per_shard)):
             part = images[start : start + images_per_shard]
             shard = Shard(f"{split}-{number:06d}.tar", len(part), sum(map(len, part)))
-            if not (folder / shard.name).exists():
-                _write_shard(folder / shard.name, part, start)
             written[split].append(shard)
-            progress(len(part))
+            parts[shard.name] = (part, start)
+    _write_all(folder, parts, progress)
     index = {
         "version": VERSION,
         "splits": {split: [vars(shard) for shard in shards] for split, shards in written.items()},
@@ -76,6 +73,44 @@ def write_shards(
     return written
 
 
+def _write_all(folder: Path, parts: dict, progress: Callable[[int], None]) -> None:
+    """Every shard that is not there, but for those that another process is writing: these are waited for."""
+    while parts:
+        others = False
+        for name, (part, start) in list(parts.items()):
+            lock = FileLock(folder / _LOCKS / f"{name}.lock")
+            if not (folder / name).exists():
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    others = True
+                    continue
+                try:
+                    if not (folder / name).exists():  # written by another since it was looked for
+                        for left in folder.glob(f"{name.removesuffix('.tar')}.*.tmp"):
+                            left.unlink(missing_ok=True)  # of one that was killed: nobody else has the lock
+                        _write_shard(folder / name, part, start)
+                finally:
+                    lock.release()
+            with contextlib.suppress(OSError):
+                os.unlink(lock.lock_file)
+            del parts[name]
+            progress(len(part))
+        if others:
+            time.sleep(_POLL)
+
+
+def check_writable(folder: Path) -> None:
+    """Raises ``UserError`` where shards could not be written, before data are read for them."""
+    try:
+        (folder / _LOCKS).mkdir(parents=True, exist_ok=True)
+        trial = folder / _LOCKS / f"trial-{os.getpid()}"
+        trial.write_bytes(b"\0")
+        trial.unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
+
+
 def webdataset(part: str = "") -> ModuleType:
     """The library, or a module of it. Raises ``UserError`` where it is not installed."""
     try:
@@ -87,22 +122,8 @@ def webdataset(part: str = "") -> ModuleType:
 def as_sample(key: str, records: Sequence[Record]) -> dict:
     """What ``webdataset`` writes of one image and its records."""
     content, suffix = _encoded(records[0])
-    kept = [
-        {name: getattr(r, name) for name in ("id", "image_id", "question", "answers", "family", "captions")}
-        for r in records
-    ]
+    kept = [{name: getattr(r, name) for name in KEPT} for r in records]
     return {"__key__": key, suffix: content, "json": json.dumps(kept).encode()}
-
-
-def records_of(sample: dict) -> Iterator[Record]:
-    """The records of a sample that ``webdataset`` read; they share the bytes of its image."""
-    source = f"{sample['__url__']}: {sample['__key__']}"
-    images = [value for name, value in sample.items() if name in _SUFFIXES.values()]
-    if len(images) != 1 or "json" not in sample:
-        raise UserError(f"{source}: not an image and a json of scripts/make_shards.py")
-    for kept in json.loads(sample["json"]):
-        lists = {name: tuple(kept[name]) for name in ("answers", "captions")}
-        yield Record(image=images[0], source=source, **(kept | lists))
 
 
 def _shuffled(records: Sequence[Record], seed: int) -> list[list[Record]]:
@@ -122,16 +143,22 @@ def _check_plan(folder: Path, plan: dict, images_per_shard: int, seed: int) -> N
         "images": {split: len(images) for split, images in plan.items()},
         "records": content_digest(json.dumps(keys).encode()),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / _PLAN
+    file = folder / PLAN
     if not file.exists():
         if any(folder.glob("*.tar")):
             raise UserError(f"{folder}: holds tar files already; give a folder of its own")
         _write_json(file, now)
-    elif json.loads(file.read_text()) != now:
+    elif _plan(file) != now:
         raise UserError(
             f"{folder}: holds shards of other data, or made with other settings; give another folder"
         )
+
+
+def _plan(file: Path) -> object:
+    try:
+        return json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: damaged; give another folder") from error
 
 
 def _write_shard(path: Path, images: Sequence[Sequence[Record]], first: int) -> None:
@@ -146,9 +173,12 @@ def _write_shard(path: Path, images: Sequence[Sequence[Record]], first: int) -> 
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); the same command goes on from here") from error
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror}); the same command goes on from here"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _encoded(record: Record) -> tuple[bytes, str]:
@@ -175,6 +205,9 @@ def _read(path: Path, source: str) -> bytes:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # several processes may write it at the same time
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error

@@ -1,7 +1,7 @@
 """Tokens of a frozen encoder, computed once: in memory, or in a file that later runs find again."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clipmapper.data.memory import available_memory
+from clipmapper.data.memory import available_memory, free_bytes, size_of
 from clipmapper.data.token_file import TokenFile
 from clipmapper.errors import UserError
 
@@ -33,6 +33,7 @@ class TokenStore:
     workers : processes that read and decode what is encoded, 0 for none.
     batch_size : rows that are encoded at once.
     processes : how many on this machine keep the same tokens in memory, each for itself.
+    sources : what was looked at before anything is encoded, by split, so that it is not looked at twice.
     """
 
     folder: Path | None = None
@@ -40,26 +41,45 @@ class TokenStore:
     workers: int = 0
     batch_size: int = 256
     processes: int = 1
+    sources: dict[str, Any] = field(default_factory=dict, compare=False)
 
-    def check_room(self, shapes: Mapping[str, tuple[int, int, int]]) -> None:
-        """Raise ``UserError`` where tokens have no room in memory. ``shapes``: kind → (rows, tokens, width).
+    def check_room(self, shapes: Mapping[str, tuple[int, int, int]], files: Sequence[TokenFile] = ()) -> None:
+        """Raise ``UserError`` where tokens have no room, in memory or on the disk.
 
-        In files they need none here; the room on the disk is checked for each file.
+        ``shapes``: kind → (rows, tokens, width). ``files``: all that are to be there, for a store with a
+        folder; what is in them already needs no more room.
         """
+        needed = self.bytes_of(shapes)
+        what = " and ".join(f"{shape[0]:,} {kind}" for kind, shape in shapes.items())
         if self.folder is not None:
+            needed, there = sum(file.missing_bytes() for file in files), free_bytes(self.folder)
+            if needed > there:
+                half = "" if self.precision == "float16" else "; training.token_precision=float16 takes half"
+                raise UserError(
+                    f"training.token_cache_folder={self.folder}: tokens of {what} take "
+                    f"{size_of(needed)} more, {size_of(there)} are free"
+                    f"{half}; training.token_cache=false needs none"
+                )
             return
-        item = PRECISIONS[self.precision].itemsize
-        needed, there = self.processes * item * sum(map(prod, shapes.values())), available_memory()
-        if needed <= there:
+        there = available_memory()
+        if self.processes * needed <= there:
             return
-        what = " and ".join(f"{shape[0]} {kind}" for kind, shape in shapes.items())
         each = f" in each of {self.processes} processes" if self.processes > 1 else ""
         raise UserError(
-            f"training.token_cache: tokens of {what}{each} take {needed / 1e9:.1f} GB of memory, "
-            f"{there / 1e9:.1f} GB are free; give "
+            f"training.token_cache: tokens of {what}{each} take "
+            f"{size_of(self.processes * needed)} of memory, {size_of(there)} are free; give "
             "training.token_cache_folder, which keeps them in files, or training.token_cache=false, which "
             "computes them in every step"
         )
+
+    def bytes_of(self, shapes: Mapping[str, tuple[int, int, int]]) -> int:
+        """Of tokens of these shapes, (rows, tokens, width)."""
+        return PRECISIONS[self.precision].itemsize * sum(map(prod, shapes.values()))
+
+    def file(self, kind: str, key: Mapping, rows: int, shape: tuple[int, int]) -> TokenFile:
+        """Where :meth:`tokens` keeps them. Only for a store with a folder."""
+        assert self.folder is not None
+        return TokenFile(self.folder, kind, key, rows, shape, PRECISIONS[self.precision], self.batch_size)
 
     @torch.no_grad()
     def tokens(
@@ -87,8 +107,7 @@ class TokenStore:
                 yield part, encode(loaded)
 
         if self.folder is not None:
-            file = TokenFile(self.folder, kind, key(), rows, shape, dtype, self.batch_size)
-            return file.build(compute, progress)
+            return self.file(kind, key(), rows, shape).build(compute, progress)
         self.check_room({kind: (rows, *shape)})
         tokens = torch.empty(rows, *shape, dtype=dtype)
         size = self.batch_size

@@ -8,12 +8,12 @@ from functools import lru_cache
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from rich.progress import Progress
 from torch import Tensor
 
 from clipmapper.data.images import clip_input
 from clipmapper.data.scenes_captions import CaptionSplit
 from clipmapper.data.token_cache import TokenStore
+from clipmapper.data.waiting import waiting
 from clipmapper.models.captioner import Captioner
 from clipmapper.training.encoder_tokens import ArrayImages, image_tokens
 from clipmapper.training.processes import WHOLE, Share, batches_of
@@ -31,11 +31,8 @@ class CaptionBatches:
         self.image_tokens: Tensor | None = None
         if store is not None:
             images = ArrayImages(split.images, model.encoder.clip.visual)
-            with Progress(transient=True) as progress:
-                task = progress.add_task(f"CLIP tokens, {name} split", total=len(images))
-                self.image_tokens = image_tokens(
-                    model.encoder, store, images, lambda done: progress.advance(task, done)
-                )
+            with waiting(f"CLIP tokens, {name} split", len(images)) as advance:
+                self.image_tokens = image_tokens(model.encoder, store, images, advance)
 
     def batch(self, images: Sequence[int], captions: Sequence[str]) -> dict:
         """A batch of these images and their captions, as many of each (see :class:`CaptionModule`)."""

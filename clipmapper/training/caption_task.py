@@ -32,9 +32,10 @@ from clipmapper.training.caption_report import (
     truth_table,
 )
 from clipmapper.training.captioning import SCORES, CaptionModule, JudgedCaption
-from clipmapper.training.encoder_tokens import token_store
+from clipmapper.training.encoder_tokens import ArrayImages, token_store
 from clipmapper.training.explained_records import samples_of
 from clipmapper.training.processes import Share
+from clipmapper.training.readable_items import left_out_lines
 from clipmapper.training.record_batches import RecordCaptions
 from clipmapper.training.record_tokens import check_room
 from clipmapper.training.relevance_callback import RelevanceCallback
@@ -42,6 +43,7 @@ from clipmapper.training.self_critical import SelfCriticalModule
 from clipmapper.training.streamed_batches import StreamedCaptions, check_readers
 from clipmapper.training.tables import console
 from clipmapper.training.task import Task
+from clipmapper.training.token_room import check_tokens
 
 VALIDATION_SPLITS = ("validation", "held_out")
 
@@ -72,14 +74,20 @@ class CaptionTask(Task):
         store = token_store(self.config, self.model.encoder, texts=False)
         if isinstance(self.data, RecordData):
             if store is not None:
-                there = [self.data.splits[name] for name in names if name in self.data.splits]
-                check_room(self.model.encoder, store, there, texts=False)
+                there = {name: self.data.splits[name] for name in names if name in self.data.splits}
+                check_room(self.model.encoder, store, there, self.data.decoding, texts=False)
             self.splits = {
                 name: RecordCaptions(self.model, self.data.splits[name], name, store, self.data.decoding)
                 for name in names
                 if name in self.data.splits
             }
         else:
+            if store is not None:
+                visual = self.model.encoder.clip.visual
+                images = {
+                    name: ArrayImages(getattr(self.data, name).images, visual) for name in (*names, "simple")
+                }
+                check_tokens(self.model.encoder, store, {name: (of, None) for name, of in images.items()})
             self.splits = {
                 name: CaptionBatches(self.model, getattr(self.data, name), name, store)
                 for name in (*names, "simple")
@@ -90,7 +98,7 @@ class CaptionTask(Task):
         # scst draws its own.
         captions = training.captions if training.objective == "cross_entropy" else 1
         if isinstance(self.data, ShardData):
-            self.splits["train"] = StreamedCaptions(self.model, self.data, self.config.seed)
+            self.splits["train"] = StreamedCaptions(self.model, self.data, self.config.seed, folder)
             self._batch_at = self.splits["train"].batches(training.batch_size, captions)
             return
         self._batch_at = drawn_batches(
@@ -177,6 +185,8 @@ class CaptionTask(Task):
             log_samples(trainer.logger, rows, batches.picture, trainer.global_step)
         if known:
             return {"captions": splits, "samples": rows}
+        for line in left_out_lines(folder):
+            console().print(line, markup=False, soft_wrap=True)
         if families := family_scores(written["validation"], batches.split.records):
             splits["validation"]["families"] = families
         file = folder / "captions_validation.json"

@@ -8,13 +8,13 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from clipmapper.config import TrainConfig
 from clipmapper.data.content import content_digest
 from clipmapper.data.images import clip_input
 from clipmapper.data.token_cache import TextTokens, TokenCache, TokenStore
+from clipmapper.data.waiting import waiting
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.encoder_identity import ids_digest, image_identity, text_identity
 from clipmapper.models.tokens import TokenizedText, tokenize
@@ -83,18 +83,33 @@ def token_store(config: TrainConfig, encoder: ClipEncoder, *, texts: bool) -> To
     return TokenStore(folder, training.token_precision, training.token_workers, processes=machine)
 
 
+def image_shape(encoder: ClipEncoder) -> tuple[int, int]:
+    """(tokens, width) of an image."""
+    rows, columns = encoder.grid
+    return encoder.prefix_tokens + rows * columns, encoder.image_width
+
+
+def image_key(encoder: ClipEncoder, source: ImageSource) -> dict:
+    """Everything that tokens of images depend on."""
+    return {"encoder": image_identity(encoder), "images": source.digest()}
+
+
+def text_key(encoder: ClipEncoder, text: TokenizedText) -> dict:
+    """Everything that tokens of texts depend on."""
+    return {"encoder": text_identity(encoder), "ids": ids_digest(text.ids, text.valid)}
+
+
 def image_tokens(
     encoder: ClipEncoder, store: TokenStore, source: ImageSource, progress: Callable[[int], None]
 ) -> Float[Tensor, "images tokens width"]:
     """Tokens of every image. A stored file is keyed by encoder, weights, preprocessing and images."""
     encoder.eval()
     device = next(encoder.parameters()).device
-    rows, columns = encoder.grid
     return store.tokens(
         "images",
-        lambda: {"encoder": image_identity(encoder), "images": source.digest()},
+        lambda: image_key(encoder, source),
         len(source),
-        (encoder.prefix_tokens + rows * columns, encoder.image_width),
+        image_shape(encoder),
         source.load,
         lambda loaded: encoder.image_tokens(source.pixels(loaded.to(device))),
         progress,
@@ -124,7 +139,7 @@ def text_tokens(
 
     tokens = store.tokens(
         "texts",
-        lambda: {"encoder": text_identity(encoder), "ids": ids_digest(text.ids, text.valid)},
+        lambda: text_key(encoder, text),
         len(different),
         (text.ids.shape[1], encoder.text_width),
         load,
@@ -143,13 +158,7 @@ def question_tokens(
     name: str,
 ) -> TokenCache:
     """Tokens of the images and texts of questions, with a progress bar. ``name``: of the split."""
-    with Progress(transient=True) as progress:
-        total = len(source) + len(set(texts))
-        task = progress.add_task(f"CLIP tokens, {name} split", total=total)
-
-        def advance(done: int) -> None:
-            progress.advance(task, done)
-
+    with waiting(f"CLIP tokens, {name} split", len(source) + len(set(texts))) as advance:
         images = image_tokens(encoder, store, source, advance)
         asked = text_tokens(encoder, store, texts, advance)
     return TokenCache(asked.tokens, asked.lengths, asked.text_of, images, image_of)

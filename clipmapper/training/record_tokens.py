@@ -1,6 +1,6 @@
 """Tokens of a frozen encoder for records: computed once, kept by the content of the image files."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from rich.progress import Progress
 from torch import Tensor
 
 from clipmapper.data.content import content_digest, file_digests, joint_digest
 from clipmapper.data.pixels import PixelReader
 from clipmapper.data.records import Record, StoredImage
 from clipmapper.data.token_cache import TokenCache, TokenStore
+from clipmapper.data.waiting import waiting
 from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
-from clipmapper.models.tokens import tokenize
 from clipmapper.training.encoder_tokens import image_tokens, question_tokens
+from clipmapper.training.token_room import check_tokens
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,7 @@ class RecordImages:
     def _content(self) -> str:
         images = [record.image for record in self.records]
         paths = [image for image in images if isinstance(image, Path)]
-        with Progress(transient=True) as progress:
-            task = progress.add_task("images, whether they changed", total=len(images))
-
-            def advance(done: int) -> None:
-                progress.advance(task, done)
+        with waiting("images, whether they changed", len(images)) as advance:
 
             def of_stored(image: bytes | StoredImage) -> str:
                 advance(1)
@@ -85,7 +81,7 @@ def record_question_tokens(
     encoder: ClipEncoder, store: TokenStore, records: Sequence[Record], name: str, reader: PixelReader
 ) -> TokenCache:
     """Tokens of the images and texts of questions. ``name``: of the split."""
-    images, image_of = _images_to_encode(store, records, reader)
+    images, image_of = _images_to_encode(store, records, name, reader)
     return question_tokens(encoder, store, images, [record.question for record in records], image_of, name)
 
 
@@ -93,37 +89,39 @@ def record_image_tokens(
     encoder: ClipEncoder, store: TokenStore, records: Sequence[Record], name: str, reader: PixelReader
 ) -> tuple[Float[Tensor, "images tokens width"], Int[Tensor, "records"]]:
     """Tokens of images, and which of them each record has, with a progress bar."""
-    images, image_of = _images_to_encode(store, records, reader)
-    with Progress(transient=True) as progress:
-        task = progress.add_task(f"CLIP tokens, {name} split", total=len(images))
-        tokens = image_tokens(encoder, store, images, lambda done: progress.advance(task, done))
+    images, image_of = _images_to_encode(store, records, name, reader)
+    with waiting(f"CLIP tokens, {name} split", len(images)) as advance:
+        tokens = image_tokens(encoder, store, images, advance)
     return tokens, image_of
 
 
 def check_room(
-    encoder: ClipEncoder, store: TokenStore, splits: Iterable[Sequence[Record]], *, texts: bool
+    encoder: ClipEncoder,
+    store: TokenStore,
+    splits: Mapping[str, Sequence[Record]],
+    decoding: str,
+    *,
+    texts: bool,
 ) -> None:
-    """Raise ``UserError``, before anything is encoded, where the tokens of all splits have no room in memory.
+    """:func:`~clipmapper.training.token_room.check_tokens` of records. ``splits``: name → records.
+    ``decoding``: of the data.
 
     ``texts``: whether those of the questions are kept as well.
     """
-    if store.folder is not None:
-        return
-    splits = list(splits)
-    images = sum(len({record.image_id for record in records}) for records in splits)
-    rows, columns = encoder.grid
-    shapes = {"images": (images, encoder.prefix_tokens + rows * columns, encoder.image_width)}
-    if texts:
-        asked = [sorted({record.question for record in records}) for records in splits]
-        # Each split has rows as long as its longest text; the longest of all is a little more.
-        longest = max(tokenize(encoder.tokenizer, some).ids.shape[1] for some in asked)
-        shapes["texts"] = (sum(map(len, asked)), longest, encoder.text_width)
-    store.check_room(shapes)
+    whole = {}
+    for name, records in splits.items():
+        images, image_of = _images_to_encode(store, records, name, encoder.reader(decoding))
+        store.sources[name] = (records, images, image_of)
+        whole[name] = (images, [record.question for record in records] if texts else None)
+    check_tokens(encoder, store, whole)
 
 
 def _images_to_encode(
-    store: TokenStore, records: Sequence[Record], reader: PixelReader
+    store: TokenStore, records: Sequence[Record], name: str, reader: PixelReader
 ) -> tuple[RecordImages, Int[Tensor, "records"]]:
+    looked_at = store.sources.pop(name, None)
+    if looked_at is not None and looked_at[0] is records:
+        return looked_at[1:]
     images, image_of = different_images(records, reader, store.folder)
     if store.folder is not None:
         images.digest()  # which has a progress bar of its own, before the next one

@@ -17,6 +17,9 @@ RESULTS = "results.json"
 JOB = "slurm_job"
 _DEPTH = 20  # of what is nested in a file of settings
 
+# Settings that a run may go on with others of: what to do about an image that it stopped at.
+_FREE = ("data.on_bad_image",)
+
 
 def new_run_folder(output: str, name: str, settings: Mapping) -> Path:
     """``output/name/date_time`` with the run's settings in it."""
@@ -67,7 +70,9 @@ def folder_to_resume(output: str, name: str, settings: Mapping) -> Path:
         raise UserError(f"resume=true: the newest run, {folder}, is finished; start a new one without it")
     before, now = _flat(_settings_of(folder)), _flat(settings)
     missing = object()  # None is a value: callbacks=none turns a section into one
-    changed = [key for key in now | before if before.get(key, missing) != now.get(key, missing)]
+    changed = [
+        key for key in now | before if key not in _FREE and before.get(key, missing) != now.get(key, missing)
+    ]
     if changed:
         was = f" ({json.dumps(before[changed[0]], default=str)[:200]})" if changed[0] in before else ""
         raise UserError(

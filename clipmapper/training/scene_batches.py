@@ -13,6 +13,7 @@ from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.tokens import tokenize
 from clipmapper.training.encoder_tokens import ArrayImages, question_tokens
 from clipmapper.training.processes import WHOLE, Share, batches_of
+from clipmapper.training.token_room import check_tokens
 
 
 class SplitBatches:
@@ -116,4 +117,14 @@ def scene_splits(
     store: TokenStore | None,
     names=("simple", "train", "validation", "held_out"),
 ) -> dict[str, SplitBatches]:
+    if store is not None:
+        splits = {name: getattr(data, name) for name in names}
+        check_tokens(
+            model.encoder,
+            store,
+            {
+                name: (ArrayImages(s.images, model.encoder.clip.visual), [q.text for q in s.questions])
+                for name, s in splits.items()
+            },
+        )
     return {name: SplitBatches(model, getattr(data, name), name, store) for name in names}

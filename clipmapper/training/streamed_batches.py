@@ -4,16 +4,18 @@ import random
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from itertools import count
+from pathlib import Path
 
 from torch import Tensor
 
-from clipmapper.data.records import CaptionCollate, Record, RecordDataset, VQACollate
+from clipmapper.data.records import CaptionCollate, Item, VQACollate
 from clipmapper.data.shard_data import ShardData
 from clipmapper.models.caption_tokens import caption_tokens
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.tokens import tokenize
 from clipmapper.training.processes import Share, this_share
+from clipmapper.training.readable_items import ReadableItems
 from clipmapper.training.record_batches import CaptionRecords
 from clipmapper.training.shard_batches import shard_batches
 
@@ -24,22 +26,18 @@ def check_readers(data: ShardData, accumulated: int) -> None:
 
 
 class StreamedQuestions:
-    """Batches of the training questions. ``split`` knows how many there are."""
+    """Batches of the training questions. ``split`` knows how many there are. ``folder``: of the run."""
 
-    def __init__(self, model: CLIPmapper, data: ShardData, seed: int) -> None:
+    def __init__(self, model: CLIPmapper, data: ShardData, seed: int, folder: Path) -> None:
         self.split = range(data.train_records)
         self.stream, self.seen = data.stream(seed), count()
         self.asked = data.stream(seed + 1)  # for what reads beside training: its place is its own
-        self.reader = model.encoder.reader(data.decoding)
+        self.items = ReadableItems(model.encoder.reader(data.decoding), data.on_bad_image, folder)
         self.collate = VQACollate(partial(tokenize, model.encoder.tokenizer), data.vocabulary)
 
     def batches(self, batch_size: int) -> Callable[[int, Share], dict]:
         """A share of the training batch of every step."""
-        return shard_batches(
-            self.stream,
-            lambda records, step: self.collate([*RecordDataset(records, self.reader)]),
-            batch_size,
-        )
+        return shard_batches(self.stream, self.items, lambda items, step: self.collate(items), batch_size)
 
     def questions_only(self, questions: Tensor) -> dict:
         """As many of the next questions without their images: those of a stream have no numbers."""
@@ -47,26 +45,26 @@ class StreamedQuestions:
 
 
 class StreamedCaptions:
-    """Batches of the training images with captions."""
+    """Batches of the training images with captions. ``folder``: of the run."""
 
-    def __init__(self, model: Captioner, data: ShardData, seed: int) -> None:
+    def __init__(self, model: Captioner, data: ShardData, seed: int, folder: Path) -> None:
         self.data, self.seed = data, seed
-        self.reader = model.encoder.reader(data.decoding)
+        self.items = ReadableItems(model.encoder.reader(data.decoding), data.on_bad_image, folder)
         self.collate = CaptionCollate(partial(caption_tokens, model.tokenizer, model.ends))
 
     @cached_property
     def split(self) -> CaptionRecords:
         """All of it, for what needs every caption (scst): it is read through once."""
-        return CaptionRecords(list(self.data.records("train")))
+        return CaptionRecords(self.data.every_training_record())
 
     def batches(self, batch_size: int, captions: int) -> Callable[[int, Share], dict]:
         """A share of the training batch of every step: each image with ``captions`` newly drawn captions."""
 
-        def batch_of(records: Sequence[Record], step: int) -> dict:
+        def batch_of(items: Sequence[Item], step: int) -> dict:
             drawn = []
-            for record in records:
+            for record, _ in items:
                 rng = random.Random(f"captions/{self.seed}/{step}/{record.id}")
                 drawn += [rng.choice(record.captions) for _ in range(captions)]
-            return self.collate([*RecordDataset(records, self.reader)], drawn)
+            return self.collate(items, drawn)
 
-        return shard_batches(self.data.stream(self.seed), batch_of, batch_size)
+        return shard_batches(self.data.stream(self.seed), self.items, batch_of, batch_size)

@@ -20,6 +20,7 @@ from clipmapper.training.blind import blind_accuracy
 from clipmapper.training.encoder_tokens import token_store
 from clipmapper.training.explained_records import samples_of
 from clipmapper.training.processes import Share
+from clipmapper.training.readable_items import left_out_lines
 from clipmapper.training.record_batches import RecordQuestions, question_batches
 from clipmapper.training.record_tokens import check_room
 from clipmapper.training.relevance_callback import RelevanceCallback
@@ -65,7 +66,9 @@ class VQATask(Task):
         store = token_store(self.config, self.model.encoder, texts=True)
         if isinstance(self.data, RecordData):
             if store is not None:
-                check_room(self.model.encoder, store, self.data.splits.values(), texts=True)
+                check_room(
+                    self.model.encoder, store, self.data.splits, self.data.decoding, texts=True
+                )
             self.splits = {
                 name: RecordQuestions(
                     self.model, records, self.data.vocabulary, name, store, self.data.decoding
@@ -73,7 +76,7 @@ class VQATask(Task):
                 for name, records in self.data.splits.items()
             }
             if isinstance(self.data, ShardData):
-                self.splits["train"] = StreamedQuestions(self.model, self.data, self.config.seed)
+                self.splits["train"] = StreamedQuestions(self.model, self.data, self.config.seed, folder)
                 self._batch_at = self.splits["train"].batches(training.batch_size)
                 return
             self._batch_at = question_batches(
@@ -137,6 +140,8 @@ class VQATask(Task):
         if "test" in self.splits:
             console().print("answers to the test split ...")
             answered["test"] = self._answers("test")
+        for line in left_out_lines(folder):
+            console().print(line, markup=False, soft_wrap=True)
         files = {}
         for split, answers in answered.items():
             files[split] = str(write_results(folder / f"answers_{split}.json", answers))

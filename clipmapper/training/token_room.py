@@ -1,0 +1,91 @@
+"""What a token cache will take, of room and of time: checked and said before anything is computed."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+
+import torch
+
+from clipmapper.data.memory import size_of
+from clipmapper.data.token_cache import TokenStore
+from clipmapper.data.waiting import span
+from clipmapper.models.encoder import ClipEncoder
+from clipmapper.models.tokens import tokenize
+from clipmapper.training.encoder_tokens import ImageSource, image_key, image_shape, text_key
+from clipmapper.training.tables import console
+
+_TRIED = 16  # images or texts by which the time is measured
+
+
+def check_tokens(
+    encoder: ClipEncoder, store: TokenStore, splits: Mapping[str, tuple[ImageSource, Sequence[str] | None]]
+) -> None:
+    """Raise ``UserError`` where the tokens of all splits together have no room; otherwise say their size, and
+    how long it will take to compute those that are not there, measured by encoding a few.
+
+    ``splits``: name → the images, and the texts of the questions about them (None: no texts are kept).
+    """
+    encoder.eval()
+    images, asked = image_shape(encoder), {}
+    for name, (_, texts) in splits.items():
+        if texts is not None:
+            asked[name] = tokenize(encoder.tokenizer, sorted(set(texts)))
+    shapes = {"images": (sum(len(source) for source, _ in splits.values()), *images)}
+    if asked:
+        # Each split has rows as long as its longest text; the longest of all is a little more.
+        longest = max(text.ids.shape[1] for text in asked.values())
+        shapes["texts"] = (sum(len(text.ids) for text in asked.values()), longest, encoder.text_width)
+    left, files = {kind: shape[0] for kind, shape in shapes.items()}, []
+    if store.folder is not None:
+        of_images = [store.file("images", image_key(encoder, s), len(s), images) for s, _ in splits.values()]
+        of_texts = [
+            store.file(
+                "texts", text_key(encoder, text), len(text.ids), (text.ids.shape[1], encoder.text_width)
+            )
+            for text in asked.values()
+        ]
+        files = [*of_images, *of_texts]
+        left = {"images": sum(file.missing_rows() for file in of_images)}
+        left["texts"] = sum(file.missing_rows() for file in of_texts)
+    store.check_room(shapes, files)
+
+    counts = " and ".join(f"{shape[0]:,} {kind}" for kind, shape in shapes.items())
+    where = "in memory" if store.folder is None else f"in {store.folder}"
+    line = f"token cache: {counts}, {size_of(store.bytes_of(shapes))} {where} ({store.precision})"
+    if not any(left.values()):
+        line += "; all there"
+    else:
+        source = max((source for source, _ in splits.values()), key=len)
+        seconds = left["images"] * _image_seconds(encoder, store, source) if left["images"] else 0.0
+        if left.get("texts"):
+            texts = sorted(set(chain.from_iterable(texts or () for _, texts in splits.values())))
+            seconds += left["texts"] * _text_seconds(encoder, texts)
+        some = "" if left == {kind: shape[0] for kind, shape in shapes.items()} else "the rest "
+        line += f"; {some}takes about {span(seconds)}"
+    console().print(line, markup=False, soft_wrap=True, highlight=False)
+
+
+@torch.no_grad()
+def _image_seconds(encoder: ClipEncoder, store: TokenStore, source: ImageSource) -> float:
+    """Of one image. Workers prepare images while others are encoded."""
+    device = next(encoder.parameters()).device
+    rows = range(min(_TRIED, len(source)))
+    loading, loaded = _timed(lambda: source.load(rows))
+    encoding, _ = _timed(lambda: encoder.image_tokens(source.pixels(loaded.to(device))).cpu())
+    both = max(loading / store.workers, encoding) if store.workers else loading + encoding
+    return both / len(rows)
+
+
+@torch.no_grad()
+def _text_seconds(encoder: ClipEncoder, texts: Sequence[str]) -> float:
+    device = next(encoder.parameters()).device
+    text = tokenize(encoder.tokenizer, texts[:: max(1, len(texts) // _TRIED)][:_TRIED]).to(device)
+    return _timed(lambda: encoder.text_tokens(text.ids, text.valid).cpu())[0] / len(text.ids)
+
+
+def _timed(work: Callable):
+    """The seconds of a second call, and what it gives: the first warms up."""
+    work()
+    began = time.perf_counter()
+    found = work()
+    return time.perf_counter() - began, found
