@@ -11,10 +11,14 @@ from typing import BinaryIO
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from clipmapper.errors import UserError
+from clipmapper.errors import RunCutShort, UserError
 
 # What a file system says that has no room: the disk is full, the quota is used up, the file is too large.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+# What reading one that is not whole raises.
+_DAMAGES = (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -36,8 +40,8 @@ def previous_of(path: Path) -> Path:
 def write_checkpoint(checkpoint: Mapping, path: Path) -> None:
     """Write under a temporary name, to the disk (fsync), then rename.
 
-    At every moment ``path`` or :func:`previous_of` it is a whole checkpoint. Raises ``UserError`` when there
-    is no room; both are then as they were.
+    At every moment ``path`` or :func:`previous_of` it is a whole checkpoint. Raises ``RunCutShort`` when
+    there is no room; both are then as they were.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
@@ -58,9 +62,8 @@ def write_checkpoint(checkpoint: Mapping, path: Path) -> None:
         if getattr(cause, "errno", None) not in NO_ROOM:
             raise
         kept = f"{path} is still the one before" if path.exists() else "there is none from before"
-        raise UserError(
-            f"no room for a checkpoint ({cause.strerror}): {temporary} could not be written; {kept}. "
-            "Make room, then resume with resume=true"
+        raise RunCutShort(
+            f"no room for a checkpoint ({cause.strerror}): {temporary} could not be written; {kept}"
         ) from error
 
 
@@ -80,11 +83,15 @@ def restore_checkpoint(path: Path) -> str | None:
             f"resume=true: {path}: {problem}, and the one before, {previous}: {also}; start anew without it"
         )
     os.replace(previous, path)
-    return f"{path}: {problem}; going on from the one before, {_step(path)} steps"
+    return f"{path}: {problem}; going on from the one before, {step_of(path)} steps"
 
 
-def _step(path: Path) -> int:
-    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+def step_of(path: Path) -> int | None:
+    """How many steps a checkpoint was trained for; None where there is none that can be read."""
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except (*_DAMAGES, KeyError, TypeError):
+        return None
 
 
 def _problem(path: Path) -> str | None:
@@ -97,7 +104,7 @@ def _problem(path: Path) -> str | None:
             if (damaged := archive.testzip()) is not None:
                 return f"damaged ({damaged} is not what was written)"
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except _DAMAGES as error:
         return f"damaged or cut short ({(str(error) or type(error).__name__).splitlines()[0]})"
     whole = isinstance(checkpoint, dict) and {"global_step", "state_dict"} <= set(checkpoint)
     return None if whole else "not a checkpoint of a run"
