@@ -27,6 +27,7 @@ from clipmapper.config import (
 from clipmapper.config_checks import check_overrides, checked, describe_failure, setting_named
 from clipmapper.errors import UserError, UserErrors
 from clipmapper.shipped import shipped_root
+from clipmapper.stopping import a_command
 
 _Schema = TypeVar("_Schema", bound=Section)
 
@@ -62,9 +63,13 @@ def perturb(arguments: Sequence[str] | None = None) -> None:
     """Compare explanation methods by perturbation."""
 
     def work(config: PerturbConfig) -> None:
+        from clipmapper.training.interruption import RunInterrupted
         from clipmapper.training.run_perturb import perturb_checkpoint
 
-        perturb_checkpoint(config)
+        try:
+            perturb_checkpoint(config)
+        except RunInterrupted as stop:
+            raise KeyboardInterrupt(str(stop)) from stop
 
     _run("perturb", PerturbConfig, work, arguments)
 
@@ -113,6 +118,13 @@ def _run(
 
     Ends with exit status 2 and one line on stderr for a mistake of the user's, 130 when interrupted.
     """
+    with a_command():
+        _composed(name, schema, work, arguments)
+
+
+def _composed(
+    name: str, schema: type[_Schema], work: Callable[[_Schema], object], arguments: Sequence[str] | None
+) -> None:
     original, composing = sys.argv, True
 
     def task(config: Container) -> object:
@@ -161,11 +173,11 @@ def _run(
             raise
         _fail(describe_failure(error, schema, groups))
     except KeyboardInterrupt as stop:
-        _interrupted(schema, stop)
+        _interrupted(stop)
     except SystemExit as leaving:
         # Lightning turns Ctrl-C into exit status 1.
         if isinstance(leaving.__context__, KeyboardInterrupt):
-            _interrupted(schema, leaving.__context__)
+            _interrupted(leaving.__context__)
         raise
     finally:
         sys.argv = original
@@ -199,10 +211,8 @@ def _quoted(arguments: Sequence[str], schema: type[Section]) -> list[str]:
     return quoted
 
 
-def _interrupted(schema: type[Section], stop: KeyboardInterrupt) -> NoReturn:
-    what = f"interrupted: {stop}" if str(stop) else "interrupted"
-    more = "; the same command with resume=true goes on" if setting_named("resume", schema) else ""
-    print(f"{what}{more}", file=sys.stderr)
+def _interrupted(stop: KeyboardInterrupt) -> NoReturn:
+    print(f"interrupted: {stop}" if str(stop) else "interrupted", file=sys.stderr)
     sys.exit(130)
 
 

@@ -1,7 +1,7 @@
 """``scripts/make_shards.py``: any data set of records, chosen as for training, as WebDataset shards."""
 
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,9 @@ from clipmapper.config_checks import checked, describe_failure
 from clipmapper.data.records import RecordData
 from clipmapper.data.shard_files import write_shards
 from clipmapper.errors import UserError
+from clipmapper.outputs import check_folder
 from clipmapper.shipped import shipped_root
+from clipmapper.stopping import a_command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,7 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.images_per_shard < 1:
         parser.error("--images-per-shard must be at least 1")
+    with a_command():
+        _make(options)
+
+
+def _make(options: Namespace) -> None:
     try:
+        check_folder(options.folder, str(options.folder))
         data = _data(options.settings)
         with Progress(transient=True) as progress:
             images = sum(len({r.image_id for r in records}) for records in data.splits.values())
@@ -46,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        done = len(list(options.folder.glob("*.tar")))
+        kept = f"{done} shards are complete: the same command goes on" if done else "no shard is complete yet"
+        print(f"interrupted; {kept}", file=sys.stderr)
         sys.exit(130)
     for split, shards in written.items():
         counts = f"{sum(s.images for s in shards)} images, {sum(s.records for s in shards)} records"

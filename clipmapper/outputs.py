@@ -1,11 +1,14 @@
 """Whether what a command is to write can be written, tried before it does anything else."""
 
+import errno
 import os
 import tempfile
 from pathlib import Path
 
 from clipmapper.errors import UserError
 
+# What a file system says that has no room: the disk is full, the quota is used up, the file is too large.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TRIED = b"\0" * 4096
 
 

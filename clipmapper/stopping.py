@@ -8,7 +8,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
+
+from clipmapper.outputs import NO_ROOM
 
 # Ctrl-C; kill, SLURM and Docker; a terminal that is closed; what schedulers send some time before the end.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -29,7 +31,8 @@ class Stopped(KeyboardInterrupt):
 @contextmanager
 def a_command() -> Iterator[None]:
     """What a command's main does is done within: each of ``SIGNALS`` raises :class:`Stopped` in the main
-    thread, forked processes ignore them, and output that can't be printed is no reason to stop.
+    thread, forked processes ignore them, and output that can't be printed is no reason to stop. A full disk
+    is one line and exit status 2.
 
     Handlers that others have installed (submitit's, of SIGUSR2) stay, and so does ``nohup``.
     """
@@ -37,6 +40,12 @@ def a_command() -> Iterator[None]:
         previous = _install(_Raising())
         try:
             yield
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            where = f": {error.filename}" if error.filename else ""
+            print(f"error: no room to write ({error.strerror}){where}", file=sys.stderr)
+            sys.exit(2)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -138,7 +147,7 @@ os.register_at_fork(
 class _Forgiving:
     """A stream whose reader may go away (``| head``, a closed terminal, a full disk): the rest is lost."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from clipmapper.data.conversion import READERS, Source, convert
 from clipmapper.errors import UserError
+from clipmapper.outputs import check_file
+from clipmapper.stopping import a_command
 
 
 def main() -> None:
@@ -24,12 +26,21 @@ def main() -> None:
     parser.add_argument("--split", choices=("train", "validation", "test"), required=True)
     parser.add_argument("--output", type=Path, required=True, help="a .jsonl file; an old one is replaced")
     options = parser.parse_args()
+    with a_command():
+        _convert(options)
+
+
+def _convert(options: argparse.Namespace) -> None:
     source = Source(options.questions, options.annotations, options.images)
     try:
+        check_file(options.output, f"--output {options.output}")
         lines, images = convert(options.name, source, options.split, options.output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
     print(f"{options.output}: {lines} lines about {images} images")
 
 

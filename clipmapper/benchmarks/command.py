@@ -1,6 +1,7 @@
 """``scripts/benchmark.py``: one sub-command a benchmark, the results as JSON."""
 
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import NamedTuple
 from clipmapper.benchmarks import captions, loading, perturbation, relevance, token_caching
 from clipmapper.benchmarks.timing import write_results
 from clipmapper.errors import UserError
+from clipmapper.outputs import check_file
+from clipmapper.stopping import a_command
 
 
 class Benchmark(NamedTuple):
@@ -78,16 +81,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error("--repeats must be at least 1")
-    benchmark = BENCHMARKS[options.benchmark]
-    output = options.output
+    with a_command():
+        _run(BENCHMARKS[options.benchmark], options)
+
+
+def _run(benchmark: Benchmark, options: Namespace) -> None:
+    output, began = options.output, time.time()
     options.output = str(output)
     try:
+        check_file(output / f"{options.name}.json", f"--output {output}")
         results = benchmark.run(options)
     except UserError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        goes_on = "the same command with --resume goes on" if "resume" in options else "nothing was written"
+        file = output / f"{options.name}.json"
+        written = "resume" in options and file.exists() and (options.resume or file.stat().st_mtime >= began)
+        goes_on = "the same command with --resume goes on" if written else "nothing was written"
         print(f"interrupted; {goes_on}", file=sys.stderr)
         sys.exit(130)
     path = write_results(options.name, results, output)

@@ -45,7 +45,9 @@ def convert(name: str, source: Source, split: str, output: Path) -> tuple[int, i
     if not lines:
         raise UserError(f"{source.questions}: nothing in it")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    temporary = output.with_name(f"{output.name}.tmp")
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(temporary, output)
     return len(lines), len(images)
 
 

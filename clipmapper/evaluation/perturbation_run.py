@@ -11,6 +11,9 @@ from clipmapper.evaluation.perturbation_scores import PerturbationScores, write_
 
 _log = logging.getLogger(__name__)
 
+# What numpy raises for an empty, a foreign, an incomplete and a cut file.
+_DAMAGES = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
+
 
 def run_in_chunks(
     n_samples: int,
@@ -49,6 +52,19 @@ def run_in_chunks(
     return PerturbationScores.concatenate(chunks)
 
 
+def finished_chunks(folder: Path, key: str) -> int:
+    """How many chunks, in ``folder`` and those in it, a run with this ``key`` need not compute again."""
+    return sum(_key_of(path).startswith(f"{key} [") for path in folder.rglob("chunk_*.npz"))
+
+
+def _key_of(path: Path) -> str:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            return str(stored["key"])
+    except _DAMAGES:
+        return ""
+
+
 def _load_chunk(path: Path, chunk_key: str) -> PerturbationScores | None:
     if not path.exists():
         return None
@@ -58,7 +74,6 @@ def _load_chunk(path: Path, chunk_key: str) -> PerturbationScores | None:
             if str(stored["key"]) != chunk_key:
                 return None
             return PerturbationScores.from_arrays(stored)
-    # What numpy raises for an empty, a foreign, an incomplete and a cut file.
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except _DAMAGES as error:
         _log.warning("%s is damaged and is computed again (%s)", path, error)
         return None

@@ -1,6 +1,5 @@
 """Checkpoint files that survive a crash: complete or not there, and the one before is kept."""
 
-import errno
 import os
 import pickle
 import zipfile
@@ -12,10 +11,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from clipmapper.errors import RunCutShort, UserError
-
-# What a file system says that has no room: the disk is full, the quota is used up, the file is too large.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
+from clipmapper.outputs import NO_ROOM
 
 # What reading one that is not whole raises.
 _DAMAGES = (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError)

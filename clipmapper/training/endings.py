@@ -11,8 +11,8 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from clipmapper.config import TrainConfig
 from clipmapper.errors import RunCutShort, UserError
+from clipmapper.outputs import NO_ROOM
 from clipmapper.stopping import Stopped
-from clipmapper.training.checkpoint_files import NO_ROOM
 from clipmapper.training.companions import Companions
 from clipmapper.training.interruption import REQUEUE_SIGNALS, RunInterrupted, requeue_job
 from clipmapper.training.processes import another_has_failed, is_main, say_once
@@ -66,6 +66,17 @@ def ending(error: BaseException, run: Unfinished) -> BaseException:
     return error if isinstance(error, UserError) and line == str(error) else UserError(line)
 
 
+def killed_worker(error: RuntimeError) -> str | None:
+    """The line for a worker of a DataLoader that was ended by somebody else; None for another error."""
+    worker = re.search(
+        r"DataLoader worker \(pid.*?\) (?:is killed by signal: (\w+)|exited unexpectedly)", str(error)
+    )
+    if worker is None:
+        return None
+    how = f"was killed ({worker[1]})" if worker[1] else "has ended unexpectedly"
+    return f"a process that makes batches {how}; where memory was short, fewer of them (workers) need less"
+
+
 def give_up(run: Unfinished) -> NoReturn:
     """End this process, which waits for one that is gone, from another thread."""
     missing = run.companions.missing()
@@ -96,15 +107,8 @@ def _line(error: BaseException, run: Unfinished) -> str | None:
             return f"no room to write ({error.strerror}): {where}. {run.way_on()}"
         if run.folder is not None and error.filename and _within(Path(error.filename), run.folder):
             return f"{error.filename}: can't be written or read ({error.strerror}). {run.way_on()}"
-    worker = re.search(
-        r"DataLoader worker \(pid.*?\) (?:is killed by signal: (\w+)|exited unexpectedly)", str(error)
-    )
-    if worker and isinstance(error, RuntimeError):
-        how = f"was killed ({worker[1]})" if worker[1] else "has ended unexpectedly"
-        return (
-            f"a process that makes batches {how}; where memory was short, fewer (data.workers, "
-            f"training.token_workers) need less. {run.way_on()}"
-        )
+    if isinstance(error, RuntimeError) and (line := killed_worker(error)):
+        return f"{line}. {run.way_on()}"
     return None
 
 
