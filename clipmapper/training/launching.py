@@ -24,6 +24,9 @@ from clipmapper.training.companions import Companions
 from clipmapper.training.less_noise import less_noise
 from clipmapper.training.processes import form_group, is_main
 
+# Until all have read their libraries, from a disk that is busy with them: the setting is for later.
+_JOINING = timedelta(minutes=10)
+
 
 class Started(NamedTuple):
     """What has started this process, and how many: ``rank`` of ``count``, ``local`` of this machine's."""
@@ -62,7 +65,7 @@ def start_processes(trainer: TrainerConfig) -> tuple[torch.device, Companions]:
         if wanted is None:
             _check_count(trainer, started, getattr(found.strategy, "num_processes", 1))
         if found.world_size > 1:
-            found = fabric(strategy=DDPStrategy(timeout=timeout))
+            found = fabric(strategy=DDPStrategy(timeout=max(timeout, _JOINING)))
     except (RuntimeError, ValueError, MisconfigurationException) as error:
         line = f"trainer: {str(error).splitlines()[0]}"
         _one_says(line, started is None or started.local == 0)
@@ -76,7 +79,7 @@ def start_processes(trainer: TrainerConfig) -> tuple[torch.device, Companions]:
             "(hydra/launcher=submitit_slurm)"
         )
     with less_noise(), _joining(found.world_size) as children:
-        _launch(found.launch, trainer.timeout_minutes)
+        _launch(found.launch)
         form_group(timeout)
     companions = Companions.of_this_machine(children)
     if not is_main():
@@ -143,14 +146,13 @@ def _one_says(line: str, this_one: bool) -> None:
     raise SystemExit(2)
 
 
-def _launch(launch: Callable[[], object], minutes: float) -> None:
+def _launch(launch: Callable[[], object]) -> None:
     """Raises ``UserError`` where the processes don't find each other."""
     try:
         launch()
     except distributed.DistError as error:
         raise UserError(
-            f"the processes of this run could not join within {minutes:g} minutes (trainer.timeout_minutes): "
-            f"{str(error).splitlines()[0]}"
+            f"the processes of this run do not find each other: {str(error).splitlines()[0]}"
         ) from error
     except ValueError as error:  # of torchrun's or SLURM's variables
         raise UserError(f"trainer: {str(error).splitlines()[0]}") from error

@@ -54,6 +54,7 @@ def form_group(timeout: timedelta) -> None:
     """
     global _group
     _group = distributed.new_group(backend="gloo", timeout=timeout)
+    distributed.distributed_c10d._set_pg_timeout(timeout, distributed.group.WORLD)  # formed with another
 
 
 def this_share() -> Share:
