@@ -1,5 +1,6 @@
 """Signals that end a command, who hears them, and a terminal that is no longer there."""
 
+import ctypes
 import errno
 import os
 import signal
@@ -15,6 +16,8 @@ from clipmapper.outputs import NO_ROOM
 # Ctrl-C; kill, SLURM and Docker; a terminal that is closed; what schedulers send some time before the end.
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent ends
+_libc = ctypes.CDLL(None)
 _ONCE = 1.0  # seconds in which several signals are one: launchers hand on what their group has had already
 _shields = 0
 _local = threading.local()
@@ -125,6 +128,10 @@ def _after_fork_in_parent() -> None:
 
 def _after_fork_in_child() -> None:
     if _local.mask is not None:
+        if sys.platform == "linux" and threading.current_thread() is threading.main_thread():
+            # At once, before it runs into what the parent has left behind. (The system means the thread that
+            # forked, which must not be one that ends earlier.)
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         threading.Thread(target=_end_with, args=(_local.parent,), daemon=True).start()
 
 

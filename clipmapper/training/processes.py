@@ -54,7 +54,9 @@ def form_group(timeout: timedelta) -> None:
     """
     global _group
     _group = distributed.new_group(backend="gloo", timeout=timeout)
-    distributed.distributed_c10d._set_pg_timeout(timeout, distributed.group.WORLD)  # formed with another
+    # That of all was formed with another. Older releases of torch have the function by another name.
+    set_timeout = getattr(distributed, "set_timeout", None) or distributed.distributed_c10d._set_pg_timeout
+    set_timeout(timeout, distributed.group.WORLD)
 
 
 def this_share() -> Share:
