@@ -3,7 +3,8 @@
 import os
 import re
 import sys
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,7 +17,7 @@ from clipmapper.stopping import Stopped
 from clipmapper.training.companions import Companions
 from clipmapper.training.interruption import REQUEUE_SIGNALS, RunInterrupted, requeue_job
 from clipmapper.training.processes import another_has_failed, is_main, say_once
-from clipmapper.training.run_folder import RESULTS, newest_run, saved_step
+from clipmapper.training.run_folder import CHECKPOINT, RESULTS, folder_to_resume, saved_step
 
 _ALONE = "the run can't go on without it"
 _OF_OTHERS = 3.0  # seconds in which the system tells of a process whose connection is gone
@@ -39,9 +40,19 @@ class Unfinished:
         step = saved_step(self.folder)
         if step is None:
             return "nothing was saved: there is nothing to resume"
-        place = Path(self.config.output, self.config.name)
-        how = "true" if newest_run(place) == self.folder else str(self.folder)
+        how = self._named_by()
+        if how is None:
+            return f"{step} steps are saved in {self.folder / CHECKPOINT}, but nothing can go on with them"
         return f"{step} steps are saved: the same command with resume={how} goes on"
+
+    def _named_by(self) -> str | None:
+        """The value of ``resume`` that resuming will take for this run, tried; None if it refuses any."""
+        settings = {key: value for key, value in asdict(self.config).items() if key != "resume"}
+        for resume in (True, str(self.folder)):
+            with suppress(UserError):
+                if folder_to_resume(self.config.output, self.config.name, settings, resume) == self.folder:
+                    return str(resume).lower() if resume is True else resume
+        return None
 
 
 def ending(error: BaseException, run: Unfinished) -> BaseException:
