@@ -5,6 +5,7 @@ python scripts/convert.py gqa train_balanced_questions.json --images images --sp
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from clipmapper.data.conversion import READERS, Source, convert
@@ -13,7 +14,7 @@ from clipmapper.outputs import check_file
 from clipmapper.stopping import a_command
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="the folder of the images themselves")
     parser.add_argument("--split", choices=("train", "validation", "test"), required=True)
     parser.add_argument("--output", type=Path, required=True, help="a .jsonl file; an old one is replaced")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     with a_command():
         _convert(options)
 
