@@ -1,4 +1,4 @@
-"""Whether what a command is to write can be written, tried before it does anything else."""
+"""What a command writes: tried before it does anything else, and then written whole or not at all."""
 
 import errno
 import os
@@ -32,6 +32,23 @@ def check_file(file: Path, named: str) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{named}: can't be written ({_reason(error)})") from error
     _check(file.parent, f".{file.name}", named)
+
+
+def write_whole(path: Path, content: str | bytes) -> Path:
+    """Write a file that is on the disk as a whole, or not at all: what was there before stays then.
+
+    Nothing else is left where there is no room. Text is written as UTF-8. Returns the path.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
 
 
 def _check(folder: Path, stem: str, named: str) -> None:

@@ -11,7 +11,7 @@ from training_models import ROOT
 from clipmapper import cli, making_shards
 from clipmapper.benchmarks import command as benchmark
 from clipmapper.errors import UserError
-from clipmapper.outputs import check_file, check_folder
+from clipmapper.outputs import check_file, check_folder, write_whole
 
 
 def script(name: str):
@@ -90,3 +90,24 @@ def test_any_refusal_is_one_line_that_leaves_nothing(tmp_path, monkeypatch, fail
         check_folder(tmp_path / "new", "output=x")
     monkeypatch.undo()
     assert list(tmp_path.iterdir()) == []
+
+
+FAILS = {"no room": "fsync", "not renamed": "replace"}
+
+
+@pytest.mark.parametrize("failing", FAILS.values(), ids=FAILS)
+@pytest.mark.parametrize("there", [True, False])
+def test_what_is_written_is_whole_or_as_before(tmp_path, monkeypatch, failing, there):
+    def refuse(*arguments):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "results.json"
+    if there:
+        path.write_text("before")
+    monkeypatch.setattr(os, failing, refuse)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, "новое")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["before"] * there
+    monkeypatch.undo()
+    assert write_whole(path, "новое").read_text(encoding="utf-8") == "новое"
+    assert [file.name for file in tmp_path.iterdir()] == ["results.json"]

@@ -111,7 +111,9 @@ def _line(error: BaseException, run: Unfinished) -> str | None:
     if isinstance(error, RunCutShort):
         return f"{error}. {run.way_on()}"
     if isinstance(error, UserError):
-        return _without_traceback(str(error))
+        line = _without_traceback(str(error))
+        full = isinstance(error.__cause__, OSError) and error.__cause__.errno in NO_ROOM
+        return f"{line}. {run.way_on()}" if full else line
     if isinstance(error, OSError):
         if error.errno in NO_ROOM:
             where = error.filename or run.config.output

@@ -13,7 +13,7 @@ from clipmapper.config import PretrainConfig
 from clipmapper.errors import RunCutShort, UserError
 from clipmapper.models.clip_weights import save_clip_weights
 from clipmapper.models.encoder import ClipEncoder
-from clipmapper.outputs import check_file, check_folder
+from clipmapper.outputs import NO_ROOM, check_file, check_folder
 from clipmapper.stopping import forks_ignore_signals
 from clipmapper.training.checkpoint_files import DurableCheckpointIO, restore_checkpoint
 from clipmapper.training.contrastive import ContrastiveModule, contrastive_loader, retrieval_score
@@ -50,6 +50,11 @@ def run_pretraining(config: PretrainConfig) -> dict[str, float]:
         raise RunInterrupted(f"stopped at once; {_way_on(settings)}") from leaving
     except RunCutShort as error:
         raise UserError(f"{error}. {_way_on(settings)}") from error
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        where = error.filename or config.output
+        raise UserError(f"no room to write ({error.strerror}): {where}. {_way_on(settings)}") from error
     except RuntimeError as error:
         if (line := killed_worker(error)) is None:
             raise

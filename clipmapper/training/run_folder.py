@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from clipmapper.errors import UserError
+from clipmapper.outputs import write_whole
 from clipmapper.training.checkpoint_files import previous_of, step_of
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
@@ -157,9 +158,7 @@ def objective(folder: Path) -> float | None:
 
 def write_json(path: Path, content: Mapping) -> None:
     """Complete or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def _flat(settings: Mapping, prefix: str = "") -> dict:
