@@ -180,7 +180,7 @@ train(sys.argv[1:])
 
 
 class Program:
-    """``train`` with images that workers decode, in a process group of its own, that has saved something."""
+    """``train`` with images that workers decode, in a process group of its own."""
 
     def __init__(self, folder: Path, common: tuple[str, ...], *overrides: str) -> None:
         rows = []
@@ -192,7 +192,7 @@ class Program:
                     "id": number,
                     "image": f"{number}.png",
                     "question": "what?",
-                    "answers": ["red"],
+                    "answers": [("red", "blue")[number % 2]],
                     "split": split,
                 }
             )
@@ -214,8 +214,17 @@ class Program:
             stderr=self.errors,
             start_new_session=True,
         )
-        self.wait_for(lambda: list(folder.glob(f"run/*/{CHECKPOINT}")))
-        (self.folder,) = folder.glob("run/*")
+        self.place = folder / "run"
+
+    def saved(self) -> "Program":
+        """The same, once it has saved something."""
+        self.wait_for(lambda: list(self.place.glob(f"*/{CHECKPOINT}")))
+        return self
+
+    @property
+    def folder(self) -> Path:
+        (folder,) = self.place.iterdir()
+        return folder
 
     def wait_for(self, true) -> None:
         last = time.monotonic() + PATIENCE
@@ -257,7 +266,7 @@ def program(tmp_path, common):
 
     def start(*overrides: str) -> Program:
         programs.append(Program(tmp_path, common, *overrides))
-        return programs[-1]
+        return programs[-1].saved()
 
     yield start
     for one in programs:
