@@ -24,11 +24,12 @@ from clipmapper.config import (
     TrainConfig,
     register,
 )
-from clipmapper.config_checks import check_overrides, checked, describe_failure, setting_named
+from clipmapper.config_checks import check_overrides, checked, describe_failure
 from clipmapper.errors import UserError, UserErrors
 from clipmapper.free_text import quoted
 from clipmapper.settings import config_groups, data_settings
 from clipmapper.shipped import shipped_root
+from clipmapper.stopping import a_command
 from clipmapper.visible_text import visible
 
 _Schema = TypeVar("_Schema", bound=Section)
@@ -69,10 +70,14 @@ def perturb(arguments: Sequence[str] | None = None) -> None:
     of_data = [argument for argument in given if re.match(r"[+~]*data[=.]", argument)]
 
     def work(config: PerturbConfig) -> None:
+        from clipmapper.training.interruption import RunInterrupted
         from clipmapper.training.run_perturb import perturb_checkpoint
 
         config.data = data_settings(of_data) if of_data and of_data != ["data=null"] else None
-        perturb_checkpoint(config)
+        try:
+            perturb_checkpoint(config)
+        except RunInterrupted as stop:
+            raise KeyboardInterrupt(str(stop)) from stop
 
     _run("perturb", PerturbConfig, work, [argument for argument in given if argument not in of_data])
 
@@ -121,6 +126,13 @@ def _run(
 
     Ends with exit status 2 and one line on stderr for a mistake of the user's, 130 when interrupted.
     """
+    with a_command():
+        _composed(name, schema, work, arguments)
+
+
+def _composed(
+    name: str, schema: type[_Schema], work: Callable[[_Schema], object], arguments: Sequence[str] | None
+) -> None:
     original, composing = sys.argv, True
 
     def task(config: Container) -> object:
@@ -161,11 +173,11 @@ def _run(
             raise
         _fail(describe_failure(error, schema, groups))
     except KeyboardInterrupt as stop:
-        _interrupted(schema, stop)
+        _interrupted(stop)
     except SystemExit as leaving:
         # Lightning turns Ctrl-C into exit status 1.
         if isinstance(leaving.__context__, KeyboardInterrupt):
-            _interrupted(schema, leaving.__context__)
+            _interrupted(leaving.__context__)
         raise
     finally:
         sys.argv = original
@@ -182,10 +194,8 @@ def _parsed(arguments: Sequence[str]) -> Namespace:
     return parser.parse_args(arguments)
 
 
-def _interrupted(schema: type[Section], stop: KeyboardInterrupt) -> NoReturn:
-    what = f"interrupted: {stop}" if str(stop) else "interrupted"
-    more = "; the same command with resume=true goes on" if setting_named("resume", schema) else ""
-    print(f"{what}{more}", file=sys.stderr)
+def _interrupted(stop: KeyboardInterrupt) -> NoReturn:
+    print(f"interrupted: {visible(str(stop))}" if str(stop) else "interrupted", file=sys.stderr)
     sys.exit(130)
 
 

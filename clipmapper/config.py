@@ -9,6 +9,7 @@ class for each, which the group's file names in its defaults list; ``_target_`` 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra.core.config_store import ConfigStore
@@ -80,6 +81,10 @@ CAPTION_SCORES = (
 )
 _SEED_LIMIT = 2**32 - 1  # numpy's legacy generator, which Lightning seeds as well, takes no more
 _SCENES = 1_000_000  # of a split: 7 GB of pixels
+
+
+# As YAML and OmegaConf read them.
+_TRUE_FALSE = {True: ("true", "yes", "on", "y", "1"), False: ("false", "no", "off", "n", "0")}
 
 
 def setting(**limits: Any) -> Any:
@@ -466,6 +471,7 @@ class TrainerConfig(Section):
     ema_decay: float | None = setting(above=0, below=1)
     val_check_interval: int | None = setting(minimum=1)
     checkpoint_interval: int = setting(minimum=1)
+    timeout_minutes: float = setting(above=0)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not re.fullmatch(r"auto|-1|[1-9]\d*|\d+(,\d+)+", self.devices):
@@ -529,7 +535,7 @@ class TrainConfig(Section):
     name: str = setting(text=True)
     output: str = setting(text=True)
     seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
-    resume: bool = setting()
+    resume: Any = setting(text=True)  # a bool, or the folder of a run: OmegaConf has no such type
     encoder: EncoderConfig = setting()
     model: ModelConfig = setting()
     data: DataConfig = setting()
@@ -541,11 +547,15 @@ class TrainConfig(Section):
     def __post_init__(self) -> None:
         if type(self.callbacks) is CallbacksConfig:
             self.callbacks = None
+        words = {word: value for value in (True, False) for word in _TRUE_FALSE[value]}
+        self.resume = words.get(str(self.resume).lower(), self.resume)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from _empty_texts(self, "output")
         if problem := file_name_problem(self.name):
             yield "name", problem
+        if not isinstance(self.resume, bool) and not Path(str(self.resume)).is_dir():
+            yield "resume", f"{self.resume!r} is not true, not false and not a run's folder"
         task = self.training.task
         if self.trainer.ema_decay is not None and self.encoder.lora_rank is not None:
             yield "trainer.ema_decay", "averages adapters' factors, not their product; give ema_decay=null"

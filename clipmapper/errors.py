@@ -16,6 +16,13 @@ class UserError(Exception):
         super().__init__(visible(message))
 
 
+class RunCutShort(UserError):
+    """A run cannot go on (a full disk, a process that is gone), though its settings are right.
+
+    Who catches it says what of the run is on the disk.
+    """
+
+
 class UserErrors(UserError):
     """Several mistakes, a line each. Programs print all ``lines`` and exit with status 2."""
 

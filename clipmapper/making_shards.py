@@ -1,16 +1,18 @@
 """``scripts/make_shards.py``: any data set of records, chosen as for training, as WebDataset shards."""
 
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from clipmapper.data.records import RecordData
-from clipmapper.data.shard_files import check_writable, webdataset, write_shards
+from clipmapper.data.shard_files import webdataset, write_shards
 from clipmapper.data.waiting import waiting
 from clipmapper.errors import UserError, UserErrors
+from clipmapper.outputs import check_folder
 from clipmapper.settings import data_settings
+from clipmapper.stopping import a_command
 from clipmapper.training.instances import built
 
 
@@ -24,9 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.images_per_shard < 1:
         parser.error("--images-per-shard must be at least 1")
+    with a_command():
+        _make(options)
+
+
+def _make(options: Namespace) -> None:
     try:
         webdataset()
-        check_writable(options.folder)
+        check_folder(options.folder, str(options.folder))
         data = _data(options.settings)
         images = sum(len({r.image_id for r in records}) for records in data.splits.values())
         with waiting("images written to shards", images) as advance:
@@ -42,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print("error:", " ".join(line.split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        done = len(list(options.folder.glob("*.tar")))
+        kept = f"{done} shards are complete: the same command goes on" if done else "no shard is complete yet"
+        print(f"interrupted; {kept}", file=sys.stderr)
         sys.exit(130)
     for split, shards in written.items():
         counts = f"{sum(s.images for s in shards)} images, {sum(s.records for s in shards)} records"

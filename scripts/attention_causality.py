@@ -18,7 +18,6 @@ distributions.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +28,10 @@ from tqdm import tqdm
 
 from clipmapper.errors import UserError
 from clipmapper.evaluation.attention_causality import attention_causality, count_forwards
+from clipmapper.outputs import check_file
 from clipmapper.relevance.substitution import names_of_calls
+from clipmapper.stopping import a_command
+from clipmapper.training.run_folder import write_json
 
 _BATCH = 16
 Forwards = list[Callable[[], Tensor]]
@@ -62,6 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="the JSON file that is written (default: %(default)s)",
     )  # fmt: skip
     options = parser.parse_args(arguments)
+    with a_command():
+        return _run(options)
+
+
+def _run(options: argparse.Namespace) -> int:
     try:
         _check(options)
         model, predict = (_classifier if options.checkpoint is None else _clipmapper)(options)
@@ -79,7 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     named = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "list"}
     results = {"settings": named, **results, "names": names}
-    options.output.write_text(json.dumps(results, indent=2) + "\n")
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(options.output, results)
     _show(results)
     print(options.output)
     return 0
@@ -100,12 +108,7 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"{path}: no such file or folder")
     if options.list:
         return
-    if options.output.is_dir():
-        raise UserError(f"--output {options.output}: can't be written (it is a folder)")
-    try:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {options.output}: can't be written ({error.strerror})") from error
+    check_file(options.output, f"--output {options.output}")
 
 
 def _show(results: dict) -> None:

@@ -5,13 +5,16 @@ python scripts/convert.py gqa train_balanced_questions.json --images images --sp
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from clipmapper.data.conversion import READERS, Source, convert
 from clipmapper.errors import UserError
+from clipmapper.outputs import check_file
+from clipmapper.stopping import a_command
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -23,13 +26,22 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="the folder of the images themselves")
     parser.add_argument("--split", choices=("train", "validation", "test"), required=True)
     parser.add_argument("--output", type=Path, required=True, help="a .jsonl file; an old one is replaced")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    with a_command():
+        _convert(options)
+
+
+def _convert(options: argparse.Namespace) -> None:
     source = Source(options.questions, options.annotations, options.images)
     try:
+        check_file(options.output, f"--output {options.output}")
         lines, images = convert(options.name, source, options.split, options.output)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
     print(f"{options.output}: {lines} lines about {images} images")
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from clipmapper.data import shard_members, shard_scan
+from clipmapper.data.records import Record
 from clipmapper.data.shard_data import ShardData
 from clipmapper.data.waiting import _Lines, span
 from clipmapper.errors import UserError

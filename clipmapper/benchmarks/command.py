@@ -1,6 +1,7 @@
 """``scripts/benchmark.py``: one sub-command a benchmark, the results as JSON."""
 
 import sys
+import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from clipmapper.benchmarks import captions, loading, perturbation, relevance, to
 from clipmapper.benchmarks.timing import write_results
 from clipmapper.errors import UserError
 from clipmapper.file_names import file_name_problem
+from clipmapper.outputs import check_file
+from clipmapper.stopping import a_command
 
 
 class Benchmark(NamedTuple):
@@ -84,16 +87,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--repeats must be at least 1")
     if problem := file_name_problem(options.name):
         parser.error(f"--name: {problem}")
-    benchmark = BENCHMARKS[options.benchmark]
-    output = options.output
+    with a_command():
+        _run(BENCHMARKS[options.benchmark], options)
+
+
+def _run(benchmark: Benchmark, options: Namespace) -> None:
+    output, began = options.output, time.time()
     options.output = str(output)
     try:
+        check_file(output / f"{options.name}.json", f"--output {output}")
         results = benchmark.run(options)
     except UserError as error:
         print("error:", error, file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        goes_on = "the same command with --resume goes on" if "resume" in options else "nothing was written"
+        file = output / f"{options.name}.json"
+        written = "resume" in options and file.exists() and (options.resume or file.stat().st_mtime >= began)
+        goes_on = "the same command with --resume goes on" if written else "nothing was written"
         print(f"interrupted; {goes_on}", file=sys.stderr)
         sys.exit(130)
     path = write_results(options.name, results, output)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from clipmapper.outputs import write_whole
+
 
 def measured(
     ways: Mapping[str, Callable[[], object]],
@@ -69,11 +71,7 @@ def machine(device: torch.device) -> dict:
 def write_results(name: str, results: Mapping, output: Path) -> Path:
     """``output/name.json``; it appears complete or not at all."""
     output.mkdir(parents=True, exist_ok=True)
-    path = output / f"{name}.json"
-    temporary = output / f".{name}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    os.replace(temporary, path)
-    return path
+    return write_whole(output / f"{name}.json", json.dumps(results, indent=2) + "\n")
 
 
 def _processor() -> str:

@@ -4,8 +4,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from clipmapper.outputs import write_whole
+
 
 def write_captions_file(path: Path, captions: Iterable[tuple[int | str, str]]) -> Path:
     """``[{"image_id": ..., "caption": ...}, ...]``, one for each image; returns the path."""
-    path.write_text(json.dumps([{"image_id": image, "caption": caption} for image, caption in captions]))
-    return path
+    entries = [{"image_id": image, "caption": caption} for image, caption in captions]
+    return write_whole(path, json.dumps(entries))

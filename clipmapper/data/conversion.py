@@ -9,6 +9,7 @@ from pathlib import Path
 from clipmapper.data.official_files import entries, read_json
 from clipmapper.data.records import OTHER
 from clipmapper.errors import UserError
+from clipmapper.outputs import write_whole
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def convert(name: str, source: Source, split: str, output: Path) -> tuple[int, i
     if not lines:
         raise UserError(f"{source.questions}: nothing in it")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(output, "\n".join(lines) + "\n")
     return len(lines), len(images)
 
 

@@ -8,13 +8,13 @@ import numpy as np
 
 from clipmapper.errors import UserError
 from clipmapper.evaluation.vqa_accuracy import vqa_soft_accuracy
+from clipmapper.outputs import write_whole
 
 
 def write_results(path: Path, answers: Iterable[tuple[int | str, str]]) -> Path:
     """``[{"question_id": ..., "answer": ...}, ...]``, one for each question; returns the path."""
     entries = [{"question_id": number, "answer": answer} for number, answer in answers]
-    path.write_text(json.dumps(entries))
-    return path
+    return write_whole(path, json.dumps(entries))
 
 
 def official_accuracy(results: Sequence[Mapping], annotations: Sequence[Mapping]) -> dict:

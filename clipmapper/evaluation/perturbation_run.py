@@ -11,6 +11,9 @@ from clipmapper.visible_text import visible
 
 _log = logging.getLogger(__name__)
 
+# What numpy raises for an empty, a foreign, an incomplete and a cut file.
+_DAMAGES = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
+
 
 def run_in_chunks(
     n_samples: int,
@@ -47,6 +50,19 @@ def run_in_chunks(
         if progress is not None:
             progress(len(positions))
     return PerturbationScores.concatenate(chunks)
+
+
+def finished_chunks(folder: Path, key: str) -> int:
+    """How many chunks, in ``folder`` and those in it, a run with this ``key`` need not compute again."""
+    return sum(_key_of(path).startswith(f"{key} [") for path in folder.rglob("chunk_*.npz"))
+
+
+def _key_of(path: Path) -> str:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+            return str(stored["key"])
+    except _DAMAGES:
+        return ""
 
 
 def _load_chunk(path: Path, chunk_key: str) -> PerturbationScores | None:

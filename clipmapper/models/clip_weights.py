@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Int
 from open_clip.model import resize_pos_embed, set_model_preprocess_cfg
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
 from clipmapper.models.weight_files import Unreadable, check_finite, check_tensors, read_torch_file
+from clipmapper.outputs import write_whole
 from clipmapper.shipped import shipped_path
 
 # A checkpoint may hold only the token embeddings that its training ever used: these ids, in this order.
@@ -172,9 +173,8 @@ def save_clip_weights(clip: nn.Module, path: Path, token_ids: Sequence[int], car
     state[embedding] = state[embedding][ids].contiguous()
     state[EMBEDDING_IDS] = ids
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    save_file(state, temporary, metadata=dict(card))
-    temporary.replace(path)
+    # Not safetensors' own writing, whose errors do not tell a full disk from others.
+    write_whole(path, save(state, metadata=dict(card)))
 
 
 def trained_token_ids(path: Path) -> Int[Tensor, "rows"] | None:

@@ -98,6 +98,8 @@ def caption_report(
             chosen.append(word)
             texts.append(traced.text.to("cpu"))
             words.append([p - 1 for p in traced.words[word][1]])
+            if progress is not None:
+                progress(0)  # no point of a curve yet, but whoever wants to stop can
         explanations = {m: [by_method[m] for by_method in explained] for m in methods}
 
         def compute(positions: range, test: str) -> PerturbationScores:

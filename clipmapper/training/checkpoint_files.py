@@ -1,7 +1,8 @@
 """Checkpoint files that survive a crash: complete or not there, and the one before is kept."""
 
-import errno
 import os
+import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
@@ -10,7 +11,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import nn
 
-from clipmapper.errors import UserError
+from clipmapper.errors import RunCutShort, UserError
 from clipmapper.models.weight_files import (
     Unreadable,
     check_finite,
@@ -18,9 +19,10 @@ from clipmapper.models.weight_files import (
     check_tensors,
     read_torch_file,
 )
+from clipmapper.outputs import NO_ROOM
 
-# What a file system says that has no room: the disk is full, the quota is used up, the file is too large.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What reading one that is not whole raises.
+_DAMAGES = (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile, pickle.UnpicklingError)
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -42,8 +44,8 @@ def previous_of(path: Path) -> Path:
 def write_checkpoint(checkpoint: Mapping, path: Path) -> None:
     """Write under a temporary name, to the disk (fsync), then rename.
 
-    At every moment ``path`` or :func:`previous_of` it is a whole checkpoint. Raises ``UserError`` when there
-    is no room; both are then as they were.
+    At every moment ``path`` or :func:`previous_of` it is a whole checkpoint. Raises ``RunCutShort`` when
+    there is no room; both are then as they were.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
@@ -64,9 +66,8 @@ def write_checkpoint(checkpoint: Mapping, path: Path) -> None:
         if getattr(cause, "errno", None) not in NO_ROOM:
             raise
         kept = f"{path} is still the one before" if path.exists() else "there is none from before"
-        raise UserError(
-            f"no room for a checkpoint ({cause.strerror}): {temporary} could not be written; {kept}. "
-            "Make room, then resume with resume=true"
+        raise RunCutShort(
+            f"no room for a checkpoint ({cause.strerror}): {temporary} could not be written; {kept}"
         ) from error
 
 
@@ -89,9 +90,12 @@ def restore_checkpoint(path: Path) -> str | None:
     return f"{path}: {problem}; going on from the one before, {steps_of(path)} steps"
 
 
-def steps_of(path: Path) -> int:
-    """How many steps the checkpoint of a run has made, which :func:`restore_checkpoint` has found whole."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+def steps_of(path: Path) -> int | None:
+    """How many steps the checkpoint of a run has made; None where there is none that can be read."""
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except (*_DAMAGES, KeyError, TypeError):
+        return None
 
 
 def check_same_model(path: Path, module: nn.Module) -> None:

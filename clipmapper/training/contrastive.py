@@ -114,7 +114,10 @@ class Captioner(nn.Module):
 
 
 class ContrastiveModule(lightning.LightningModule):
-    """CoCa's loss by ``open_clip``'s own ``CoCaLoss``; ``caption_weight`` 0 leaves CLIP's."""
+    """CoCa's loss by ``open_clip``'s own ``CoCaLoss``; ``caption_weight`` 0 leaves CLIP's.
+
+    ``settings``: of the run, kept in its checkpoints.
+    """
 
     def __init__(
         self,
@@ -132,6 +135,10 @@ class ContrastiveModule(lightning.LightningModule):
         self.loss = CoCaLoss(caption_loss_weight=caption_weight, clip_loss_weight=1.0, pad_id=0)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_steps, self.max_steps = warmup_steps, max_steps
+        self.settings: dict = {}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["settings"] = self.settings
 
     def training_step(self, batch: Sequence[Tensor], index: int) -> Tensor:
         images, ids = batch
@@ -176,7 +183,9 @@ def contrastive_loader(
 ) -> DataLoader:
     """Batches from ``first_step`` on (0, or where a run that is resumed had stopped)."""
     dataset = ContrastiveScenes(encoder, batch_size, variants, seed, curriculum_steps, first_step)
-    return DataLoader(dataset, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None)
+    # Forked, as those of other runs: they leave signals to the main process (stopping.py).
+    loading = {"prefetch_factor": 4, "multiprocessing_context": "fork"} if workers else {}
+    return DataLoader(dataset, batch_size=None, num_workers=workers, **loading)
 
 
 @torch.no_grad()

@@ -71,10 +71,12 @@ def explanation_report(
     was_training = model.training
     model.eval()
     try:
-        traced = [
-            _relevance(model, samples, range(start, min(start + chunk, len(samples))), methods, seed)
-            for start in range(0, len(samples), chunk)
-        ]
+        traced = []
+        for start in range(0, len(samples), chunk):
+            positions = range(start, min(start + chunk, len(samples)))
+            traced.append(_relevance(model, samples, positions, methods, seed))
+            if progress is not None:
+                progress(0)  # no point of a curve yet, but whoever wants to stop can
         patches, tokens = (
             {m: np.concatenate([part[k][m] for part in traced]) for m in methods} for k in (0, 1)
         )

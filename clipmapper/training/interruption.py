@@ -1,88 +1,139 @@
 """Stopping a run so that it can go on later."""
 
+import itertools
 import os
 import signal
 import subprocess
-from pathlib import Path
+import time
+from contextlib import suppress
 from typing import NoReturn
 
 import lightning
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.trainer.states import TrainerFn
 
-from clipmapper.training.processes import in_any, is_main
+from clipmapper.stopping import SIGNALS, Stopped, of_another, reinstall
+from clipmapper.training.processes import flag_raised, in_any, is_main, raise_flag
+from clipmapper.training.saving import SaveSteps
 
 # What SLURM (--signal=USR1@90) and submitit (USR2) send some time before they end a job.
-_REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+_ONCE = 1.0  # seconds: torchrun hands on a Ctrl-C that the terminal has given to all
+_ASKING = 0.5  # seconds between two questions to the other processes
+
+_numbers = itertools.count()  # the same in all processes: each makes the same callbacks
+
+
+def requeue_job() -> None:
+    """Put this SLURM job back into the queue."""
+    job = os.environ["SLURM_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    subprocess.run(["scontrol", "requeue", job], check=True)
 
 
 class RunInterrupted(Exception):
-    """The user stopped the run; its checkpoint is complete."""
+    """The user stopped the run. The message says what of it is on the disk."""
 
 
 class GracefulInterrupt(lightning.Callback):
-    """On Ctrl-C or SIGTERM: finish the step that is running, save a checkpoint, stop.
+    """On Ctrl-C, SIGTERM, a closed terminal and the like: finish the step that is running, save, stop.
 
     Lightning's own handling stops in the middle of a step, after which weights and optimiser may not belong
     together. A second Ctrl-C stops at once. Ends ``fit`` with ``RunInterrupted``. Of several processes all
-    stop behind the same step, whichever was told.
+    stop behind the same step, whichever was told. A validation is left between two batches, and its
+    explanations where :meth:`told` is asked; ``saving`` has saved before it, and it is made again.
 
     In a SLURM job also on SIGUSR1 and SIGUSR2, behind which the job goes back into the queue: by submitit, if
     that has started it, otherwise by ``scontrol requeue``. The job goes on with the run when it is started
     again (:func:`clipmapper.training.run_folder.run_of_requeued_job`).
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, saving: SaveSteps) -> None:
+        self.saving = saving
         self.interrupted = False
+        self._first = self._asked = 0.0
+        self._validating = False
+        self._flag = f"stop {next(_numbers)}"
         self._requeue: int | None = None
         self._previous: dict = {}
 
     # Not earlier: when fit ends, Lightning puts back the handlers that it found before training started.
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        requeue = _REQUEUE_SIGNALS if SLURMEnvironment.detect() else ()
-        for number in (signal.SIGINT, signal.SIGTERM, *requeue):
+        for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:  # nohup
+                continue
             try:
                 self._previous[number] = signal.signal(number, self._ask)
             except ValueError:  # not the main thread: whoever runs it there handles signals
                 return
 
-    def _ask(self, number: int, frame) -> None:
-        if number in _REQUEUE_SIGNALS:
+    def _ask(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if number in REQUEUE_SIGNALS and SLURMEnvironment.detect():
             self._requeue = number
         elif self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
+            repeated = "TORCHELASTIC_RUN_ID" in os.environ and now - self._first < _ONCE
+            if number == signal.SIGINT and not repeated:
+                raise Stopped(number)
+            return
+        self.interrupted, self._first = True, now
         if is_main():
+            where = "in this validation" if self._validating else "after this step"
             more = "" if self._requeue else " (press Ctrl-C again to stop at once)"
-            print(f"\nstopping after this step{more}", flush=True)
+            with suppress(RuntimeError):  # the signal came while something was being printed
+                print(f"\nstopping {where}{more}", flush=True)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, module, outputs, batch, index: int) -> None:
         between_steps = (index + 1) % trainer.accumulate_grad_batches == 0
         if between_steps and in_any(self.interrupted):
-            self._stop(trainer)
+            self.saving.save(trainer)
+            self.leave(f"stopped after step {trainer.global_step}")
 
-    def _stop(self, trainer: lightning.Trainer) -> NoReturn:
-        trainer.save_checkpoint(self.path)
+    def on_validation_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self._validating = True
+        if trainer.state.fn != TrainerFn.FITTING:
+            # Lightning's handlers stand there, which speak to other processes wherever those are.
+            reinstall()
+
+    def on_train_batch_start(self, *others: object) -> None:
+        self._validating = False
+
+    def on_validation_batch_end(self, trainer: lightning.Trainer, *others: object) -> None:
+        # Behind fit nothing needs to be finished: a signal stops at once.
+        if trainer.state.fn == TrainerFn.FITTING and in_any(self.interrupted):
+            self.leave(f"stopped in the validation after step {trainer.global_step}")
+
+    def told(self) -> bool:
+        """Whether this process was told to stop, or, as far as is known by now, another one was."""
+        if self.interrupted:
+            raise_flag(self._flag)
+        elif (now := time.monotonic()) - self._asked > _ASKING:
+            self._asked = now
+            self.interrupted = flag_raised(self._flag)
+        return self.interrupted
+
+    def leave(self, where: str) -> NoReturn:
+        """Raise ``RunInterrupted``, behind the request for the job's return if it was asked for. What the run
+        goes on with is saved. Of several processes all have to call it."""
         if in_any(self._requeue is not None):
             self._go_back_into_the_queue()
-        raise RunInterrupted(f"stopped after step {trainer.global_step}")
+        raise RunInterrupted(where)
 
     def _go_back_into_the_queue(self) -> None:
-        of_submitit = {n: handler for n in _REQUEUE_SIGNALS if callable(handler := self._previous.get(n))}
+        of_submitit = {n: handler for n in REQUEUE_SIGNALS if of_another(handler := self._previous.get(n))}
         if of_submitit:
             self._restore()
             number, handler = of_submitit.popitem()
             handler(number, None)  # ends this process
         elif is_main():
-            job = os.environ["SLURM_JOB_ID"]
-            if "SLURM_ARRAY_JOB_ID" in os.environ:
-                job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-            subprocess.run(["scontrol", "requeue", job], check=True)
+            requeue_job()
 
     def on_fit_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self._restore()
-        if in_any(self.interrupted):  # in the validation behind the last step: the run is not done
-            self._stop(trainer)
+        if in_any(self.interrupted):  # behind the last batch of the last validation: the run is not done
+            self.saving.save(trainer)
+            self.leave(f"stopped after step {trainer.global_step}")
 
     def on_exception(self, trainer: lightning.Trainer, module, exception: BaseException) -> None:
         self._restore()

@@ -33,6 +33,7 @@ class TaskModule(lightning.LightningModule):
         self.model = model
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_steps, self.max_steps = warmup_steps, max_steps
+        self._plain = ExitStack()
 
     def configure_optimizers(self) -> dict:
         scales = learning_rate_scales(self.model.encoder, self.layer_decay)
@@ -56,12 +57,15 @@ class TaskModule(lightning.LightningModule):
 
     def on_validation_start(self) -> None:
         """What validates and explains uses a plain model: whole, without adapters, and not compiled."""
-        self._plain = ExitStack()
         self._plain.enter_context(gathered(self))
         self._plain.enter_context(without_adapters(self.model.encoder))
         self._plain.enter_context(torch.compiler.set_stance("force_eager"))
 
     def on_validation_end(self) -> None:
+        self.leave_validation()
+
+    def leave_validation(self) -> None:
+        """Also of one that was broken off; without one it does nothing."""
         self._plain.close()
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

@@ -2,25 +2,66 @@
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
 import lightning
+import torch
 
 from clipmapper.config import PretrainConfig
-from clipmapper.errors import UserError
+from clipmapper.errors import RunCutShort, UserError
 from clipmapper.models.clip_weights import save_clip_weights
 from clipmapper.models.encoder import ClipEncoder
-from clipmapper.training.checkpoint_files import restore_checkpoint, steps_of
+from clipmapper.outputs import NO_ROOM, check_file, check_folder
+from clipmapper.stopping import forks_ignore_signals
+from clipmapper.training.checkpoint_files import DurableCheckpointIO, restore_checkpoint
 from clipmapper.training.contrastive import ContrastiveModule, contrastive_loader, retrieval_score
-from clipmapper.training.interruption import GracefulInterrupt
+from clipmapper.training.endings import killed_worker
+from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
 from clipmapper.training.less_noise import less_noise
-from clipmapper.training.newest_checkpoint import NewestCheckpoint
 from clipmapper.training.progress import StepsBar
+from clipmapper.training.saving import SaveSteps
+
+_LAST = Path("outputs/pretrain_clip/last.ckpt")
+
+# Settings that say where and how the run is made, not what comes out: it may go on with others.
+_FREE = ("output", "resume")
+_HOW = ("workers", "checkpoint_every")
 
 
 def run_pretraining(config: PretrainConfig) -> dict[str, float]:
-    """Train, write the weights with their card, and return the retrieval scores on held-out scenes."""
+    """Train, write the weights with their card, and return the retrieval scores on held-out scenes.
+
+    Raises ``UserError`` for settings and files that cannot be, before anything long begins, and where the run
+    cannot go on; :class:`~clipmapper.training.interruption.RunInterrupted` when the user stops it.
+    """
+    check_file(Path(config.output), f"output={config.output}")
+    check_folder(_LAST.parent, f"{_LAST.parent} (where the run saves)")
+    settings = {key: value for key, value in asdict(config).items() if key not in _FREE}
+    try:
+        with forks_ignore_signals():
+            return _run_pretraining(config)
+    except (RunInterrupted, KeyboardInterrupt) as stop:
+        raise RunInterrupted(f"{str(stop) or 'stopped at once'}; {_way_on(settings)}") from stop
+    except SystemExit as leaving:  # as Lightning turns Ctrl-C into
+        if not isinstance(leaving.__context__, KeyboardInterrupt):
+            raise
+        raise RunInterrupted(f"stopped at once; {_way_on(settings)}") from leaving
+    except RunCutShort as error:
+        raise UserError(f"{error}. {_way_on(settings)}") from error
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        where = error.filename or config.output
+        raise UserError(f"no room to write ({error.strerror}): {where}. {_way_on(settings)}") from error
+    except RuntimeError as error:
+        if (line := killed_worker(error)) is None:
+            raise
+        raise UserError(f"{line}. {_way_on(settings)}") from error
+
+
+def _run_pretraining(config: PretrainConfig) -> dict[str, float]:
     lightning.seed_everything(config.seed, verbose=False)
     encoder = ClipEncoder(config.architecture, config.pretrained, frozen=False)
     token_ids = used_token_ids(encoder)
@@ -33,13 +74,8 @@ def run_pretraining(config: PretrainConfig) -> dict[str, float]:
         config.warmup_steps,
         config.max_steps,
     )
-    folder = Path("outputs/pretrain_clip")
-    last = folder / "last.ckpt"
-    if config.resume and not last.is_file():
-        raise UserError(f"resume=true: there is no {last} to go on from")
-    if config.resume:
-        restore_checkpoint(last)
-    first_step = steps_of(last) if config.resume else 0
+    module.settings = {key: value for key, value in asdict(config).items() if key not in _FREE}
+    first_step = _checked(_LAST, module.settings)["global_step"] if config.resume else 0
     loader = contrastive_loader(
         encoder,
         batch_size=config.batch_size,
@@ -50,31 +86,53 @@ def run_pretraining(config: PretrainConfig) -> dict[str, float]:
         first_step=first_step,
         workers=config.workers,
     )
-    checkpoints = NewestCheckpoint(
-        dirpath=folder,
-        save_last=True,
-        every_n_train_steps=config.checkpoint_every,
-        enable_version_counter=False,
-    )
+    saving = SaveSteps(_LAST, config.checkpoint_every)
     trainer = lightning.Trainer(
         max_steps=config.max_steps,
         accelerator="auto",
         precision=config.precision,
         logger=False,
-        callbacks=[checkpoints, GracefulInterrupt(last), StepsBar(refresh_rate=10)],
+        callbacks=[saving, GracefulInterrupt(saving), StepsBar(refresh_rate=10)],
+        plugins=[DurableCheckpointIO()],
+        enable_checkpointing=False,  # saving.py
         enable_model_summary=False,
     )
     began = time.monotonic()
     with less_noise():
-        trainer.fit(module, loader, ckpt_path=last if config.resume else None, weights_only=True)
+        trainer.fit(module, loader, ckpt_path=_LAST if config.resume else None, weights_only=True)
     minutes = (time.monotonic() - began) / 60
     easy = retrieval_score(encoder, config.seed)
     hard = retrieval_score(encoder, config.seed, variants=4)
     scores = easy | {f"hard_{name}": value for name, value in hard.items()}
-    settings = {key: value for key, value in asdict(config).items() if key not in ("output", "resume")}
-    card = {"config": settings, "minutes": round(minutes, 1), "retrieval": scores}
+    card = {"config": module.settings, "minutes": round(minutes, 1), "retrieval": scores}
     save_clip_weights(encoder.clip, Path(config.output), token_ids, {"card": json.dumps(card)})
     return scores
+
+
+def _checked(path: Path, settings: Mapping) -> Mapping:
+    """The checkpoint to go on from. Raises ``UserError`` where there is none of these settings."""
+    if not path.is_file():
+        raise UserError(f"resume=true: there is no {path} to go on from")
+    if (line := restore_checkpoint(path)) is not None:
+        print(line)
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    before = checkpoint.get("settings", settings)  # older ones don't say
+    changed = [key for key in settings if key not in _HOW and before.get(key) != settings[key]]
+    if changed:
+        raise UserError(
+            f"resume=true: {changed[0]} is not what {path} was started with ({before.get(changed[0])}); "
+            "resume with the same settings, or start anew without it"
+        )
+    return checkpoint
+
+
+def _way_on(settings: Mapping) -> str:
+    """How to go on with the run, as the disk has it at this moment."""
+    try:
+        step = _checked(_LAST, settings)["global_step"]
+    except UserError:
+        return "nothing was saved: there is nothing to resume"
+    return f"{step} steps are saved: the same command with resume=true goes on"
 
 
 def used_token_ids(encoder: ClipEncoder) -> list[int]:

@@ -1,24 +1,16 @@
-"""Several processes of one run: starting them, which one this is, and what they tell each other.
+"""Several processes of one run: which one this is, and what they tell each other.
 
 Outside of such a run every function here is the one of a run with one process.
 """
 
-import functools
-import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
-import lightning
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.plugins.environments import ClusterEnvironment
 from torch import distributed
 
-from clipmapper.config import TrainerConfig
 from clipmapper.errors import UserError
-from clipmapper.training.less_noise import less_noise
 
 _Value = TypeVar("_Value")
 
@@ -55,45 +47,16 @@ def batches_of(count: int, batch_size: int, share: Share) -> Iterator[range]:
         yield mine[len(mine) * batch // batches : len(mine) * (batch + 1) // batches]
 
 
-def start_processes(trainer: TrainerConfig) -> torch.device:
-    """Make this process one of as many as there are devices; returns the one that is its own.
+def form_group(timeout: timedelta) -> None:
+    """For what the processes tell each other on the CPU; each has to call it, when they are all there.
 
-    They are started here (by Lightning, with this process's own command line), unless ``torchrun`` or SLURM
-    has started them. Raises ``UserError`` in a Hydra sweep, whose command line stands for many runs.
+    ``timeout``: how long one waits for another.
     """
-    try:
-        fabric = lightning.Fabric(
-            accelerator=trainer.accelerator,
-            devices=trainer.devices,
-            num_nodes=trainer.num_nodes,
-            plugins=cluster(),
-        )
-    except (
-        RuntimeError,
-        ValueError,
-        MisconfigurationException,
-    ) as error:
-        raise UserError(f"trainer: {str(error).splitlines()[0]}") from error
-    if fabric.world_size == 1:
-        return fabric.device
-    launcher = fabric.strategy.launcher
-    if launcher is not None and _in_sweep():
-        raise UserError(
-            f"--multirun with {fabric.world_size} processes a run: each would be started with the sweep's "
-            "command line; use trainer.devices=1, or a launcher that starts them itself "
-            "(hydra/launcher=submitit_slurm)"
-        )
-    with less_noise():
-        fabric.launch()
-    _cpu_group()
-    if not is_main():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as this process lives
-    return fabric.device
-
-
-def cluster() -> list[ClusterEnvironment]:
-    """Plugins for Lightning. On SLURM a run itself saves and goes back into the queue (interruption.py)."""
-    return [SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else []
+    global _group
+    _group = distributed.new_group(backend="gloo", timeout=timeout)
+    # That of all was formed with another. Older releases of torch have the function by another name.
+    set_timeout = getattr(distributed, "set_timeout", None) or distributed.distributed_c10d._set_pg_timeout
+    set_timeout(timeout, distributed.group.WORLD)
 
 
 def this_share() -> Share:
@@ -116,7 +79,7 @@ def in_main(work: Callable[[], _Value]) -> _Value:
             found[0] = work()
         except UserError as error:
             found[1] = str(error)
-    distributed.broadcast_object_list(found, src=0, group=_cpu_group())
+    distributed.broadcast_object_list(found, src=0, group=_group)
     if found[1] is not None:
         raise UserError(found[1])
     return found[0]
@@ -127,7 +90,7 @@ def from_all(value: _Value) -> list[_Value]:
     if not _several():
         return [value]
     values: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(values, value, group=_cpu_group())
+    distributed.all_gather_object(values, value, group=_group)
     return values
 
 
@@ -136,7 +99,7 @@ def in_any(flag: bool) -> bool:
     if not _several():
         return flag
     told = torch.tensor(int(flag))
-    distributed.all_reduce(told, op=distributed.ReduceOp.MAX, group=_cpu_group())
+    distributed.all_reduce(told, op=distributed.ReduceOp.MAX, group=_group)
     return bool(told)
 
 
@@ -145,7 +108,7 @@ def sum_of_all(number: int | float) -> int | float:
     if not _several():
         return number
     total = torch.tensor(number, dtype=torch.float64)
-    distributed.all_reduce(total, group=_cpu_group())
+    distributed.all_reduce(total, group=_group)
     return float(total)
 
 
@@ -181,18 +144,20 @@ def another_has_failed() -> bool:
         return True
 
 
+def raise_flag(name: str) -> None:
+    """To be seen by all processes, now or later, without waiting for any."""
+    if _several():
+        distributed.distributed_c10d._get_default_store().add(f"flag: {name}", 1)
+
+
+def flag_raised(name: str) -> bool:
+    """Whether a process has raised it, as far as it is known by now."""
+    return _several() and distributed.distributed_c10d._get_default_store().add(f"flag: {name}", 0) > 0
+
+
 def _several() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-@functools.cache
-def _cpu_group() -> distributed.ProcessGroup:
-    """Flags and names are exchanged on the CPU: a GPU would have to be waited for in every step."""
-    return distributed.new_group(backend="gloo")
-
-
-def _in_sweep() -> bool:
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+# Flags and names are exchanged on the CPU: a GPU would have to be waited for in every step.
+_group: distributed.ProcessGroup | None = None

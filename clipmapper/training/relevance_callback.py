@@ -14,8 +14,13 @@ from clipmapper.training.explained_captions import ExplainedCaptions
 from clipmapper.training.explained_samples import ExplainedSamples
 from clipmapper.training.explanation_kinds import ExplanationKind, explanation_kind
 from clipmapper.training.explanation_report import ExplanationReport
+from clipmapper.training.interruption import GracefulInterrupt
 from clipmapper.training.processes import from_all, is_main, this_share
 from clipmapper.training.shared_explanations import part_of, together
+
+
+class _Told(Exception):
+    """Explaining is to end, for the run is."""
 
 
 class RelevanceCallback(lightning.Callback):
@@ -77,8 +82,16 @@ class RelevanceCallback(lightning.Callback):
             return
         kind = self.kind
         mine = part_of(self._explained, this_share())
-        report = None if mine is None else self._explain(module.model, mine)
-        reports = [part for part in from_all(report) if part is not None]
+        stopping = next((one for one in trainer.callbacks if isinstance(one, GracefulInterrupt)), None)
+        report, stopped = None, False
+        try:
+            report = None if mine is None else self._explain(module.model, mine, stopping)
+        except _Told:
+            stopped = True
+        told = from_all((report, stopped))
+        if any(stopped for _, stopped in told):
+            stopping.leave(f"stopped in the explanations after step {trainer.global_step}")
+        reports = [part for part, _ in told if part is not None]
         if not is_main():
             return
         self.report = together(self._explained, reports) if len(reports) > 1 else reports[0]
@@ -90,8 +103,12 @@ class RelevanceCallback(lightning.Callback):
                 kind.log(logger, self.report, self._folder, step=trainer.global_step)
 
     def _explain(
-        self, model: torch.nn.Module, samples: ExplainedSamples | ExplainedCaptions
+        self,
+        model: torch.nn.Module,
+        samples: ExplainedSamples | ExplainedCaptions,
+        stopping: GracefulInterrupt | None,
     ) -> ExplanationReport | CaptionReport:
+        """Raises ``_Told`` where the run is to be stopped."""
         total = self.kind.points(len(samples), len(self.methods))
         hidden = not is_main()
         # Recording turns gradients on inside; under inference mode (Lightning's default) it could not.
@@ -99,6 +116,12 @@ class RelevanceCallback(lightning.Callback):
             torch.inference_mode(False),
             tqdm(total=total, desc="explanations", leave=False, disable=hidden) as bar,
         ):
+
+            def progress(points: int) -> None:
+                bar.update(points)
+                if stopping is not None and stopping.told():
+                    raise _Told
+
             return self.kind.report(
                 model,
                 samples,
@@ -106,5 +129,5 @@ class RelevanceCallback(lightning.Callback):
                 chunk=50,
                 batch_size=self.batch_size,
                 seed=self.seed,
-                progress=bar.update,
+                progress=progress,
             )

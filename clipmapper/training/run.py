@@ -1,8 +1,8 @@
 """The run behind ``scripts/train.py``: train, validate, explain, and say what came out."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,35 +14,24 @@ from torch.utils.data import DataLoader
 
 from clipmapper.config import TrainConfig
 from clipmapper.data.records import RecordData
-from clipmapper.errors import UserError
 from clipmapper.models.build import load
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.clip_weights import names_tokenizer
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.fine_tuning import merge_adapters
+from clipmapper.outputs import check_folder
+from clipmapper.stopping import forks_ignore_signals
 from clipmapper.training.checkpoint_data import data_description
-from clipmapper.training.checkpoint_files import (
-    NO_ROOM,
-    check_same_model,
-    previous_of,
-    restore_checkpoint,
-    steps_of,
-)
+from clipmapper.training.checkpoint_files import check_same_model, previous_of, restore_checkpoint, steps_of
+from clipmapper.training.due_validation import DueValidation
+from clipmapper.training.endings import Unfinished, ending, give_up
 from clipmapper.training.finite import StopAtNonFinite
 from clipmapper.training.instances import built, named
-from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
+from clipmapper.training.interruption import GracefulInterrupt
+from clipmapper.training.launching import start_processes
 from clipmapper.training.less_noise import less_noise
 from clipmapper.training.module import Labelled, StepBatches
-from clipmapper.training.newest_checkpoint import NewestCheckpoint
-from clipmapper.training.processes import (
-    another_has_failed,
-    check_shares,
-    in_main,
-    is_main,
-    say_once,
-    start_processes,
-    this_share,
-)
+from clipmapper.training.processes import check_shares, in_main, is_main, this_share
 from clipmapper.training.progress import StepsBar
 from clipmapper.training.run_folder import (
     CHECKPOINT,
@@ -52,7 +41,9 @@ from clipmapper.training.run_folder import (
     run_of_requeued_job,
     write_json,
 )
+from clipmapper.training.run_lock import only_one
 from clipmapper.training.run_logger import logged_files, run_logger
+from clipmapper.training.saving import SaveSteps
 from clipmapper.training.tables import console, files_table
 from clipmapper.training.task import Task
 from clipmapper.training.trainer import build_trainer, steps_between_validations
@@ -67,37 +58,38 @@ def train(config: TrainConfig, data: RecordData | None = None) -> Path:
     go on (no room on the disk, a loss that is no number); and
     :class:`~clipmapper.training.interruption.RunInterrupted` when the user stops the run.
     """
-    device = start_processes(config.trainer)
-    try:
-        return _train(config, device, data)
-    except UserError as error:
-        line = _without_traceback(str(error))
-        if say_once(line):
-            if line == str(error):
+    with forks_ignore_signals():
+        run = Unfinished(config)
+        try:
+            device, run.companions = start_processes(config.trainer)
+            run.companions.watch(lambda: give_up(run))
+            with ExitStack() as until_the_end:
+                return _train(config, device, data, run, until_the_end)
+        except BaseException as error:
+            end = ending(error, run)
+            if end is error:
                 raise
-            raise UserError(line) from error
-        raise SystemExit(2) from error
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        raise UserError(f"no room to write ({error.strerror}): {error.filename or config.output}") from error
-    except RunInterrupted:
-        if is_main():
-            raise
-        raise SystemExit(0) from None  # the main process says it
-    except RuntimeError as error:
-        if another_has_failed():  # this one only waited for it in vain
-            raise SystemExit(2) from error
-        raise
+            raise end from error
+        finally:
+            run.companions.end()
 
 
-def _train(config: TrainConfig, device: torch.device, data: RecordData | None) -> Path:
+def _train(
+    config: TrainConfig,
+    device: torch.device,
+    data: RecordData | None,
+    run: Unfinished,
+    until_the_end: ExitStack,
+) -> Path:
     began = time.monotonic()
     check_shares(config.training.batch_size, config.trainer.accumulate_grad_batches)
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
     explainer = None if config.callbacks is None else built(asdict(config.callbacks))
-    resumed = folder_to_resume(config.output, config.name, settings) if config.resume else None
-    resumed = resumed or in_main(lambda: run_of_requeued_job(config.output, config.name))
+    resumed = in_main(lambda: _resumed(config, settings))
+    in_main(lambda: _check_outputs(config, resumed))
+    if resumed:
+        in_main(lambda: until_the_end.enter_context(only_one(resumed)))
+        run.folder = resumed
     lightning.seed_everything(config.seed, verbose=False)
     described = None if data else data_description(config.data)
     data = data or built(asdict(config.data))
@@ -109,6 +101,9 @@ def _train(config: TrainConfig, device: torch.device, data: RecordData | None) -
     if resumed and (line := in_main(lambda: restore_checkpoint(resumed / CHECKPOINT))):
         out.print(line, soft_wrap=True)
     folder = resumed or in_main(lambda: new_run_folder(config.output, config.name, settings))
+    if not resumed:
+        in_main(lambda: until_the_end.enter_context(only_one(folder)))
+        run.folder = folder
     out.print(f"{'Resuming' if resumed else 'Run'} {folder}")
 
     for line in _data_lines(data):
@@ -117,9 +112,10 @@ def _train(config: TrainConfig, device: torch.device, data: RecordData | None) -
     model.to(device)
     task.prepare(explainer, folder)
     with run_logger(config.logger, folder, config.name) if is_main() else nullcontext(False) as logger:
-        with less_noise(), _stopping():
+        with less_noise():
             trainer = _fit(config, task, explainer, logger, folder, resumed is not None)
             trainer.save_checkpoint(folder / CHECKPOINT)
+        run.companions.end()
         if not is_main():
             return folder
         sharded = config.trainer.strategy == "fsdp2"
@@ -150,6 +146,24 @@ def _train(config: TrainConfig, device: torch.device, data: RecordData | None) -
     return folder
 
 
+def _resumed(config: TrainConfig, settings: Mapping) -> Path | None:
+    """The folder of the run to go on with; None where a new one is begun."""
+    if config.resume:
+        return folder_to_resume(config.output, config.name, settings, config.resume)
+    return run_of_requeued_job(config.output, config.name)
+
+
+def _check_outputs(config: TrainConfig, resumed: Path | None) -> None:
+    """Before anything is read."""
+    if resumed:
+        check_folder(resumed, f"resume={config.resume}")
+    else:
+        check_folder(Path(config.output, config.name), f"output={config.output}")
+    kept = config.training.token_cache_folder
+    if kept is not None and config.training.token_cache:
+        check_folder(Path(kept), f"training.token_cache_folder={kept}")
+
+
 def _fit(
     config: TrainConfig,
     task: Task,
@@ -161,19 +175,18 @@ def _fit(
     training = config.training
     checkpoint = folder / CHECKPOINT
     first_step = steps_of(checkpoint) if resume else 0
+    between = steps_between_validations(config.trainer, training.max_steps)
+    saving = SaveSteps(checkpoint, config.trainer.checkpoint_interval, between)
     callbacks: list[Callback] = [
-        NewestCheckpoint(
-            dirpath=checkpoint.parent,
-            filename=checkpoint.stem,
-            every_n_train_steps=config.trainer.checkpoint_interval,
-            enable_version_counter=False,
-        ),
         StopAtNonFinite(checkpoint),
-        GracefulInterrupt(checkpoint),
+        saving,
+        GracefulInterrupt(saving),
         StepsBar(refresh_rate=20),
     ]
     if explainer is not None:
         callbacks.append(explainer)
+    if resume:
+        callbacks.append(DueValidation(between))
     trainer = build_trainer(config.trainer, training.max_steps, folder, logger, callbacks)
     module = task.module()
     module.layer_decay = training.layer_decay
@@ -197,11 +210,13 @@ def _fit(
         for name in task.validation_splits
     ]
     loader = DataLoader(batches, batch_size=None, **loading)
-    trainer.fit(module, loader, validation, ckpt_path=checkpoint if resume else None, weights_only=True)
-    # A run that was stopped in its last validation is resumed behind its last step: fit does nothing.
-    unseen = f"{task.validation_splits[0]}/loss" not in trainer.callback_metrics
-    if unseen or training.max_steps % steps_between_validations(config.trainer, training.max_steps):
-        trainer.validate(module, validation, verbose=False)
+    try:
+        trainer.fit(module, loader, validation, ckpt_path=checkpoint if resume else None, weights_only=True)
+        # A run that was stopped in its last validation is resumed behind its last step: fit does nothing.
+        if first_step == training.max_steps or training.max_steps % between:
+            trainer.validate(module, validation, verbose=False)
+    finally:
+        module.leave_validation()
     return trainer
 
 
@@ -215,11 +230,6 @@ def _make_plain(model: CLIPmapper | Captioner, checkpoint: Path, architecture: s
         setattr(model, name, part)
 
 
-def _without_traceback(message: str) -> str:
-    """Torch puts the traceback of a DataLoader's worker into the message of what it raised there."""
-    return message.rpartition(f"{UserError.__module__}.{UserError.__name__}: ")[2].strip()
-
-
 def _data_lines(data) -> Iterator[str]:
     """What the data are; the built-in scenes are rendered here."""
     if isinstance(data, RecordData):
@@ -229,14 +239,3 @@ def _data_lines(data) -> Iterator[str]:
     images = sum(len(getattr(data, name).images) for name in data.sizes)
     rendering = time.monotonic() - began
     yield f"{images} scenes rendered in {rendering:.0f} s ({images / rendering:.0f} images/s)"
-
-
-@contextmanager
-def _stopping() -> Iterator[None]:
-    """Lightning turns a Ctrl-C outside a training step into the end of the process: say it as ours."""
-    try:
-        yield
-    except SystemExit as leaving:
-        if isinstance(leaving.__context__, KeyboardInterrupt):
-            raise RunInterrupted("stopped after training, while validating") from leaving
-        raise

@@ -14,6 +14,7 @@ from clipmapper.explaining_captions import CaptionExplanation, explain_caption_m
 from clipmapper.models.build import load
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.clipmapper import CLIPmapper
+from clipmapper.outputs import check_folder
 from clipmapper.training.tables import console, files_table
 from clipmapper.visual.comparison import plot_method_comparison
 from clipmapper.visual.files import save_figure
@@ -32,6 +33,7 @@ def chosen_device(name: str) -> torch.device:
 
 def explain_file(config: ExplainConfig) -> list[Path]:
     """Answer or caption, explain, write the pictures; returns their paths."""
+    check_folder(Path(config.output), f"output={config.output}")
     model = load(config.checkpoint, chosen_device(config.device), config.architecture)
     methods = [config.method, *(m for m in COMPARED_METHODS if config.compare and m != config.method)]
     explain = _explain_caption if isinstance(model, Captioner) else _explain_answer

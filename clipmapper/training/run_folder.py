@@ -1,5 +1,6 @@
 """Where a run puts what it writes, and how it finds it again."""
 
+import itertools
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -9,26 +10,34 @@ from pathlib import Path
 import yaml
 
 from clipmapper.errors import UserError
-from clipmapper.training.checkpoint_files import previous_of
+from clipmapper.outputs import write_whole
+from clipmapper.training.checkpoint_files import previous_of, steps_of
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 CONFIG = "config.yaml"
 RESULTS = "results.json"
 JOB = "slurm_job"
+NUMBER = "number"
 _DEPTH = 20  # of what is nested in a file of settings
 
-# Settings that a run may go on with others of: what to do about an image that it stopped at.
-_FREE = ("data.on_bad_image",)
+# Settings that say where and how long, and what to do about an image that it stopped at: a run may go on
+# with others.
+_FREE = ("output", "trainer.timeout_minutes", "data.on_bad_image")
 
 
 def new_run_folder(output: str, name: str, settings: Mapping) -> Path:
     """``output/name/date_time`` with the run's settings in it."""
-    folder = Path(output) / name / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    number = 1
-    while folder.exists():
-        number += 1
-        folder = folder.with_name(f"{folder.name.split('+')[0]}+{number}")
-    (folder / CHECKPOINT.parent).mkdir(parents=True)
+    place = Path(output) / name
+    number = max((_number(run) for run in _runs(place)), default=0) + 1
+    begun = folder = place / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for again in itertools.count(2):
+        try:
+            folder.mkdir(parents=True)
+            break
+        except FileExistsError:  # another run of this second, or of one that a clock has shown twice
+            folder = begun.with_name(f"{begun.name}+{again}")
+    (folder / CHECKPOINT.parent).mkdir()
+    (folder / NUMBER).write_text(str(number))
     (folder / CONFIG).write_text(yaml.safe_dump(dict(settings), sort_keys=False))
     if job := _slurm_job():
         (folder / JOB).write_text(job)
@@ -39,10 +48,10 @@ def run_of_requeued_job(output: str, name: str) -> Path | None:
     """The unfinished run that this SLURM job had begun before it went back into the queue, if it saved."""
     if not int(os.environ.get("SLURM_RESTART_COUNT", "0")):
         return None
-    for note in sorted(Path(output, name).glob(f"*/{JOB}"), reverse=True):
-        folder = note.parent
-        saved = any((folder / file).exists() for file in (CHECKPOINT, previous_of(CHECKPOINT)))
-        if note.read_text() == _slurm_job() and saved and not (folder / RESULTS).exists():
+    for folder in _newest_first(Path(output, name)):
+        note = folder / JOB
+        of_this_job = note.is_file() and note.read_text() == _slurm_job()
+        if of_this_job and _has_checkpoint(folder) and not (folder / RESULTS).exists():
             return folder
     return None
 
@@ -53,22 +62,29 @@ def _slurm_job() -> str | None:
     return None if job is None else f"{job}_{os.environ.get('SLURM_ARRAY_TASK_ID', 0)}"
 
 
-def folder_to_resume(output: str, name: str, settings: Mapping) -> Path:
-    """The newest run of that name that left a checkpoint. Raises ``UserError`` where resuming makes no sense.
+def folder_to_resume(output: str, name: str, settings: Mapping, resume: bool | str = True) -> Path:
+    """The newest run of that name that left a checkpoint, or the one that ``resume`` names.
 
-    A run goes on with the settings that it was started with; others need a run of their own.
+    Raises ``UserError`` where resuming makes no sense. A run goes on with the settings that it was started
+    with; others need a run of their own.
     """
-    files = (CHECKPOINT, previous_of(CHECKPOINT))
-    found = {path.parent.parent for file in files for path in Path(output, name).glob(f"*/{file}")}
-    runs = sorted(found, reverse=True)
-    if not runs:
+    folder = newest_run(Path(output, name)) if resume is True else Path(resume)
+    if folder is None:
         raise UserError(
             f"resume=true: no run with a checkpoint in {Path(output, name)}; start one without it"
         )
-    folder = runs[0]
+    said = f"resume={'true' if resume is True else resume}"
+    if resume is not True:
+        if not (folder / CONFIG).is_file():
+            raise UserError(f"{said}: not true, not false and not the folder of a run (there is no {CONFIG})")
+        if not _has_checkpoint(folder):
+            raise UserError(f"{said}: that run has left no checkpoint; start a new one without it")
     if (folder / RESULTS).exists():
-        raise UserError(f"resume=true: the newest run, {folder}, is finished; start a new one without it")
-    before, now = _flat(_settings_of(folder)), _flat(settings)
+        which = f"the newest run, {folder}," if resume is True else "that run"
+        others = [run for run in _newest_first(folder.parent) if _can_go_on(run)]
+        way_on = f"resume={others[0]} goes on with the last that is not" if others else "start a new one"
+        raise UserError(f"{said}: {which} is finished; {way_on}{'' if others else ' without it'}")
+    before, now = _flat(_settings_of(folder, said)), _flat(settings)
     missing = object()  # None is a value: callbacks=none turns a section into one
     changed = [
         key for key in now | before if key not in _FREE and before.get(key, missing) != now.get(key, missing)
@@ -76,28 +92,74 @@ def folder_to_resume(output: str, name: str, settings: Mapping) -> Path:
     if changed:
         was = f" ({json.dumps(before[changed[0]], default=str)[:200]})" if changed[0] in before else ""
         raise UserError(
-            f"resume=true: {changed[0]} is not what {folder} was started with{was}; "
+            f"{said}: {changed[0]} is not what {folder} was started with{was}; "
             "resume with the same settings or start a new run"
         )
     return folder
 
 
-def _settings_of(folder: Path) -> Mapping:
-    """What the run was started with. Raises ``UserError`` where its file is none of ours."""
+def newest_run(place: Path) -> Path | None:
+    """The run that was started last of those in ``place`` that left a checkpoint: what resume=true takes."""
+    return next(filter(_has_checkpoint, _newest_first(place)), None)
+
+
+def saved_step(folder: Path) -> int | None:
+    """How many steps the checkpoint of a run holds that can be read; None where there is none."""
+    for file in (CHECKPOINT, previous_of(CHECKPOINT)):
+        if (step := steps_of(folder / file)) is not None:
+            return step
+    return None
+
+
+def _newest_first(place: Path) -> list[Path]:
+    return sorted(_runs(place), key=lambda run: (_number(run), *_age(run.name)), reverse=True)
+
+
+def _runs(place: Path) -> list[Path]:
+    return [file.parent for file in place.glob(f"*/{CONFIG}")]
+
+
+def _number(folder: Path) -> int:
+    """How many runs of its name had begun with it, which no clock can change; 0 where that was not noted."""
+    try:
+        return int((folder / NUMBER).read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def _age(name: str) -> tuple[str, int, str]:
+    """``…+9`` comes before ``…+20``."""
+    begun, _, again = name.partition("+")
+    return begun, int(again) if again.isdecimal() else 1, name
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any((folder / file).exists() for file in (CHECKPOINT, previous_of(CHECKPOINT)))
+
+
+def _can_go_on(folder: Path) -> bool:
+    return _has_checkpoint(folder) and not (folder / RESULTS).exists()
+
+
+def _settings_of(folder: Path, said: str) -> Mapping:
+    """What the run was started with. Raises ``UserError`` where its file is none of ours.
+
+    ``said``: how the user asked for that run.
+    """
     file = folder / CONFIG
     try:
         text = file.read_text(encoding="utf-8")
         _check_events(yaml.parse(text))
         settings = yaml.safe_load(text)
     except OSError as error:
-        raise UserError(f"resume=true: {file}: {error.strerror}; start a new run without it") from error
+        raise UserError(f"{said}: {file}: {error.strerror}; start a new run without it") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"resume=true: {file}: no settings of a run ({reason}); start a new run without it"
+            f"{said}: {file}: no settings of a run ({reason}); start a new run without it"
         ) from error
     if not isinstance(settings, dict):
-        raise UserError(f"resume=true: {file}: no settings of a run; start a new run without it")
+        raise UserError(f"{said}: {file}: no settings of a run; start a new run without it")
     return settings
 
 
@@ -121,9 +183,7 @@ def objective(folder: Path) -> float | None:
 
 def write_json(path: Path, content: Mapping) -> None:
     """Complete or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def _flat(settings: Mapping, prefix: str = "") -> dict:

@@ -12,11 +12,14 @@ from clipmapper.config import PerturbConfig
 from clipmapper.errors import UserError
 from clipmapper.evaluation.caption_perturbation import LOG_PROBABILITY
 from clipmapper.evaluation.caption_scores import check_scores
+from clipmapper.evaluation.perturbation_run import finished_chunks
 from clipmapper.models.build import load
 from clipmapper.models.captioner import Captioner
+from clipmapper.outputs import NO_ROOM, check_folder
 from clipmapper.training.checkpoint_data import data_for
 from clipmapper.training.explained_records import samples_of, unanswerable
 from clipmapper.training.explanation_kinds import explanation_kind
+from clipmapper.training.interruption import RunInterrupted
 from clipmapper.training.run_explain import chosen_device
 from clipmapper.training.run_folder import RESULTS, write_json
 from clipmapper.training.tables import console, files_table
@@ -31,6 +34,7 @@ def perturb_checkpoint(config: PerturbConfig) -> Path:
     Finished chunks are kept in ``output/chunks``; with ``resume`` a run that was stopped takes them up again.
     """
     began = time.monotonic()
+    check_folder(Path(config.output), f"output={config.output}")
     model = load(config.checkpoint, chosen_device(config.device), config.architecture)
     data = data_for(model, config.data, config.checkpoint)
     captioner = isinstance(model, Captioner)
@@ -56,20 +60,28 @@ def perturb_checkpoint(config: PerturbConfig) -> Path:
     if not config.resume and chunks.exists():
         for file in chunks.rglob("chunk_*.npz"):
             file.unlink()
-    with tqdm(total=total, desc="perturbation") as bar:
-        report = kind.report(
-            model,
-            samples,
-            config.methods,
-            chunk=config.chunk,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            folder=chunks,
-            key=json.dumps({"checkpoint": digest, **depends}, sort_keys=True),
-            progress=bar.update,
-            **options,
-        )
-        bar.update(total - bar.n)
+    key = json.dumps({"checkpoint": digest, **depends}, sort_keys=True)
+    try:
+        with tqdm(total=total, desc="perturbation") as bar:
+            report = kind.report(
+                model,
+                samples,
+                config.methods,
+                chunk=config.chunk,
+                batch_size=config.batch_size,
+                seed=config.seed,
+                folder=chunks,
+                key=key,
+                progress=bar.update,
+                **options,
+            )
+            bar.update(total - bar.n)
+    except KeyboardInterrupt as stop:
+        raise RunInterrupted(_kept(chunks, key)) from stop
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise UserError(f"no room to write ({error.strerror}) in {folder}; {_kept(chunks, key)}") from error
     numbers = report.numbers(config.confidence, config.seed)
     pictures = kind.write(
         report, folder / "pictures", count=min(_PICTURES, len(samples)), confidence=config.confidence
@@ -82,3 +94,13 @@ def perturb_checkpoint(config: PerturbConfig) -> Path:
         out.print(table)
     out.print(files_table({"results": folder / RESULTS, "pictures": pictures[0].parent}))
     return folder
+
+
+def _kept(chunks: Path, key: str) -> str:
+    """What the next call need not compute again, as the disk has it."""
+    done = finished_chunks(chunks, key)
+    if not done:
+        return "nothing was saved: no chunk was finished"
+    return (
+        f"{done} chunk{'s' if done > 1 else ''} saved in {chunks}: the same command with resume=true goes on"
+    )

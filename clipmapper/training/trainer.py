@@ -1,6 +1,7 @@
 """Lightning's ``Trainer`` from the settings."""
 
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import lightning
@@ -12,7 +13,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from clipmapper.config import TrainerConfig
 from clipmapper.training.checkpoint_files import DurableCheckpointIO
-from clipmapper.training.processes import cluster, this_share
+from clipmapper.training.launching import cluster
+from clipmapper.training.processes import this_share
 
 
 def build_trainer(
@@ -22,7 +24,7 @@ def build_trainer(
     logger: Logger | bool,
     callbacks: Sequence[Callback],
 ) -> lightning.Trainer:
-    """For the processes that :func:`~clipmapper.training.processes.start_processes` has started."""
+    """For the processes that :func:`~clipmapper.training.launching.start_processes` has started."""
     averaging = [] if settings.ema_decay is None else [AveragedWeights(settings.ema_decay)]
     between = steps_between_validations(settings, max_steps)
     return lightning.Trainer(
@@ -43,6 +45,7 @@ def build_trainer(
         logger=logger,
         callbacks=[*callbacks, *averaging],
         default_root_dir=folder,
+        enable_checkpointing=False,  # saving.py
         enable_model_summary=False,
         # Every process is given its share already.
         use_distributed_sampler=False,
@@ -57,9 +60,11 @@ def steps_between_validations(settings: TrainerConfig, max_steps: int) -> int:
 def _strategy(settings: TrainerConfig) -> Strategy | str:
     if this_share().of == 1:
         return "auto"
+    timeout = timedelta(minutes=settings.timeout_minutes)
     if settings.strategy == "fsdp2":
-        return ModelParallelStrategy(this_share().of, 1, save_distributed_checkpoint=False)
+        return ModelParallelStrategy(this_share().of, 1, save_distributed_checkpoint=False, timeout=timeout)
     return DDPStrategy(
+        timeout=timeout,
         broadcast_buffers=False,  # training changes none
         gradient_as_bucket_view=True,
         find_unused_parameters=True,  # the last block's text side in VQA, CLIP's logit scale
