@@ -46,7 +46,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
             if not is_text(text):
                 other += 1
                 if other == 1:
-                    yield source, Problem(source, "not UTF-8 text", not_utf8(number))
+                    yield source, Problem(source, not_utf8(number))
                 continue
             try:
                 row = json.loads(text)
@@ -132,7 +132,7 @@ def _csv_rows(path: Path, reader, skipped: int) -> Iterator[Row]:
             continue
         if not is_text("".join(cells)):
             if not other:
-                yield source, Problem(source, "not UTF-8 text", not_utf8(number))
+                yield source, Problem(source, not_utf8(number))
             other = True
             continue
         if columns is None:
