@@ -27,6 +27,7 @@ from clipmapper.config import (
 from clipmapper.config_checks import check_overrides, checked, describe_failure
 from clipmapper.errors import UserError, UserErrors
 from clipmapper.free_text import quoted
+from clipmapper.own_line import print_on_own_line
 from clipmapper.settings import config_groups, data_settings
 from clipmapper.shipped import shipped_root
 from clipmapper.stopping import a_command
@@ -201,10 +202,10 @@ def _interrupted(stop: KeyboardInterrupt) -> NoReturn:
 
 def _warn(message: Warning | str, *_) -> None:
     """A warning as one line, without the line of code that gave it."""
-    print("warning:", " ".join(visible(str(message)).split()), file=sys.stderr)
+    print_on_own_line(f"warning: {' '.join(visible(str(message)).split())}")
 
 
 def _fail(*messages: str) -> NoReturn:
     for message in messages:
-        print("error:", " ".join(visible(message).split()), file=sys.stderr)
+        print_on_own_line(f"error: {' '.join(visible(message).split())}", ends=True)
     sys.exit(2)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clipmapper.data.conversion import READERS, Source, convert
-from clipmapper.errors import UserError
+from clipmapper.errors import UserError, UserErrors
 from clipmapper.outputs import check_file
 from clipmapper.stopping import a_command
 
@@ -37,11 +37,14 @@ def _convert(options: argparse.Namespace) -> None:
         check_file(options.output, f"--output {options.output}")
         lines, images = convert(options.name, source, options.split, options.output)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        for line in error.lines if isinstance(error, UserErrors) else [error]:
+            print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         sys.exit(130)
+    for note in source.reading.notes(options.questions):
+        print(note)
     print(f"{options.output}: {lines} lines about {images} images")
 
 

@@ -7,9 +7,11 @@ from typing import Any
 
 from PIL import Image
 
-from clipmapper.data.manifest import data_of
+from clipmapper.data.class_labels import named, namings
+from clipmapper.data.manifest import data_of, normalised_notes
 from clipmapper.data.records import RecordData
 from clipmapper.data.rows import RowReader
+from clipmapper.data.text_files import given_path
 from clipmapper.errors import UserError
 
 _KNOWN_SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
@@ -26,8 +28,10 @@ class RowImage:
         stored = self.images[self.row]["image"]
         if isinstance(stored, Image.Image):
             return stored
-        if stored.get("bytes"):
+        if stored and stored.get("bytes"):
             return stored["bytes"]
+        if not stored or not stored.get("path"):
+            raise UserError("the row has neither an image's bytes nor a path")
         try:
             return Path(stored["path"]).read_bytes()
         except OSError as error:
@@ -53,9 +57,9 @@ def huggingface_data(
     or a path. Parameters and errors otherwise as of :func:`clipmapper.data.manifest.manifest_data`."""
     datasets = _library()
     try:
-        found = datasets.load_from_disk(path)
-    except (FileNotFoundError, ValueError, OSError) as error:
-        what = str(error).splitlines()[0]
+        found = datasets.load_from_disk(str(given_path(path)))
+    except Exception as error:  # a damaged folder makes the library raise whatever comes
+        what = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"data.path={path}: not a data set that save_to_disk wrote ({what})") from error
     return records_of(
         found,
@@ -89,6 +93,9 @@ def records_of(
     Of a ``DatasetDict`` the splits train, validation (or val) and test are read; others raise ``UserError``.
     """
     datasets = _library()
+    if not isinstance(data, datasets.DatasetDict | datasets.Dataset):
+        advice = "; load it without streaming=True" if "Iterable" in type(data).__name__ else ""
+        raise UserError(f"{name}: {type(data).__name__}, not a datasets.Dataset or DatasetDict{advice}")
     parts: Mapping[str | None, Any] = data if isinstance(data, datasets.DatasetDict) else {None: data}
     unknown = [split for split in parts if split is not None and split not in _KNOWN_SPLITS]
     if unknown:
@@ -99,6 +106,8 @@ def records_of(
         if "image" not in part.column_names:
             raise UserError(f"{prefix}: no column image; there are {', '.join(part.column_names)}")
         encoded = isinstance(part.features["image"], datasets.Image)
+        part = part.with_format(None)  # the user's own (numpy, torch, pandas) gives other types
+        labels = namings(part.features.to_dict())
         images = part.select_columns(["image"])
         if encoded:
             images = images.cast_column("image", datasets.Image(decode=False))
@@ -106,6 +115,7 @@ def records_of(
         rows = part.remove_columns("image") if encoded else part
         for number in range(len(part)):
             row = dict(rows[number]) if rows.column_names else {}
+            row = named(row, labels) if labels else row
             source = f"{prefix}:row {number + 1}"
             if encoded:
                 row["image"] = RowImage(images, number, source)
@@ -122,6 +132,7 @@ def records_of(
         on_bad_image=on_bad_image,
         decoding=decoding,
         workers=workers,
+        notes=normalised_notes([reader]),
     )
 
 

@@ -4,16 +4,13 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 
-from PIL import Image
 from rich.progress import Progress
 
-from clipmapper.data.images import READING_ERRORS, as_pil
+from clipmapper.data.images import NO_FILE, image_problem
 from clipmapper.data.problems import Problem, stop_for
 from clipmapper.data.records import Record, StoredImage
-from clipmapper.errors import UserError
 
 _WAITING = 4096  # images handed to the threads at a time, so that Ctrl-C is answered soon
 
@@ -26,7 +23,7 @@ def readable_only(
     ``on_bad_image``: "error" raises ``UserErrors`` with each of them and with what was ``found`` before, in
     the order of lines; "skip" leaves their records out and says how many. Raises ``UserErrors`` where a split
     is left without records.
-    Every image is decoded (JPEG at an eighth of its size, which finds a file that was cut as well).
+    Every image is read as for the model (:func:`clipmapper.data.images.image_problem`).
     """
     records = {record.image_id: record for name in splits for record in reversed(splits[name])}
     bad = {image: reason for image, reason in _reasons(records) if reason}
@@ -62,21 +59,15 @@ def _reasons(records: dict[str, Record]):
 
 def _reason(record: Record) -> tuple[str, str] | None:
     image = record.image
-    if isinstance(image, Path) and not image.is_file():
-        return "no such image", str(image)
     try:
-        if isinstance(image, StoredImage):
-            image = image.read()
-        if isinstance(image, Image.Image):
-            as_pil(image)
-            return None
-        with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            opened.draft("RGB", (1, 1))
-            opened.load()
-    except (UserError, *READING_ERRORS) as error:
-        name = str(image) if isinstance(image, Path) else "its bytes"
-        return "unreadable image", f"{name} ({str(error).partition(' <_io')[0]})"
-    return None
+        problem = image_problem(image.read() if isinstance(image, StoredImage) else image)
+    except Exception as error:  # of a stored image, whatever its library raises
+        problem = "", (str(error) or type(error).__name__).splitlines()[0]
+    if problem is None:
+        return None
+    kind, reason = problem
+    name = str(image)[:200] if isinstance(image, Path) else "its bytes"
+    return (NO_FILE, name) if kind == NO_FILE else ("unreadable image", f"{name} ({reason})")
 
 
 def _by_line(problem: Problem) -> tuple[str, int]:

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from clipmapper.data.answers import answer_vocabulary
 from clipmapper.data.image_checks import readable_only
@@ -12,6 +11,8 @@ from clipmapper.data.problems import Problem, stop_for
 from clipmapper.data.records import Record, RecordData
 from clipmapper.data.rows import RowReader
 from clipmapper.data.splitting import split_by_image
+from clipmapper.data.text_files import given_path
+from clipmapper.errors import UserError
 
 
 def manifest_data(
@@ -33,9 +34,10 @@ def manifest_data(
 
     Parameters
     ----------
-    path : .jsonl, .csv or .parquet. Columns: ``image`` (a path, relative to ``images`` or else to the file;
-        in Parquet also bytes) or ``image_base64``; ``question`` and ``answers`` (one or several), or
-        ``captions``; and, if wanted, ``id``, ``family`` (what scores are reported by) and ``split``.
+    path : .jsonl (or .json), .csv (or .tsv) or .parquet. Columns: ``image`` (a path, relative to ``images``
+        or else to the file; in Parquet also bytes) or ``image_base64``; ``question`` and ``answers`` (one or
+        several), or ``captions``; and, if wanted, ``id``, ``family`` (what scores are reported by) and
+        ``split``.
     validation_path, test_path : files of these splits; then ``path`` is for training.
     least_answers : how often an answer occurs in training to be one that the model can give.
     targets : how right an answer is: a key of :data:`clipmapper.data.answers.RULES`.
@@ -47,16 +49,18 @@ def manifest_data(
 
     Raises ``UserErrors`` with everything that is wrong, before anything else happens.
     """
+    if images is not None and not given_path(images).is_dir():
+        raise UserError(f"data.images={images}: no such folder")
     files = {"train": path, "validation": validation_path, "test": test_path}
     several = validation_path is not None or test_path is not None
     readers = []
     for split, file in files.items():
         if file is None:
             continue
-        folder = Path(images) if images is not None else Path(file).parent
+        folder = given_path(file).parent if images is None else given_path(images)
         reader = RowReader(folder, readers[0] if readers else None)
         count = 0
-        for source, row in manifest_rows(Path(file)):
+        for source, row in manifest_rows(given_path(file)):
             count += 1
             if isinstance(row, Problem):
                 reader.problems.append(row)
@@ -82,7 +86,14 @@ def manifest_data(
         on_bad_image=on_bad_image,
         decoding=decoding,
         workers=workers,
+        notes=normalised_notes(readers),
     )
+
+
+def normalised_notes(readers: Sequence[RowReader]) -> list[str]:
+    """How many questions' answers are not as they were written."""
+    count = sum(reader.normalised for reader in readers)
+    return [f"answers: normalised where all of a question were alike, of {count} questions"] * bool(count)
 
 
 def data_of(
@@ -98,6 +109,7 @@ def data_of(
     on_bad_image: str,
     decoding: str,
     workers: int,
+    notes: Sequence[str] = (),
 ) -> RecordData:
     """Check records as a whole and complete their splits. ``where``: the name of the data in messages.
 
@@ -106,7 +118,8 @@ def data_of(
     records = [record for some in splits.values() for record in some]
     problems = [*problems, *_mixed(records), *_partly_split(splits), *_families_of_captions(splits)]
     named = {name: some for name, some in splits.items() if name is not None}
-    readable, notes = readable_only(named or {"train": splits.get(None, [])}, on_bad_image, problems)
+    readable, left_out = readable_only(named or {"train": splits.get(None, [])}, on_bad_image, problems)
+    notes = [*left_out, *notes]
     if records and records[0].captions:
         readable = {name: _captions_together(some) for name, some in readable.items()}
     train = readable.get("train", [])

@@ -1,15 +1,17 @@
 """From a row of a manifest, or of a Hugging Face data set, to a record."""
 
-import base64
-import binascii
 import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from clipmapper.data.answers import settled
+from clipmapper.data.base64_images import decoded_base64, looks_like_base64
+from clipmapper.data.fields import shown, written_number
 from clipmapper.data.problems import Problem
 from clipmapper.data.records import OTHER, Record, StoredImage
+from clipmapper.data.text_files import is_text
 
 # What a column may be called.
 _NAMES = {
@@ -39,7 +41,7 @@ class RowReader:
 
     ``folder``: what relative paths of images are relative to. ``splits``: name → records; a row without a
     split is under ``None``. ``problems``: in the order of rows. ``beside``: the reader of another file of the
-    same data, with which texts are shared.
+    same data, with which texts are shared. ``normalised``: how many questions had answers that were changed.
 
     An id may come again in another split, as when a model of COCO's captions is validated on nocaps' images.
     """
@@ -48,6 +50,7 @@ class RowReader:
         self.folder = folder
         self.splits: dict[str | None, list[Record]] = {}
         self.problems: list[Problem] = []
+        self.normalised = 0
         self._ids: dict[tuple[str | None, int | str], Record] = {}
         self._texts: dict[str, str] = beside._texts if beside else {}
 
@@ -87,7 +90,7 @@ class RowReader:
         else:
             question = _text("question", given["question"])
             if given["answers"] is not None:
-                answers = self._kept(_texts("answers", given["answers"]))
+                answers = self._kept(self._alike(_texts("answers", given["answers"])))
             elif answered:
                 raise Mistake("no answers", f"to {question[:_SHOWN]!r}")
         family = OTHER if given["family"] is None else _text("family", given["family"])
@@ -102,16 +105,29 @@ class RowReader:
             source=source,
         )
 
+    def _alike(self, answers: list[str]) -> list[str]:
+        """Answers that are all alike, normalised. The official accuracy leaves them as they are, which is
+        right for its own data, in lower case: no answer of the vocabulary would ever equal "Yes"."""
+        if len(set(answers)) > 1 or (found := settled(answers[0])) == answers[0]:
+            return answers
+        self.normalised += 1
+        return [found] * len(answers)
+
     def _kept(self, texts: Iterable[str]) -> tuple[str, ...]:
         """The same strings, each kept once: most answers are one of a few thousand."""
         return tuple(self._texts.setdefault(text, text) for text in texts)
 
 
 def _given(row: Mapping, aliases: tuple[str, ...]) -> object:
-    there = [name for name in aliases if row.get(name) is not None]
+    there = [name for name in aliases if not _absent(row.get(name))]
     if len(there) > 1:
         raise Mistake("the same thing twice", f"both {' and '.join(there)}")
     return row[there[0]] if there else None
+
+
+def _absent(value: object) -> bool:
+    """A cell without a value; pandas writes NaN for it."""
+    return value is None or (isinstance(value, float) and value != value)
 
 
 def _split(value: object) -> str | None:
@@ -128,8 +144,8 @@ def _image(value: object, encoded: object, folder: Path) -> tuple[Path | bytes |
         raise Mistake("the same thing twice", "give image or image_base64")
     if encoded is not None:
         try:
-            value = base64.b64decode(_text("image_base64", encoded), validate=True)
-        except binascii.Error as error:
+            value = decoded_base64(_text("image_base64", encoded))
+        except ValueError as error:
             raise Mistake("image_base64 is not base64", str(error)) from error
     if isinstance(value, Mapping):  # as Hugging Face data sets are written to Parquet
         value = value.get("bytes") or value.get("path")
@@ -138,39 +154,47 @@ def _image(value: object, encoded: object, folder: Path) -> tuple[Path | bytes |
     if isinstance(value, bytes):
         return value, hashlib.blake2b(value, digest_size=16).hexdigest()
     if not isinstance(value, str) or not value.strip():
-        raise Mistake("no image", f"{_shown(value)} is not a path")
-    if re.match(r"[a-z]{2,}://", value.strip().lower()):
-        raise Mistake("an address, not a file", f"{_shown(value)}; download the image")
-    path = Path(os.path.normpath(folder / value.strip()))
+        raise Mistake("no image", f"{shown(value)} is not a path")
+    text = _text("image", value)
+    if looks_like_base64(text):
+        raise Mistake("looks like base64: use image_base64", shown(text))
+    if re.match(r"[a-z]{2,}://", text.lower()):
+        raise Mistake("an address, not a file", f"{shown(text)}; download the image")
+    path = Path(os.path.normpath(folder / os.path.expanduser(text)))
+    if "\\" in text and os.sep == "/" and not os.path.lexists(path):  # written on Windows
+        if re.match(r"[A-Za-z]:|\\\\", text):
+            raise Mistake("a path of Windows", f"{shown(text)}; make it relative to data.images")
+        path = Path(os.path.normpath(folder / text.replace("\\", "/")))
     return path, str(path)
 
 
 def _texts(name: str, value: object) -> list[str]:
     """One text, or a list of them; the entries of VQA's own lists, ``{"answer": ...}``, are read too."""
+    one = name.rstrip("s")
+    if isinstance(value, Mapping) and isinstance(value.get(one), list):  # as `datasets` keeps such lists
+        value = value[one]
+    if isinstance(value, str) and re.fullmatch(r"\[.*\]", value.strip(), re.DOTALL):
+        raise Mistake(f"{name}: a list written as text", f"{shown(value)}; write a list")
     entries = value if isinstance(value, list | tuple) else [value]
     if not entries:
         raise Mistake(f"no {name}", "an empty list")
-    one = name.rstrip("s")
     return [_text(name, e[one] if isinstance(e, Mapping) and one in e else e) for e in entries]
 
 
 def _text(name: str, value: object) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool) and value == value:  # not NaN
-        value = f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf"):
+        value = written_number(value)
     if not isinstance(value, str):
-        raise Mistake(f"{name} not text", _shown(value))
+        raise Mistake(f"{name} not text", shown(value))
+    if "\0" in value or not is_text(value):
+        raise Mistake(f"{name} not text", "a NUL character or half of a surrogate pair in it")
     if not value.strip():
         raise Mistake(f"empty {name}")
     return value.strip()
 
 
 def _id(value: object) -> int | str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
     text = _text("id", value)
-    return int(text) if text.isdecimal() and str(int(text)) == text else text
+    # A larger number stays text: no column of numbers holds it.
+    return int(text) if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", text) else text
 
-
-def _shown(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."

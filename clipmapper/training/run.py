@@ -18,6 +18,7 @@ from clipmapper.models.build import load
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.clip_weights import names_tokenizer
 from clipmapper.models.clipmapper import CLIPmapper
+from clipmapper.models.cut_texts import cut_texts_said_once
 from clipmapper.models.fine_tuning import merge_adapters
 from clipmapper.outputs import check_folder
 from clipmapper.stopping import forks_ignore_signals
@@ -42,7 +43,7 @@ from clipmapper.training.run_folder import (
     write_json,
 )
 from clipmapper.training.run_lock import only_one
-from clipmapper.training.run_logger import logged_files, run_logger
+from clipmapper.training.run_logger import check_logger, logged_files, run_logger
 from clipmapper.training.saving import SaveSteps
 from clipmapper.training.tables import console, files_table
 from clipmapper.training.task import Task
@@ -64,6 +65,7 @@ def train(config: TrainConfig, data: RecordData | None = None) -> Path:
             device, run.companions = start_processes(config.trainer)
             run.companions.watch(lambda: give_up(run))
             with ExitStack() as until_the_end:
+                until_the_end.enter_context(cut_texts_said_once(is_main()))
                 return _train(config, device, data, run, until_the_end)
         except BaseException as error:
             end = ending(error, run)
@@ -82,6 +84,7 @@ def _train(
     until_the_end: ExitStack,
 ) -> Path:
     began = time.monotonic()
+    in_main(lambda: check_logger(config.logger))
     check_shares(config.training.batch_size, config.trainer.accumulate_grad_batches)
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
     explainer = None if config.callbacks is None else built(asdict(config.callbacks))
