@@ -229,8 +229,8 @@ def test_an_unreadable_image_is_named_or_another_put_in_its_place(tmp_path):
     for _ in range(2):  # a resumed run finds the same again
         skipping = ReadableItems(tiny, "skip", tmp_path)
         found = skipping.of(records, lambda: iter(()))
-        assert [record.id for record, _ in found] == ["0", "0", "2", "3", "2", "5"]
-        assert [record.id for record, _ in skipping.of([records[1]], lambda: iter(records[4:]))] == ["5"]
+        assert [record.id for record, _ in found] == [0, 0, 2, 3, 2, 5]
+        assert [record.id for record, _ in skipping.of([records[1]], lambda: iter(records[4:]))] == [5]
     (line,) = left_out_lines(tmp_path)
     assert line.startswith("2 unreadable training images were left out, such as ") and "0.tar: 4.jpg" in line
     with pytest.raises(UserError, match="none of 1,000 images in a row"):
