@@ -220,6 +220,7 @@ class RecordDataConfig(DataConfig):
     """What data sets of records have (:class:`clipmapper.data.records.RecordData`)."""
 
     on_bad_image: str = setting(choices=("error", "skip"))
+    check: str = setting(choices=("full", "sample", "none"))
     workers: int = setting(minimum=0)
 
 

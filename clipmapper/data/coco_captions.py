@@ -5,6 +5,8 @@ from pathlib import Path
 from clipmapper.data.image_checks import readable_only
 from clipmapper.data.official_files import entries, read_json
 from clipmapper.data.records import Record, RecordData
+from clipmapper.data.remembered import Found, remembered
+from clipmapper.data.table_builder import TableBuilder
 from clipmapper.errors import UserError
 
 # Karpathy and Fei-Fei 2015 (arXiv 1412.2306) held 10,000 images of val2014 out; the rest is trained on.
@@ -12,26 +14,42 @@ _KARPATHY = {"train": "train", "restval": "train", "val": "validation", "test": 
 
 
 def coco_captions_data(
-    folder: str, karpathy: str | None = None, *, on_bad_image: str = "error", workers: int = 0
+    folder: str,
+    karpathy: str | None = None,
+    *,
+    on_bad_image: str = "error",
+    check: str = "full",
+    workers: int = 0,
 ) -> RecordData:
     """``folder`` holds ``annotations/captions_train2014.json``, ``captions_val2014.json`` and the images,
     ``train2014/`` and ``val2014/`` (or all of 2017).
 
     ``karpathy``: the file ``dataset_coco.json``, relative to ``folder``; None: COCO's own train and val.
-    ``on_bad_image``, ``workers``: as of :func:`clipmapper.data.manifest.manifest_data`.
+    ``on_bad_image``, ``check``, ``workers``: as of :func:`clipmapper.data.manifest.manifest_data`.
 
     Raises ``UserError`` for missing files, images without a caption and captions without an image.
     """
     root = Path(folder)
     years = [y for y in ("2014", "2017") if _file(root, f"train{y}").is_file()]
     year = years[0] if years else "2014"
-    official = {name: read_coco_captions(root, f"{name}{year}") for name in ("train", "val")}
-    if karpathy is None:
-        splits = {"train": official["train"], "validation": official["val"]}
-    else:
-        splits = _karpathy(root / karpathy, {r.id: r for some in official.values() for r in some})
-    readable, notes = readable_only(splits, on_bad_image)
-    return RecordData(readable, None, workers=workers, notes=notes)
+
+    def read(target: Path | None) -> Found:
+        official = {name: read_coco_captions(root, f"{name}{year}") for name in ("train", "val")}
+        if karpathy is None:
+            splits = {"train": official["train"], "validation": official["val"]}
+        else:
+            splits = _karpathy(root / karpathy, {r.id: r for some in official.values() for r in some})
+        table = TableBuilder(target)
+        for name, records in splits.items():
+            table.extend(name, records)
+        finished = table.finish()
+        return Found(finished.columns, finished.splits())
+
+    files = [_file(root, f"{name}{year}") for name in ("train", "val")]
+    files += [] if karpathy is None else [root / karpathy]
+    found = remembered("coco_captions", files, {"folder": folder, "karpathy": karpathy}, read)
+    readable, notes = readable_only(found.splits, on_bad_image, check=check)
+    return RecordData(readable, None, workers=workers, notes=[*found.notes, *notes])
 
 
 def read_coco_captions(folder: Path, subset: str) -> list[Record]:

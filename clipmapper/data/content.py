@@ -49,7 +49,7 @@ def file_digests(
     kept = {}
 
     def of(path: Path) -> str:
-        stamp = _stamp(path)
+        stamp = file_stamp(path)
         name = os.path.abspath(path)
         before = known.get(name)
         digest = before[1] if before and before[0] == stamp else _read(path)
@@ -67,7 +67,8 @@ def file_digests(
     return digests
 
 
-def _stamp(path: Path) -> list[int]:
+def file_stamp(path: Path) -> list[int]:
+    """Size, inode and the times of the last change of content and of inode."""
     found = os.stat(path)
     return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 

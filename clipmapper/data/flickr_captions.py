@@ -8,6 +8,9 @@ from pathlib import Path
 from clipmapper.data.manifest import data_of
 from clipmapper.data.problems import Problem
 from clipmapper.data.records import Record, RecordData
+from clipmapper.data.remembered import Found, remembered
+from clipmapper.data.table_builder import TableBuilder
+from clipmapper.data.whole_tables import table_of_whole
 from clipmapper.errors import UserError
 
 _SPLITS = {"train": "train", "val": "validation", "dev": "validation", "test": "test"}
@@ -21,6 +24,7 @@ def flickr_captions_data(
     validation_share: float = 0.05,
     split_seed: int = 0,
     on_bad_image: str = "error",
+    check: str = "full",
     workers: int = 0,
 ) -> RecordData:
     """Read a token file, ``1000092795.jpg#0<tab>caption`` a line (``results_20130124.token``,
@@ -37,29 +41,33 @@ def flickr_captions_data(
     file, folder = Path(tokens), Path(images)
     if not file.is_file():
         raise UserError(f"data.tokens={tokens}: no such file")
-    problems: list[Problem] = []
-    captions: dict[str, list[str]] = {}
-    sources: dict[str, str] = {}
-    for source, found in _lines(file):
-        if isinstance(found, Problem):
-            problems.append(found)
-            continue
-        name, caption = found
-        captions.setdefault(name, []).append(caption)
-        sources.setdefault(name, source)
-    listed = {} if split_files is None else _listed(Path(split_files))
-    splits: dict[str | None, list[Record]] = {}
-    for name, said in captions.items():
-        # Lists name an image with or without its ending.
-        split = listed.get(name, listed.get(Path(name).stem))
-        if listed and split is None:
-            continue
-        path = folder / name
-        record = Record(name, path, str(path), captions=tuple(said), source=sources[name])
-        splits.setdefault(split, []).append(record)
+
+    def read(target: Path | None) -> Found:
+        problems: list[Problem] = []
+        captions: dict[str, list[str]] = {}
+        sources: dict[str, str] = {}
+        for source, found in _lines(file):
+            if isinstance(found, Problem):
+                problems.append(found)
+                continue
+            name, caption = found
+            captions.setdefault(name, []).append(caption)
+            sources.setdefault(name, source)
+        listed = {} if split_files is None else _listed(Path(split_files))
+        table = TableBuilder(target)
+        for name, said in captions.items():
+            # Lists name an image with or without its ending.
+            split = listed.get(name, listed.get(Path(name).stem))
+            if listed and split is None:
+                continue
+            path = folder / name
+            table.add(split, Record(name, path, str(path), captions=tuple(said), source=sources[name]))
+        return table_of_whole(table.finish(), problems)
+
+    files = [file, *([] if split_files is None else sorted(Path(split_files).glob("*.txt")))]
+    settings = {"images": images, "split_files": split_files}
     return data_of(
-        splits,
-        problems,
+        remembered("flickr_captions", files, settings, read),
         where=tokens,
         least_answers=1,
         targets="soft",
@@ -67,6 +75,7 @@ def flickr_captions_data(
         validation_share=validation_share,
         split_seed=split_seed,
         on_bad_image=on_bad_image,
+        check=check,
         workers=workers,
     )
 

@@ -1,7 +1,7 @@
 """Data sets of the ``datasets`` library: a folder that ``save_to_disk`` wrote, or an object in Python."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,12 @@ from PIL import Image
 
 from clipmapper.data.manifest import data_of
 from clipmapper.data.records import RecordData
+from clipmapper.data.remembered import FOLDER, Found, remembered
 from clipmapper.data.rows import RowReader
+from clipmapper.data.table_builder import TableBuilder
+from clipmapper.data.whole_tables import table_of_whole
 from clipmapper.errors import UserError
+from clipmapper.progress import counted
 
 _KNOWN_SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
@@ -37,6 +41,23 @@ class RowImage:
         return self.name
 
 
+class RowImages(Sequence[RowImage]):
+    """The images of several data sets, one behind the other. ``parts``: images and the name of each."""
+
+    def __init__(self, parts: Sequence[tuple[Any, str]]) -> None:
+        self.parts = list(parts)
+
+    def __len__(self) -> int:
+        return sum(len(images) for images, _ in self.parts)
+
+    def __getitem__(self, number: int) -> RowImage:
+        for images, name in self.parts:
+            if number < len(images):
+                return RowImage(images, number, f"{name}:row {number + 1}")
+            number -= len(images)
+        raise IndexError(number)
+
+
 def huggingface_data(
     path: str,
     *,
@@ -46,6 +67,7 @@ def huggingface_data(
     validation_share: float = 0.1,
     split_seed: int = 0,
     on_bad_image: str = "error",
+    check: str = "full",
     workers: int = 0,
 ) -> RecordData:
     """A folder that ``save_to_disk`` wrote, with the columns of a manifest; ``image`` is an ``Image`` feature
@@ -56,8 +78,9 @@ def huggingface_data(
     except (FileNotFoundError, ValueError, OSError) as error:
         what = str(error).splitlines()[0]
         raise UserError(f"data.path={path}: not a data set that save_to_disk wrote ({what})") from error
-    return records_of(
+    return _records_of(
         found,
+        Path(path),
         name=path,
         least_answers=least_answers,
         targets=targets,
@@ -65,6 +88,7 @@ def huggingface_data(
         validation_share=validation_share,
         split_seed=split_seed,
         on_bad_image=on_bad_image,
+        check=check,
         workers=workers,
     )
 
@@ -79,46 +103,82 @@ def records_of(
     validation_share: float = 0.1,
     split_seed: int = 0,
     on_bad_image: str = "error",
+    check: str = "full",
     workers: int = 0,
 ) -> RecordData:
     """A ``datasets.Dataset`` or ``DatasetDict`` as data to train on. ``name`` is what messages call it.
 
     Of a ``DatasetDict`` the splits train, validation (or val) and test are read; others raise ``UserError``.
     """
-    datasets = _library()
-    parts: Mapping[str | None, Any] = data if isinstance(data, datasets.DatasetDict) else {None: data}
-    unknown = [split for split in parts if split is not None and split not in _KNOWN_SPLITS]
-    if unknown:
-        raise UserError(f"{name}: split {unknown[0]!r} is not one of {', '.join(_KNOWN_SPLITS)}")
-    reader = RowReader(Path())
-    for split, part in parts.items():
-        prefix = name if split is None else f"{name}[{split}]"
-        if "image" not in part.column_names:
-            raise UserError(f"{prefix}: no column image; there are {', '.join(part.column_names)}")
-        encoded = isinstance(part.features["image"], datasets.Image)
-        images = part.select_columns(["image"])
-        if encoded:
-            images = images.cast_column("image", datasets.Image(decode=False))
-        # Without the images: they would be read from the disk for nothing.
-        rows = part.remove_columns("image") if encoded else part
-        for number in range(len(part)):
-            row = dict(rows[number]) if rows.column_names else {}
-            source = f"{prefix}:row {number + 1}"
-            if encoded:
-                row["image"] = RowImage(images, number, source)
-            reader.add(source, row, _KNOWN_SPLITS.get(split))
-    return data_of(
-        reader.splits,
-        reader.problems,
-        where=name,
+    return _records_of(
+        data,
+        None,
+        name=name,
         least_answers=least_answers,
         targets=targets,
         accuracy=accuracy,
         validation_share=validation_share,
         split_seed=split_seed,
         on_bad_image=on_bad_image,
+        check=check,
         workers=workers,
     )
+
+
+def _records_of(data: Any, folder: Path | None, *, name: str, **settings) -> RecordData:
+    """``folder``: where the data lie; None: what is read of them is not remembered."""
+    datasets = _library()
+    parts: Mapping[str | None, Any] = data if isinstance(data, datasets.DatasetDict) else {None: data}
+    unknown = [split for split in parts if split is not None and split not in _KNOWN_SPLITS]
+    if unknown:
+        raise UserError(f"{name}: split {unknown[0]!r} is not one of {', '.join(_KNOWN_SPLITS)}")
+    prefixes = {split: name if split is None else f"{name}[{split}]" for split in parts}
+    for split, part in parts.items():
+        if "image" not in part.column_names:
+            raise UserError(f"{prefixes[split]}: no column image; there are {', '.join(part.column_names)}")
+    stored = RowImages([
+        (_encoded_images(part), prefixes[split]) for split, part in parts.items() if _is_encoded(part)
+    ])  # fmt: skip
+
+    def read(target: Path | None) -> Found:
+        table = TableBuilder(target)
+        reader = RowReader(Path(), table)
+        for split, part in parts.items():
+            encoded = _is_encoded(part)
+            images = _encoded_images(part) if encoded else None
+            # Without the images: they would be read from the disk for nothing.
+            rows = part.remove_columns("image") if encoded else part
+            for number in counted(range(len(part)), f"reading {prefixes[split]}", len(part)):
+                row = dict(rows[number]) if rows.column_names else {}
+                source = f"{prefixes[split]}:row {number + 1}"
+                if encoded:
+                    row["image"] = RowImage(images, number, source)
+                reader.add(source, row, _KNOWN_SPLITS.get(split))
+        found = table_of_whole(table.finish(), reader.problems)
+        if not found.problems:
+            found.columns.objects = stored  # the same images, made when they are asked for
+        return found
+
+    return data_of(
+        read(None)
+        if folder is None
+        else remembered("huggingface", _files(folder), {"name": name}, read, stored),
+        where=name,
+        **settings,
+    )
+
+
+def _is_encoded(part: Any) -> bool:
+    return isinstance(part.features["image"], _library().Image)
+
+
+def _encoded_images(part: Any) -> Any:
+    """The images of a data set as the files that they are."""
+    return part.select_columns(["image"]).cast_column("image", _library().Image(decode=False))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and FOLDER not in path.parts)
 
 
 def _library() -> Any:

@@ -5,11 +5,12 @@ import binascii
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from clipmapper.data.problems import Problem
-from clipmapper.data.records import OTHER, Record, StoredImage
+from clipmapper.data.record import OTHER, Record, StoredImage
+from clipmapper.data.table_builder import TableBuilder
 
 # What a column may be called.
 _NAMES = {
@@ -37,19 +38,14 @@ class Mistake(Exception):
 class RowReader:
     """Turns rows into records and takes note of what is wrong.
 
-    ``folder``: what relative paths of images are relative to. ``splits``: name → records; a row without a
-    split is under ``None``. ``problems``: in the order of rows. ``beside``: the reader of another file of the
-    same data, with which texts are shared.
-
-    An id may come again in another split, as when a model of COCO's captions is validated on nocaps' images.
+    ``folder``: what relative paths of images are relative to. ``table``: where records go; those of a row
+    without a split to the split ``None``. ``problems``: in the order of rows, but for ids that come twice
+    (:meth:`clipmapper.data.table_builder.FinishedTable.without_doubles`).
     """
 
-    def __init__(self, folder: Path, beside: "RowReader | None" = None) -> None:
-        self.folder = folder
-        self.splits: dict[str | None, list[Record]] = {}
+    def __init__(self, folder: Path, table: TableBuilder) -> None:
+        self.folder, self.table = folder, table
         self.problems: list[Problem] = []
-        self._ids: dict[tuple[str | None, int | str], Record] = {}
-        self._texts: dict[str, str] = beside._texts if beside else {}
 
     def add(self, source: str, row: Mapping, split: str | None = None) -> None:
         """``split``: the one that the file stands for; its rows may not say another."""
@@ -63,13 +59,7 @@ class RowReader:
         except Mistake as mistake:
             self.problems.append(Problem(source, *mistake.args))
             return
-        first = self._ids.setdefault((split, record.id), record)
-        # The captions of an image may come one by one, all with the image's id.
-        if first is not record and not (record.captions and first.image_id == record.image_id):
-            what = f"{record.id!r} is that of {first.source} too"
-            self.problems.append(Problem(source, "the same id twice", what))
-            return
-        self.splits.setdefault(split, []).append(record)
+        self.table.add(split, record)
 
     def _record(self, source: str, row: Mapping, given: Mapping, answered: bool) -> Record:
         there = ", ".join(map(str, row)) or "nothing"
@@ -83,11 +73,11 @@ class RowReader:
             raise Mistake("a question and captions", "a line is about one of them")
         question, answers, captions = None, (), ()
         if has_caption:
-            captions = self._kept(_texts("captions", given["captions"]))
+            captions = tuple(_texts("captions", given["captions"]))
         else:
             question = _text("question", given["question"])
             if given["answers"] is not None:
-                answers = self._kept(_texts("answers", given["answers"]))
+                answers = tuple(_texts("answers", given["answers"]))
             elif answered:
                 raise Mistake("no answers", f"to {question[:_SHOWN]!r}")
         family = OTHER if given["family"] is None else _text("family", given["family"])
@@ -97,14 +87,10 @@ class RowReader:
             image_id=image_id,
             question=question,
             answers=answers,
-            family=self._texts.setdefault(family, family),
+            family=family,
             captions=captions,
             source=source,
         )
-
-    def _kept(self, texts: Iterable[str]) -> tuple[str, ...]:
-        """The same strings, each kept once: most answers are one of a few thousand."""
-        return tuple(self._texts.setdefault(text, text) for text in texts)
 
 
 def _given(row: Mapping, aliases: tuple[str, ...]) -> object:
