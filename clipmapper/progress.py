@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -48,7 +48,7 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], No
         yield lambda done: bar.advance(task, done)
 
 
-def counted(items: Iterator, what: str, total: int | None = None) -> Iterator:
+def counted(items: Iterable, what: str, total: int | None = None) -> Iterator:
     """The same items, with progress told."""
     with progress(what, total) as advance:
         waiting = 0

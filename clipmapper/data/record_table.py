@@ -243,9 +243,12 @@ class RecordTable(Sequence[Record]):
 
     def family_counts(self) -> dict[str, int]:
         """How many records of each family there are, in alphabetical order."""
-        numbers, counts = np.unique(self.families, return_counts=True)
-        named = {self.columns.text(int(n)): int(c) for n, c in zip(numbers, counts, strict=True)}
-        return dict(sorted(named.items()))
+        counts = np.bincount(self.families)
+        return {self.columns.text(number): int(counts[number]) for number in self.family_numbers()}
+
+    def family_numbers(self) -> list[int]:
+        """The numbers of the families there are, in the alphabetical order of their names."""
+        return sorted(np.unique(self.families).tolist(), key=self.columns.text)
 
     def lengths(self, name: str) -> np.ndarray:
         """How many ``answers`` or ``captions`` each record has: int32[records]."""

@@ -37,12 +37,13 @@ _PART = 1 << 20
 
 
 class Found(NamedTuple):
-    """What reading gave. ``notes``: lines about it that each run says."""
+    """What reading gave. ``notes``: lines about it that each run says. ``more``: kept besides, as JSON."""
 
     columns: Columns
     splits: Mapping[str | None, RecordTable]
     problems: Sequence[Problem] = ()
     notes: Sequence[str] = ()
+    more: Mapping | None = None
 
 
 def remembered(
@@ -110,13 +111,14 @@ def _made(entry: Path, name: str, key: Mapping, read: Callable[[Path | None], Fo
         "key": key,
         "splits": names,
         "notes": list(found.notes),
+        "more": found.more,
         "files": {file: _file_digest(temporary / file) for file in TABLES},
         "bytes": _size(temporary / BYTES_FILE),
     }
     (temporary / _ENTRY).write_text(json.dumps(content))
     os.rename(temporary, entry)
     columns = Columns.mapped(entry, found.columns.objects)
-    return Found(columns, splits_of(columns, names), (), found.notes)
+    return Found(columns, splits_of(columns, names), (), found.notes, found.more)
 
 
 def _mapped(entry: Path, key: Mapping, objects: Sequence) -> tuple[Found | None, str | None]:
@@ -137,7 +139,7 @@ def _mapped(entry: Path, key: Mapping, objects: Sequence) -> tuple[Found | None,
             raise ValueError(f"{BYTES_FILE} has changed")
         _check(entry, len(names), len(objects))
         columns = Columns.mapped(entry, objects)
-        return Found(columns, splits_of(columns, names), (), notes), None
+        return Found(columns, splits_of(columns, names), (), notes, content["more"]), None
     except (
         OSError,
         ValueError,

@@ -62,7 +62,7 @@ def build_captioner(
     encoder: Mapping,
     model: Mapping,
     *,
-    captions: Sequence[str] | None = None,
+    captions: Iterable[str] | None = None,
     tokens: Sequence[int] | None = None,
     gpt2: Mapping | None = None,
 ) -> Captioner:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from clipmapper.data.content import content_digest, file_digests, joint_digest
 from clipmapper.data.records import Record, StoredImage
+from clipmapper.data.table_builder import as_table
 from clipmapper.data.token_cache import TokenCache, TokenStore
 from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
@@ -70,14 +71,9 @@ def different_images(
     records: Sequence[Record], transform: Callable[[Image.Image], Tensor], index: Path | None
 ) -> tuple[RecordImages, Int[Tensor, "records"]]:
     """The images of records, in the order in which they first come, and which of them each record has."""
-    first: dict[str, int] = {}
-    chosen = []
-    for record in records:
-        if record.image_id not in first:
-            first[record.image_id] = len(first)
-            chosen.append(record)
-    images = RecordImages(chosen, transform, index)
-    return images, torch.tensor([first[record.image_id] for record in records])
+    table = as_table(records)
+    first, image_of = table.first_of_images()
+    return RecordImages(table.take(first), transform, index), torch.from_numpy(image_of)
 
 
 def record_question_tokens(
@@ -85,7 +81,7 @@ def record_question_tokens(
 ) -> TokenCache:
     """Tokens of the images and texts of questions. ``name``: of the split."""
     images, image_of = _images_to_encode(encoder, store, records)
-    return question_tokens(encoder, store, images, [record.question for record in records], image_of, name)
+    return question_tokens(encoder, store, images, as_table(records).questions(), image_of, name)
 
 
 def record_image_tokens(
@@ -108,12 +104,12 @@ def check_room(
     """
     if store.folder is not None:
         return
-    splits = list(splits)
-    images = sum(len({record.image_id for record in records}) for records in splits)
+    splits = [as_table(records) for records in splits]
+    images = sum(len(np.unique(records.images)) for records in splits)
     rows, columns = encoder.grid
     shapes = {"images": (images, encoder.prefix_tokens + rows * columns, encoder.image_width)}
     if texts:
-        asked = [sorted({record.question for record in records}) for records in splits]
+        asked = [sorted(set(records.questions())) for records in splits]
         # Each split has rows as long as its longest text; the longest of all is a little more.
         longest = max(tokenize(encoder.tokenizer, some).ids.shape[1] for some in asked)
         shapes["texts"] = (sum(map(len, asked)), longest, encoder.text_width)
