@@ -26,6 +26,7 @@ from clipmapper.config import (
 )
 from clipmapper.config_checks import check_overrides, checked, describe_failure, setting_named
 from clipmapper.errors import UserError, UserErrors
+from clipmapper.own_line import print_on_own_line
 from clipmapper.shipped import shipped_root
 
 _Schema = TypeVar("_Schema", bound=Section)
@@ -208,10 +209,10 @@ def _interrupted(schema: type[Section], stop: KeyboardInterrupt) -> NoReturn:
 
 def _warn(message: Warning | str, *_) -> None:
     """A warning as one line, without the line of code that gave it."""
-    print("warning:", " ".join(str(message).split()), file=sys.stderr)
+    print_on_own_line(f"warning: {' '.join(str(message).split())}")
 
 
 def _fail(*messages: str) -> NoReturn:
     for message in messages:
-        print("error:", " ".join(message.split()), file=sys.stderr)
+        print_on_own_line(f"error: {' '.join(message.split())}", ends=True)
     sys.exit(2)

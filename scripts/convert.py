@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from clipmapper.data.conversion import READERS, Source, convert
-from clipmapper.errors import UserError
+from clipmapper.errors import UserError, UserErrors
 
 
 def main() -> None:
@@ -28,8 +28,11 @@ def main() -> None:
     try:
         lines, images = convert(options.name, source, options.split, options.output)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        for line in error.lines if isinstance(error, UserErrors) else [error]:
+            print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
+    for note in source.reading.notes(options.questions):
+        print(note)
     print(f"{options.output}: {lines} lines about {images} images")
 
 

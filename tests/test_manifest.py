@@ -233,7 +233,7 @@ MISTAKES = [
     ({"image": "0.png", "question": " ", "answers": ["a"]}, "empty question"),
     ({"image": "0.png", "question": "q?"}, "no answers: to 'q?'"),
     ({"image": "0.png", "question": "q?", "answers": []}, "no answers: an empty list"),
-    ({"image": "0.png", "question": "q?", "answers": [True]}, "answers not text: True"),
+    ({"image": "0.png", "question": "q?", "answers": [True]}, "answers not text: true"),
     ({"image": "0.png", "question": "q?", "answers": ["a", ""]}, "empty answers"),
     ({"image": "0.png", "question": "q?", "answers": ["a"], "split": "tset"}, "unknown split: 'tset' is not"),
     ({"image": "0.png", "question": "q?", "answers": ["a"], "id": 1}, "the same id twice: 1 is that of "),
@@ -323,7 +323,7 @@ def test_bad_images_are_left_out_and_counted(folder):
     ("name", "content", "says"),
     [
         ("none.jsonl", None, "no such file"),
-        ("my.txt", "", "a manifest is a file .jsonl, .csv, .parquet"),
+        ("my.txt", "", "a manifest is a file .jsonl, .json, .ndjson, .csv, .tsv, .parquet"),
         ("my.jsonl", "\n", "no lines in it"),
         ("my.csv", "image,question,answers\n", "no lines in it"),
         ("my.parquet", "x", "not a readable Parquet file"),

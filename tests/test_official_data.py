@@ -93,10 +93,10 @@ def test_vqa_v2_says_what_is_missing(tmp_path):
     folder = vqa_v2_folder(tmp_path)
     content = json.loads(annotations_file(folder, "val2014").read_text())
     save(annotations_file(folder, "val2014"), {"annotations": content["annotations"][1:]})
-    with pytest.raises(UserError, match=r"question 100000 of .* is not annotated"):
+    with pytest.raises(UserError, match=r"a question of .* is not annotated: 100000"):
         vqa_v2_data(str(folder))
     save(annotations_file(folder, "val2014"), {"annotations": [{"question_id": 1}]})
-    with pytest.raises(UserError, match="entry 1 of 'annotations' has no 'answers'"):
+    with pytest.raises(UserError, match="entry 1 of 'annotations': no 'answers'"):
         vqa_v2_data(str(folder))
     save(annotations_file(folder, "val2014"), content)
     coco_image(folder, "val2014", 101).unlink()
@@ -175,7 +175,7 @@ def test_coco_captions_and_the_karpathy_split(tmp_path):
     official = coco_captions_data(str(folder))
     assert [len(official.splits[name]) for name in ("train", "validation")] == [4, 4]
     save(folder / "dataset_coco.json", {"images": [{"cocoid": 99, "split": "train"}]})
-    with pytest.raises(UserError, match="image 99 is not in COCO's annotations"):
+    with pytest.raises(UserError, match="an image that is not in COCO's annotations: 99"):
         coco_captions_data(str(folder), "dataset_coco.json")
     with pytest.raises(UserError, match=r"captions_train2014\.json: no such file; COCO's captions"):
         coco_captions_data(str(tmp_path / "elsewhere"))
@@ -223,7 +223,7 @@ def test_flickr_token_files(tmp_path, layout):
     assert sum(map(len, drawn.splits.values())) == 4 and len(drawn.splits) == 2
     with (tmp_path / "captions.txt").open("a") as file:
         file.write("5.jpg\n")
-    with pytest.raises(UserError, match=r"captions\.txt:\d+: no caption: '5\.jpg'"):
+    with pytest.raises(UserError, match=r"captions\.txt:\d+: no image and caption: '5\.jpg'"):
         flickr_captions_data(*settings)
 
 
@@ -245,9 +245,9 @@ def test_gqa(tmp_path):
     }  # fmt: skip
     del entry["answer"]
     assert "answers" not in converted(tmp_path, "gqa", {"1": entry}, "test")[0]
-    with pytest.raises(UserError, match="1 has no answers or captions; --split test"):
+    with pytest.raises(UserError, match="question 1: no answers or captions: 1; --split test"):
         converted(tmp_path, "gqa", {"1": entry})
-    with pytest.raises(UserError, match="question 1 has no 'imageId'"):
+    with pytest.raises(UserError, match="question 1: no 'imageId'"):
         converted(tmp_path, "gqa", {"1": {"question": "Who?"}})
 
 
@@ -314,7 +314,7 @@ def test_nocaps(tmp_path):
     }
     (row,) = converted(tmp_path, "nocaps", content, "validation")
     assert row["captions"] == [f"A baby {n}." for n in range(10)] and row["family"] == "near-domain"
-    with pytest.raises(UserError, match="has no answers or captions"):
+    with pytest.raises(UserError, match="no answers or captions"):
         converted(tmp_path, "nocaps", content | {"annotations": []})
 
 

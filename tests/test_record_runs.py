@@ -104,7 +104,7 @@ def test_questions_from_start_to_finish(answering):
             assert row["validation"] == pytest.approx(right, abs=1e-6)
     assert results["explanations"]["localisation"] == {} and results["explanations"]["samples"] == 3
     assert all(map(math.isfinite, numbers_of(results["explanations"])))
-    assert len(list((answering / "pictures").glob("explanation_*__what_colour.png"))) == 2
+    assert len(list((answering / "pictures").glob("explanation_*_what_colour.png"))) == 2
 
 
 def test_captions_from_start_to_finish(captioning):

@@ -112,3 +112,12 @@ def normalised(answer: str) -> str:
     case.
     """
     return normalise_answer(answer) or " ".join(answer.lower().split())
+
+
+def settled(answer: str) -> str:
+    """:func:`normalised` until nothing changes any more: once need not be enough."""
+    for _ in range(10):
+        if (found := normalised(answer)) == answer:
+            break
+        answer = found
+    return answer

@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+from clipmapper.data.fields import NUMBER, TEXT, Entries
 from clipmapper.data.image_checks import readable_only
-from clipmapper.data.official_files import entries, read_json
+from clipmapper.data.official_files import captioned_images
 from clipmapper.data.records import Record, RecordData
 from clipmapper.data.remembered import Found, remembered
 from clipmapper.data.table_builder import TableBuilder
+from clipmapper.data.text_files import given_path, read_json
 from clipmapper.errors import UserError
 
 # Karpathy and Fei-Fei 2015 (arXiv 1412.2306) held 10,000 images of val2014 out; the rest is trained on.
 _KARPATHY = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
+_SPLIT_ENTRY = {"cocoid": NUMBER, "split": TEXT}
 
 
 def coco_captions_data(
@@ -27,14 +30,16 @@ def coco_captions_data(
     ``karpathy``: the file ``dataset_coco.json``, relative to ``folder``; None: COCO's own train and val.
     ``on_bad_image``, ``check``, ``workers``: as of :func:`clipmapper.data.manifest.manifest_data`.
 
-    Raises ``UserError`` for missing files, images without a caption and captions without an image.
+    Raises ``UserError`` for missing files, and ``UserErrors`` with every entry that is wrong, images without
+    a caption and captions without an image among them. What was converted is counted in the notes.
     """
-    root = Path(folder)
+    root = given_path(folder)
     years = [y for y in ("2014", "2017") if _file(root, f"train{y}").is_file()]
     year = years[0] if years else "2014"
 
     def read(target: Path | None) -> Found:
-        official = {name: read_coco_captions(root, f"{name}{year}") for name in ("train", "val")}
+        converted: list[str] = []
+        official = {name: read_coco_captions(root, f"{name}{year}", converted) for name in ("train", "val")}
         if karpathy is None:
             splits = {"train": official["train"], "validation": official["val"]}
         else:
@@ -43,49 +48,56 @@ def coco_captions_data(
         for name, records in splits.items():
             table.extend(name, records)
         finished = table.finish()
-        return Found(finished.columns, finished.splits())
+        return Found(finished.columns, finished.splits(), (), converted)
 
     files = [_file(root, f"{name}{year}") for name in ("train", "val")]
     files += [] if karpathy is None else [root / karpathy]
     found = remembered("coco_captions", files, {"folder": folder, "karpathy": karpathy}, read)
     readable, notes = readable_only(found.splits, on_bad_image, check=check)
-    return RecordData(readable, None, workers=workers, notes=[*found.notes, *notes])
+    return RecordData(readable, None, workers=workers, notes=[*notes, *found.notes])
 
 
-def read_coco_captions(folder: Path, subset: str) -> list[Record]:
-    """The images of ``subset`` with their captions, in the order of the file."""
+def read_coco_captions(folder: Path, subset: str, notes: list[str] | None = None) -> list[Record]:
+    """The images of ``subset`` with their captions, in the order of the file. ``notes`` is added to."""
     file = _file(folder, subset)
-    content = read_json(file, f"COCO's captions of {subset}")
-    names = {e["id"]: e["file_name"] for e in entries(content, "images", file, ("id", "file_name"))}
-    captions: dict[int, list[str]] = {image: [] for image in names}
-    for entry in entries(content, "annotations", file, ("image_id", "caption")):
-        if entry["image_id"] not in captions:
-            raise UserError(f"{file}: a caption of image {entry['image_id']}, which is not in 'images'")
-        captions[entry["image_id"]].append(" ".join(entry["caption"].split()))
-    silent = [image for image, said in captions.items() if not said]
-    if silent:
-        raise UserError(f"{file}: image {silent[0]} has no caption ({len(silent)} such images)")
+    reading = Entries()
+    images = captioned_images(file, f"COCO's captions of {subset}", reading)
+    for image, said in images:
+        if not said:
+            reading.wrong(str(file), "an image without a caption", str(image["id"]))
+    reading.stop()
+    if not images:
+        raise UserError(f"{file}: no images in it")
+    if notes is not None:
+        notes += reading.notes(file.name)
     return [
         Record(
-            id=image,
-            image=folder / subset / names[image],
-            image_id=str(folder / subset / names[image]),
+            id=image["id"],
+            image=folder / subset / image["file_name"],
+            image_id=str(folder / subset / image["file_name"]),
             captions=tuple(said),
-            source=f"{file.name}: image {image}",
+            source=f"{file.name}: image {image['id']}",
         )
-        for image, said in captions.items()
+        for image, said in images
     ]
 
 
 def _karpathy(file: Path, records: dict) -> dict[str, list[Record]]:
     splits: dict[str, list[Record]] = {"train": [], "validation": [], "test": []}
     content = read_json(file, "the Karpathy split (dataset_coco.json)")
-    for entry in entries(content, "images", file, ("cocoid", "split")):
-        if entry["split"] not in _KARPATHY:
-            raise UserError(f"{file}: split {entry['split']!r} is not one of {', '.join(_KARPATHY)}")
-        if entry["cocoid"] not in records:
-            raise UserError(f"{file}: image {entry['cocoid']} is not in COCO's annotations")
-        splits[_KARPATHY[entry["split"]]].append(records[entry["cocoid"]])
+    reading, seen = Entries(), set()
+    for entry in reading.listed(content, "images", file, _SPLIT_ENTRY):
+        source, image, split = entry["source"], entry["cocoid"], entry["split"]
+        if split not in _KARPATHY:
+            reading.wrong(source, f"'split' is not one of {', '.join(_KARPATHY)}", repr(split))
+        elif image not in records:
+            reading.wrong(source, "an image that is not in COCO's annotations", str(image))
+        elif image in seen:
+            reading.wrong(source, "the same image twice", str(image))
+        else:
+            seen.add(image)
+            splits[_KARPATHY[split]].append(records[image])
+    reading.stop()
     empty = [name for name in ("train", "validation") if not splits[name]]
     if empty:
         raise UserError(f"{file}: no image for {empty[0]}")

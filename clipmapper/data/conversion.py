@@ -2,22 +2,30 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipmapper.data.official_files import entries, read_json
+from clipmapper.data.fields import ANSWERS, FLAG, KEY, NUMBER, TEXT, TEXTS, Entries, shown
+from clipmapper.data.official_files import captioned_images
 from clipmapper.data.records import OTHER
+from clipmapper.data.text_files import read_json
 from clipmapper.errors import UserError
 
 
 @dataclass(frozen=True)
 class Source:
-    """The official files of one split. ``annotations``: where answers have a file of their own."""
+    """The official files of one split. ``annotations``: where answers have a file of their own. ``reading``
+    takes note of what is wrong in them and of what was converted."""
 
     questions: Path
     annotations: Path | None
     images: Path
+    reading: Entries = field(default_factory=Entries)
+
+    def listed(self, key: str | None, what: str, schema: Mapping) -> Iterator[dict]:
+        """The good entries of ``questions``."""
+        return self.reading.listed(read_json(self.questions, what), key, self.questions, schema)
 
 
 Row = dict[str, object]  # as a line of a manifest, ``image`` a path
@@ -27,26 +35,42 @@ def convert(name: str, source: Source, split: str, output: Path) -> tuple[int, i
     """Write the manifest; returns how many lines and images it has.
 
     ``name``: a key of :data:`READERS`. Paths of images are relative to the manifest. Raises ``UserError`` for
-    files that are not what they should be, and for a question without answers outside the split test.
+    files that are not what they should be, and ``UserErrors`` with every entry that is wrong, a question
+    without answers outside the split test among them. ``source.reading`` knows what was converted.
     """
     if name not in READERS:
         raise UserError(f"{name!r} is not one of {', '.join(READERS)}")
-    lines, images = [], set()
+    lines, images, first = [], set(), {}
+    reading = source.reading
     for row in READERS[name](source):
-        if split != "test" and not (row.get("answers") or row.get("captions")):
-            raise UserError(
-                f"{source.questions}: {row['id']} has no answers or captions; --split test takes such files"
-            )
-        if split == "test" and row.get("captions") is None and row.get("question") is None:
+        where = row.pop("source")
+        if "id" in row and first.setdefault(row["id"], where) != where:
+            reading.wrong(where, "the same id twice", f"{row['id']!r} is that of {first[row['id']]} too")
+        answered = row.get("answers") or row.get("captions")
+        if split != "test" and not answered:
+            what = f"{row['id']}; --split test takes such files"
+            reading.wrong(where, "no answers or captions", what)
+        if split == "test" and row.get("captions") == []:
             raise UserError(f"{source.questions}: images without captions can't be learnt from or scored")
         images.add(row["image"])
         relative = os.path.relpath(row["image"], output.parent)
-        lines.append(json.dumps(row | {"image": relative, "split": split}, ensure_ascii=False))
+        kept = {key: value for key, value in row.items() if value is not None}
+        lines.append(json.dumps(kept | {"image": relative, "split": split}, ensure_ascii=False))
+    reading.stop()
     if not lines:
         raise UserError(f"{source.questions}: nothing in it")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    temporary = output.with_name(f"{output.name}.tmp")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        os.replace(temporary, output)
+    except OSError as error:
+        raise UserError(f"--output {output}: can't be written ({error.strerror})") from error
     return len(lines), len(images)
+
+
+_DIRECT = TEXTS.or_else(None)
+_GQA = {"imageId": KEY, "question": TEXT, "answer": TEXT.or_else(None)}
 
 
 def _gqa(source: Source) -> Iterator[Row]:
@@ -54,114 +78,158 @@ def _gqa(source: Source) -> Iterator[Row]:
     content = read_json(source.questions, "GQA's questions")
     if not isinstance(content, Mapping):
         raise UserError(f"{source.questions}: GQA's questions are a dictionary by question id")
-    for number, entry in content.items():
-        _require(source.questions, f"question {number}", entry, ("imageId", "question"))
-        answers = {"answers": [entry["answer"]]} if "answer" in entry else {}
+    for number, found in content.items():
+        where = f"{source.questions}: question {number}"
+        entry = source.reading.entry(where, found, _GQA)
+        if entry is None:
+            continue
+        types = found.get("types") or {}
+        family = types.get("structural") if isinstance(types, Mapping) else types
+        if family is not None and not isinstance(family, str):
+            source.reading.wrong(where, "'types' has no text as 'structural'", shown(types))
+            continue
         yield {
+            "source": where,
             "id": number,
             "image": source.images / f"{entry['imageId']}.jpg",
             "question": entry["question"],
-            "family": entry.get("types", {}).get("structural") or OTHER,
-            **answers,
+            "family": family or OTHER,
+            "answers": None if entry["answer"] is None else [entry["answer"]],
         }
+
+
+_OK_VQA = {"question_id": NUMBER, "answers": ANSWERS, "question_type": TEXT}
+_ASKED = {"question_id": NUMBER, "image_id": NUMBER, "question": TEXT}
 
 
 def _ok_vqa(source: Source) -> Iterator[Row]:
     """OK-VQA (Marino et al. 2019, arXiv 1906.00067): files as VQA v2's. Of an answer both what was typed
     (``raw_answer``) and its processed form are there; the official accuracy is of the latter."""
-    if source.annotations is None:
+    file, reading = source.annotations, source.reading
+    if file is None:
         raise UserError("OK-VQA has its answers in a file of their own; give it as --annotations")
-    annotated = read_json(source.annotations, "OK-VQA's annotations")
-    keys = ("question_id", "answers", "question_type")
-    answers = {e["question_id"]: e for e in entries(annotated, "annotations", source.annotations, keys)}
-    topics = annotated.get("question_types", {})
+    annotated = read_json(file, "OK-VQA's annotations")
+    answers: dict[int, dict] = {}
+    for entry in reading.listed(annotated, "annotations", file, _OK_VQA):
+        if answers.setdefault(entry["question_id"], entry) is not entry:
+            reading.wrong(entry["source"], "the same question annotated twice", str(entry["question_id"]))
+    topics = annotated.get("question_types") or {}
+    if not isinstance(topics, Mapping) or not all(isinstance(topic, str) for topic in topics.values()):
+        raise UserError(f"{file}: 'question_types' is not a dictionary of texts but {shown(topics)}")
     content = read_json(source.questions, "OK-VQA's questions")
     subset = content.get("data_subtype", "val2014") if isinstance(content, Mapping) else ""
-    for entry in entries(content, "questions", source.questions, ("question_id", "image_id", "question")):
+    if not isinstance(subset, str):
+        raise UserError(f"{source.questions}: 'data_subtype' is not a text but {shown(subset)}")
+    for entry in reading.listed(content, "questions", source.questions, _ASKED):
         number = entry["question_id"]
         if number not in answers:
-            raise UserError(f"{source.annotations}: question {number} is not annotated")
+            reading.wrong(str(file), f"a question of {source.questions.name} is not annotated", str(number))
+            continue
         kind = answers[number]["question_type"]
         yield {
+            "source": entry["source"],
             "id": number,
             "image": source.images / f"COCO_{subset}_{entry['image_id']:012d}.jpg",
             "question": entry["question"],
-            "answers": [answer["answer"] for answer in answers[number]["answers"]],
+            "answers": answers[number]["answers"],
             "family": topics.get(kind) or kind,
         }
+
+
+_A_OKVQA = {"question_id": KEY, "image_id": NUMBER, "question": TEXT, "direct_answers": _DIRECT}
 
 
 def _a_okvqa(source: Source) -> Iterator[Row]:
     """A-OKVQA (Schwenk et al. 2022, arXiv 2206.01718), direct answers; ``data.accuracy=a_okvqa`` scores them
     as its own code does. Images are those of COCO 2017."""
-    for number, entry in enumerate(_listed(source.questions, "A-OKVQA's questions"), 1):
-        where = f"entry {number}"
-        _require(source.questions, where, entry, ("question_id", "image_id", "question"))
-        answers = {"answers": list(entry["direct_answers"])} if entry.get("direct_answers") else {}
+    schema = _A_OKVQA | {"difficult_direct_answer": FLAG.or_else(False)}
+    for entry in source.listed(None, "A-OKVQA's questions", schema):
         yield {
+            "source": entry["source"],
             "id": entry["question_id"],
             "image": source.images / f"{entry['image_id']:012d}.jpg",
             "question": entry["question"],
-            "family": "difficult" if entry.get("difficult_direct_answer") else "direct",
-            **answers,
+            "family": "difficult" if entry["difficult_direct_answer"] else "direct",
+            "answers": entry["direct_answers"],
         }
+
+
+_VIZWIZ = {
+    "image": TEXT, "question": TEXT, "answers": ANSWERS.or_else(None), "answer_type": TEXT.or_else(OTHER)
+}  # fmt: skip
 
 
 def _vizwiz(source: Source) -> Iterator[Row]:
     """VizWiz-VQA (Gurari et al. 2018, arXiv 1802.08218). Its answers have no ``answer_id``: a manifest tells
     annotators apart by place, so that the official accuracy counts them all."""
-    for number, entry in enumerate(_listed(source.questions, "VizWiz's annotations"), 1):
-        _require(source.questions, f"entry {number}", entry, ("image", "question"))
-        answers = {"answers": [a["answer"] for a in entry["answers"]]} if entry.get("answers") else {}
+    for entry in source.listed(None, "VizWiz's annotations", _VIZWIZ):
         yield {
+            "source": entry["source"],
             "id": entry["image"],  # one question an image
             "image": source.images / entry["image"],
             "question": entry["question"],
-            "family": entry.get("answer_type") or OTHER,
-            **answers,
+            "family": entry["answer_type"],
+            "answers": entry["answers"],
         }
+
+
+_TEXTVQA = {"question_id": NUMBER, "image_id": KEY, "question": TEXT, "answers": _DIRECT}
 
 
 def _textvqa(source: Source) -> Iterator[Row]:
     """TextVQA (Singh et al. 2019, arXiv 1904.08920), ``TextVQA_0.5.1_*.json``: answers are plain strings."""
-    content = read_json(source.questions, "TextVQA's questions")
-    for entry in entries(content, "data", source.questions, ("question_id", "image_id", "question")):
-        answers = {"answers": list(entry["answers"])} if entry.get("answers") else {}
+    for entry in source.listed("data", "TextVQA's questions", _TEXTVQA):
         yield {
+            "source": entry["source"],
             "id": entry["question_id"],
             "image": source.images / f"{entry['image_id']}.jpg",
             "question": entry["question"],
-            **answers,
+            "answers": entry["answers"],
         }
 
 
 def _nocaps(source: Source) -> Iterator[Row]:
     """nocaps (Agrawal et al. 2019, arXiv 1812.08658): as COCO's captions, each image with a ``domain``."""
-    for image, captions in _coco_like(source.questions, "nocaps' captions"):
-        domain = {"family": image["domain"]} if image.get("domain") else {}
-        yield {
-            "id": image["id"],
-            "image": source.images / image["file_name"],
-            "captions": captions,
-            **domain,
-        }
+    return _captions(source, "nocaps' captions")
 
 
 def _coco_captions(source: Source) -> Iterator[Row]:
     """COCO's captions, without the Karpathy split (``data=coco_captions`` knows it)."""
-    for image, captions in _coco_like(source.questions, "COCO's captions"):
-        yield {"id": image["id"], "image": source.images / image["file_name"], "captions": captions}
+    return ({k: v for k, v in row.items() if k != "family"} for row in _captions(source, "COCO's captions"))
+
+
+def _captions(source: Source, what: str) -> Iterator[Row]:
+    for image, said in captioned_images(source.questions, what, source.reading):
+        yield {
+            "source": image["source"],
+            "id": image["id"],
+            "image": source.images / image["file_name"],
+            "captions": said,
+            "family": image["domain"],
+        }
+
+
+_EASY_VQA = {"question": TEXT, "answer": TEXT, "image id": KEY}
 
 
 def _easy_vqa(source: Source) -> Iterator[Row]:
     """easy-VQA (github.com/vzhou842/easy-VQA): ``[question, answer, image id]``."""
-    for number, entry in enumerate(_listed(source.questions, "easy-VQA's questions"), 1):
-        if not isinstance(entry, list) or len(entry) != 3:
-            raise UserError(f"{source.questions}: entry {number} is not [question, answer, image id]")
-        question, answer, image = entry
+    content = read_json(source.questions, "easy-VQA's questions")
+    if not isinstance(content, list):
+        raise UserError(f"{source.questions}: easy-VQA's questions are a list")
+    for number, found in enumerate(content, 1):
+        where = f"{source.questions}: entry {number}"
+        if not isinstance(found, list) or len(found) != 3:
+            source.reading.wrong(where, "not [question, answer, image id]", shown(found))
+            continue
+        named = dict(zip(_EASY_VQA, found, strict=True))
+        if (entry := source.reading.entry(where, named, _EASY_VQA)) is None:
+            continue
+        answer = entry["answer"]
         yield {  # without an id: it has none, and numbers would come again in the other split
-            "image": source.images / f"{image}.png",
-            "question": question,
+            "source": where,
+            "image": source.images / f"{entry['image id']}.png",
+            "question": entry["question"],
             "answers": [answer],
             "family": "yes/no" if answer in ("yes", "no") else OTHER,
         }
@@ -178,29 +246,3 @@ READERS: Mapping[str, Callable[[Source], Iterator[Row]]] = {
     "coco_captions": _coco_captions,
     "easy_vqa": _easy_vqa,
 }
-
-
-def _coco_like(path: Path, what: str) -> Iterator[tuple[Mapping, list[str]]]:
-    """Every image's entry, with its captions."""
-    content = read_json(path, what)
-    images = {e["id"]: e for e in entries(content, "images", path, ("id", "file_name"))}
-    captions: dict[object, list[str]] = {image: [] for image in images}
-    for entry in entries(content, "annotations", path, ("image_id", "caption")):
-        if entry["image_id"] not in captions:
-            raise UserError(f"{path}: a caption of image {entry['image_id']}, which is not in 'images'")
-        captions[entry["image_id"]].append(" ".join(entry["caption"].split()))
-    for image, said in captions.items():
-        yield images[image], said
-
-
-def _listed(path: Path, what: str) -> Sequence:
-    content = read_json(path, what)
-    if not isinstance(content, list):
-        raise UserError(f"{path}: {what} are a list")
-    return content
-
-
-def _require(path: Path, where: str, entry: object, keys: Sequence[str]) -> None:
-    missing = [key for key in keys if not isinstance(entry, Mapping) or key not in entry]
-    if missing:
-        raise UserError(f"{path}: {where} has no {missing[0]!r}")

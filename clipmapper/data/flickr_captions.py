@@ -10,6 +10,7 @@ from clipmapper.data.problems import Problem
 from clipmapper.data.records import Record, RecordData
 from clipmapper.data.remembered import Found, remembered
 from clipmapper.data.table_builder import TableBuilder
+from clipmapper.data.text_files import given_path, text_lines
 from clipmapper.data.whole_tables import table_of_whole
 from clipmapper.errors import UserError
 
@@ -38,9 +39,9 @@ def flickr_captions_data(
 
     Raises ``UserErrors`` with every line that cannot be read.
     """
-    file, folder = Path(tokens), Path(images)
-    if not file.is_file():
-        raise UserError(f"data.tokens={tokens}: no such file")
+    file, folder = given_path(tokens), given_path(images)
+    if not folder.is_dir():
+        raise UserError(f"data.images={images}: no such folder")
 
     def read(target: Path | None) -> Found:
         problems: list[Problem] = []
@@ -53,7 +54,11 @@ def flickr_captions_data(
             name, caption = found
             captions.setdefault(name, []).append(caption)
             sources.setdefault(name, source)
-        listed = {} if split_files is None else _listed(Path(split_files))
+        listed = {} if split_files is None else _listed(given_path(split_files))
+        absent = [name for name in listed if name not in captions] if listed else []
+        if absent:
+            stems = {Path(name).stem for name in captions}
+            absent = [name for name in absent if name not in stems]
         table = TableBuilder(target)
         for name, said in captions.items():
             # Lists name an image with or without its ending.
@@ -62,9 +67,10 @@ def flickr_captions_data(
                 continue
             path = folder / name
             table.add(split, Record(name, path, str(path), captions=tuple(said), source=sources[name]))
-        return table_of_whole(table.finish(), problems)
+        notes = [f"{split_files}: {len(absent)} images without captions, such as {n}" for n in absent[:1]]
+        return table_of_whole(table.finish(), problems, notes)
 
-    files = [file, *([] if split_files is None else sorted(Path(split_files).glob("*.txt")))]
+    files = [file, *([] if split_files is None else sorted(given_path(split_files).glob("*.txt")))]
     settings = {"images": images, "split_files": split_files}
     return data_of(
         remembered("flickr_captions", files, settings, read),
@@ -81,8 +87,8 @@ def flickr_captions_data(
 
 
 def _lines(file: Path) -> Iterator[tuple[str, tuple[str, str] | Problem]]:
-    text = file.read_text(encoding="utf-8-sig").splitlines()
-    first = text[0] if text else ""
+    text = list(text_lines(file, "a token file of Flickr's captions (data.tokens)"))
+    first = text[0]
     table = "\t" not in first and re.match(r"image(_name)?\s*[,|]", first)
     for number, line in enumerate(text, 1):
         source = f"{file}:{number}"
@@ -92,13 +98,17 @@ def _lines(file: Path) -> Iterator[tuple[str, tuple[str, str] | Problem]]:
             cells = [cell.strip() for cell in line.split("|", 2)]
             name, caption = cells[0], cells[-1] if len(cells) == 3 else ""
         elif table:
-            cells = next(csv.reader([line]))
+            try:
+                cells = next(csv.reader([line]))
+            except csv.Error as error:
+                yield source, Problem(source, "not CSV", str(error))
+                continue
             name, caption = (cells[0], ",".join(cells[1:]).strip()) if len(cells) > 1 else (line, "")
         else:
             name, _, caption = (part.strip() for part in line.partition("\t"))
             name = re.sub(r"#\d+$", "", name)
-        if not caption:
-            yield source, Problem(source, "no caption", f"{line[:60]!r}")
+        if not caption or not name or "\0" in line:
+            yield source, Problem(source, "no image and caption", f"{line[:60]!r}")
         else:
             yield source, (name, caption)
 
@@ -112,8 +122,10 @@ def _listed(folder: Path) -> dict[str, str]:
         names = [
             split for word, split in _SPLITS.items() if word in file.name.lower().replace("trainval", "")
         ]
-        if names:
-            found |= {line.strip(): names[0] for line in file.read_text().splitlines() if line.strip()}
+        for number, line in enumerate(text_lines(file) if names else (), 1):
+            image = line.strip()
+            if image and found.setdefault(image, names[0]) != names[0]:
+                raise UserError(f"{file}:{number}: {image!r} is in the list of {found[image]} too")
     if not found:
         raise UserError(f"data.split_files={folder}: no file *train*.txt, *val*.txt or *test*.txt in it")
     return found

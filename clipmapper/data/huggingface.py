@@ -7,11 +7,13 @@ from typing import Any
 
 from PIL import Image
 
-from clipmapper.data.manifest import data_of
+from clipmapper.data.class_labels import named, namings
+from clipmapper.data.manifest import data_of, normalised_notes
 from clipmapper.data.records import RecordData
 from clipmapper.data.remembered import FOLDER, Found, remembered
 from clipmapper.data.rows import RowReader
 from clipmapper.data.table_builder import TableBuilder
+from clipmapper.data.text_files import given_path
 from clipmapper.data.whole_tables import table_of_whole
 from clipmapper.errors import UserError
 from clipmapper.progress import counted
@@ -30,8 +32,10 @@ class RowImage:
         stored = self.images[self.row]["image"]
         if isinstance(stored, Image.Image):
             return stored
-        if stored.get("bytes"):
+        if stored and stored.get("bytes"):
             return stored["bytes"]
+        if not stored or not stored.get("path"):
+            raise UserError("the row has neither an image's bytes nor a path")
         try:
             return Path(stored["path"]).read_bytes()
         except OSError as error:
@@ -74,13 +78,13 @@ def huggingface_data(
     or a path. Parameters and errors otherwise as of :func:`clipmapper.data.manifest.manifest_data`."""
     datasets = _library()
     try:
-        found = datasets.load_from_disk(path)
-    except (FileNotFoundError, ValueError, OSError) as error:
-        what = str(error).splitlines()[0]
+        found = datasets.load_from_disk(str(given_path(path)))
+    except Exception as error:  # a damaged folder makes the library raise whatever comes
+        what = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"data.path={path}: not a data set that save_to_disk wrote ({what})") from error
     return _records_of(
         found,
-        Path(path),
+        given_path(path),
         name=path,
         least_answers=least_answers,
         targets=targets,
@@ -128,6 +132,9 @@ def records_of(
 def _records_of(data: Any, folder: Path | None, *, name: str, **settings) -> RecordData:
     """``folder``: where the data lie; None: what is read of them is not remembered."""
     datasets = _library()
+    if not isinstance(data, datasets.DatasetDict | datasets.Dataset):
+        advice = "; load it without streaming=True" if "Iterable" in type(data).__name__ else ""
+        raise UserError(f"{name}: {type(data).__name__}, not a datasets.Dataset or DatasetDict{advice}")
     parts: Mapping[str | None, Any] = data if isinstance(data, datasets.DatasetDict) else {None: data}
     unknown = [split for split in parts if split is not None and split not in _KNOWN_SPLITS]
     if unknown:
@@ -145,16 +152,19 @@ def _records_of(data: Any, folder: Path | None, *, name: str, **settings) -> Rec
         reader = RowReader(Path(), table)
         for split, part in parts.items():
             encoded = _is_encoded(part)
+            part = part.with_format(None)  # the user's own (numpy, torch, pandas) gives other types
+            labels = namings(part.features.to_dict())
             images = _encoded_images(part) if encoded else None
             # Without the images: they would be read from the disk for nothing.
             rows = part.remove_columns("image") if encoded else part
             for number in counted(range(len(part)), f"reading {prefixes[split]}", len(part)):
                 row = dict(rows[number]) if rows.column_names else {}
+                row = named(row, labels) if labels else row
                 source = f"{prefixes[split]}:row {number + 1}"
                 if encoded:
                     row["image"] = RowImage(images, number, source)
                 reader.add(source, row, _KNOWN_SPLITS.get(split))
-        found = table_of_whole(table.finish(), reader.problems)
+        found = table_of_whole(table.finish(), reader.problems, normalised_notes([reader]))
         if not found.problems:
             found.columns.objects = stored  # the same images, made when they are asked for
         return found
@@ -174,7 +184,9 @@ def _is_encoded(part: Any) -> bool:
 
 def _encoded_images(part: Any) -> Any:
     """The images of a data set as the files that they are."""
-    return part.select_columns(["image"]).cast_column("image", _library().Image(decode=False))
+    return (
+        part.with_format(None).select_columns(["image"]).cast_column("image", _library().Image(decode=False))
+    )
 
 
 def _files(folder: Path) -> list[Path]:

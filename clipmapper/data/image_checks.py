@@ -4,19 +4,16 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from clipmapper.data.checked_images import known, remember
 from clipmapper.data.checked_images import stamps as stamps_of
-from clipmapper.data.images import READING_ERRORS, as_pil
+from clipmapper.data.images import NO_FILE, image_problem
 from clipmapper.data.problems import Problem, stop_for
 from clipmapper.data.record import StoredImage
 from clipmapper.data.record_table import Columns, RecordTable, together
-from clipmapper.errors import UserError
 from clipmapper.progress import progress
 
 _WAITING = 256  # images handed to the threads at a time, so that Ctrl-C is answered soon
@@ -35,9 +32,9 @@ def readable_only(
     ``on_bad_image``: "error" raises ``UserErrors`` with each of them and with what was ``found`` before, in
     the order of lines; "skip" leaves their records out and says how many. Raises ``UserErrors`` where a split
     is left without records.
-    ``check``: "full" decodes every image (JPEG at an eighth of its size, which finds a file that was cut as
-    well) but those that were found readable before and have the same size and time; "sample" 500 of these,
-    drawn by a fixed seed; "none" opens none.
+    ``check``: "full" reads every image as for the model (:func:`clipmapper.data.images.image_problem`), but
+    those that were found readable before and have the same size and time; "sample" 500 of these, drawn by a
+    fixed seed; "none" opens none.
     """
     everything = together(list(splits.values()))
     numbers, first = np.unique(everything.images, return_index=True)
@@ -100,21 +97,15 @@ def _reasons(columns: Columns, images: list[int]) -> Iterator[tuple[str, str] | 
 
 
 def _reason(image: Path | bytes | StoredImage) -> tuple[str, str] | None:
-    if isinstance(image, Path) and not image.is_file():
-        return "no such image", str(image)
     try:
-        if isinstance(image, StoredImage):
-            image = image.read()
-        if isinstance(image, Image.Image):
-            as_pil(image)
-            return None
-        with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            opened.draft("RGB", (1, 1))
-            opened.load()
-    except (UserError, *READING_ERRORS) as error:
-        name = str(image) if isinstance(image, Path) else "its bytes"
-        return "unreadable image", f"{name} ({str(error).partition(' <_io')[0]})"
-    return None
+        problem = image_problem(image.read() if isinstance(image, StoredImage) else image)
+    except Exception as error:  # of a stored image, whatever its library raises
+        problem = "", (str(error) or type(error).__name__).splitlines()[0]
+    if problem is None:
+        return None
+    kind, reason = problem
+    name = str(image)[:200] if isinstance(image, Path) else "its bytes"
+    return (NO_FILE, name) if kind == NO_FILE else ("unreadable image", f"{name} ({reason})")
 
 
 def _by_line(problem: Problem) -> tuple[str, int]:

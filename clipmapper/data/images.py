@@ -1,44 +1,113 @@
 """Opening images that users give, and bringing rendered ones to what a CLIP reads."""
 
-import struct
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
+from clipmapper.data.png_chunks import PNG, bare_png
+from clipmapper.data.text_files import other_kind
 from clipmapper.errors import UserError
 
-# What Pillow raises for a file that is damaged or no image.
-READING_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+_SLIMMEST = 1000  # a longer side more than this many times the shorter one would grow beyond any memory
+
+
+class UnreadableImage(Exception):
+    """(kind of problem, reason)"""
 
 
 def as_pil(image: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
     """An RGB image, turned upright by its EXIF orientation. ``bytes`` are those of an image file.
 
-    Raises ``UserError`` for a file that is not there or is not an image.
+    Metadata that can't be read is ignored. Raises ``UserError`` for a file that is not there or is not an
+    image.
     """
+    try:
+        return _decoded(image)
+    except UnreadableImage as error:
+        if isinstance(image, str | Path):
+            name = f"image={str(image)[:200]}"
+        else:
+            name = f"image of {len(image)} bytes" if isinstance(image, bytes) else "image"
+        kind, reason = error.args
+        raise UserError(f"{name}: {reason if kind == NO_FILE else f'{kind} ({reason})'}") from error
+
+
+NO_FILE = "no such image"
+_NOT_READABLE = "not a readable image"
+
+
+def image_problem(image: Path | bytes | Image.Image) -> tuple[str, str] | None:
+    """(kind, reason) where :func:`as_pil` would raise, else None.
+
+    It is the same reading but for a JPEG's size: an eighth of each side. All of its coefficients are decoded
+    in either way, which is where a damaged file is found.
+    """
+    try:
+        _decoded(image, reduced=True)
+    except UnreadableImage as error:
+        return error.args
+    return None
+
+
+def _decoded(image: str | Path | bytes | Image.Image | np.ndarray, *, reduced: bool = False) -> Image.Image:
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise UserError(
                 f"image: an array must be uint8 [height, width, 3], not {image.dtype} {list(image.shape)}"
             )
         return Image.fromarray(image)
-    if isinstance(image, Image.Image):
-        return _upright_rgb(image)
-    name = f"image={image}" if isinstance(image, str | Path) else f"image of {len(image)} bytes"
-    if isinstance(image, str | Path) and not Path(image).is_file():
-        raise UserError(f"{name}: no such file")
     try:
-        with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            return _upright_rgb(opened)
-    except READING_ERRORS as error:
-        reason = str(error).partition(" <_io")[0]  # Pillow names the object that it read from
-        raise UserError(f"{name}: not a readable image ({reason})") from error
+        if isinstance(image, Image.Image):
+            return _upright_rgb(image)
+        head = image[:1024] if isinstance(image, bytes) else _head(Path(image))
+        try:
+            return _from_file(BytesIO(image) if isinstance(image, bytes) else image, reduced)
+        except Exception:
+            # Pillow gives a PNG up for a text chunk that it can't read.
+            if not head.startswith(PNG):
+                raise
+            content = image if isinstance(image, bytes) else Path(image).read_bytes()
+            return _from_file(BytesIO(bare_png(content)), reduced)
+    except (UnreadableImage, KeyboardInterrupt):
+        raise
+    # Whatever a plugin of Pillow's raises: RuntimeError (AVIF), MemoryError, struct.error, SyntaxError.
+    except Exception as error:
+        stored = not isinstance(image, Image.Image)
+        reason = (other_kind(head) if stored else None) or ("an empty file" if stored and not head else None)
+        # Pillow names the object that it read from.
+        said = " ".join(str(error).partition(" <_io")[0].splitlines()[:1]) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            said = "cannot identify image file"
+        raise UnreadableImage(_NOT_READABLE, reason or said[:200]) from error
+
+
+def _head(path: Path) -> bytes:
+    try:
+        if path.is_dir():
+            raise UnreadableImage(_NOT_READABLE, "a folder")
+        if not path.is_file():
+            raise UnreadableImage(NO_FILE, "no such file")
+        with path.open("rb") as file:
+            return file.read(1024)
+    except (OSError, ValueError) as error:
+        raise UnreadableImage(_NOT_READABLE, getattr(error, "strerror", None) or str(error)) from error
+
+
+def _from_file(file: BytesIO | str | Path, reduced: bool) -> Image.Image:
+    with Image.open(file) as opened:
+        if max(opened.size) > _SLIMMEST * min(opened.size):
+            raise UnreadableImage(
+                _NOT_READABLE, f"{opened.width} x {opened.height} pixels, too slim to be brought to a square"
+            )
+        if reduced:
+            opened.draft("RGB", (1, 1))
+        return _upright_rgb(opened)
 
 
 def clip_input(
@@ -107,7 +176,11 @@ def displayed_image(
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(image)
+    image.load()  # first: what is wrong with the pixels is no matter of the metadata
+    try:
+        upright = ImageOps.exif_transpose(image)
+    except Exception:  # EXIF that can't be read
+        upright = image
     if upright.mode.startswith("I"):
         # Pillow cuts 16-bit grey off at 255 where it should scale it.
         grey = np.asarray(upright).astype(np.float64) / 257

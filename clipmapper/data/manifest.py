@@ -1,5 +1,6 @@
 """Your own data: one manifest (or a file a split), a line for each question or image with captions."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from clipmapper.data.image_checks import readable_only
@@ -12,7 +13,9 @@ from clipmapper.data.rows import RowReader
 from clipmapper.data.splitting import split_by_image
 from clipmapper.data.table_answers import unknown_answers, vocabulary_of
 from clipmapper.data.table_builder import TableBuilder
+from clipmapper.data.text_files import given_path
 from clipmapper.data.whole_tables import shared_images, table_of_whole
+from clipmapper.errors import UserError
 from clipmapper.progress import counted
 
 
@@ -35,9 +38,10 @@ def manifest_data(
 
     Parameters
     ----------
-    path : .jsonl, .csv or .parquet. Columns: ``image`` (a path, relative to ``images`` or else to the file;
-        in Parquet also bytes) or ``image_base64``; ``question`` and ``answers`` (one or several), or
-        ``captions``; and, if wanted, ``id``, ``family`` (what scores are reported by) and ``split``.
+    path : .jsonl (or .json), .csv (or .tsv) or .parquet. Columns: ``image`` (a path, relative to ``images``
+        or else to the file; in Parquet also bytes) or ``image_base64``; ``question`` and ``answers`` (one or
+        several), or ``captions``; and, if wanted, ``id``, ``family`` (what scores are reported by) and
+        ``split``.
     validation_path, test_path : files of these splits; then ``path`` is for training.
     least_answers : how often an answer occurs in training to be one that the model can give.
     targets : how right an answer is: a key of :data:`clipmapper.data.answers.RULES`.
@@ -50,13 +54,15 @@ def manifest_data(
 
     Raises ``UserErrors`` with everything that is wrong, before anything else happens.
     """
+    if images is not None and not given_path(images).is_dir():
+        raise UserError(f"data.images={images}: no such folder")
     files = {"train": path, "validation": validation_path, "test": test_path}
-    given = {split: Path(file) for split, file in files.items() if file is not None}
+    given = {split: given_path(file) for split, file in files.items() if file is not None}
 
     def read(folder: Path | None) -> Found:
-        table, problems = TableBuilder(folder), []
+        table, readers = TableBuilder(folder), []
         for split, file in given.items():
-            rows = RowReader(Path(images) if images is not None else file.parent, table)
+            rows = RowReader(file.parent if images is None else given_path(images), table)
             count = 0
             for source, row in counted(manifest_rows(file), f"reading {file}"):
                 count += 1
@@ -66,8 +72,9 @@ def manifest_data(
                     rows.add(source, row, split if len(given) > 1 else None)
             if not count:
                 rows.problems.append(Problem(str(file), "no lines in it"))
-            problems += rows.problems
-        return table_of_whole(table.finish(), problems)
+            readers.append(rows)
+        problems = [problem for rows in readers for problem in rows.problems]
+        return table_of_whole(table.finish(), problems, normalised_notes(readers))
 
     settings = {"splits": list(given), "images": images}
     return data_of(
@@ -82,6 +89,12 @@ def manifest_data(
         check=check,
         workers=workers,
     )
+
+
+def normalised_notes(readers: Sequence[RowReader]) -> list[str]:
+    """How many questions' answers are not as they were written."""
+    count = sum(reader.normalised for reader in readers)
+    return [f"answers: normalised where all of a question were alike, of {count} questions"] * bool(count)
 
 
 def data_of(

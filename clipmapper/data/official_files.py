@@ -1,35 +1,39 @@
-"""Reading the files of public data sets, with messages that say what is missing."""
+"""What the files of several public data sets have in common."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from clipmapper.errors import UserError
+from clipmapper.data.fields import NUMBER, TEXT, Entries
+from clipmapper.data.text_files import read_json
 
-
-def read_json(path: Path, what: str) -> Mapping | Sequence:
-    """The content of an official file. Raises ``UserError`` that says ``what`` the file should have been."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; {what} belongs there")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error})") from error
-
-
-def entries(content: Mapping | Sequence, key: str, path: Path, keys: Sequence[str]) -> Sequence[Mapping]:
-    """The list under ``key``, whose entries have these ``keys``. Raises ``UserError`` where it is not so."""
-    found = content.get(key) if isinstance(content, Mapping) else None
-    if not isinstance(found, list):
-        raise UserError(f"{path}: no list {key!r} in it, so it is no official file of that kind")
-    for number, entry in enumerate(found):
-        missing = [k for k in keys if not isinstance(entry, Mapping) or k not in entry]
-        if missing:
-            raise UserError(f"{path}: entry {number + 1} of {key!r} has no {missing[0]!r}")
-    return found
+_IMAGE = {"id": NUMBER, "file_name": TEXT, "domain": TEXT.or_else(None)}
+_CAPTION = {"image_id": NUMBER, "caption": TEXT}
 
 
 def coco_image(folder: Path, subset: str, image: int) -> Path:
     """``train2014/COCO_train2014_000000000009.jpg``; of 2017 without the prefix."""
     prefix = "" if subset.endswith("2017") else f"COCO_{subset}_"
     return folder / subset / f"{prefix}{image:012d}.jpg"
+
+
+def captioned_images(path: Path, what: str, reading: Entries) -> list[tuple[Mapping, list[str]]]:
+    """Of a file as COCO's: each image's entry with its captions, in the order of the images.
+
+    ``reading`` takes note of entries that are wrong, of images that are there twice, and of captions of an
+    image that is not there. Raises ``UserError`` where the file is none of that kind.
+    """
+    content = read_json(path, what)
+    images: dict[int, Mapping] = {}
+    for image in reading.listed(content, "images", path, _IMAGE):
+        if images.setdefault(image["id"], image) is not image:
+            first = images[image["id"]]["source"].rpartition(": ")[2]
+            reading.wrong(image["source"], "the same image twice", f"{image['id']} is that of {first} too")
+    captions: dict[int, list[str]] = {image: [] for image in images}
+    for entry in reading.listed(content, "annotations", path, _CAPTION):
+        if entry["image_id"] not in captions:
+            reading.wrong(
+                entry["source"], "a caption of an image that is not in 'images'", str(entry["image_id"])
+            )
+        else:
+            captions[entry["image_id"]].append(" ".join(entry["caption"].split()))
+    return [(images[image], said) for image, said in captions.items()]

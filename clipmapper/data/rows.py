@@ -1,16 +1,18 @@
 """From a row of a manifest, or of a Hugging Face data set, to a record."""
 
-import base64
-import binascii
 import hashlib
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from clipmapper.data.answers import settled
+from clipmapper.data.base64_images import decoded_base64, looks_like_base64
+from clipmapper.data.fields import shown, written_number
 from clipmapper.data.problems import Problem
 from clipmapper.data.record import OTHER, Record, StoredImage
 from clipmapper.data.table_builder import TableBuilder
+from clipmapper.data.text_files import is_text
 
 # What a column may be called.
 _NAMES = {
@@ -40,12 +42,14 @@ class RowReader:
 
     ``folder``: what relative paths of images are relative to. ``table``: where records go; those of a row
     without a split to the split ``None``. ``problems``: in the order of rows, but for ids that come twice
-    (:meth:`clipmapper.data.table_builder.FinishedTable.without_doubles`).
+    (:meth:`clipmapper.data.table_builder.FinishedTable.without_doubles`). ``normalised``: how many questions
+    had answers that were changed.
     """
 
     def __init__(self, folder: Path, table: TableBuilder) -> None:
         self.folder, self.table = folder, table
         self.problems: list[Problem] = []
+        self.normalised = 0
 
     def add(self, source: str, row: Mapping, split: str | None = None) -> None:
         """``split``: the one that the file stands for; its rows may not say another."""
@@ -77,7 +81,7 @@ class RowReader:
         else:
             question = _text("question", given["question"])
             if given["answers"] is not None:
-                answers = tuple(_texts("answers", given["answers"]))
+                answers = tuple(self._alike(_texts("answers", given["answers"])))
             elif answered:
                 raise Mistake("no answers", f"to {question[:_SHOWN]!r}")
         family = OTHER if given["family"] is None else _text("family", given["family"])
@@ -92,12 +96,25 @@ class RowReader:
             source=source,
         )
 
+    def _alike(self, answers: list[str]) -> list[str]:
+        """Answers that are all alike, normalised. The official accuracy leaves them as they are, which is
+        right for its own data, in lower case: no answer of the vocabulary would ever equal "Yes"."""
+        if len(set(answers)) > 1 or (found := settled(answers[0])) == answers[0]:
+            return answers
+        self.normalised += 1
+        return [found] * len(answers)
+
 
 def _given(row: Mapping, aliases: tuple[str, ...]) -> object:
-    there = [name for name in aliases if row.get(name) is not None]
+    there = [name for name in aliases if not _absent(row.get(name))]
     if len(there) > 1:
         raise Mistake("the same thing twice", f"both {' and '.join(there)}")
     return row[there[0]] if there else None
+
+
+def _absent(value: object) -> bool:
+    """A cell without a value; pandas writes NaN for it."""
+    return value is None or (isinstance(value, float) and value != value)
 
 
 def _split(value: object) -> str | None:
@@ -114,8 +131,8 @@ def _image(value: object, encoded: object, folder: Path) -> tuple[Path | bytes |
         raise Mistake("the same thing twice", "give image or image_base64")
     if encoded is not None:
         try:
-            value = base64.b64decode(_text("image_base64", encoded), validate=True)
-        except binascii.Error as error:
+            value = decoded_base64(_text("image_base64", encoded))
+        except ValueError as error:
             raise Mistake("image_base64 is not base64", str(error)) from error
     if isinstance(value, Mapping):  # as Hugging Face data sets are written to Parquet
         value = value.get("bytes") or value.get("path")
@@ -124,39 +141,46 @@ def _image(value: object, encoded: object, folder: Path) -> tuple[Path | bytes |
     if isinstance(value, bytes):
         return value, hashlib.blake2b(value, digest_size=16).hexdigest()
     if not isinstance(value, str) or not value.strip():
-        raise Mistake("no image", f"{_shown(value)} is not a path")
-    if re.match(r"[a-z]{2,}://", value.strip().lower()):
-        raise Mistake("an address, not a file", f"{_shown(value)}; download the image")
-    path = Path(os.path.normpath(folder / value.strip()))
+        raise Mistake("no image", f"{shown(value)} is not a path")
+    text = _text("image", value)
+    if looks_like_base64(text):
+        raise Mistake("looks like base64: use image_base64", shown(text))
+    if re.match(r"[a-z]{2,}://", text.lower()):
+        raise Mistake("an address, not a file", f"{shown(text)}; download the image")
+    path = Path(os.path.normpath(folder / os.path.expanduser(text)))
+    if "\\" in text and os.sep == "/" and not os.path.lexists(path):  # written on Windows
+        if re.match(r"[A-Za-z]:|\\\\", text):
+            raise Mistake("a path of Windows", f"{shown(text)}; make it relative to data.images")
+        path = Path(os.path.normpath(folder / text.replace("\\", "/")))
     return path, str(path)
 
 
 def _texts(name: str, value: object) -> list[str]:
     """One text, or a list of them; the entries of VQA's own lists, ``{"answer": ...}``, are read too."""
+    one = name.rstrip("s")
+    if isinstance(value, Mapping) and isinstance(value.get(one), list):  # as `datasets` keeps such lists
+        value = value[one]
+    if isinstance(value, str) and re.fullmatch(r"\[.*\]", value.strip(), re.DOTALL):
+        raise Mistake(f"{name}: a list written as text", f"{shown(value)}; write a list")
     entries = value if isinstance(value, list | tuple) else [value]
     if not entries:
         raise Mistake(f"no {name}", "an empty list")
-    one = name.rstrip("s")
     return [_text(name, e[one] if isinstance(e, Mapping) and one in e else e) for e in entries]
 
 
 def _text(name: str, value: object) -> str:
-    if isinstance(value, int | float) and not isinstance(value, bool) and value == value:  # not NaN
-        value = f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf"):
+        value = written_number(value)
     if not isinstance(value, str):
-        raise Mistake(f"{name} not text", _shown(value))
+        raise Mistake(f"{name} not text", shown(value))
+    if "\0" in value or not is_text(value):
+        raise Mistake(f"{name} not text", "a NUL character or half of a surrogate pair in it")
     if not value.strip():
         raise Mistake(f"empty {name}")
     return value.strip()
 
 
 def _id(value: object) -> int | str:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
     text = _text("id", value)
-    return int(text) if text.isdecimal() and str(int(text)) == text else text
-
-
-def _shown(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+    # A larger number stays text: no column of numbers holds it.
+    return int(text) if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", text) else text

@@ -1,19 +1,29 @@
 """VQA v2 (Goyal et al. 2017, arXiv 1612.00837) in the files that visualqa.org gives."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from clipmapper.data.answers import AnswerVocabulary, frequent_answers, normalised
+from clipmapper.data.answers import AnswerVocabulary, most_frequent, normalised
+from clipmapper.data.fields import ANSWERS, NUMBER, TEXT, Entries
 from clipmapper.data.image_checks import readable_only
-from clipmapper.data.official_files import coco_image, entries, read_json
+from clipmapper.data.official_files import coco_image
 from clipmapper.data.record_table import together
 from clipmapper.data.records import OTHER, Record, RecordData
 from clipmapper.data.remembered import Found, remembered
 from clipmapper.data.table_answers import unknown_answers
 from clipmapper.data.table_builder import TableBuilder
+from clipmapper.data.text_files import given_path, read_json
 from clipmapper.errors import UserError
-from clipmapper.progress import counted
+
+_QUESTION = {"question_id": NUMBER, "image_id": NUMBER, "question": TEXT}
+_ANNOTATION = {
+    "question_id": NUMBER,
+    "answers": ANSWERS.or_else(None),
+    "multiple_choice_answer": TEXT.or_else(None),
+    # Some subsets of VQA v2 that go round have lost the answer types.
+    "answer_type": TEXT.or_else(OTHER),
+}
 
 
 def vqa_v2_data(
@@ -43,22 +53,29 @@ def vqa_v2_data(
     targets : a key of :data:`clipmapper.data.answers.RULES`.
     accuracy, on_bad_image, check, workers : as of :func:`clipmapper.data.manifest.manifest_data`.
 
-    Raises ``UserError`` for missing files and for questions without an annotation.
+    Raises ``UserError`` for missing files, and ``UserErrors`` with every entry that is wrong and every
+    question without an annotation. Numbers written as text, and answers that are numbers, are converted and
+    counted.
     """
-    root = Path(folder)
+    root = given_path(folder)
     subsets = dict.fromkeys([*train, validation])
     wanted = [*subsets, *([] if test is None else [test])]
+    counted = [
+        subset
+        for subset in ("train2014", "val2014")
+        if subset in subsets or annotations_file(root, subset).is_file()
+    ]
 
-    def read(folder: Path | None) -> Found:
-        table = TableBuilder(folder)
+    def read(target: Path | None) -> Found:
+        reading, table = _Reading(root), TableBuilder(target)
         for subset in wanted:
-            records = read_vqa_v2(root, subset)
-            table.extend(subset, counted(records, f"reading {subset}"))
+            table.extend(subset, reading.records(subset))
+        usual = Counter(map(normalised, reading.usual_answers(counted)))
         finished = table.finish()
-        return Found(finished.columns, finished.splits())
+        return Found(finished.columns, finished.splits(), (), reading.notes, dict(usual))
 
     files = [questions_file(root, subset) for subset in wanted]
-    files += [annotations_file(root, subset) for subset in subsets]
+    files += [annotations_file(root, subset) for subset in dict.fromkeys([*subsets, *counted])]
     found = remembered("vqa_v2", files, {"folder": folder}, read)
     splits = {
         "train": together([found.splits[subset] for subset in train]),
@@ -66,51 +83,22 @@ def vqa_v2_data(
     }
     if test is not None:
         splits["test"] = found.splits[test]
-    annotated = [
-        subset
-        for subset in ("train2014", "val2014")
-        if subset in subsets or annotations_file(root, subset).is_file()
-    ]
-    answers = frequent_answers(_usual_answers(root, annotated), least_answers)
+    answers = most_frequent(found.more, least_answers)
     if len(answers) < 2:
         raise UserError(f"data.least_answers={least_answers}: {len(answers)} answers occur that often")
     vocabulary = AnswerVocabulary(answers, targets)
     readable, notes = readable_only(splits, on_bad_image, check=check)
-    notes = [*found.notes, *notes]
-    notes.append(f"answers: those of {least_answers} or more questions of {' and '.join(annotated)}")
+    notes += found.notes
+    notes.append(f"answers: those of {least_answers} or more questions of {' and '.join(counted)}")
     if validation in train:
         notes.append(f"validation: {validation} is trained on, so its accuracy says nothing about new images")
     notes += unknown_answers(readable["validation"], vocabulary)
     return RecordData(readable, vocabulary, accuracy=accuracy, workers=workers, notes=notes)
 
 
-def read_vqa_v2(folder: Path, subset: str) -> Iterator[Record]:
+def read_vqa_v2(folder: Path, subset: str) -> list[Record]:
     """The questions of one split, with all human answers where there are annotations."""
-    file = questions_file(folder, subset)
-    questions = entries(
-        read_json(file, f"the questions of {subset}"),
-        "questions",
-        file,
-        ("question_id", "image_id", "question"),
-    )
-    images = "test2015" if subset.startswith("test") else subset
-    answered = {} if subset.startswith("test") else _annotations(folder, subset)
-    for entry in questions:
-        number, image = entry["question_id"], entry["image_id"]
-        if not subset.startswith("test") and number not in answered:
-            where = annotations_file(folder, subset)
-            raise UserError(f"{where}: question {number} of {file.name} is not annotated")
-        answers, kind = answered.get(number, ((), OTHER))
-        path = coco_image(folder, images, image)
-        yield Record(
-            id=number,
-            image=path,
-            image_id=str(path),
-            question=entry["question"],
-            answers=tuple(answers),
-            family=kind,
-            source=f"{file.name}: question {number}",
-        )
+    return _Reading(folder).records(subset)
 
 
 def questions_file(folder: Path, subset: str) -> Path:
@@ -121,26 +109,76 @@ def annotations_file(folder: Path, subset: str) -> Path:
     return folder / f"v2_mscoco_{subset}_annotations.json"
 
 
-def _annotations(folder: Path, subset: str) -> dict[int, tuple[Sequence[str], str]]:
-    # Some subsets of VQA v2 that go round have lost the answer types.
-    return {
-        entry["question_id"]: (_people(entry), entry.get("answer_type", OTHER))
-        for entry in _annotated(folder, subset)
-    }
+class _Reading:
+    """The files of one folder, each read once. ``notes``: what was converted or is not used."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.notes = folder, []
+        self._answered: dict[str, dict[int, Mapping]] = {}
 
-def _usual_answers(folder: Path, subsets: Sequence[str]) -> Iterable[str]:
-    for subset in subsets:
-        for entry in _annotated(folder, subset):
-            usual = entry.get("multiple_choice_answer")
-            yield Counter(map(normalised, _people(entry))).most_common(1)[0][0] if usual is None else usual
+    def records(self, subset: str) -> list[Record]:
+        file = questions_file(self.folder, subset)
+        content = read_json(file, f"the questions of {subset}")
+        test = subset.startswith("test")
+        images = "test2015" if test else subset
+        answered = {} if test else self.annotations(subset)
+        reading, texts, found = Entries(), {}, {}
+        for entry in reading.listed(content, "questions", file, _QUESTION):
+            number = entry["question_id"]
+            if number in found:
+                reading.wrong(entry["source"], "the same question twice", str(number))
+                continue
+            if not test and number not in answered:
+                where = annotations_file(self.folder, subset)
+                reading.wrong(str(where), f"a question of {file.name} is not annotated", str(number))
+                continue
+            annotation = answered.get(number, {"answers": (), "answer_type": OTHER})
+            path = coco_image(self.folder, images, entry["image_id"])
+            kind = annotation["answer_type"]
+            found[number] = Record(
+                id=number,
+                image=path,
+                image_id=str(path),
+                question=entry["question"],
+                answers=tuple(texts.setdefault(answer, answer) for answer in annotation["answers"]),
+                family=texts.setdefault(kind, kind),
+                source=f"{file.name}: question {number}",
+            )
+        reading.stop()
+        if not found:
+            raise UserError(f"{file}: no questions in it")
+        self.notes += reading.notes(file.name)
+        if unused := 0 if test else len(answered.keys() - found.keys()):
+            self.notes.append(f"{annotations_file(self.folder, subset).name}: {unused} of "
+                f"{len(answered)} annotations are of questions that are not asked")  # fmt: skip
+        return list(found.values())
 
+    def annotations(self, subset: str) -> dict[int, Mapping]:
+        """Question → its annotation."""
+        if subset in self._answered:
+            return self._answered[subset]
+        file = annotations_file(self.folder, subset)
+        content = read_json(file, f"the annotations of {subset}")
+        reading, found = Entries(), {}
+        for entry in reading.listed(content, "annotations", file, _ANNOTATION):
+            source, number, usual = entry.pop("source"), entry["question_id"], entry["multiple_choice_answer"]
+            if entry["answers"] is None:
+                if usual is None:
+                    reading.wrong(source, "no 'answers'", "and no 'multiple_choice_answer' either")
+                    continue
+                entry["answers"] = [usual]
+                reading.converted["'multiple_choice_answer' to the answers that are absent"] += 1
+            if found.setdefault(number, entry) is not entry:
+                reading.wrong(source, "the same question annotated twice", str(number))
+        reading.stop()
+        self.notes += reading.notes(file.name)
+        self._answered[subset] = found
+        return found
 
-def _people(entry: Mapping) -> list[str]:
-    return [person["answer"] for person in entry["answers"]]
-
-
-def _annotated(folder: Path, subset: str) -> Sequence:
-    file = annotations_file(folder, subset)
-    content = read_json(file, f"the annotations of {subset}")
-    return entries(content, "annotations", file, ("question_id", "answers"))
+    def usual_answers(self, subsets: Sequence[str]) -> Iterator[str]:
+        for subset in subsets:
+            for entry in self.annotations(subset).values():
+                usual = entry["multiple_choice_answer"]
+                if usual is None:
+                    usual = Counter(map(normalised, entry["answers"])).most_common(1)[0][0]
+                yield usual

@@ -1,6 +1,6 @@
 """What is looked at in a table of records as a whole."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from clipmapper.data.table_builder import FinishedTable, TableBuilder, splits_of
 _APART = "images"  # a folder in the table's, while images and their captions are put together
 
 
-def table_of_whole(lines: FinishedTable, problems: list[Problem]) -> Found:
+def table_of_whole(lines: FinishedTable, problems: Sequence[Problem], notes: Sequence[str] = ()) -> Found:
     """The records of lines, without those whose id another has; of captions one record for each image of a
     split, with all of its captions. ``problems``: those of single lines, to which others are added."""
     splits, doubles = lines.without_doubles()
@@ -23,7 +23,7 @@ def table_of_whole(lines: FinishedTable, problems: list[Problem]) -> Found:
     if not problems and columns.count and bool(columns.captions(0)):
         columns = _captions_together(columns, splits)
         splits = splits_of(columns, lines.split_names)
-    return Found(columns, splits, problems)
+    return Found(columns, splits, problems, notes)
 
 
 def shared_images(splits: Mapping[str, RecordTable]) -> list[str]:

@@ -1,7 +1,6 @@
 """Where a caption starts and ends: its token ids as a captioner reads and writes them."""
 
 import re
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from clipmapper.errors import UserError
+from clipmapper.models.cut_texts import warn_of_cut
 from clipmapper.models.tokens import TokenizedText, padding_id, tokenize
 
 _TOGETHER = 4096  # captions whose tokens are in memory at a time
@@ -52,11 +52,7 @@ def caption_tokens(tokenizer, ends: CaptionEnds, captions: Sequence[str]) -> Tok
     rows = [ids[of_text].tolist() for ids, of_text in zip(words.ids, words.removable, strict=True)]
     for caption, row in zip(captions, rows, strict=True):
         if len(row) > room:
-            warnings.warn(
-                f"caption of {len(row)} tokens is cut to the {room} that the context has room for: "
-                f"{caption[:60]!r}...",
-                stacklevel=2,
-            )
+            warn_of_cut("caption", caption, len(row), room)
     return with_ends([row[:room] for row in rows], ends, padding_id(tokenizer))
 
 

@@ -1,7 +1,6 @@
 """From sentences to token ids, and from scores of token pieces back to words."""
 
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
+
+from clipmapper.models.cut_texts import warn_of_cut
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,7 @@ def tokenize(tokenizer, texts: Sequence[str], whole_context: bool = False) -> To
     for text in texts:
         ids, of_text, wanted = _encode(tokenizer, text)
         if wanted > sum(of_text):
-            warnings.warn(
-                f"text of {wanted} tokens is cut to the {sum(of_text)} that the context has room for: "
-                f"{text[:60]!r}...",
-                stacklevel=2,
-            )
+            warn_of_cut("text", text, wanted, sum(of_text))
         rows.append((ids, of_text))
     lengths = torch.tensor([len(ids) for ids, _ in rows])
     width = tokenizer.context_length if whole_context else int(lengths.max())

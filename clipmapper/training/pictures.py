@@ -1,6 +1,5 @@
 """Pictures and W&B tables of an explanation report."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,10 @@ from clipmapper.visual.comparison import plot_method_comparison
 from clipmapper.visual.curves import plot_perturbation_curves
 from clipmapper.visual.explanation import plot_explanation
 from clipmapper.visual.files import save_figure
+from clipmapper.visual.picture_names import readable_part
 from clipmapper.visual.words import words_html
 
-_NAME = 60  # characters of a file's name that are a family's
+_NAME = 120  # bytes of a file's name that are a family's
 _LABEL = {"accuracy": "soft accuracy", "probability": "probability of the predicted answer"}
 
 
@@ -24,8 +24,9 @@ def write_pictures(report: ExplanationReport, folder: Path, *, count: int, confi
     first = next(iter(report.relevance))
     for number in range(min(count, len(report.samples))):
         # A family is any text that the data have, such as VQA v2's "yes/no".
-        family = re.sub(r"\W+", "_", report.samples.families[number])[:_NAME]
-        path = folder / f"explanation_{number:02d}_{family}.png"
+        family = readable_part(report.samples.families[number], _NAME, "_")
+        path = folder / "_".join(["explanation", f"{number:02d}", *([family] if family else [])])
+        path = path.with_name(f"{path.name}.png")
         save_figure(_explanation(report, number, first), path)
         written.append(path)
     if count:

@@ -19,6 +19,7 @@ from clipmapper.errors import UserError
 from clipmapper.models.build import load
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.clipmapper import CLIPmapper
+from clipmapper.models.cut_texts import cut_texts_said_once
 from clipmapper.models.fine_tuning import merge_adapters
 from clipmapper.training.checkpoint_files import NO_ROOM, previous_of, restore_checkpoint
 from clipmapper.training.finite import StopAtNonFinite
@@ -44,7 +45,7 @@ from clipmapper.training.run_folder import (
     run_of_requeued_job,
     write_json,
 )
-from clipmapper.training.run_logger import logged_files, run_logger
+from clipmapper.training.run_logger import check_logger, logged_files, run_logger
 from clipmapper.training.tables import console, files_table
 from clipmapper.training.task import Task
 from clipmapper.training.trainer import build_trainer, steps_between_validations
@@ -61,7 +62,8 @@ def train(config: TrainConfig, data: RecordData | None = None) -> Path:
     """
     device = start_processes(config.trainer)
     try:
-        return _train(config, device, data)
+        with cut_texts_said_once(is_main()):
+            return _train(config, device, data)
     except UserError as error:
         line = _without_traceback(str(error))
         if say_once(line):
@@ -85,6 +87,7 @@ def train(config: TrainConfig, data: RecordData | None = None) -> Path:
 
 def _train(config: TrainConfig, device: torch.device, data: RecordData | None) -> Path:
     began = time.monotonic()
+    in_main(lambda: check_logger(config.logger))
     check_shares(config.training.batch_size, config.trainer.accumulate_grad_batches)
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
     explainer = None if config.callbacks is None else built(asdict(config.callbacks))

@@ -1,6 +1,6 @@
 """The run behind ``scripts/explain.py``: one image, one question (or caption), one picture."""
 
-import re
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.training.tables import console, files_table
 from clipmapper.visual.comparison import plot_method_comparison
 from clipmapper.visual.files import save_figure
+from clipmapper.visual.picture_names import picture_name
 
 
 def chosen_device(name: str) -> torch.device:
@@ -45,7 +46,7 @@ def _explain_answer(model: CLIPmapper, config: ExplainConfig, methods: Sequence[
         raise UserError("caption and word: this checkpoint answers questions, it writes no captions")
     explanations = explain_methods(model, config.image, config.question, methods, config.answer)
     first = explanations[0]
-    stem = f"{_slug(Path(config.image).stem)}_{_slug(config.question)}"
+    stem = picture_name(Path(config.image).stem, config.question, apart=_file_and(config, config.answer))
     files = _pictures(config, stem, explanations, question=first.question, answer=first.answer)
     out = console()
     out.print(f"question: {escape(config.question)}")
@@ -70,7 +71,8 @@ def _explain_caption(model: Captioner, config: ExplainConfig, methods: Sequence[
         word_weights=config.word_weights,
     )
     first = explanations[0]
-    stem = f"{_slug(Path(config.image).stem)}_{_slug(first.caption)}" + (f"_{_slug(word)}" if word else "")
+    named = [Path(config.image).stem, first.caption, *([word] if word else [])]
+    stem = picture_name(*named, apart=_file_and(config, config.word_weights))
     files = _pictures(config, stem, explanations, question=first.caption)
     out = console()
     what = "explained caption" if config.caption is not None else "caption"
@@ -101,5 +103,6 @@ def _pictures(
     return files
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:50] or "image"
+def _file_and(config: ExplainConfig, more: str | None) -> str:
+    """What tells pictures apart beside their texts: images of one name may be in several folders."""
+    return "\0".join([os.path.abspath(config.image), more or ""])

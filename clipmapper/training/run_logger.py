@@ -1,6 +1,8 @@
 """What a run logs to, Weights & Biases or CSV, complete before the run says where it is."""
 
 import os
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +13,40 @@ import wandb
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 
 from clipmapper.config import LoggerConfig
+from clipmapper.errors import UserError
 from clipmapper.training.run_folder import RESULTS
+
+_PATIENCE = 10.0  # seconds for W&B's server to answer, before anything else is done
+_INSTEAD = "logger.mode=offline needs neither: `wandb sync` uploads the run later"
+
+
+def check_logger(settings: LoggerConfig) -> None:
+    """Raise ``UserError`` where W&B is to be used online without a key, or does not answer.
+
+    To be called before data are read.
+    """
+    options = asdict(settings)
+    if options.get("mode") != "online":
+        return
+    try:
+        address = wandb.setup().settings.base_url
+        key = wandb.Api(timeout=int(_PATIENCE)).api_key if os.environ.get("WANDB_API_KEY") is None else True
+    except wandb.Error:
+        key = None
+        address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    if not key:
+        what = f"no API key for {address}; give one by `wandb login`"
+        raise UserError(f"logger.mode=online: {what}. {_INSTEAD}")
+    try:
+        with urllib.request.urlopen(address, timeout=_PATIENCE):
+            pass
+    except urllib.error.HTTPError:  # an answer all the same
+        pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise UserError(
+            f"logger.mode=online: no answer from {address} within {_PATIENCE:.0f} s ({reason}). {_INSTEAD}"
+        ) from error
 
 
 @contextmanager
@@ -21,7 +56,7 @@ def run_logger(settings: LoggerConfig, folder: Path, name: str) -> Iterator[Wand
     if not options.pop("_target_").endswith("WandbLogger"):
         yield CSVLogger(save_dir=folder, name="csv", **options)
         return
-    run = wandb.init(
+    run = _started(
         **options,
         # Absolute: the file of the run is written by a process that may have another working directory (that
         # of the program which started W&B's service first, as `wandb agent` does for the runs it starts).
@@ -30,7 +65,7 @@ def run_logger(settings: LoggerConfig, folder: Path, name: str) -> Iterator[Wand
         reinit="create_new",  # a run of the calling program, should there be one, is left alone
         # Offline runs stay silent: wandb's own lines about syncing would stand between our tables, the last
         # of which has the folder. Online, wandb says where the run is.
-        settings=wandb.Settings(silent=options["mode"] == "offline"),
+        settings=wandb.Settings(silent=options["mode"] == "offline", init_timeout=60),
     )
     try:
         yield WandbLogger(experiment=run)
@@ -38,6 +73,14 @@ def run_logger(settings: LoggerConfig, folder: Path, name: str) -> Iterator[Wand
         _finish(run, exit_code=1)
         raise
     _finish(run, exit_code=0)
+
+
+def _started(mode: str, **options) -> wandb.Run:
+    try:
+        return wandb.init(mode=mode, **options)
+    except wandb.Error as error:  # a key that is not known, a server that stopped answering
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"logger.mode={mode}: W&B did not start the run ({reason}). {_INSTEAD}") from error
 
 
 def logged_files(logger: WandbLogger | CSVLogger, folder: Path) -> dict[str, Path]:

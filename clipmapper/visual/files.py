@@ -27,7 +27,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     suffix = path.suffix.lower()
     if suffix not in _METADATA:
         raise UserError(f"cannot write a picture to '{path}': the name must end in .png or .pdf")
-    partial = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.partial")
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")  # however long the name itself is
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with house_style():
