@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from clipmapper.data.answers import settled
@@ -25,6 +26,7 @@ _NAMES = {
     "family": ("family", "answer_type"),
     "split": ("split",),
 }
+_NAME_OF = {column: name for name, columns in _NAMES.items() for column in columns}
 _SPLITS = {
     "train": "train", "training": "train",
     "validation": "validation", "val": "validation", "valid": "validation", "dev": "validation",
@@ -54,7 +56,7 @@ class RowReader:
     def add(self, source: str, row: Mapping, split: str | None = None) -> None:
         """``split``: the one that the file stands for; its rows may not say another."""
         try:
-            given = {name: _given(row, aliases) for name, aliases in _NAMES.items()}
+            given = _all_given(row)
             said = _split(given["split"])
             if split is not None and said is not None and said != split:
                 raise Mistake("another split than its file's", f"{said!r} in the file for {split}")
@@ -105,6 +107,19 @@ class RowReader:
         return [found] * len(answers)
 
 
+def _all_given(row: Mapping) -> dict[str, object]:
+    """What the row says of each of the names, None where it says nothing."""
+    given = dict.fromkeys(_NAMES)
+    for column, value in row.items():
+        name = _NAME_OF.get(column)
+        if name is None or _absent(value):
+            continue
+        if given[name] is not None:
+            return {name: _given(row, aliases) for name, aliases in _NAMES.items()}  # which raises
+        given[name] = value
+    return given
+
+
 def _given(row: Mapping, aliases: tuple[str, ...]) -> object:
     there = [name for name in aliases if not _absent(row.get(name))]
     if len(there) > 1:
@@ -134,6 +149,8 @@ def _image(value: object, encoded: object, folder: Path) -> tuple[Path | bytes |
             value = decoded_base64(_text("image_base64", encoded))
         except ValueError as error:
             raise Mistake("image_base64 is not base64", str(error)) from error
+    if isinstance(value, str) and value.strip():
+        return _path(value, folder)
     if isinstance(value, Mapping):  # as Hugging Face data sets are written to Parquet
         value = value.get("bytes") or value.get("path")
     if isinstance(value, StoredImage):
@@ -142,6 +159,11 @@ def _image(value: object, encoded: object, folder: Path) -> tuple[Path | bytes |
         return value, hashlib.blake2b(value, digest_size=16).hexdigest()
     if not isinstance(value, str) or not value.strip():
         raise Mistake("no image", f"{shown(value)} is not a path")
+    return _path(value, folder)
+
+
+@lru_cache(maxsize=1 << 14)  # several questions in succession are about one image
+def _path(value: str, folder: Path) -> tuple[Path, str]:
     text = _text("image", value)
     if looks_like_base64(text):
         raise Mistake("looks like base64: use image_base64", shown(text))
