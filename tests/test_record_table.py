@@ -19,26 +19,28 @@ from clipmapper.data.table_builder import as_table
 from clipmapper.errors import UserErrors
 
 texts = st.text(st.characters(exclude_categories=()), max_size=8)
-records = st.lists(
-    st.builds(
-        Record,
-        id=st.one_of(st.integers(), texts),
-        image=st.just(Path("a.png")),
-        image_id=st.just("a.png"),
-        question=st.none() | texts,
-        answers=st.lists(st.sampled_from(["Yes", "yes.", "no", "2", "two", "the", "A"]), max_size=6).map(
-            tuple
-        ),
-        family=texts,
-        captions=st.lists(texts, max_size=2).map(tuple),
-        source=st.one_of(texts, st.sampled_from(["f:1", "f:01", "f:row 12", "f:" + "9" * 20])),
-    ),
+said = st.sampled_from(["Yes", "yes.", "no", "2", "two", "the", "A"])
+# Fields and not records: the import hook's checks draw random numbers, which a strategy may not.
+fields = st.lists(
+    st.fixed_dictionaries({
+        "id": st.one_of(st.integers(), texts),
+        "question": st.none() | texts,
+        "answers": st.lists(said, max_size=6).map(tuple),
+        "family": texts,
+        "captions": st.lists(texts, max_size=2).map(tuple),
+        "source": st.one_of(texts, st.sampled_from(["f:1", "f:01", "f:row 12", "f:" + "9" * 20])),
+    }),
     max_size=20,
-)
+)  # fmt: skip
 
 
-@given(records)
+def records_of(some: list[dict]) -> list[Record]:
+    return [Record(image=Path("a.png"), image_id="a.png", **one) for one in some]
+
+
+@given(fields)
 def test_a_table_is_the_list(some):
+    some = records_of(some)
     table = as_table(some)
     assert list(table) == some and table == some and len(table) == len(some)
     assert list(table[1::2]) == some[1::2]
@@ -50,8 +52,9 @@ def test_a_table_is_the_list(some):
     }
 
 
-@given(records, st.integers(1, 3), st.sampled_from(["soft", "thirds", "three"]))
+@given(fields, st.integers(1, 3), st.sampled_from(["soft", "thirds", "three"]))
 def test_answers_are_counted_as_one_by_one(some, least, rule):
+    some = records_of(some)
     table, naive = as_table(some), answer_vocabulary((record.answers for record in some), least, rule)
     assert vocabulary_of(table, least, rule).answers == naive.answers
     for vocabulary in (naive, AnswerVocabulary(["yes", "2"], rule)):
@@ -71,7 +74,10 @@ def test_images_in_the_order_in_which_they_come():
 def manifest(tmp_path):
     for name in "abc":
         Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
-    rows = [{"image": f"{name}.png", "question": "q?", "answers": [a]} for name, a in zip("abcab", "xyxyx")]
+    rows = [
+        {"image": f"{name}.png", "question": "q?", "answers": [a]}
+        for name, a in ["ax", "by", "cx", "ay", "bx"]
+    ]
     path = tmp_path / "my.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
     return path
