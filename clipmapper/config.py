@@ -235,6 +235,7 @@ class RecordDataConfig(DataConfig):
 
     on_bad_image: str = setting(choices=("error", "skip"))
     decoding: str = setting(choices=("fast", "exact"))
+    check: str = setting(choices=("full", "sample", "none"))
     workers: int = setting(minimum=0)
 
 

@@ -136,7 +136,7 @@ def test_every_normalised_answer_of_real_questions():
 def test_real_questions_in_the_official_layout(tmp_path):
     found = SHARED / "vqa_v2_tiny_official_format" / "storage" / "fixtures" / "vqa_v2"
     for subset in ("train2014", "val2014"):
-        records = read_vqa_v2(found, subset)
+        records = list(read_vqa_v2(found, subset))
         assert len({record.id for record in records}) == len(records) >= 3
         assert all(len(record.answers) == 10 for record in records)
         assert {record.family for record in records} <= {"yes/no", "number", "other"}

@@ -131,7 +131,7 @@ def test_data_says_what_it_is():
     ]  # fmt: skip
     told = [Record(1, b"", "a", captions=("x", "y"))]
     captions = RecordData({"train": told, "validation": [Record(2, b"", "b", captions=("z",))]}, None)
-    assert captions.task == "captioning" and captions.wordings() == ["x", "y", "z"]
+    assert captions.task == "captioning" and list(captions.wordings()) == ["x", "y", "z"]
     assert captions.summary()[0] == "train: 1 images, 2 captions"
 
 

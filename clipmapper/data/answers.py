@@ -1,7 +1,7 @@
 """The answers that a model can give, and how right each is by what people answered."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -14,7 +14,7 @@ from clipmapper.evaluation.vqa_accuracy import (
     vqa_soft_accuracy,
 )
 
-_FEW = 4  # with fewer human answers than this no prediction could reach 1 by the official rule
+FEW = 4  # with fewer human answers than this no prediction could reach 1 by the official rule
 
 # How right an answer is that n annotators gave.
 RULES = {
@@ -63,7 +63,7 @@ class AnswerVocabulary:
 def answer_scores(answers: Sequence[str], rule: str) -> dict[str, float]:
     """Of each different human answer, normalised, how right it is."""
     counts = Counter(normalised(answer) for answer in answers)
-    if len(answers) < _FEW:
+    if len(answers) < FEW:
         return dict.fromkeys(counts, 1.0)
     return {answer: RULES[rule](count) for answer, count in counts.items()}
 
@@ -71,9 +71,9 @@ def answer_scores(answers: Sequence[str], rule: str) -> dict[str, float]:
 def annotators(answers: Sequence[str]) -> list[str]:
     """Human answers as the official accuracy takes them: as they are, or, of fewer than four, each different
     one four times, by which the official rule gives 1 to every one of them and 0 to all else."""
-    if len(answers) >= _FEW:
+    if len(answers) >= FEW:
         return list(answers)
-    return [answer for answer in dict.fromkeys(map(normalised, answers)) for _ in range(_FEW)]
+    return [answer for answer in dict.fromkeys(map(normalised, answers)) for _ in range(FEW)]
 
 
 def frequent_answers(answers: Iterable[str], least: int) -> list[str]:
@@ -82,9 +82,12 @@ def frequent_answers(answers: Iterable[str], least: int) -> list[str]:
     For VQA v2 the usual list has the answers that are the ``multiple_choice_answer`` of at least 9 questions
     of train and val: 3129.
     """
-    counts = Counter(normalised(answer) for answer in answers)
-    counts.pop("", None)
-    kept = [answer for answer, count in counts.items() if count >= least]
+    return most_frequent(Counter(normalised(answer) for answer in answers), least)
+
+
+def most_frequent(counts: Mapping[str, int], least: int) -> list[str]:
+    """Normalised answers that were counted at least ``least`` times, the most frequent first."""
+    kept = [answer for answer, count in counts.items() if answer and count >= least]
     return sorted(kept, key=lambda answer: (-counts[answer], answer))
 
 
@@ -104,7 +107,7 @@ def counted_answers(of_question: Sequence[str]) -> list[str]:
     ``multiple_choice_answer`` is made; with fewer than four human answers each of them.
     """
     counts = Counter(map(normalised, of_question))
-    return list(counts) if len(of_question) < _FEW else [counts.most_common(1)[0][0]]
+    return list(counts) if len(of_question) < FEW else [counts.most_common(1)[0][0]]
 
 
 @lru_cache(maxsize=1_000_000)

@@ -6,6 +6,8 @@ from clipmapper.data.fields import NUMBER, TEXT, Entries
 from clipmapper.data.image_checks import readable_only
 from clipmapper.data.official_files import captioned_images
 from clipmapper.data.records import Record, RecordData
+from clipmapper.data.remembered import Found, remembered
+from clipmapper.data.table_builder import TableBuilder
 from clipmapper.data.text_files import given_path, read_json
 from clipmapper.errors import UserError
 
@@ -20,13 +22,14 @@ def coco_captions_data(
     *,
     on_bad_image: str = "error",
     decoding: str = "fast",
+    check: str = "full",
     workers: int = 0,
 ) -> RecordData:
     """``folder`` holds ``annotations/captions_train2014.json``, ``captions_val2014.json`` and the images,
     ``train2014/`` and ``val2014/`` (or all of 2017).
 
     ``karpathy``: the file ``dataset_coco.json``, relative to ``folder``; None: COCO's own train and val.
-    ``on_bad_image``, ``decoding``, ``workers``: as of :func:`clipmapper.data.manifest.manifest_data`.
+    The others: as of :func:`clipmapper.data.manifest.manifest_data`.
 
     Raises ``UserError`` for missing files, and ``UserErrors`` with every entry that is wrong, images without
     a caption and captions without an image among them. What was converted is counted in the notes.
@@ -34,15 +37,26 @@ def coco_captions_data(
     root = given_path(folder)
     years = [y for y in ("2014", "2017") if _file(root, f"train{y}").is_file()]
     year = years[0] if years else "2014"
-    converted: list[str] = []
-    official = {name: read_coco_captions(root, f"{name}{year}", converted) for name in ("train", "val")}
-    if karpathy is None:
-        splits = {"train": official["train"], "validation": official["val"]}
-    else:
-        splits = _karpathy(root / karpathy, {r.id: r for some in official.values() for r in some})
-    readable, notes = readable_only(splits, on_bad_image)
+
+    def read(target: Path | None) -> Found:
+        converted: list[str] = []
+        official = {name: read_coco_captions(root, f"{name}{year}", converted) for name in ("train", "val")}
+        if karpathy is None:
+            splits = {"train": official["train"], "validation": official["val"]}
+        else:
+            splits = _karpathy(root / karpathy, {r.id: r for some in official.values() for r in some})
+        table = TableBuilder(target)
+        for name, records in splits.items():
+            table.extend(name, records)
+        finished = table.finish()
+        return Found(finished.columns, finished.splits(), (), converted)
+
+    files = [_file(root, f"{name}{year}") for name in ("train", "val")]
+    files += [] if karpathy is None else [root / karpathy]
+    found = remembered("coco_captions", files, {"folder": folder, "karpathy": karpathy}, read)
+    readable, notes = readable_only(found.splits, on_bad_image, check=check)
     return RecordData(
-        readable, None, decoding=decoding, workers=workers, notes=[*notes, *converted]
+        readable, None, decoding=decoding, workers=workers, notes=[*notes, *found.notes]
     )
 
 

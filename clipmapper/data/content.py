@@ -71,7 +71,7 @@ def file_digests(
 
 
 def file_stamp(path: Path) -> list[int]:
-    """How a file is known to be as it was: size, inode, times of the last change of both."""
+    """Size, inode and the times of the last change of content and of inode."""
     found = os.stat(path)
     return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 

@@ -38,7 +38,9 @@ class Field:
 
 def _number(value: Any) -> tuple[int, bool]:
     whole = isinstance(value, float) and value.is_integer()
-    written = isinstance(value, str) and len(value) < 30 and value.isascii() and value.strip().isdigit()
+    written = (
+        isinstance(value, str) and len(value) < 30 and value.strip().isascii() and value.strip().isdigit()
+    )
     if not (type(value) is int or whole or written) or not 0 <= int(value) < _NUMBERS:
         raise _Wrong
     return int(value), type(value) is not int

@@ -8,7 +8,10 @@ from pathlib import Path
 from clipmapper.data.manifest import data_of
 from clipmapper.data.problems import Problem
 from clipmapper.data.records import Record, RecordData
+from clipmapper.data.remembered import Found, remembered
+from clipmapper.data.table_builder import TableBuilder
 from clipmapper.data.text_files import given_path, text_lines
+from clipmapper.data.whole_tables import table_of_whole
 from clipmapper.errors import UserError
 
 _SPLITS = {"train": "train", "val": "validation", "dev": "validation", "test": "test"}
@@ -23,6 +26,7 @@ def flickr_captions_data(
     split_seed: int = 0,
     on_bad_image: str = "error",
     decoding: str = "fast",
+    check: str = "full",
     workers: int = 0,
 ) -> RecordData:
     """Read a token file, ``1000092795.jpg#0<tab>caption`` a line (``results_20130124.token``,
@@ -39,33 +43,38 @@ def flickr_captions_data(
     file, folder = given_path(tokens), given_path(images)
     if not folder.is_dir():
         raise UserError(f"data.images={images}: no such folder")
-    problems: list[Problem] = []
-    captions: dict[str, list[str]] = {}
-    sources: dict[str, str] = {}
-    for source, found in _lines(file):
-        if isinstance(found, Problem):
-            problems.append(found)
-            continue
-        name, caption = found
-        captions.setdefault(name, []).append(caption)
-        sources.setdefault(name, source)
-    listed = {} if split_files is None else _listed(given_path(split_files))
-    absent = [name for name in listed if name not in captions] if listed else []
-    if absent:
-        stems = {Path(name).stem for name in captions}
-        absent = [name for name in absent if name not in stems]
-    splits: dict[str | None, list[Record]] = {}
-    for name, said in captions.items():
-        # Lists name an image with or without its ending.
-        split = listed.get(name, listed.get(Path(name).stem))
-        if listed and split is None:
-            continue
-        path = folder / name
-        record = Record(name, path, str(path), captions=tuple(said), source=sources[name])
-        splits.setdefault(split, []).append(record)
+
+    def read(target: Path | None) -> Found:
+        problems: list[Problem] = []
+        captions: dict[str, list[str]] = {}
+        sources: dict[str, str] = {}
+        for source, found in _lines(file):
+            if isinstance(found, Problem):
+                problems.append(found)
+                continue
+            name, caption = found
+            captions.setdefault(name, []).append(caption)
+            sources.setdefault(name, source)
+        listed = {} if split_files is None else _listed(given_path(split_files))
+        absent = [name for name in listed if name not in captions] if listed else []
+        if absent:
+            stems = {Path(name).stem for name in captions}
+            absent = [name for name in absent if name not in stems]
+        table = TableBuilder(target)
+        for name, said in captions.items():
+            # Lists name an image with or without its ending.
+            split = listed.get(name, listed.get(Path(name).stem))
+            if listed and split is None:
+                continue
+            path = folder / name
+            table.add(split, Record(name, path, str(path), captions=tuple(said), source=sources[name]))
+        notes = [f"{split_files}: {len(absent)} images without captions, such as {n}" for n in absent[:1]]
+        return table_of_whole(table.finish(), problems, notes)
+
+    files = [file, *([] if split_files is None else sorted(given_path(split_files).glob("*.txt")))]
+    settings = {"images": images, "split_files": split_files}
     return data_of(
-        splits,
-        problems,
+        remembered("flickr_captions", files, settings, read),
         where=tokens,
         least_answers=1,
         targets="soft",
@@ -74,8 +83,8 @@ def flickr_captions_data(
         split_seed=split_seed,
         on_bad_image=on_bad_image,
         decoding=decoding,
+        check=check,
         workers=workers,
-        notes=[f"{split_files}: {len(absent)} images without captions, such as {n}" for n in absent[:1]],
     )
 
 

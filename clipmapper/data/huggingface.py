@@ -1,7 +1,7 @@
 """Data sets of the ``datasets`` library: a folder that ``save_to_disk`` wrote, or an object in Python."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,13 @@ from PIL import Image
 from clipmapper.data.class_labels import named, namings
 from clipmapper.data.manifest import data_of, normalised_notes
 from clipmapper.data.records import RecordData
+from clipmapper.data.remembered import FOLDER, Found, remembered
 from clipmapper.data.rows import RowReader
+from clipmapper.data.table_builder import TableBuilder
 from clipmapper.data.text_files import given_path
+from clipmapper.data.whole_tables import table_of_whole
 from clipmapper.errors import UserError
+from clipmapper.progress import counted
 
 _KNOWN_SPLITS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
@@ -41,6 +45,23 @@ class RowImage:
         return self.name
 
 
+class RowImages(Sequence[RowImage]):
+    """The images of several data sets, one behind the other. ``parts``: images and the name of each."""
+
+    def __init__(self, parts: Sequence[tuple[Any, str]]) -> None:
+        self.parts = list(parts)
+
+    def __len__(self) -> int:
+        return sum(len(images) for images, _ in self.parts)
+
+    def __getitem__(self, number: int) -> RowImage:
+        for images, name in self.parts:
+            if number < len(images):
+                return RowImage(images, number, f"{name}:row {number + 1}")
+            number -= len(images)
+        raise IndexError(number)
+
+
 def huggingface_data(
     path: str,
     *,
@@ -51,6 +72,7 @@ def huggingface_data(
     split_seed: int = 0,
     on_bad_image: str = "error",
     decoding: str = "fast",
+    check: str = "full",
     workers: int = 0,
 ) -> RecordData:
     """A folder that ``save_to_disk`` wrote, with the columns of a manifest; ``image`` is an ``Image`` feature
@@ -61,8 +83,9 @@ def huggingface_data(
     except Exception as error:  # a damaged folder makes the library raise whatever comes
         what = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"data.path={path}: not a data set that save_to_disk wrote ({what})") from error
-    return records_of(
+    return _records_of(
         found,
+        given_path(path),
         name=path,
         least_answers=least_answers,
         targets=targets,
@@ -71,6 +94,7 @@ def huggingface_data(
         split_seed=split_seed,
         on_bad_image=on_bad_image,
         decoding=decoding,
+        check=check,
         workers=workers,
     )
 
@@ -86,12 +110,31 @@ def records_of(
     split_seed: int = 0,
     on_bad_image: str = "error",
     decoding: str = "fast",
+    check: str = "full",
     workers: int = 0,
 ) -> RecordData:
     """A ``datasets.Dataset`` or ``DatasetDict`` as data to train on. ``name`` is what messages call it.
 
     Of a ``DatasetDict`` the splits train, validation (or val) and test are read; others raise ``UserError``.
     """
+    return _records_of(
+        data,
+        None,
+        name=name,
+        least_answers=least_answers,
+        targets=targets,
+        accuracy=accuracy,
+        validation_share=validation_share,
+        split_seed=split_seed,
+        on_bad_image=on_bad_image,
+        decoding=decoding,
+        check=check,
+        workers=workers,
+    )
+
+
+def _records_of(data: Any, folder: Path | None, *, name: str, **settings) -> RecordData:
+    """``folder``: where the data lie; None: what is read of them is not remembered."""
     datasets = _library()
     if not isinstance(data, datasets.DatasetDict | datasets.Dataset):
         advice = "; load it without streaming=True" if "Iterable" in type(data).__name__ else ""
@@ -100,40 +143,58 @@ def records_of(
     unknown = [split for split in parts if split is not None and split not in _KNOWN_SPLITS]
     if unknown:
         raise UserError(f"{name}: split {unknown[0]!r} is not one of {', '.join(_KNOWN_SPLITS)}")
-    reader = RowReader(Path())
+    prefixes = {split: name if split is None else f"{name}[{split}]" for split in parts}
     for split, part in parts.items():
-        prefix = name if split is None else f"{name}[{split}]"
         if "image" not in part.column_names:
-            raise UserError(f"{prefix}: no column image; there are {', '.join(part.column_names)}")
-        encoded = isinstance(part.features["image"], datasets.Image)
-        part = part.with_format(None)  # the user's own (numpy, torch, pandas) gives other types
-        labels = namings(part.features.to_dict())
-        images = part.select_columns(["image"])
-        if encoded:
-            images = images.cast_column("image", datasets.Image(decode=False))
-        # Without the images: they would be read from the disk for nothing.
-        rows = part.remove_columns("image") if encoded else part
-        for number in range(len(part)):
-            row = dict(rows[number]) if rows.column_names else {}
-            row = named(row, labels) if labels else row
-            source = f"{prefix}:row {number + 1}"
-            if encoded:
-                row["image"] = RowImage(images, number, source)
-            reader.add(source, row, _KNOWN_SPLITS.get(split))
+            raise UserError(f"{prefixes[split]}: no column image; there are {', '.join(part.column_names)}")
+    stored = RowImages([
+        (_encoded_images(part), prefixes[split]) for split, part in parts.items() if _is_encoded(part)
+    ])  # fmt: skip
+
+    def read(target: Path | None) -> Found:
+        table = TableBuilder(target)
+        reader = RowReader(Path(), table)
+        for split, part in parts.items():
+            encoded = _is_encoded(part)
+            part = part.with_format(None)  # the user's own (numpy, torch, pandas) gives other types
+            labels = namings(part.features.to_dict())
+            images = _encoded_images(part) if encoded else None
+            # Without the images: they would be read from the disk for nothing.
+            rows = part.remove_columns("image") if encoded else part
+            for number in counted(range(len(part)), f"reading {prefixes[split]}", len(part)):
+                row = dict(rows[number]) if rows.column_names else {}
+                row = named(row, labels) if labels else row
+                source = f"{prefixes[split]}:row {number + 1}"
+                if encoded:
+                    row["image"] = RowImage(images, number, source)
+                reader.add(source, row, _KNOWN_SPLITS.get(split))
+        found = table_of_whole(table.finish(), reader.problems, normalised_notes([reader]))
+        if not found.problems:
+            found.columns.objects = stored  # the same images, made when they are asked for
+        return found
+
     return data_of(
-        reader.splits,
-        reader.problems,
+        read(None)
+        if folder is None
+        else remembered("huggingface", _files(folder), {"name": name}, read, stored),
         where=name,
-        least_answers=least_answers,
-        targets=targets,
-        accuracy=accuracy,
-        validation_share=validation_share,
-        split_seed=split_seed,
-        on_bad_image=on_bad_image,
-        decoding=decoding,
-        workers=workers,
-        notes=normalised_notes([reader]),
+        **settings,
     )
+
+
+def _is_encoded(part: Any) -> bool:
+    return isinstance(part.features["image"], _library().Image)
+
+
+def _encoded_images(part: Any) -> Any:
+    """The images of a data set as the files that they are."""
+    return (
+        part.with_format(None).select_columns(["image"]).cast_column("image", _library().Image(decode=False))
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and FOLDER not in path.parts)
 
 
 def _library() -> Any:

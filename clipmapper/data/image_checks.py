@@ -2,63 +2,101 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rich.progress import Progress
+import numpy as np
 
+from clipmapper.data.checked_images import known, remember
+from clipmapper.data.checked_images import stamps as stamps_of
 from clipmapper.data.images import NO_FILE, image_problem
 from clipmapper.data.problems import Problem, stop_for
-from clipmapper.data.records import Record, StoredImage
+from clipmapper.data.record import StoredImage
+from clipmapper.data.record_table import Columns, RecordTable, together
+from clipmapper.progress import progress
 
-_WAITING = 4096  # images handed to the threads at a time, so that Ctrl-C is answered soon
+_WAITING = 256  # images handed to the threads at a time, so that Ctrl-C is answered soon
+_SAMPLE = 500
 
 
 def readable_only(
-    splits: dict[str, list[Record]], on_bad_image: str, found: Sequence[Problem] = ()
-) -> tuple[dict[str, list[Record]], list[str]]:
+    splits: Mapping[str, RecordTable],
+    on_bad_image: str,
+    found: Sequence[Problem] = (),
+    *,
+    check: str = "full",
+) -> tuple[dict[str, RecordTable], list[str]]:
     """The splits, and what is to be said of images that can't be read.
 
     ``on_bad_image``: "error" raises ``UserErrors`` with each of them and with what was ``found`` before, in
     the order of lines; "skip" leaves their records out and says how many. Raises ``UserErrors`` where a split
     is left without records.
-    Every image is read as for the model (:func:`clipmapper.data.images.image_problem`).
+    ``check``: "full" reads every image as for the model (:func:`clipmapper.data.images.image_problem`), but
+    those that were found readable before and have the same size and time; "sample" 500 of these, drawn by a
+    fixed seed; "none" opens none.
     """
-    records = {record.image_id: record for name in splits for record in reversed(splits[name])}
-    bad = {image: reason for image, reason in _reasons(records) if reason}
-    problems = [Problem(records[image].source, *reason) for image, reason in bad.items()]
+    everything = together(list(splits.values()))
+    numbers, first = np.unique(everything.images, return_index=True)
+    numbers = numbers[np.argsort(first)]  # in the order of lines
+    sources = dict(zip(numbers.tolist(), np.sort(first).tolist(), strict=True))
+    bad, notes = _bad(everything.columns, numbers, check)
+    problems = [Problem(everything[sources[image]].source, *reason) for image, reason in bad.items()]
     if on_bad_image == "error" or found:
         stop_for(sorted([*found, *(problems if on_bad_image == "error" else [])], key=_by_line))
-    kept = {name: [record for record in some if record.image_id not in bad] for name, some in splits.items()}
+    if not bad:
+        return dict(splits), notes
+    kept = {name: some.take(~np.isin(some.images, list(bad))) for name, some in splits.items()}
     stop_for([
         Problem(some[0].source.rpartition(":")[0], f"no image of the {name} split can be read")
-        for name, some in splits.items() if some and not kept[name]
+        for name, some in splits.items() if len(some) and not len(kept[name])
     ])  # fmt: skip
-    if not bad:
-        return kept, []
     lost = sum(map(len, splits.values())) - sum(map(len, kept.values()))
-    first = "; ".join(str(problem) for problem in problems[:3])
-    return kept, [f"{len(bad)} unreadable images and their {lost} records are left out, such as {first}"]
+    told = "; ".join(str(problem) for problem in problems[:3])
+    return kept, [
+        *notes,
+        f"{len(bad)} unreadable images and their {lost} records are left out, such as {told}",
+    ]
 
 
-def _reasons(records: dict[str, Record]):
-    """(image, None or (kind of problem, detail)) of every image."""
-    images = list(records)
+def _bad(columns: Columns, images: np.ndarray, check: str) -> tuple[dict[int, tuple[str, str]], list[str]]:
+    """Image → (kind of problem, detail) of those that can't be read, and what is to be said."""
+    if check == "none":
+        return {}, ["images: none was opened before training (data.check=none)"]
+    notes = []
+    if check == "sample" and len(images) > _SAMPLE:
+        chosen = np.sort(np.random.default_rng(0).choice(len(images), _SAMPLE, replace=False))
+        notes.append(f"images: {_SAMPLE} of {len(images)} were opened before training (data.check=sample)")
+        images = images[chosen]
+    home = None if columns.folder is None else columns.folder.parent
+    stamps = stamps_of(columns, images.tolist())
+    unknown = np.flatnonzero(~known(home, stamps))
+    bad: dict[int, tuple[str, str]] = {}
+    fine: list[int] = []
+    try:
+        for place, reason in zip(unknown.tolist(), _reasons(columns, images[unknown].tolist()), strict=True):
+            if reason is None:
+                fine.append(place)
+            else:
+                bad[int(images[place])] = reason
+    finally:  # also of a check that was stopped
+        remember(home, stamps[fine])
+    return bad, notes
+
+
+def _reasons(columns: Columns, images: list[int]) -> Iterator[tuple[str, str] | None]:
+    """None or (kind of problem, detail) of every image."""
     with (
         ThreadPoolExecutor(os.cpu_count()) as threads,
-        Progress(transient=True, disable=len(images) < 500) as progress,
+        progress("checking images", len(images)) as advance,
     ):
-        task = progress.add_task("checking images", total=len(images))
         for start in range(0, len(images), _WAITING):
-            some = images[start : start + _WAITING]
-            for image, reason in zip(some, threads.map(lambda i: _reason(records[i]), some), strict=True):
-                progress.advance(task)
-                yield image, reason
+            for reason in threads.map(lambda i: _reason(columns.image(i)), images[start : start + _WAITING]):
+                advance(1)
+                yield reason
 
 
-def _reason(record: Record) -> tuple[str, str] | None:
-    image = record.image
+def _reason(image: Path | bytes | StoredImage) -> tuple[str, str] | None:
     try:
         problem = image_problem(image.read() if isinstance(image, StoredImage) else image)
     except Exception as error:  # of a stored image, whatever its library raises

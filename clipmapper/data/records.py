@@ -1,66 +1,30 @@
-"""The record that every real data set is turned into, and batches made of records."""
+"""Data sets of records, and batches made of records."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from clipmapper.data.answers import ACCURACIES, AnswerVocabulary, annotators
-from clipmapper.data.images import as_pil
+from clipmapper.data.record import OTHER, Record, StoredImage
+from clipmapper.data.record_table import RecordTable
+from clipmapper.data.table_builder import tables_of
 from clipmapper.errors import UserError
 
-OTHER = "other"  # the family of a question whose data set has no answer types
-
-
-@runtime_checkable
-class StoredImage(Protocol):
-    """An image that is fetched when it is needed, such as a row of a Hugging Face data set."""
-
-    def read(self) -> bytes | Image.Image:
-        """The encoded file, or the image."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One question about an image, or one image with its captions.
-
-    Attributes
-    ----------
-    id : the data set's own question (image) id, an int where the official results file wants one.
-    image : path, the bytes of an image file, or a :class:`StoredImage`.
-    image_id : the same for all records of an image; splits are made by it.
-    question, answers, family : for visual question answering. ``answers`` are those that people gave, one an
-        annotator: annotators are told apart by place, so data whose answers have no id (VizWiz) count right.
-        None of them for a test split. ``family`` is the answer type (VQA v2) or whatever accuracies are
-        reported by.
-    captions : for captioning, what people wrote.
-    source : file and line, for messages.
-    """
-
-    id: int | str
-    image: Path | bytes | StoredImage
-    image_id: str
-    question: str | None = None
-    answers: tuple[str, ...] = ()
-    family: str = OTHER
-    captions: tuple[str, ...] = ()
-    source: str = ""
-
-    def pil(self) -> Image.Image:
-        """The image in RGB, turned upright by its EXIF orientation. Raises ``UserError`` with the source."""
-        try:
-            # (Whether something has the methods of a protocol takes half a millisecond to find out.)
-            if not isinstance(self.image, Path | bytes) and isinstance(self.image, StoredImage):
-                return as_pil(self.image.read())
-            return as_pil(self.image)
-        except UserError as error:
-            raise UserError(f"{self.source}: {error}" if self.source else str(error)) from error
+__all__ = [
+    "OTHER",
+    "CaptionCollate",
+    "Item",
+    "Record",
+    "RecordData",
+    "RecordDataset",
+    "StoredImage",
+    "VQACollate",
+    "check_task",
+]
 
 
 class RecordDataset(Dataset):
@@ -138,7 +102,8 @@ class RecordData:
 
     Parameters
     ----------
-    splits : name → records; "train" and "validation" at least, each not empty, "test" where there is one.
+    splits : name → records, kept as tables (:class:`clipmapper.data.record_table.RecordTable`); "train" and
+        "validation" at least, each not empty, "test" where there is one.
     vocabulary : the answers that the model is to know; None for captions.
     accuracy : how answers are scored, a key of :data:`clipmapper.data.answers.ACCURACIES`.
     decoding : how photographs are read, one of :data:`clipmapper.data.pixels.DECODING`.
@@ -157,7 +122,7 @@ class RecordData:
         notes: Sequence[str] = (),
     ) -> None:
         self.accuracy = ACCURACIES[accuracy]
-        self.splits = dict(splits)
+        self.splits = tables_of(splits)
         self.vocabulary = vocabulary
         self.decoding = decoding
         self.workers = workers
@@ -168,18 +133,18 @@ class RecordData:
         """ "vqa" or "captioning"."""
         return "captioning" if self.vocabulary is None else "vqa"
 
-    def split(self, name: str) -> Sequence[Record]:
+    def split(self, name: str) -> RecordTable:
         """Raises ``UserError`` for a split that is not there."""
         if name not in self.splits:
             raise UserError(f"split={name}: the data has {', '.join(self.splits)}")
         return self.splits[name]
 
     @property
-    def train(self) -> Sequence[Record]:
+    def train(self) -> RecordTable:
         return self.splits["train"]
 
     @property
-    def validation(self) -> Sequence[Record]:
+    def validation(self) -> RecordTable:
         return self.splits["validation"]
 
     @property
@@ -189,19 +154,19 @@ class RecordData:
     @property
     def families(self) -> tuple[str, ...]:
         """Of all splits that are scored, in alphabetical order."""
-        return tuple(sorted({record.family for record in self.validation}))
+        return tuple(self.validation.family_counts())
 
-    def wordings(self) -> list[str]:
+    def wordings(self) -> Iterator[str]:
         """All captions: those of validation are scored by the head, so it must know their words too."""
-        return [caption for some in self.splits.values() for record in some for caption in record.captions]
+        return (caption for some in self.splits.values() for told in some.captions() for caption in told)
 
     def summary(self) -> list[str]:
         """What a run says about its data, before it begins."""
         lines = []
         for name, records in self.splits.items():
-            images = len({record.image_id for record in records})
+            images = len(np.unique(records.images))
             if self.vocabulary is None:
-                what = f"{sum(len(record.captions) for record in records)} captions"
+                what = f"{records.lengths('captions').sum()} captions"
             else:
                 what = f"{len(records)} questions"
             lines.append(f"{name}: {images} images, {what}")

@@ -3,14 +3,16 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from clipmapper.data.answers import settled
 from clipmapper.data.base64_images import decoded_base64, looks_like_base64
 from clipmapper.data.fields import shown, written_number
 from clipmapper.data.problems import Problem
-from clipmapper.data.records import OTHER, Record, StoredImage
+from clipmapper.data.record import OTHER, Record, StoredImage
+from clipmapper.data.table_builder import TableBuilder
 from clipmapper.data.text_files import is_text
 
 # What a column may be called.
@@ -24,6 +26,7 @@ _NAMES = {
     "family": ("family", "answer_type"),
     "split": ("split",),
 }
+_NAME_OF = {column: name for name, columns in _NAMES.items() for column in columns}
 _SPLITS = {
     "train": "train", "training": "train",
     "validation": "validation", "val": "validation", "valid": "validation", "dev": "validation",
@@ -39,25 +42,21 @@ class Mistake(Exception):
 class RowReader:
     """Turns rows into records and takes note of what is wrong.
 
-    ``folder``: what relative paths of images are relative to. ``splits``: name → records; a row without a
-    split is under ``None``. ``problems``: in the order of rows. ``beside``: the reader of another file of the
-    same data, with which texts are shared. ``normalised``: how many questions had answers that were changed.
-
-    An id may come again in another split, as when a model of COCO's captions is validated on nocaps' images.
+    ``folder``: what relative paths of images are relative to. ``table``: where records go; those of a row
+    without a split to the split ``None``. ``problems``: in the order of rows, but for ids that come twice
+    (:meth:`clipmapper.data.table_builder.FinishedTable.without_doubles`). ``normalised``: how many questions
+    had answers that were changed.
     """
 
-    def __init__(self, folder: Path, beside: "RowReader | None" = None) -> None:
-        self.folder = folder
-        self.splits: dict[str | None, list[Record]] = {}
+    def __init__(self, folder: Path, table: TableBuilder) -> None:
+        self.folder, self.table = folder, table
         self.problems: list[Problem] = []
         self.normalised = 0
-        self._ids: dict[tuple[str | None, int | str], Record] = {}
-        self._texts: dict[str, str] = beside._texts if beside else {}
 
     def add(self, source: str, row: Mapping, split: str | None = None) -> None:
         """``split``: the one that the file stands for; its rows may not say another."""
         try:
-            given = {name: _given(row, aliases) for name, aliases in _NAMES.items()}
+            given = _all_given(row)
             said = _split(given["split"])
             if split is not None and said is not None and said != split:
                 raise Mistake("another split than its file's", f"{said!r} in the file for {split}")
@@ -66,13 +65,7 @@ class RowReader:
         except Mistake as mistake:
             self.problems.append(Problem(source, *mistake.args))
             return
-        first = self._ids.setdefault((split, record.id), record)
-        # The captions of an image may come one by one, all with the image's id.
-        if first is not record and not (record.captions and first.image_id == record.image_id):
-            what = f"{record.id!r} is that of {first.source} too"
-            self.problems.append(Problem(source, "the same id twice", what))
-            return
-        self.splits.setdefault(split, []).append(record)
+        self.table.add(split, record)
 
     def _record(self, source: str, row: Mapping, given: Mapping, answered: bool) -> Record:
         there = ", ".join(map(str, row)) or "nothing"
@@ -86,11 +79,11 @@ class RowReader:
             raise Mistake("a question and captions", "a line is about one of them")
         question, answers, captions = None, (), ()
         if has_caption:
-            captions = self._kept(_texts("captions", given["captions"]))
+            captions = tuple(_texts("captions", given["captions"]))
         else:
             question = _text("question", given["question"])
             if given["answers"] is not None:
-                answers = self._kept(self._alike(_texts("answers", given["answers"])))
+                answers = tuple(self._alike(_texts("answers", given["answers"])))
             elif answered:
                 raise Mistake("no answers", f"to {question[:_SHOWN]!r}")
         family = OTHER if given["family"] is None else _text("family", given["family"])
@@ -100,7 +93,7 @@ class RowReader:
             image_id=image_id,
             question=question,
             answers=answers,
-            family=self._texts.setdefault(family, family),
+            family=family,
             captions=captions,
             source=source,
         )
@@ -113,9 +106,18 @@ class RowReader:
         self.normalised += 1
         return [found] * len(answers)
 
-    def _kept(self, texts: Iterable[str]) -> tuple[str, ...]:
-        """The same strings, each kept once: most answers are one of a few thousand."""
-        return tuple(self._texts.setdefault(text, text) for text in texts)
+
+def _all_given(row: Mapping) -> dict[str, object]:
+    """What the row says of each of the names, None where it says nothing."""
+    given = dict.fromkeys(_NAMES)
+    for column, value in row.items():
+        name = _NAME_OF.get(column)
+        if name is None or _absent(value):
+            continue
+        if given[name] is not None:
+            return {name: _given(row, aliases) for name, aliases in _NAMES.items()}  # which raises
+        given[name] = value
+    return given
 
 
 def _given(row: Mapping, aliases: tuple[str, ...]) -> object:
@@ -147,6 +149,8 @@ def _image(value: object, encoded: object, folder: Path) -> tuple[Path | bytes |
             value = decoded_base64(_text("image_base64", encoded))
         except ValueError as error:
             raise Mistake("image_base64 is not base64", str(error)) from error
+    if isinstance(value, str) and value.strip():
+        return _path(value, folder)
     if isinstance(value, Mapping):  # as Hugging Face data sets are written to Parquet
         value = value.get("bytes") or value.get("path")
     if isinstance(value, StoredImage):
@@ -155,6 +159,11 @@ def _image(value: object, encoded: object, folder: Path) -> tuple[Path | bytes |
         return value, hashlib.blake2b(value, digest_size=16).hexdigest()
     if not isinstance(value, str) or not value.strip():
         raise Mistake("no image", f"{shown(value)} is not a path")
+    return _path(value, folder)
+
+
+@lru_cache(maxsize=1 << 14)  # several questions in succession are about one image
+def _path(value: str, folder: Path) -> tuple[Path, str]:
     text = _text("image", value)
     if looks_like_base64(text):
         raise Mistake("looks like base64: use image_base64", shown(text))
@@ -197,4 +206,3 @@ def _id(value: object) -> int | str:
     text = _text("id", value)
     # A larger number stays text: no column of numbers holds it.
     return int(text) if re.fullmatch(r"0|-?[1-9][0-9]{0,17}", text) else text
-

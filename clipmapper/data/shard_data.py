@@ -17,6 +17,7 @@ from clipmapper.data.shard_index import INDEX, Shard, ShardIndex, read_index
 from clipmapper.data.shard_scan import Drawn, ScannedShard, places, scanned
 from clipmapper.data.shard_sources import local, named_splits, tar_files
 from clipmapper.data.shard_stream import ShardStream, in_order
+from clipmapper.data.table_builder import tables_of
 from clipmapper.errors import UserError
 
 
@@ -33,6 +34,7 @@ class ShardData(RecordData):
     least_answers, targets, accuracy : as of :func:`clipmapper.data.manifest.manifest_data`.
     buffer : how many training records are mixed, in each worker.
     decoding : how photographs are read, one of :data:`clipmapper.data.pixels.DECODING`.
+    check : which images of the other splits are opened before training, as of ``manifest_data``.
     workers : processes that read and decode, 0 for none.
     on_bad_image : "error" or "skip": what is no sample (an image without text, a damaged file) is named, or
         left out and counted. Images of the other splits are decoded here, those of training while training.
@@ -54,6 +56,7 @@ class ShardData(RecordData):
         split_seed: int = 0,
         on_bad_image: str = "error",
         decoding: str = "fast",
+        check: str = "full",
         workers: int = 0,
     ) -> None:
         self.path, self.buffer, self.on_bad_image = path, buffer, on_bad_image
@@ -67,7 +70,7 @@ class ShardData(RecordData):
         else:
             self.shards, notes = _as_found(path, validation_path, validation_share, split_seed, on_bad_image)
         found = {name: list(in_order(some)) for name, some in self.shards.items() if name != "train"}
-        others, more = readable_only(found, on_bad_image)
+        others, more = readable_only(tables_of(found), on_bad_image, check=check)
         notes += more
         if index is not None:
             vocabulary = None if index.answers is None else AnswerVocabulary(index.answers, index.rule)

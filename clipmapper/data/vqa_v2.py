@@ -4,12 +4,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from clipmapper.data.answers import AnswerVocabulary, frequent_answers, normalised
+from clipmapper.data.answers import AnswerVocabulary, most_frequent, normalised
 from clipmapper.data.fields import ANSWERS, NUMBER, TEXT, Entries
 from clipmapper.data.image_checks import readable_only
-from clipmapper.data.manifest import unknown_answers
 from clipmapper.data.official_files import coco_image
+from clipmapper.data.record_table import together
 from clipmapper.data.records import OTHER, Record, RecordData
+from clipmapper.data.remembered import Found, remembered
+from clipmapper.data.table_answers import unknown_answers
+from clipmapper.data.table_builder import TableBuilder
 from clipmapper.data.text_files import given_path, read_json
 from clipmapper.errors import UserError
 
@@ -34,6 +37,7 @@ def vqa_v2_data(
     accuracy: str = "vqa",
     on_bad_image: str = "error",
     decoding: str = "fast",
+    check: str = "full",
     workers: int = 0,
 ) -> RecordData:
     """``folder`` holds the official files under their own names, and COCO's images in folders of theirs.
@@ -48,7 +52,7 @@ def vqa_v2_data(
     least_answers : an answer that is the ``multiple_choice_answer`` of as many questions of train2014 and
         val2014 (where their annotations are there) is in the vocabulary: 3129 answers with 9, as is usual.
     targets : a key of :data:`clipmapper.data.answers.RULES`.
-    accuracy, on_bad_image, decoding, workers : as of :func:`clipmapper.data.manifest.manifest_data`.
+    accuracy, on_bad_image, check, decoding, workers : as of :func:`clipmapper.data.manifest.manifest_data`.
 
     Raises ``UserError`` for missing files, and ``UserErrors`` with every entry that is wrong and every
     question without an annotation. Numbers written as text, and answers that are numbers, are converted and
@@ -56,22 +60,36 @@ def vqa_v2_data(
     """
     root = given_path(folder)
     subsets = dict.fromkeys([*train, validation])
-    reading = _Reading(root)
-    records = {subset: reading.records(subset) for subset in subsets}
-    splits = {"train": [r for subset in train for r in records[subset]], "validation": records[validation]}
-    if test is not None:
-        splits["test"] = reading.records(test)
+    wanted = [*subsets, *([] if test is None else [test])]
     counted = [
         subset
         for subset in ("train2014", "val2014")
         if subset in subsets or annotations_file(root, subset).is_file()
     ]
-    answers = frequent_answers(reading.usual_answers(counted), least_answers)
+
+    def read(target: Path | None) -> Found:
+        reading, table = _Reading(root), TableBuilder(target)
+        for subset in wanted:
+            table.extend(subset, reading.records(subset))
+        usual = Counter(map(normalised, reading.usual_answers(counted)))
+        finished = table.finish()
+        return Found(finished.columns, finished.splits(), (), reading.notes, dict(usual))
+
+    files = [questions_file(root, subset) for subset in wanted]
+    files += [annotations_file(root, subset) for subset in dict.fromkeys([*subsets, *counted])]
+    found = remembered("vqa_v2", files, {"folder": folder}, read)
+    splits = {
+        "train": together([found.splits[subset] for subset in train]),
+        "validation": found.splits[validation],
+    }
+    if test is not None:
+        splits["test"] = found.splits[test]
+    answers = most_frequent(found.more, least_answers)
     if len(answers) < 2:
         raise UserError(f"data.least_answers={least_answers}: {len(answers)} answers occur that often")
     vocabulary = AnswerVocabulary(answers, targets)
-    readable, notes = readable_only(splits, on_bad_image)
-    notes += reading.notes
+    readable, notes = readable_only(splits, on_bad_image, check=check)
+    notes += found.notes
     notes.append(f"answers: those of {least_answers} or more questions of {' and '.join(counted)}")
     if validation in train:
         notes.append(f"validation: {validation} is trained on, so its accuracy says nothing about new images")

@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -68,7 +68,7 @@ def build_captioner(
     encoder: Mapping,
     model: Mapping,
     *,
-    captions: Sequence[str] | None = None,
+    captions: Iterable[str] | None = None,
     tokens: Sequence[int] | None = None,
     gpt2: Mapping | None = None,
 ) -> Captioner:

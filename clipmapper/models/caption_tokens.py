@@ -1,7 +1,7 @@
 """Where a caption starts and ends: its token ids as a captioner reads and writes them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from clipmapper.errors import UserError
 from clipmapper.models.cut_texts import warn_of_cut
 from clipmapper.models.tokens import TokenizedText, padding_id, tokenize
+
+_TOGETHER = 4096  # captions whose tokens are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,15 @@ def caption_tokens(tokenizer, ends: CaptionEnds, captions: Sequence[str]) -> Tok
     return with_ends([row[:room] for row in rows], ends, padding_id(tokenizer))
 
 
-def caption_vocabulary(tokenizer, captions: Sequence[str]) -> list[int]:
+def caption_vocabulary(tokenizer, captions: Iterable[str]) -> list[int]:
     """The ids of all tokens that these captions are written with, end token included, in order."""
     ends = caption_ends(tokenizer)
-    text = caption_tokens(tokenizer, ends, sorted(set(captions)))
-    return sorted({ends.end, *text.ids[text.removable].tolist()})
+    found = {ends.end}
+    different = sorted(set(captions))
+    for start in range(0, len(different), _TOGETHER):
+        text = caption_tokens(tokenizer, ends, different[start : start + _TOGETHER])
+        found.update(torch.unique(text.ids[text.removable]).tolist())
+    return sorted(found)
 
 
 def with_ends(

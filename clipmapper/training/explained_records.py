@@ -11,6 +11,7 @@ from clipmapper.data.answers import AnswerVocabulary, normalised
 from clipmapper.data.images import seen_part
 from clipmapper.data.pixels import PixelReader
 from clipmapper.data.pixels import normalised as normalised_pixels
+from clipmapper.data.record_table import RecordTable
 from clipmapper.data.records import Record, RecordData
 from clipmapper.errors import UserError
 from clipmapper.evaluation.cider import DocumentFrequencies
@@ -41,7 +42,7 @@ def samples_of(
     reader = model.encoder.reader(data.decoding)
     if captioner:
         return _captions(model, records, reader, count, seed)
-    if not any(record.answers for record in records):
+    if not records.lengths("answers").any():
         raise UserError(f"split={split}: its questions have no answers")
     vocabulary = AnswerVocabulary(model.answers, data.vocabulary.rule)
     return _questions(model, records, reader, vocabulary, count, seed)
@@ -69,18 +70,19 @@ def unanswerable(samples: ExplainedSamples | ExplainedCaptions) -> str | None:
 
 def _questions(
     model: CLIPmapper,
-    records: Sequence[Record],
+    records: RecordTable,
     reader: PixelReader,
     vocabulary: AnswerVocabulary,
     count: int,
     seed: int,
 ) -> ExplainedSamples:
     """Families in equal shares; what decides an answer is not known."""
-    by_family: dict[str, list[int]] = {}
-    for number in np.random.default_rng((seed, 0xE8)).permutation(len(records)):
-        if records[number].answers:
-            by_family.setdefault(records[number].family, []).append(int(number))
-    queues = [by_family[family] for family in sorted(by_family)]
+    order = np.random.default_rng((seed, 0xE8)).permutation(len(records))
+    order = order[records.lengths("answers")[order] > 0]
+    # No more of a family than are chosen in all.
+    queues = [
+        order[records.families[order] == number][:count].tolist() for number in records.family_numbers()
+    ]
     turns = [queue[turn] for turn in range(max(map(len, queues))) for queue in queues if turn < len(queue)]
     chosen = turns[:count]
     asked = [records[number] for number in chosen]
@@ -100,7 +102,7 @@ def _questions(
 
 
 def _captions(
-    model: Captioner, records: Sequence[Record], reader: PixelReader, count: int, seed: int
+    model: Captioner, records: RecordTable, reader: PixelReader, count: int, seed: int
 ) -> ExplainedCaptions:
     order = np.random.default_rng((seed, 0xCA)).permutation(len(records))
     chosen = [int(number) for number in order[:count]]
@@ -111,7 +113,7 @@ def _captions(
         images=images,
         references=[list(records[number].captions) for number in chosen],
         frequencies=DocumentFrequencies.of(
-            [[ptb_tokenise(caption) for caption in record.captions] for record in records]
+            [[ptb_tokenise(caption) for caption in told] for told in records.captions()]
         ),
         known=None,
     )

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import islice
 
 import numpy as np
@@ -37,6 +37,19 @@ class QuestionRecords:
         return len(self.questions)
 
 
+class _References(Sequence[Sequence[str]]):
+    """The captions of records, read when they are asked for."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, number: int) -> Sequence[str]:
+        return self.records[number].captions
+
+
 @dataclass(frozen=True)
 class CaptionRecords:
     """A split of images with captions. ``truth``: nobody knows whether a caption is so."""
@@ -47,9 +60,9 @@ class CaptionRecords:
     def __len__(self) -> int:
         return len(self.records)
 
-    @property
-    def references(self) -> list[Sequence[str]]:
-        return [record.captions for record in self.records]
+    @cached_property
+    def references(self) -> Sequence[Sequence[str]]:
+        return _References(self.records)
 
     def draw(self, image: int, rng: random.Random) -> str:
         """A caption to train on."""

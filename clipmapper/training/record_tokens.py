@@ -13,6 +13,7 @@ from torch import Tensor
 from clipmapper.data.content import content_digest, file_digests, joint_digest
 from clipmapper.data.pixels import PixelReader
 from clipmapper.data.records import Record, StoredImage
+from clipmapper.data.table_builder import as_table
 from clipmapper.data.token_cache import TokenCache, TokenStore
 from clipmapper.data.waiting import waiting
 from clipmapper.errors import UserError
@@ -67,14 +68,9 @@ def different_images(
     records: Sequence[Record], reader: PixelReader, index: Path | None
 ) -> tuple[RecordImages, Int[Tensor, "records"]]:
     """The images of records, in the order in which they first come, and which of them each record has."""
-    first: dict[str, int] = {}
-    chosen = []
-    for record in records:
-        if record.image_id not in first:
-            first[record.image_id] = len(first)
-            chosen.append(record)
-    images = RecordImages(chosen, reader, index)
-    return images, torch.tensor([first[record.image_id] for record in records])
+    table = as_table(records)
+    first, image_of = table.first_of_images()
+    return RecordImages(table.take(first), reader, index), torch.from_numpy(image_of)
 
 
 def record_question_tokens(
@@ -82,7 +78,7 @@ def record_question_tokens(
 ) -> TokenCache:
     """Tokens of the images and texts of questions. ``name``: of the split."""
     images, image_of = _images_to_encode(store, records, name, reader)
-    return question_tokens(encoder, store, images, [record.question for record in records], image_of, name)
+    return question_tokens(encoder, store, images, as_table(records).questions(), image_of, name)
 
 
 def record_image_tokens(
@@ -112,7 +108,7 @@ def check_room(
     for name, records in splits.items():
         images, image_of = _images_to_encode(store, records, name, encoder.reader(decoding))
         store.sources[name] = (records, images, image_of)
-        whole[name] = (images, [record.question for record in records] if texts else None)
+        whole[name] = (images, as_table(records).questions() if texts else None)
     check_tokens(encoder, store, whole)
 
 

@@ -1,5 +1,6 @@
 """Training on questions: what :mod:`clipmapper.training.run` needs of it."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -123,10 +124,10 @@ class VQATask(Task):
         also ``answers``, the files with what the model answered, in VQA's own format.
         """
         blind = self._blind() if self.config.training.blind_steps else {}
-        asked = [q.family for q in self.splits["validation"].split.questions]
+        asked = Counter(q.family for q in self.splits["validation"].split.questions)
         table = {}
         for family in (*self.data.families, "overall"):
-            row = {"questions": len(asked) if family == "overall" else asked.count(family)}
+            row = {"questions": asked.total() if family == "overall" else asked[family]}
             for split in self.validation_splits:
                 value = trainer.callback_metrics.get(f"{split}/accuracy/{family}")
                 row[split] = None if value is None else float(value)
