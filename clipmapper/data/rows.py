@@ -42,19 +42,25 @@ class Mistake(Exception):
 class RowReader:
     """Turns rows into records and takes note of what is wrong.
 
-    ``folder``: what relative paths of images are relative to. ``table``: where records go; those of a row
-    without a split to the split ``None``. ``problems``: in the order of rows, but for ids that come twice
-    (:meth:`clipmapper.data.table_builder.FinishedTable.without_doubles`). ``normalised``: how many questions
-    had answers that were changed.
+    ``folder``: what relative paths of images are relative to. ``table``: where :meth:`add` puts records;
+    those of a row without a split to the split ``None``. ``problems``: in the order of rows, but for ids that
+    come twice (:meth:`clipmapper.data.table_builder.FinishedTable.without_doubles`). ``normalised``: how many
+    questions had answers that were changed.
     """
 
-    def __init__(self, folder: Path, table: TableBuilder) -> None:
+    def __init__(self, folder: Path, table: TableBuilder | None = None) -> None:
         self.folder, self.table = folder, table
         self.problems: list[Problem] = []
         self.normalised = 0
 
     def add(self, source: str, row: Mapping, split: str | None = None) -> None:
         """``split``: the one that the file stands for; its rows may not say another."""
+        found = self.read(source, row, split)
+        if found is not None:
+            self.table.add(*found)
+
+    def read(self, source: str, row: Mapping, split: str | None) -> tuple[str | None, Record] | None:
+        """The split and the record; None where the row is wrong, which is noted."""
         try:
             given = _all_given(row)
             said = _split(given["split"])
@@ -64,8 +70,8 @@ class RowReader:
             record = self._record(source, row, given, answered=split != "test")
         except Mistake as mistake:
             self.problems.append(Problem(source, *mistake.args))
-            return
-        self.table.add(split, record)
+            return None
+        return split, record
 
     def _record(self, source: str, row: Mapping, given: Mapping, answered: bool) -> Record:
         there = ", ".join(map(str, row)) or "nothing"

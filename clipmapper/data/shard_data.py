@@ -10,13 +10,13 @@ import numpy as np
 
 from clipmapper.data.answers import AnswerVocabulary, frequent_answers
 from clipmapper.data.image_checks import readable_only
-from clipmapper.data.manifest import unknown_answers
 from clipmapper.data.problems import stop_for
 from clipmapper.data.records import Record, RecordData
 from clipmapper.data.shard_index import INDEX, Shard, ShardIndex, read_index
 from clipmapper.data.shard_scan import Drawn, ScannedShard, places, scanned
 from clipmapper.data.shard_sources import local, named_splits, tar_files
 from clipmapper.data.shard_stream import ShardStream, in_order
+from clipmapper.data.table_answers import unknown_answers
 from clipmapper.data.table_builder import tables_of
 from clipmapper.errors import UserError
 

@@ -130,10 +130,10 @@ def told_about(
         if taken.get("id") is None and taken.get("question_id") is None:
             taken["id"] = key if len(rows) == 1 else f"{key}/{number}"
         reader = RowReader(Path())
-        reader.add(source, taken | {"image": image}, None if answered else "test")
+        split_and_record = reader.read(source, taken | {"image": image}, None if answered else "test")
         for problem in reader.problems:
             raise NoSample(problem.kind, problem.detail)
-        ((record,),) = reader.splits.values()
+        _, record = split_and_record
         found.append(record)
     return found
 
