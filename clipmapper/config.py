@@ -354,6 +354,7 @@ class TrainingConfig(Section):
     token_cache_folder: str | None = setting(text=True)
     token_precision: str = setting(choices=("float16", "float32"))
     token_workers: int = setting(minimum=0)
+    validation_samples: int | None = setting(minimum=1)
 
 
 @dataclass

@@ -149,7 +149,9 @@ class Fitted:
         data = training_models.small_scenes()
         architecture = training_models.tiny_clip(folder)
         self.model = training_models.tiny_model(architecture, mapper=mapper, width=32, depth=2, head_width=32)
-        self.splits = scene_splits(self.model, data, store=TokenStore())
+        names = ("simple", "train", *VALIDATION_SPLITS)
+        splits = {name: getattr(data, name) for name in names}
+        self.splits = scene_splits(self.model, splits, store=TokenStore())
         self.module = VQAModule(self.model, 1e-2, 0.0, 5, 80, data.families, VALIDATION_SPLITS)
         losses = Losses()
         self.trainer = lightning.Trainer(
@@ -216,7 +218,7 @@ def test_validation_accuracy_is_a_count_by_hand(fitted):
 def test_blind_baseline_sees_no_image(architecture, store):
     data = training_models.small_scenes()
     model = training_models.tiny_model(architecture)
-    splits = scene_splits(model, data, store, names=("train", "validation"))
+    splits = scene_splits(model, {"train": data.train, "validation": data.validation}, store)
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     def accuracy() -> dict:

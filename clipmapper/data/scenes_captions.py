@@ -28,6 +28,11 @@ class CaptionSplit:
     def __len__(self) -> int:
         return len(self.images)
 
+    def take(self, places: np.ndarray) -> "CaptionSplit":
+        """The images at these places."""
+        references, scenes = ([one[p] for p in places.tolist()] for one in (self.references, self.scenes))
+        return CaptionSplit(self.images[places], references, scenes, self.instances[places])
+
     @cached_property
     def with_twins(self) -> list[int]:
         """Numbers of the images in which two objects look alike: in all but their place."""

@@ -1,7 +1,8 @@
 """Questions about built-in scenes as a data set for visual question answering."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -25,6 +26,15 @@ class VQASplit:
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    def family_counts(self) -> dict[str, int]:
+        """How many questions of each family there are."""
+        return dict(Counter(question.family for question in self.questions))
+
+    def take(self, places: np.ndarray) -> "VQASplit":
+        """The questions at these places, with all images."""
+        asked = [self.questions[place] for place in places.tolist()]
+        return replace(self, questions=asked, image_of=self.image_of[places])
 
     def mask(self, question: int) -> Bool[np.ndarray, "height width"]:
         """The visible pixels of the objects that decide the answer."""

@@ -44,6 +44,7 @@ from clipmapper.training.streamed_batches import StreamedCaptions, check_readers
 from clipmapper.training.tables import console
 from clipmapper.training.task import Task
 from clipmapper.training.token_room import check_tokens
+from clipmapper.training.validation_subset import ValidationSubset
 
 VALIDATION_SPLITS = ("validation", "held_out")
 
@@ -55,6 +56,7 @@ class CaptionTask(Task):
 
     def __init__(self, config: TrainConfig, data: ScenesCaptions | RecordData) -> None:
         self.config, self.data = config, data
+        self.validated = ValidationSubset(config.training.validation_samples, config.seed)
         if isinstance(data, RecordData):
             check_task(data, "captioning")
             self.validation_splits, self.workers = ("validation",), data.workers
@@ -73,24 +75,23 @@ class CaptionTask(Task):
         names = ("train", *self.validation_splits)
         store = token_store(self.config, self.model.encoder, texts=False)
         if isinstance(self.data, RecordData):
+            there = {name: self.data.splits[name] for name in names if name in self.data.splits}
+            there |= {name: self.validated.of(name, there[name]) for name in self.validation_splits}
             if store is not None:
-                there = {name: self.data.splits[name] for name in names if name in self.data.splits}
                 check_room(self.model.encoder, store, there, self.data.decoding, texts=False)
             self.splits = {
-                name: RecordCaptions(self.model, self.data.splits[name], name, store, self.data.decoding)
-                for name in names
-                if name in self.data.splits
+                name: RecordCaptions(self.model, records, name, store, self.data.decoding)
+                for name, records in there.items()
             }
         else:
+            scenes = {name: getattr(self.data, name) for name in (*names, "simple")}
+            scenes |= {name: self.validated.of(name, scenes[name]) for name in self.validation_splits}
             if store is not None:
                 visual = self.model.encoder.clip.visual
-                images = {
-                    name: ArrayImages(getattr(self.data, name).images, visual) for name in (*names, "simple")
-                }
+                images = {name: ArrayImages(split.images, visual) for name, split in scenes.items()}
                 check_tokens(self.model.encoder, store, {name: (of, None) for name, of in images.items()})
             self.splits = {
-                name: CaptionBatches(self.model, getattr(self.data, name), name, store)
-                for name in (*names, "simple")
+                name: CaptionBatches(self.model, split, name, store) for name, split in scenes.items()
             }
         if explainer is not None:
             samples = samples_of(self.model, self.data, "validation", explainer.samples, explainer.seed)

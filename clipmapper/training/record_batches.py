@@ -14,6 +14,7 @@ from torch.utils.data import get_worker_info
 
 from clipmapper.data.answers import AnswerVocabulary
 from clipmapper.data.records import CaptionCollate, Record, RecordDataset, VQACollate
+from clipmapper.data.table_builder import as_table
 from clipmapper.data.token_cache import TokenCache, TokenStore
 from clipmapper.models.caption_tokens import caption_tokens
 from clipmapper.models.captioner import Captioner
@@ -35,6 +36,10 @@ class QuestionRecords:
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    def family_counts(self) -> dict[str, int]:
+        """How many questions of each family there are."""
+        return as_table(self.questions).family_counts()
 
 
 class _References(Sequence[Sequence[str]]):

@@ -114,6 +114,8 @@ def _train(
 
     model.to(device)
     task.prepare(explainer, folder)
+    for line in task.validated.lines():
+        out.print(line)
     with run_logger(config.logger, folder, config.name) if is_main() else nullcontext(False) as logger:
         with less_noise():
             trainer = _fit(config, task, explainer, logger, folder, resumed is not None)
@@ -130,9 +132,13 @@ def _train(
         results: dict = {"name": config.name, "settings": settings, **found}
         scored = f"{task.validation_splits[0]}/{task.objective}"
         results["objective"] = {"name": scored, "value": float(trainer.callback_metrics[scored])}
+        if task.validated.counts:
+            results["validated"] = task.validated.numbers()
         files = {"checkpoint": folder / CHECKPOINT, "results": folder / RESULTS}
         for table in task.tables(found):
             out.print(table)
+        for line in task.validated.lines():
+            out.print(line)
         if explainer is not None and explainer.report is not None:
             results["explanations"] = explainer.report.numbers(explainer.confidence, explainer.seed)
             for table in explainer.kind.tables(results["explanations"]):

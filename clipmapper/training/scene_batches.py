@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from clipmapper.data.images import clip_input
-from clipmapper.data.scenes_vqa import ScenesVQA, VQASplit
+from clipmapper.data.scenes_vqa import VQASplit
 from clipmapper.data.token_cache import TokenCache, TokenStore
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.tokens import tokenize
@@ -112,13 +112,9 @@ def _numbers_by_family(split: SplitBatches) -> dict[str, tuple[list[int], list[i
 
 
 def scene_splits(
-    model: CLIPmapper,
-    data: ScenesVQA,
-    store: TokenStore | None,
-    names=("simple", "train", "validation", "held_out"),
+    model: CLIPmapper, splits: Mapping[str, VQASplit], store: TokenStore | None
 ) -> dict[str, SplitBatches]:
     if store is not None:
-        splits = {name: getattr(data, name) for name in names}
         check_tokens(
             model.encoder,
             store,
@@ -127,4 +123,4 @@ def scene_splits(
                 for name, s in splits.items()
             },
         )
-    return {name: SplitBatches(model, getattr(data, name), name, store) for name in names}
+    return {name: SplitBatches(model, split, name, store) for name, split in splits.items()}

@@ -12,6 +12,7 @@ from torch import nn
 from clipmapper.config import TrainConfig
 from clipmapper.training.module import TaskModule
 from clipmapper.training.processes import Share
+from clipmapper.training.validation_subset import ValidationSubset
 
 
 class Task(ABC):
@@ -19,11 +20,13 @@ class Task(ABC):
 
     ``model``: on the settings' device when ``prepare`` is called. ``validation_splits``: names of the splits
     that are scored; ``<first of them>/loss`` is among what the module logs, and so is
-    ``<first of them>/<objective>``, what a sweep looks for the highest of.
+    ``<first of them>/<objective>``, what a sweep looks for the highest of. ``validated``: how much of each is
+    scored.
     """
 
     model: nn.Module
     validation_splits: Sequence[str]
+    validated: ValidationSubset
     objective: str
     workers: int = 0  # processes that make batches
 

@@ -1,6 +1,5 @@
 """Training on questions: what :mod:`clipmapper.training.run` needs of it."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from clipmapper.config import TrainConfig
 from clipmapper.data.records import RecordData, check_task
-from clipmapper.data.scenes_vqa import ScenesVQA
+from clipmapper.data.scenes_vqa import ScenesVQA, VQASplit
 from clipmapper.data.shard_data import ShardData
 from clipmapper.data.vqa_results import write_results
 from clipmapper.errors import UserError
@@ -29,6 +28,7 @@ from clipmapper.training.scene_batches import SplitBatches, scene_splits, traini
 from clipmapper.training.streamed_batches import StreamedQuestions, check_readers
 from clipmapper.training.tables import accuracy_table, console
 from clipmapper.training.task import Task
+from clipmapper.training.validation_subset import ValidationSubset
 from clipmapper.training.vqa import VQAModule
 
 VALIDATION_SPLITS = ("validation", "held_out")
@@ -41,6 +41,7 @@ class VQATask(Task):
 
     def __init__(self, config: TrainConfig, data: ScenesVQA | RecordData) -> None:
         self.config, self.data = config, data
+        self.validated = ValidationSubset(config.training.validation_samples, config.seed)
         if isinstance(data, RecordData):
             check_task(data, "vqa")
             self.validation_splits, self.workers = ("validation",), data.workers
@@ -66,15 +67,17 @@ class VQATask(Task):
             explainer.prepare(samples, folder / "pictures")
         store = token_store(self.config, self.model.encoder, texts=True)
         if isinstance(self.data, RecordData):
+            scored = {
+                name: self.validated.of(name, records) if name in self.validation_splits else records
+                for name, records in self.data.splits.items()
+            }
             if store is not None:
-                check_room(
-                    self.model.encoder, store, self.data.splits, self.data.decoding, texts=True
-                )
+                check_room(self.model.encoder, store, scored, self.data.decoding, texts=True)
             self.splits = {
                 name: RecordQuestions(
                     self.model, records, self.data.vocabulary, name, store, self.data.decoding
                 )
-                for name, records in self.data.splits.items()
+                for name, records in scored.items()
             }
             if isinstance(self.data, ShardData):
                 self.splits["train"] = StreamedQuestions(self.model, self.data, self.config.seed, folder)
@@ -84,7 +87,7 @@ class VQATask(Task):
                 self.splits["train"], batch_size=training.batch_size, seed=self.config.seed
             )
             return
-        self.splits = scene_splits(self.model, self.data, store)
+        self.splits = scene_splits(self.model, self._scored_scenes(), store)
         self._batch_at = training_batches(
             self.splits["simple"],
             self.splits["train"],
@@ -96,6 +99,10 @@ class VQATask(Task):
             told_by_size=training.told_by_size,
             seed=self.config.seed,
         )
+
+    def _scored_scenes(self) -> dict[str, VQASplit]:
+        splits = {name: getattr(self.data, name) for name in ("simple", "train", *self.validation_splits)}
+        return splits | {name: self.validated.of(name, splits[name]) for name in self.validation_splits}
 
     def module(self) -> VQAModule:
         training = self.config.training
@@ -124,10 +131,10 @@ class VQATask(Task):
         also ``answers``, the files with what the model answered, in VQA's own format.
         """
         blind = self._blind() if self.config.training.blind_steps else {}
-        asked = Counter(q.family for q in self.splits["validation"].split.questions)
+        asked = self.splits["validation"].split.family_counts()
         table = {}
         for family in (*self.data.families, "overall"):
-            row = {"questions": asked.total() if family == "overall" else asked[family]}
+            row = {"questions": sum(asked.values()) if family == "overall" else asked.get(family, 0)}
             for split in self.validation_splits:
                 value = trainer.callback_metrics.get(f"{split}/accuracy/{family}")
                 row[split] = None if value is None else float(value)
