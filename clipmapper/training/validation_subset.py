@@ -1,11 +1,12 @@
 """The fixed part of every validation split that is scored, for data whose validation would take too long."""
 
 import zlib
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 
+@runtime_checkable
 class Split(Protocol):
     """What has samples, some of which can be taken."""
 
