@@ -8,9 +8,9 @@ from pathlib import Path
 
 from clipmapper.data.records import RecordData
 from clipmapper.data.shard_files import webdataset, write_shards
-from clipmapper.data.waiting import waiting
 from clipmapper.errors import UserError, UserErrors
 from clipmapper.outputs import check_folder
+from clipmapper.progress import progress
 from clipmapper.settings import data_settings
 from clipmapper.stopping import a_command
 from clipmapper.training.instances import built
@@ -36,7 +36,7 @@ def _make(options: Namespace) -> None:
         check_folder(options.folder, str(options.folder))
         data = _data(options.settings)
         images = sum(len({r.image_id for r in records}) for records in data.splits.values())
-        with waiting("images written to shards", images) as advance:
+        with progress("images written to shards", images) as advance:
             written = write_shards(
                 data,
                 options.folder,

@@ -7,38 +7,56 @@ from contextlib import contextmanager
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-EVERY = 60.0  # seconds between two lines
-_FEW = 64  # the clock is read once for as many
+LINE_SECONDS = 60.0
+_FEW = 64  # of counted items the clock is read once for as many
 
 
 class ProgressLines:
-    """Says at most once a minute how much of some work is done, and how fast. ``total``: None if unknown."""
+    """Says at most once a minute how much of some work is done, how fast, and how long the rest will take.
+
+    ``total``: None if unknown. ``done``: what an earlier run did. So is what is told of within the first
+    second, which is there already: it has no pace.
+    """
 
     def __init__(self, what: str, total: int | None, done: int = 0) -> None:
-        self.what, self.total = what, total
-        self.done = self._first = done
-        self._began = self._said = time.monotonic()
+        self.what, self.total, self.done = what, total, done
+        self.began = self.said = time.monotonic()
+        self._first: int | None = None
 
     def advance(self, count: int = 1) -> None:
         self.to(self.done + count)
 
     def to(self, done: int) -> None:
-        self.done = done
         now = time.monotonic()
-        if now - self._said >= EVERY:
-            self._said = now
-            print(self.line(now - self._began), flush=True)
+        if self._first is None:
+            all_at_once = now - self.began < 1 and done != self.total
+            self._first = done if all_at_once else self.done
+        self.done = done
+        if now - self.said >= LINE_SECONDS:
+            self.said = now
+            print(self.line(now - self.began), flush=True)  # a log should not be minutes behind
 
     def line(self, seconds: float) -> str:
         """How it stands after so many seconds."""
-        of = "" if self.total is None else f" of {self.total:,}"
-        rate = (self.done - self._first) / seconds
-        return f"{self.what}: {self.done:,}{of} ({rate:,.{0 if rate >= 10 else 2}f} a second)"
+        paced = self.done - (self._first or 0)
+        rate = paced / seconds
+        speed = f"{rate:,.{0 if rate >= 10 else 2}f} a second"
+        if self.total is None:
+            return f"{self.what}: {self.done:,} ({speed})"
+        left = f", about {span(seconds * (self.total - self.done) / paced)} left" if paced else ""
+        share = 100 * self.done / max(self.total, 1)
+        return f"{self.what}: {self.done:,} of {self.total:,} ({share:.0f} %), {speed}{left}"
 
 
 @contextmanager
-def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """Gives a function that is told how many more are done. The bar of a terminal goes away at the end."""
+def progress(what: str, total: int | None = None, *, hidden: bool = False) -> Iterator[Callable[[int], None]]:
+    """Gives a function that is told how many more are done. The bar of a terminal goes away at the end.
+
+    ``hidden``: nothing is shown, as in processes beside the main one.
+    """
+    if hidden:
+        yield lambda done: None
+        return
     if not sys.stdout.isatty():
         yield ProgressLines(what, total).advance
         return
@@ -58,3 +76,11 @@ def counted(items: Iterable, what: str, total: int | None = None) -> Iterator:
             if waiting == _FEW:
                 advance(waiting)
                 waiting = 0
+
+
+def span(seconds: int | float) -> str:
+    """A duration in the unit that people would say it in."""
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}" if seconds < 10 * size else f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 1):.0f} s"

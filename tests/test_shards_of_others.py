@@ -16,8 +16,8 @@ from PIL import Image
 from clipmapper.data import shard_members, shard_scan
 from clipmapper.data.records import Record
 from clipmapper.data.shard_data import ShardData
-from clipmapper.data.waiting import _Lines, span
 from clipmapper.errors import UserError
+from clipmapper.progress import ProgressLines, span
 from clipmapper.training.readable_items import ReadableItems, left_out_lines
 
 
@@ -245,11 +245,13 @@ def test_an_unreadable_image_is_named_or_another_put_in_its_place(tmp_path):
 def test_a_line_a_minute_where_there_is_no_terminal(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    lines = _Lines("tokens", 1100)
+    lines = ProgressLines("tokens", 1100)
     lines.advance(100)  # by an earlier run
     for _ in range(60):
         now[0] += 3
         lines.advance(10)
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 3 and printed[0] == "tokens: 300 of 1,100 (27 %), about 4.0 min left"
+    assert (
+        len(printed) == 3 and printed[0] == "tokens: 300 of 1,100 (27 %), 3.33 a second, about 4.0 min left"
+    )
     assert [span(s) for s in (0.1, 30, 3600, 86400 * 3)] == ["1 s", "30 s", "60 min", "3.0 days"]

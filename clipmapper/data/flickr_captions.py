@@ -13,6 +13,7 @@ from clipmapper.data.table_builder import TableBuilder
 from clipmapper.data.text_files import given_path, text_lines
 from clipmapper.data.whole_tables import table_of_whole
 from clipmapper.errors import UserError
+from clipmapper.progress import counted
 
 _SPLITS = {"train": "train", "val": "validation", "dev": "validation", "test": "test"}
 
@@ -48,7 +49,7 @@ def flickr_captions_data(
         problems: list[Problem] = []
         captions: dict[str, list[str]] = {}
         sources: dict[str, str] = {}
-        for source, found in _lines(file):
+        for source, found in counted(_lines(file), f"reading {file}"):
             if isinstance(found, Problem):
                 problems.append(found)
                 continue

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from clipmapper.data.fields import NUMBER, TEXT, Entries
 from clipmapper.data.text_files import read_json
+from clipmapper.progress import counted
 
 _IMAGE = {"id": NUMBER, "file_name": TEXT, "domain": TEXT.or_else(None)}
 _CAPTION = {"image_id": NUMBER, "caption": TEXT}
@@ -24,12 +25,12 @@ def captioned_images(path: Path, what: str, reading: Entries) -> list[tuple[Mapp
     """
     content = read_json(path, what)
     images: dict[int, Mapping] = {}
-    for image in reading.listed(content, "images", path, _IMAGE):
+    for image in counted(reading.listed(content, "images", path, _IMAGE), f"reading {path}, images"):
         if images.setdefault(image["id"], image) is not image:
             first = images[image["id"]]["source"].rpartition(": ")[2]
             reading.wrong(image["source"], "the same image twice", f"{image['id']} is that of {first} too")
     captions: dict[int, list[str]] = {image: [] for image in images}
-    for entry in reading.listed(content, "annotations", path, _CAPTION):
+    for entry in counted(reading.listed(content, "annotations", path, _CAPTION), f"reading {path}, captions"):
         if entry["image_id"] not in captions:
             reading.wrong(
                 entry["source"], "a caption of an image that is not in 'images'", str(entry["image_id"])

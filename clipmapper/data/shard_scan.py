@@ -34,8 +34,8 @@ from clipmapper.data.shard_samples import (
     sample_name,
     told_about,
 )
-from clipmapper.data.waiting import waiting
 from clipmapper.errors import UserError
+from clipmapper.progress import progress
 
 _VERSION = 1
 _FOLDER = ".clipmapper"  # beside the shards
@@ -160,7 +160,7 @@ def scanned(paths: Sequence[Path], *, answered: bool = True) -> list[ScannedShar
     folders = {path.parent: _place_for(path.parent) for path in paths}
     stale = [path for path in paths if _remembered(path, folders[path.parent], answered) is None]
     if stale:
-        with waiting("reading what is in the shards", len(stale)) as advance:
+        with progress("reading what is in the shards", len(stale)) as advance:
             for path in stale:
                 place = folders[path.parent]
                 with FileLock(place / "scan.lock"):

@@ -15,6 +15,7 @@ from clipmapper.data.table_answers import unknown_answers
 from clipmapper.data.table_builder import TableBuilder
 from clipmapper.data.text_files import given_path, read_json
 from clipmapper.errors import UserError
+from clipmapper.progress import counted
 
 _QUESTION = {"question_id": NUMBER, "image_id": NUMBER, "question": TEXT}
 _ANNOTATION = {
@@ -126,7 +127,7 @@ class _Reading:
         images = "test2015" if test else subset
         answered = {} if test else self.annotations(subset)
         reading, texts, found = Entries(), {}, {}
-        for entry in reading.listed(content, "questions", file, _QUESTION):
+        for entry in counted(reading.listed(content, "questions", file, _QUESTION), f"reading {file}"):
             number = entry["question_id"]
             if number in found:
                 reading.wrong(entry["source"], "the same question twice", str(number))
@@ -163,7 +164,7 @@ class _Reading:
         file = annotations_file(self.folder, subset)
         content = read_json(file, f"the annotations of {subset}")
         reading, found = Entries(), {}
-        for entry in reading.listed(content, "annotations", file, _ANNOTATION):
+        for entry in counted(reading.listed(content, "annotations", file, _ANNOTATION), f"reading {file}"):
             source, number, usual = entry.pop("source"), entry["question_id"], entry["multiple_choice_answer"]
             if entry["answers"] is None:
                 if usual is None:

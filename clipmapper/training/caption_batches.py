@@ -13,8 +13,8 @@ from torch import Tensor
 from clipmapper.data.images import clip_input
 from clipmapper.data.scenes_captions import CaptionSplit
 from clipmapper.data.token_cache import TokenStore
-from clipmapper.data.waiting import waiting
 from clipmapper.models.captioner import Captioner
+from clipmapper.progress import progress
 from clipmapper.training.encoder_tokens import ArrayImages, image_tokens
 from clipmapper.training.processes import WHOLE, Share, batches_of
 from clipmapper.training.record_batches import RecordCaptions
@@ -31,7 +31,7 @@ class CaptionBatches:
         self.image_tokens: Tensor | None = None
         if store is not None:
             images = ArrayImages(split.images, model.encoder.clip.visual)
-            with waiting(f"CLIP tokens, {name} split", len(images)) as advance:
+            with progress(f"CLIP tokens, {name} split", len(images)) as advance:
                 self.image_tokens = image_tokens(model.encoder, store, images, advance)
 
     def batch(self, images: Sequence[int], captions: Sequence[str]) -> dict:

@@ -14,10 +14,10 @@ from clipmapper.config import TrainConfig
 from clipmapper.data.content import content_digest
 from clipmapper.data.images import clip_input
 from clipmapper.data.token_cache import TextTokens, TokenCache, TokenStore
-from clipmapper.data.waiting import waiting
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.encoder_identity import ids_digest, image_identity, text_identity
 from clipmapper.models.tokens import TokenizedText, tokenize
+from clipmapper.progress import progress
 from clipmapper.training.processes import this_share
 from clipmapper.training.tables import console
 
@@ -158,7 +158,7 @@ def question_tokens(
     name: str,
 ) -> TokenCache:
     """Tokens of the images and texts of questions, with a progress bar. ``name``: of the split."""
-    with waiting(f"CLIP tokens, {name} split", len(source) + len(set(texts))) as advance:
+    with progress(f"CLIP tokens, {name} split", len(source) + len(set(texts))) as advance:
         images = image_tokens(encoder, store, source, advance)
         asked = text_tokens(encoder, store, texts, advance)
     return TokenCache(asked.tokens, asked.lengths, asked.text_of, images, image_of)

@@ -13,7 +13,7 @@ from clipmapper.models.build import DESCRIPTION
 from clipmapper.models.fine_tuning import learning_rate_scales, without_adapters
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.training.optimisation import adamw, warmup_cosine
-from clipmapper.training.processes import WHOLE, Share, sum_of_all, this_share
+from clipmapper.training.processes import WHOLE, Share, batch_count, sum_of_all, this_share
 from clipmapper.training.sharding import gathered, shard, with_state_of_all
 
 
@@ -126,6 +126,11 @@ class Labelled(IterableDataset):
 
     def __init__(self, split, batch_size: int = 500, share: Share = WHOLE) -> None:
         self.split, self.batch_size, self.share = split, batch_size, share
+
+    def batches(self) -> int:
+        """How many there are."""
+        most = getattr(self.split, "labelled_at_most", self.batch_size)
+        return batch_count(len(self.split.split), min(self.batch_size, most), self.share)
 
     def __iter__(self) -> Iterator[dict]:
         return self.split.labelled(self.batch_size, self.share)

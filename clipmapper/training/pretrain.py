@@ -20,7 +20,7 @@ from clipmapper.training.contrastive import ContrastiveModule, contrastive_loade
 from clipmapper.training.endings import killed_worker
 from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
 from clipmapper.training.less_noise import less_noise
-from clipmapper.training.progress import StepsBar
+from clipmapper.training.progress import steps_progress
 from clipmapper.training.saving import SaveSteps
 
 _LAST = Path("outputs/pretrain_clip/last.ckpt")
@@ -92,7 +92,7 @@ def _run_pretraining(config: PretrainConfig) -> dict[str, float]:
         accelerator="auto",
         precision=config.precision,
         logger=False,
-        callbacks=[saving, GracefulInterrupt(saving), StepsBar(refresh_rate=10)],
+        callbacks=[saving, GracefulInterrupt(saving), steps_progress(10)],
         plugins=[DurableCheckpointIO()],
         enable_checkpointing=False,  # saving.py
         enable_model_summary=False,

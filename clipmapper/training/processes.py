@@ -42,9 +42,14 @@ def batches_of(count: int, batch_size: int, share: Share) -> Iterator[range]:
     if count < share.of:
         raise UserError(f"a split of {count} samples cannot be shared among {share.of} processes")
     mine = range(share.index, count, share.of)
-    batches = min(-(-count // (share.of * batch_size)), count // share.of)
+    batches = batch_count(count, batch_size, share)
     for batch in range(batches):
         yield mine[len(mine) * batch // batches : len(mine) * (batch + 1) // batches]
+
+
+def batch_count(count: int, batch_size: int, share: Share) -> int:
+    """How many batches :func:`batches_of` gives."""
+    return min(-(-count // (share.of * batch_size)), count // share.of)
 
 
 def form_group(timeout: timedelta) -> None:

@@ -81,6 +81,8 @@ class RecordQuestions:
     whenever they are asked for. ``name``: of the split. ``decoding``: of the data.
     """
 
+    labelled_at_most = _LABELLED
+
     def __init__(
         self,
         model: CLIPmapper,
@@ -123,6 +125,8 @@ class RecordCaptions:
 
     ``name``, ``store``, ``decoding``: as of :class:`RecordQuestions`.
     """
+
+    labelled_at_most = _LABELLED
 
     def __init__(
         self,

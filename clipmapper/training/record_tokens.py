@@ -15,9 +15,9 @@ from clipmapper.data.pixels import PixelReader
 from clipmapper.data.records import Record, StoredImage
 from clipmapper.data.table_builder import as_table
 from clipmapper.data.token_cache import TokenCache, TokenStore
-from clipmapper.data.waiting import waiting
 from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
+from clipmapper.progress import progress
 from clipmapper.training.encoder_tokens import image_tokens, question_tokens
 from clipmapper.training.token_room import check_tokens
 
@@ -51,7 +51,7 @@ class RecordImages:
     def _content(self) -> str:
         images = [record.image for record in self.records]
         paths = [image for image in images if isinstance(image, Path)]
-        with waiting("images, whether they changed", len(images)) as advance:
+        with progress("images, whether they changed", len(images)) as advance:
 
             def of_stored(image: bytes | StoredImage) -> str:
                 advance(1)
@@ -86,7 +86,7 @@ def record_image_tokens(
 ) -> tuple[Float[Tensor, "images tokens width"], Int[Tensor, "records"]]:
     """Tokens of images, and which of them each record has, with a progress bar."""
     images, image_of = _images_to_encode(store, records, name, reader)
-    with waiting(f"CLIP tokens, {name} split", len(images)) as advance:
+    with progress(f"CLIP tokens, {name} split", len(images)) as advance:
         tokens = image_tokens(encoder, store, images, advance)
     return tokens, image_of
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import lightning
 import torch
 from lightning.pytorch.loggers import WandbLogger
-from tqdm import tqdm
 
+from clipmapper.progress import progress
 from clipmapper.relevance import method_named
 from clipmapper.training.caption_explanations import CaptionReport
 from clipmapper.training.explained_captions import ExplainedCaptions
@@ -110,15 +110,14 @@ class RelevanceCallback(lightning.Callback):
     ) -> ExplanationReport | CaptionReport:
         """Raises ``_Told`` where the run is to be stopped."""
         total = self.kind.points(len(samples), len(self.methods))
-        hidden = not is_main()
         # Recording turns gradients on inside; under inference mode (Lightning's default) it could not.
         with (
             torch.inference_mode(False),
-            tqdm(total=total, desc="explanations", leave=False, disable=hidden) as bar,
+            progress("explanations, points of curves", total, hidden=not is_main()) as advance,
         ):
 
-            def progress(points: int) -> None:
-                bar.update(points)
+            def told(points: int) -> None:
+                advance(points)
                 if stopping is not None and stopping.told():
                     raise _Told
 
@@ -129,5 +128,5 @@ class RelevanceCallback(lightning.Callback):
                 chunk=50,
                 batch_size=self.batch_size,
                 seed=self.seed,
-                progress=progress,
+                progress=told,
             )

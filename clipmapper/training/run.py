@@ -33,7 +33,7 @@ from clipmapper.training.launching import start_processes
 from clipmapper.training.less_noise import less_noise
 from clipmapper.training.module import Labelled, StepBatches
 from clipmapper.training.processes import check_shares, in_main, is_main, this_share
-from clipmapper.training.progress import StepsBar
+from clipmapper.training.progress import steps_progress
 from clipmapper.training.run_folder import (
     CHECKPOINT,
     RESULTS,
@@ -190,7 +190,7 @@ def _fit(
         StopAtNonFinite(checkpoint),
         saving,
         GracefulInterrupt(saving),
-        StepsBar(refresh_rate=20),
+        steps_progress(20),
     ]
     if explainer is not None:
         callbacks.append(explainer)

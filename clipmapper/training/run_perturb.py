@@ -6,8 +6,6 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm
-
 from clipmapper.config import PerturbConfig
 from clipmapper.errors import UserError
 from clipmapper.evaluation.caption_perturbation import LOG_PROBABILITY
@@ -16,6 +14,7 @@ from clipmapper.evaluation.perturbation_run import finished_chunks
 from clipmapper.models.build import load
 from clipmapper.models.captioner import Captioner
 from clipmapper.outputs import NO_ROOM, check_folder
+from clipmapper.progress import progress
 from clipmapper.training.checkpoint_data import data_for
 from clipmapper.training.explained_records import samples_of, unanswerable
 from clipmapper.training.explanation_kinds import explanation_kind
@@ -62,7 +61,7 @@ def perturb_checkpoint(config: PerturbConfig) -> Path:
             file.unlink()
     key = json.dumps({"checkpoint": digest, **depends}, sort_keys=True)
     try:
-        with tqdm(total=total, desc="perturbation") as bar:
+        with progress("perturbation, points of curves", total) as advance:
             report = kind.report(
                 model,
                 samples,
@@ -72,10 +71,9 @@ def perturb_checkpoint(config: PerturbConfig) -> Path:
                 seed=config.seed,
                 folder=chunks,
                 key=key,
-                progress=bar.update,
+                progress=advance,
                 **options,
             )
-            bar.update(total - bar.n)
     except KeyboardInterrupt as stop:
         raise RunInterrupted(_kept(chunks, key)) from stop
     except OSError as error:

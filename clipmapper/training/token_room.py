@@ -8,9 +8,9 @@ import torch
 
 from clipmapper.data.memory import size_of
 from clipmapper.data.token_cache import TokenStore
-from clipmapper.data.waiting import span
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.tokens import tokenize
+from clipmapper.progress import span
 from clipmapper.training.encoder_tokens import ImageSource, image_key, image_shape, text_key
 from clipmapper.training.tables import console
 
