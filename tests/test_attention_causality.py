@@ -173,7 +173,7 @@ def test_a_classifier_in_a_folder(script, tmp_path, capsys):
 
 
 def test_a_model_that_writes_captions_is_refused(script, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("clipmapper.models.build.load", lambda path: tiny_models.captioner(tmp_path))
+    monkeypatch.setattr("clipmapper.models.build.load", lambda path, **_: tiny_models.captioner(tmp_path))
     assert script.main(["--checkpoint", "captions.ckpt", "--output", str(tmp_path / "out.json")]) == 2
     assert "writes captions" in capsys.readouterr().err
 

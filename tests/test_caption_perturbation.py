@@ -246,6 +246,6 @@ def test_report_goes_on_where_it_stopped(model, samples, report, tmp_path):
     assert sum(points) == curve_points(4, len(METHODS))
     assert np.array_equal(first.caption_scores.values, report.caption_scores.values)
     again = run("a")
-    assert not points and np.array_equal(again.word_scores.values, report.word_scores.values)
+    assert not any(points) and np.array_equal(again.word_scores.values, report.word_scores.values)
     run("b")
     assert points

@@ -406,5 +406,5 @@ def test_best_and_undecided_methods_are_marked(capsys):
         ["gae", "40.0 [30.0, 50.0]", "40.0 [30.0, 50.0]"],
         ["random", "35.0 [25.0, 45.0] =", "35.0 [25.0, 45.0] ="],
     ]
-    assert [cell.count("[bold]") for cell in table.columns[1].cells] == [1, 0, 0]  # lowest is best
-    assert [cell.count("[bold]") for cell in table.columns[2].cells] == [0, 1, 0]  # highest is best
+    assert [cell.style == "bold" for cell in table.columns[1].cells] == [True, False, False]  # lowest
+    assert [cell.style == "bold" for cell in table.columns[2].cells] == [False, True, False]  # highest

@@ -135,15 +135,17 @@ def command(tmp_path, monkeypatch, capfd):
     return run
 
 
-def test_perturb_works_where_the_truth_is_unknown(answering, captioning, command):
+def test_perturb_works_where_the_truth_is_unknown(answering, captioning, place, command):
     few = ("methods=[weighted,random]", "samples=2")
-    for folder in (answering, captioning):
+    for folder, name in ((answering, "questions"), (captioning, "captions")):
         checkpoint = f"checkpoint={folder / CHECKPOINT}"
+        few = ("data=manifest", f"data.path={place / name}.jsonl", *few[-2:])
         status, printed, errors = command("perturb", checkpoint, *few)
         assert status == 0, errors
         assert "Perturbation" in printed and "Localisation" not in printed
     status, _, errors = command("perturb", checkpoint, "split=held_out", *few)
     assert (status, errors) == (2, "error: split=held_out: the data has train, validation, test\n")
+    few = ("data=manifest", f"data.path={place / 'questions.jsonl'}", *few[-2:])
     status, _, errors = command("perturb", f"checkpoint={answering / CHECKPOINT}", "split=test", *few)
     assert (status, errors) == (2, "error: split=test: its questions have no answers\n")
 
@@ -160,7 +162,8 @@ def test_an_image_that_has_gone_stops_with_its_line(answering, place, command):
     # Checked before the run, gone afterwards: perturb checks again.
     moved = (place / "5.jpg").rename(place / "away.jpg")
     try:
-        status, _, errors = command("perturb", f"checkpoint={answering / CHECKPOINT}", "samples=3")
+        data = ("data=manifest", f"data.path={place / 'questions.jsonl'}")
+        status, _, errors = command("perturb", f"checkpoint={answering / CHECKPOINT}", *data, "samples=3")
     finally:
         moved.rename(place / "5.jpg")
     assert status == 2 and errors.startswith("error: ") and "questions.jsonl:6: no such image: " in errors

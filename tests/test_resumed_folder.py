@@ -100,8 +100,8 @@ def test_an_interrupted_run_behind_a_finished_one(tmp_path):
         (lambda run: (run / RESULTS).write_text("{}"), "that run is finished"),
         (lambda run: (run / CHECKPOINT).unlink(), "has left no checkpoint"),
         (lambda run: (run / CONFIG).unlink(), r"not the folder of a run \(there is no config.yaml\)"),
-        (lambda run: (run / CONFIG).write_text("[1]"), "holds no settings"),
-        (lambda run: (run / CONFIG).write_bytes(b"\xff\xfe: ["), "can't be read"),
+        (lambda run: (run / CONFIG).write_text("[1]"), "no settings of a run"),
+        (lambda run: (run / CONFIG).write_bytes(b"\xff\xfe: ["), "no settings of a run"),
         (lambda run: (run / CONFIG).write_text(yaml.safe_dump({**SETTINGS, "seed": 1})), "seed is not what"),
     ],
 )
