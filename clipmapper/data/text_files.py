@@ -25,6 +25,8 @@ _STARTS = {
     b"\x28\xb5\x2f\xfd": "compressed by Zstandard; unpack it",
     b"%PDF": "a PDF",
     b"PAR1": "Parquet",
+    b"%!PS": "PostScript",
+    b"\xc5\xd0\xd3\xc6": "PostScript",
 }
 _HEAD = 1024
 
@@ -34,6 +36,9 @@ def other_kind(head: bytes) -> str | None:
     for start, kind in _STARTS.items():
         if head.startswith(start):
             return kind
+    if head[4:8] == b"ftyp":
+        heic = head[8:11] in (b"hei", b"hev", b"mif")
+        return "HEIC; save it as JPEG" if heic else "a video, or an image of a kind that is not known"
     text = head.lstrip(codecs.BOM_UTF8).lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html")):
         return "an HTML page; a download that failed leaves one"
