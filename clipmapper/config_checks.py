@@ -22,6 +22,7 @@ from clipmapper.config import DataConfig, Section, TrainConfig
 from clipmapper.config_keys import described, nearest_choice, section_of, setting_named, unknown_setting
 from clipmapper.errors import UserError
 
+_LONGEST_LIST = 300  # letters of what is allowed in one line
 _Schema = TypeVar("_Schema", bound=Section)
 
 
@@ -166,7 +167,11 @@ def _no_such_choice(path: str, options: Sequence[str]) -> str:
 
 def _not_one_of(value: str, choices: Sequence[str]) -> str:
     near = nearest_choice(value, choices)
-    return f"{value!r} is not one of {', '.join(choices)}" + (f"; did you mean {near}?" if near else "")
+    shown = list(choices)
+    while len(", ".join(shown)) > _LONGEST_LIST:
+        shown.pop()
+    more = f" and {len(choices) - len(shown)} more" if len(shown) < len(choices) else ""
+    return f"{value!r} is not one of {', '.join(shown)}{more}" + (f"; did you mean {near}?" if near else "")
 
 
 def _unreadable(override: str | None) -> str:

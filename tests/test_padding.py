@@ -29,7 +29,7 @@ FAMILIES = [
 ]  # fmt: skip
 # Their tokens count positions from the left of the row, padding or not, and can't be told otherwise.
 FROM_THE_LEFT = ("hf_m2m100", "hf_mpnet", "hf_distilbert", "hf_bart", "hf_marian", "hf_blenderbot-small",
-                 "hf_mbart", "hf_pegasus", "hf_blenderbot")  # fmt: skip
+                 "hf_mbart", "hf_pegasus", "hf_blenderbot", "hf_lxmert")  # fmt: skip
 QUICK = ("hf_llama", "hf_gemma3", "hf_gpt2_reading", "hf_t5", "hf_bert", "hf_falcon, alibi")
 
 
