@@ -406,6 +406,7 @@ ODD = {"image": "0.png", "question": "z", "answers": "a"}
         ("a.jsonl", "[" * 100_000, ":1: not JSON: nested too deeply"),
         ("a.jsonl", LINES[:-10], ":3: not JSON: "),
         ("a.json", json.dumps(ROWS, indent=1)[:-30], "it ends too early, as of a download cut short)"),
+        ("a.json", json.dumps(ROWS, indent=1)[:30], "it ends too early, as of a download cut short)"),
         ("a.json", [*ROWS, 1], ":row 4: not an object: 1"),
         ("a.csv", TABLE + "0.png,z,[%s]\n" % ("1" * 5000), ":5: not a list in JSON: a number of too"),
         ("a.csv", TABLE + "0.png,z,[NaN]\n", ":5: answers not text: nan"),

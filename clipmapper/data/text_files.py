@@ -58,7 +58,7 @@ def given_path(text: str | os.PathLike[str]) -> Path:
 def check_file(path: Path, what: str = "") -> bytes:
     """The first bytes of a file. Raises ``UserError`` where there is none or it can't be read; ``what`` (such
     as "the questions of train2014") is said to belong there."""
-    belongs = f"; {what} belongs there" if what else ""
+    belongs = f"; {what} should be there" if what else ""
     try:
         if path.is_dir():
             raise UserError(f"{path}: a folder, not a file{belongs}")
@@ -132,7 +132,8 @@ def read_json(path: Path, what: str = "") -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        early = "; it ends too early, as of a download cut short" if not text[error.pos :].strip() else ""
+        ended = error.msg.startswith("Unterminated string") or not text[error.pos :].strip()
+        early = "; it ends too early, as of a download cut short" if ended else ""
         reason = f"{error.msg}, line {error.lineno}, character {error.colno}{early}"
     except RecursionError:
         reason = "nested too deeply"
