@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from clipmapper.errors import UserError
 from clipmapper.evaluation.attention_causality import attention_causality, count_forwards
+from clipmapper.models.cut_texts import cut_texts_said_once
 from clipmapper.outputs import check_file
 from clipmapper.relevance.substitution import names_of_calls
 from clipmapper.stopping import a_command
@@ -68,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(options)
 
 
+@cut_texts_said_once()
 def _run(options: argparse.Namespace) -> int:
     try:
         _check(options)

@@ -55,9 +55,7 @@ def coco_captions_data(
     files += [] if karpathy is None else [root / karpathy]
     found = remembered("coco_captions", files, {"folder": folder, "karpathy": karpathy}, read)
     readable, notes = readable_only(found.splits, on_bad_image, check=check)
-    return RecordData(
-        readable, None, decoding=decoding, workers=workers, notes=[*notes, *found.notes]
-    )
+    return RecordData(readable, None, decoding=decoding, workers=workers, notes=[*notes, *found.notes])
 
 
 def read_coco_captions(folder: Path, subset: str, notes: list[str] | None = None) -> list[Record]:
@@ -65,7 +63,8 @@ def read_coco_captions(folder: Path, subset: str, notes: list[str] | None = None
     file = _file(folder, subset)
     reading = Entries()
     images = captioned_images(file, f"COCO's captions of {subset}", reading)
-    for image, said in images:
+    complete = not reading.problems  # else the captions that are wrong would be told twice
+    for image, said in images if complete else ():
         if not said:
             reading.wrong(str(file), "an image without a caption", str(image["id"]))
     reading.stop()

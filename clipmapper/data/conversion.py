@@ -109,6 +109,7 @@ def _ok_vqa(source: Source) -> Iterator[Row]:
     for entry in reading.listed(annotated, "annotations", file, _OK_VQA):
         if answers.setdefault(entry["question_id"], entry) is not entry:
             reading.wrong(entry["source"], "the same question annotated twice", str(entry["question_id"]))
+    complete = not reading.problems  # else annotations that are wrong would be told twice
     topics = annotated.get("question_types") or {}
     if not isinstance(topics, Mapping) or not all(isinstance(topic, str) for topic in topics.values()):
         raise UserError(f"{file}: 'question_types' is not a dictionary of texts but {shown(topics)}")
@@ -119,7 +120,9 @@ def _ok_vqa(source: Source) -> Iterator[Row]:
     for entry in reading.listed(content, "questions", source.questions, _ASKED):
         number = entry["question_id"]
         if number not in answers:
-            reading.wrong(str(file), f"a question of {source.questions.name} is not annotated", str(number))
+            if complete:
+                what = f"a question of {source.questions.name} is not annotated"
+                reading.wrong(str(file), what, str(number))
             continue
         kind = answers[number]["question_type"]
         yield {
@@ -195,7 +198,9 @@ def _coco_captions(source: Source) -> Iterator[Row]:
 
 
 def _captions(source: Source, what: str) -> Iterator[Row]:
-    for image, said in captioned_images(source.questions, what, source.reading):
+    found = captioned_images(source.questions, what, source.reading)
+    source.reading.stop()  # before a caption that is wrong is told as one that is not there
+    for image, said in found:
         yield {
             "source": image["source"],
             "id": image["id"],

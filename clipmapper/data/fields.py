@@ -3,6 +3,7 @@
 A schema is a dictionary, name → :class:`Field`; every official reader describes its entries by one.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,11 @@ from clipmapper.errors import UserError
 _SHOWN = 60
 _NUMBERS = 2**63
 REQUIRED = object()
+# ["a"], ['a' 'b'], [1, 2], [a, b], [], ('a',), array(['a'], dtype=object); not [unanswerable].
+_LIST = re.compile(
+    r"""(array\()?(\[\s*(['"{\[\d-].*|.*,.*)?\]|\(\s*['"].*['"]\s*,(\s*['"].*['"])?\s*\))(,.*)?\)?""",
+    re.DOTALL,
+)
 
 
 class _Wrong(Exception):
@@ -78,6 +84,8 @@ def _key(value: Any) -> tuple[int | str, bool]:
 def _texts(of: str | None) -> Callable[[Any], tuple[list[str], bool]]:
     def read(value: Any) -> tuple[list[str], bool]:
         converted = not isinstance(value, list)
+        if converted and isinstance(value, str) and is_list_as_text(value):
+            raise _Wrong(f"a list written as text, {shown(value)}")
         entries = [value] if converted else value
         if not entries:
             raise _Wrong("an empty list")
@@ -125,7 +133,7 @@ class Entries:
             found = content.get(key) if isinstance(content, Mapping) else None
             if not isinstance(found, list):
                 is_object = isinstance(content, Mapping)
-                inside = f"there is {shown(found)}" if is_object else f"it is {_kind(content)}"
+                inside = _instead(content, key) if is_object else f"it is {_kind(content)}"
                 what = f"no list {key!r} in it ({inside}), so it is no official file of that kind"
                 raise UserError(f"{path}: {what}")
             where = f" of {key!r}"
@@ -172,12 +180,23 @@ class Entries:
         return [f"{path}: converted {counts}"]
 
 
+def is_list_as_text(text: str) -> bool:
+    """Whether a list was written into a text, as by JSON, Python or NumPy. Its letters are no answers."""
+    return _LIST.fullmatch(text.strip()) is not None
+
+
 def shown(value: object) -> str:
-    """A value in a message, as JSON says it."""
+    """A value in a message."""
     if isinstance(value, int) and abs(value) >= 10**_SHOWN:
         return "a number of too many digits"
     said = "null" if value is None else repr(value).lower() if isinstance(value, bool) else repr(value)
     return said if len(said) <= _SHOWN else f"{said[:_SHOWN]}..."
+
+
+def _instead(content: Mapping, key: str) -> str:
+    if key in content:
+        return f"there is {shown(content[key])}"
+    return f"there is {', '.join(str(name)[:_SHOWN] for name in list(content)[:10]) or 'nothing'}"
 
 
 def _kind(content: object) -> str:

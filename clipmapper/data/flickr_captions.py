@@ -92,21 +92,21 @@ def flickr_captions_data(
 def _lines(file: Path) -> Iterator[tuple[str, tuple[str, str] | Problem]]:
     text = list(text_lines(file, "a token file of Flickr's captions (data.tokens)"))
     first = text[0]
-    table = "\t" not in first and re.match(r"image(_name)?\s*[,|]", first)
+    table = "\t" not in first and re.match(r"image(_name)?\s*([,;|])", first)
     for number, line in enumerate(text, 1):
         source = f"{file}:{number}"
         if not line.strip() or (table and number == 1):
             continue
-        if table and "|" in first:  # Flickr30k's table on Kaggle: one line of it lacks its second mark
+        if table and table[2] == "|":  # Flickr30k's table on Kaggle: one line of it lacks its second mark
             cells = [cell.strip() for cell in line.split("|", 2)]
             name, caption = cells[0], cells[-1] if len(cells) == 3 else ""
         elif table:
             try:
-                cells = next(csv.reader([line]))
+                cells = next(csv.reader([line], delimiter=table[2]))
             except csv.Error as error:
                 yield source, Problem(source, "not CSV", str(error))
                 continue
-            name, caption = (cells[0], ",".join(cells[1:]).strip()) if len(cells) > 1 else (line, "")
+            name, caption = (cells[0], table[2].join(cells[1:]).strip()) if len(cells) > 1 else (line, "")
         else:
             name, _, caption = (part.strip() for part in line.partition("\t"))
             name = re.sub(r"#\d+$", "", name)

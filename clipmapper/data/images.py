@@ -1,5 +1,6 @@
 """Opening images that users give, and bringing rendered ones to what a CLIP reads."""
 
+import warnings
 from io import BytesIO
 from pathlib import Path
 
@@ -10,11 +11,26 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
+from clipmapper.data.jpeg_segments import JPEG, bare_jpeg
 from clipmapper.data.png_chunks import PNG, bare_png
 from clipmapper.data.text_files import other_kind
 from clipmapper.errors import UserError
 
 _SLIMMEST = 1000  # a longer side more than this many times the shorter one would grow beyond any memory
+
+
+_BARE = {PNG: bare_png, JPEG: bare_jpeg}
+
+
+def ignore_bad_metadata() -> None:
+    """No warnings of Pillow's about EXIF and the like that it can't read; for this process and good.
+
+    (Only a filter can do it: images are read by threads, for which ``catch_warnings`` is not made.)
+    """
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.(Tiff|Jpeg|Png)ImagePlugin$")
+
+
+ignore_bad_metadata()
 
 
 class UnreadableImage(Exception):
@@ -66,14 +82,17 @@ def _decoded(image: str | Path | bytes | Image.Image | np.ndarray, *, reduced: b
         if isinstance(image, Image.Image):
             return _upright_rgb(image)
         head = image[:1024] if isinstance(image, bytes) else _head(Path(image))
+        if other_kind(head) == "PostScript":  # Pillow would have Ghostscript run it
+            raise UnreadableImage(_NOT_READABLE, "PostScript, which is a program")
         try:
             return _from_file(BytesIO(image) if isinstance(image, bytes) else image, reduced)
         except Exception:
             # Pillow gives a PNG up for a text chunk that it can't read.
-            if not head.startswith(PNG):
+            bare = next((bare for start, bare in _BARE.items() if head.startswith(start)), None)
+            if bare is None:
                 raise
             content = image if isinstance(image, bytes) else Path(image).read_bytes()
-            return _from_file(BytesIO(bare_png(content)), reduced)
+            return _from_file(BytesIO(bare(content)), reduced)
     except (UnreadableImage, KeyboardInterrupt):
         raise
     # Whatever a plugin of Pillow's raises: RuntimeError (AVIF), MemoryError, struct.error, SyntaxError.

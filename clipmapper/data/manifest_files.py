@@ -51,7 +51,9 @@ def _json_lines(path: Path) -> Iterator[Row]:
             try:
                 row = json.loads(text)
             except json.JSONDecodeError as error:
-                if number == 1 and (rows := _whole(path)) is not None:  # written over several lines
+                # Perhaps written over several lines. What opens one, or is called .json, is nothing else.
+                sure = path.suffix.lower() == ".json" or text in ("[", "{")
+                if number == 1 and (rows := _whole(path, sure)) is not None:
                     yield from rows
                     return
                 yield source, Problem(source, "not JSON", f"{error.msg} at character {error.pos + 1}")
@@ -69,11 +71,14 @@ def _json_lines(path: Path) -> Iterator[Row]:
                     yield source, Problem(source, "not an object", f"{text[:40]}; write {{...}}")
 
 
-def _whole(path: Path) -> Iterator[Row] | None:
-    """The rows of a file that is one JSON text, None where it is none."""
+def _whole(path: Path, sure: bool) -> Iterator[Row] | None:
+    """The rows of a file that is one JSON text, None where it is none; if it is ``sure`` to be meant as one,
+    raises ``UserError`` where it can't be read."""
     try:
         content = read_json(path)
     except UserError:
+        if sure:
+            raise
         return None
     rows = _rows_in(path, content)
     return rows if rows is not None or not isinstance(content, dict) else iter([(str(path), content)])
@@ -133,6 +138,8 @@ def _csv_rows(path: Path, reader, skipped: int) -> Iterator[Row]:
         if not is_text("".join(cells)):
             if not other:
                 yield source, Problem(source, not_utf8(number))
+            if columns is None:
+                return
             other = True
             continue
         if columns is None:
@@ -182,7 +189,8 @@ def _parquet(path: Path) -> Iterator[Row]:
                         {key: value for key, value in row.items() if value is not None},
                     )
     except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        kind = other_kind(check_file(path))
+        kind = None if (head := check_file(path)).startswith(b"PAR1") else other_kind(head)
+        kind = kind or (None if head else "an empty file")
         reason = "text in it that is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
         raise UserError(f"{path}: not a readable Parquet file ({kind or reason.splitlines()[0]})") from error
 

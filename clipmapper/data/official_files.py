@@ -29,12 +29,12 @@ def captioned_images(path: Path, what: str, reading: Entries) -> list[tuple[Mapp
         if images.setdefault(image["id"], image) is not image:
             first = images[image["id"]]["source"].rpartition(": ")[2]
             reading.wrong(image["source"], "the same image twice", f"{image['id']} is that of {first} too")
+    complete = not reading.problems  # else captions of images that are there would be told too
     captions: dict[int, list[str]] = {image: [] for image in images}
     for entry in counted(reading.listed(content, "annotations", path, _CAPTION), f"reading {path}, captions"):
-        if entry["image_id"] not in captions:
-            reading.wrong(
-                entry["source"], "a caption of an image that is not in 'images'", str(entry["image_id"])
-            )
-        else:
-            captions[entry["image_id"]].append(" ".join(entry["caption"].split()))
+        image = entry["image_id"]
+        if image in captions:
+            captions[image].append(" ".join(entry["caption"].split()))
+        elif complete:
+            reading.wrong(entry["source"], "a caption of an image that is not in 'images'", str(image))
     return [(images[image], said) for image, said in captions.items()]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from clipmapper.data.answers import settled
 from clipmapper.data.base64_images import decoded_base64, looks_like_base64
-from clipmapper.data.fields import shown, written_number
+from clipmapper.data.fields import is_list_as_text, shown, written_number
 from clipmapper.data.problems import Problem
 from clipmapper.data.record import OTHER, Record, StoredImage
 from clipmapper.data.table_builder import TableBuilder
@@ -74,7 +74,8 @@ class RowReader:
         return split, record
 
     def _record(self, source: str, row: Mapping, given: Mapping, answered: bool) -> Record:
-        there = ", ".join(map(str, row)) or "nothing"
+        named = [str(name)[:_SHOWN] for name, value in row.items() if not _absent(value)]
+        there = ", ".join(named[:10]) or "nothing"
         if given["image"] is None and given["image_base64"] is None:
             raise Mistake("no image", f"give image or image_base64; there is {there}")
         image, image_id = _image(given["image"], given["image_base64"], self.folder)
@@ -188,9 +189,9 @@ def _texts(name: str, value: object) -> list[str]:
     one = name.rstrip("s")
     if isinstance(value, Mapping) and isinstance(value.get(one), list):  # as `datasets` keeps such lists
         value = value[one]
-    if isinstance(value, str) and re.fullmatch(r"\[.*\]", value.strip(), re.DOTALL):
-        raise Mistake(f"{name}: a list written as text", f"{shown(value)}; write a list")
     entries = value if isinstance(value, list | tuple) else [value]
+    if len(entries) == 1 and isinstance(entries[0], str) and is_list_as_text(entries[0]):
+        raise Mistake(f"{name}: a list written as text", f"{shown(entries[0])}; write a list")
     if not entries:
         raise Mistake(f"no {name}", "an empty list")
     return [_text(name, e[one] if isinstance(e, Mapping) and one in e else e) for e in entries]

@@ -25,6 +25,8 @@ _STARTS = {
     b"\x28\xb5\x2f\xfd": "compressed by Zstandard; unpack it",
     b"%PDF": "a PDF",
     b"PAR1": "Parquet",
+    b"%!PS": "PostScript",
+    b"\xc5\xd0\xd3\xc6": "PostScript",
 }
 _HEAD = 1024
 
@@ -34,6 +36,9 @@ def other_kind(head: bytes) -> str | None:
     for start, kind in _STARTS.items():
         if head.startswith(start):
             return kind
+    if head[4:8] == b"ftyp":
+        heic = head[8:11] in (b"hei", b"hev", b"mif")
+        return "HEIC; save it as JPEG" if heic else "a video, or an image of a kind that is not known"
     text = head.lstrip(codecs.BOM_UTF8).lstrip().lower()
     if text.startswith((b"<!doctype html", b"<html")):
         return "an HTML page; a download that failed leaves one"
@@ -53,7 +58,7 @@ def given_path(text: str | os.PathLike[str]) -> Path:
 def check_file(path: Path, what: str = "") -> bytes:
     """The first bytes of a file. Raises ``UserError`` where there is none or it can't be read; ``what`` (such
     as "the questions of train2014") is said to belong there."""
-    belongs = f"; {what} belongs there" if what else ""
+    belongs = f"; {what} should be there" if what else ""
     try:
         if path.is_dir():
             raise UserError(f"{path}: a folder, not a file{belongs}")
@@ -127,7 +132,8 @@ def read_json(path: Path, what: str = "") -> object:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        early = "; it ends too early, as of a download cut short" if not text[error.pos :].strip() else ""
+        ended = error.msg.startswith("Unterminated string") or not text[error.pos :].strip()
+        early = "; it ends too early, as of a download cut short" if ended else ""
         reason = f"{error.msg}, line {error.lineno}, character {error.colno}{early}"
     except RecursionError:
         reason = "nested too deeply"

@@ -1,5 +1,6 @@
 """What a run logs to, Weights & Biases or CSV, complete before the run says where it is."""
 
+import http.client
 import os
 import urllib.error
 import urllib.request
@@ -28,12 +29,15 @@ def check_logger(settings: LoggerConfig) -> None:
     options = asdict(settings)
     if options.get("mode") != "online":
         return
+    address = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
     try:
         address = wandb.setup().settings.base_url
-        key = wandb.Api(timeout=int(_PATIENCE)).api_key if os.environ.get("WANDB_API_KEY") is None else True
+        key = os.environ.get("WANDB_API_KEY") or wandb.Api(timeout=int(_PATIENCE)).api_key
     except wandb.Error:
         key = None
-        address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    except ValueError as error:  # pydantic's, of what the environment or a settings file says
+        what = " ".join(str(error).split("\n    For further")[0].split())
+        raise UserError(f"logger.mode=online: W&B's settings can't be used ({what}). {_INSTEAD}") from error
     if not key:
         what = f"no API key for {address}; give one by `wandb login`"
         raise UserError(f"logger.mode=online: {what}. {_INSTEAD}")
@@ -42,8 +46,8 @@ def check_logger(settings: LoggerConfig) -> None:
             pass
     except urllib.error.HTTPError:  # an answer all the same
         pass
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = " ".join(str(getattr(error, "reason", None) or error).split())
         raise UserError(
             f"logger.mode=online: no answer from {address} within {_PATIENCE:.0f} s ({reason}). {_INSTEAD}"
         ) from error
@@ -78,8 +82,11 @@ def run_logger(settings: LoggerConfig, folder: Path, name: str) -> Iterator[Wand
 def _started(mode: str, **options) -> wandb.Run:
     try:
         return wandb.init(mode=mode, **options)
-    except wandb.Error as error:  # a key that is not known, a server that stopped answering
-        reason = " ".join(str(error).split())[:200]
+    # A key that is not known or no key at all, a server that stopped answering.
+    except (wandb.Error, ValueError) as error:
+        reason = " ".join(str(error).split())[:200].replace(
+            "<no message>", "it gave no reason; is the key right?"
+        )
         raise UserError(f"logger.mode={mode}: W&B did not start the run ({reason}). {_INSTEAD}") from error
 
 

@@ -13,6 +13,7 @@ from clipmapper.evaluation.caption_scores import check_scores
 from clipmapper.evaluation.perturbation_run import finished_chunks
 from clipmapper.models.build import load
 from clipmapper.models.captioner import Captioner
+from clipmapper.models.cut_texts import cut_texts_said_once
 from clipmapper.outputs import NO_ROOM, check_folder
 from clipmapper.progress import progress
 from clipmapper.training.checkpoint_data import data_for
@@ -26,6 +27,7 @@ from clipmapper.training.tables import console, files_table
 _PICTURES = 8
 
 
+@cut_texts_said_once()
 def perturb_checkpoint(config: PerturbConfig) -> Path:
     """Explain questions (captions) of the settings' data or of the checkpoint's own world, print the tables,
     write ``results.json`` and pictures.
