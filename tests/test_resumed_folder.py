@@ -17,10 +17,12 @@ from clipmapper.errors import UserError
 from clipmapper.training import run_folder
 from clipmapper.training.checkpoint_files import write_checkpoint
 from clipmapper.training.endings import Unfinished
+from clipmapper.training.processes import Share
 from clipmapper.training.run_folder import (
     CHECKPOINT,
     CONFIG,
     NUMBER,
+    PROCESSES,
     RESULTS,
     folder_to_resume,
     new_run_folder,
@@ -51,6 +53,23 @@ def begun(output: Path, step: int | None = 1, finished: bool = False) -> Path:
 
 def to_resume(output: Path, resume: bool | str = True, **changed) -> Path:
     return folder_to_resume(str(output), "name", SETTINGS | changed, resume)
+
+
+def test_as_many_processes_as_before(tmp_path, monkeypatch):
+    folder = begun(tmp_path)
+    assert to_resume(tmp_path) == folder
+    monkeypatch.setattr(run_folder, "this_share", lambda: Share(0, 2))
+    with pytest.raises(UserError, match=r"started with 1 processes .*, these are 2"):
+        to_resume(tmp_path)
+    (folder / PROCESSES).unlink()  # of a run that was begun when nobody counted
+    assert to_resume(tmp_path) == folder
+
+
+def test_a_run_that_was_begun_before_there_was_the_setting(tmp_path):
+    folder = begun(tmp_path)
+    assert to_resume(tmp_path, training={"validation_samples": None}, data={"decoding": "exact"}) == folder
+    with pytest.raises(UserError, match=r"data\.decoding is not what .*exact"):
+        to_resume(tmp_path, data={"decoding": "fast"})
 
 
 def test_the_run_that_was_started_last_whatever_the_clock_says(tmp_path, monkeypatch):

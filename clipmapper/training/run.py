@@ -107,8 +107,12 @@ def _train(
     if not resumed:
         in_main(lambda: until_the_end.enter_context(only_one(folder)))
         run.folder = folder
-    out.print(f"{'Resuming' if resumed else 'Run'} {folder}")
-
+    if resumed:
+        out.print(
+            f"Resuming {folder} after step {steps_of(folder / CHECKPOINT)} of {config.training.max_steps}"
+        )
+    else:
+        out.print(f"Run {folder}")
     for line in _data_lines(data):
         out.print(line)
 

@@ -12,17 +12,22 @@ import yaml
 from clipmapper.errors import UserError
 from clipmapper.outputs import write_whole
 from clipmapper.training.checkpoint_files import previous_of, steps_of
+from clipmapper.training.processes import this_share
+from clipmapper.visible_text import visible
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 CONFIG = "config.yaml"
 RESULTS = "results.json"
 JOB = "slurm_job"
 NUMBER = "number"
+PROCESSES = "processes"
 _DEPTH = 20  # of what is nested in a file of settings
 
-# Settings that say where and how long, and what to do about an image that it stopped at: a run may go on
-# with others.
-_FREE = ("output", "trainer.timeout_minutes", "data.on_bad_image")
+# Settings that say where and how long, what is looked at first, and what to do about an image that it stopped
+# at: a run may go on with others.
+_FREE = ("output", "trainer.timeout_minutes", "data.check", "data.on_bad_image")
+# What runs did that were begun before there was such a setting.
+_BEFORE = {"training.validation_samples": None, "data.decoding": "exact", "data.validation_path": None}
 
 
 def new_run_folder(output: str, name: str, settings: Mapping) -> Path:
@@ -38,6 +43,7 @@ def new_run_folder(output: str, name: str, settings: Mapping) -> Path:
             folder = begun.with_name(f"{begun.name}+{again}")
     (folder / CHECKPOINT.parent).mkdir()
     (folder / NUMBER).write_text(str(number))
+    (folder / PROCESSES).write_text(str(this_share().of))
     (folder / CONFIG).write_text(yaml.safe_dump(dict(settings), sort_keys=False))
     if job := _slurm_job():
         (folder / JOB).write_text(job)
@@ -85,6 +91,7 @@ def folder_to_resume(output: str, name: str, settings: Mapping, resume: bool | s
         way_on = f"resume={others[0]} goes on with the last that is not" if others else "start a new one"
         raise UserError(f"{said}: {which} is finished; {way_on}{'' if others else ' without it'}")
     before, now = _flat(_settings_of(folder, said)), _flat(settings)
+    before = {key: value for key, value in _BEFORE.items() if key in now} | before
     missing = object()  # None is a value: callbacks=none turns a section into one
     changed = [
         key for key in now | before if key not in _FREE and before.get(key, missing) != now.get(key, missing)
@@ -95,7 +102,19 @@ def folder_to_resume(output: str, name: str, settings: Mapping, resume: bool | s
             f"{said}: {changed[0]} is not what {folder} was started with{was}; "
             "resume with the same settings or start a new run"
         )
+    _check_processes(folder, said)
     return folder
+
+
+def _check_processes(folder: Path, said: str) -> None:
+    """``trainer.devices=auto`` is another number of them on another machine, and so are a step's samples."""
+    note, now = folder / PROCESSES, this_share().of
+    before = note.read_text().strip() if note.is_file() else str(now)
+    if before != str(now):
+        raise UserError(
+            f"{said}: {folder} was started with {visible(before[:20])} processes (trainer.devices × "
+            f"trainer.num_nodes), these are {now}; resume it with as many or start a new run"
+        )
 
 
 def newest_run(place: Path) -> Path | None:
