@@ -1,6 +1,8 @@
 """Pretraining the small CLIP of the built-in scenes."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -154,3 +156,20 @@ def test_resuming_without_a_checkpoint_is_a_mistake(architecture, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"resume=true: there is no outputs/pretrain_clip/last\.ckpt"):
         run_pretraining(settings(architecture, "clip.safetensors", resume=True))
+
+
+HOLD = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+
+
+def test_two_at_once_are_a_mistake(architecture, tmp_path, monkeypatch):
+    """They would write one checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs/pretrain_clip").mkdir(parents=True)
+    lock = "outputs/pretrain_clip/running"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    holder.stdout.readline()
+    with pytest.raises(UserError, match=r"outputs/pretrain_clip: a run is running there already"):
+        run_pretraining(settings(architecture, "clip.safetensors", max_steps=1))
+    holder.communicate("\n")

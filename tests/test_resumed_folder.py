@@ -221,7 +221,7 @@ def test_a_run_that_is_running_is_not_gone_on_with(tmp_path):
     )
     assert holder.stdout.readline() == "held\n"
     with (
-        pytest.raises(UserError, match=rf"is running already \(process {holder.pid} on "),
+        pytest.raises(UserError, match=rf"a run is running there already \(process {holder.pid} on "),
         only_one(tmp_path),
     ):
         pass

@@ -21,6 +21,7 @@ from clipmapper.training.endings import killed_worker
 from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
 from clipmapper.training.less_noise import less_noise
 from clipmapper.training.progress import steps_progress
+from clipmapper.training.run_lock import only_one
 from clipmapper.training.saving import SaveSteps
 
 _LAST = Path("outputs/pretrain_clip/last.ckpt")
@@ -40,7 +41,7 @@ def run_pretraining(config: PretrainConfig) -> dict[str, float]:
     check_folder(_LAST.parent, f"{_LAST.parent} (where the run saves)")
     settings = {key: value for key, value in asdict(config).items() if key not in _FREE}
     try:
-        with forks_ignore_signals():
+        with forks_ignore_signals(), only_one(_LAST.parent):
             return _run_pretraining(config)
     except (RunInterrupted, KeyboardInterrupt) as stop:
         raise RunInterrupted(f"{str(stop) or 'stopped at once'}; {_way_on(settings)}") from stop

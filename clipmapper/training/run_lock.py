@@ -27,7 +27,9 @@ def only_one(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
-                raise UserError(f"resume: {folder} is running already ({file.read().strip()})") from error
+                raise UserError(
+                    f"{folder}: a run is running there already ({file.read().strip()})"
+                ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
