@@ -158,7 +158,13 @@ def test_resuming_without_a_checkpoint_is_a_mistake(architecture, tmp_path, monk
         run_pretraining(settings(architecture, "clip.safetensors", resume=True))
 
 
-HOLD = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+HOLD = """
+import fcntl, sys
+with open(sys.argv[1], "a+") as file:
+    fcntl.lockf(file, fcntl.LOCK_EX)
+    print(flush=True)
+    input()
+"""
 
 
 def test_two_at_once_are_a_mistake(architecture, tmp_path, monkeypatch):

@@ -39,6 +39,7 @@ def run_pretraining(config: PretrainConfig) -> dict[str, float]:
     """
     check_file(Path(config.output), f"output={config.output}")
     check_folder(_LAST.parent, f"{_LAST.parent} (where the run saves)")
+    _LAST.parent.mkdir(parents=True, exist_ok=True)
     settings = {key: value for key, value in asdict(config).items() if key not in _FREE}
     try:
         with forks_ignore_signals(), only_one(_LAST.parent):
