@@ -51,6 +51,11 @@ def unpacked(text: bytes) -> str:
     return text.decode("utf-8", "surrogatepass")
 
 
+def as_numpy(numbers: pa.Array) -> np.ndarray:
+    """Numbers without gaps; nothing is copied. (``to_numpy`` would import pandas, which takes half a second.)"""
+    return np.from_dlpack(numbers)
+
+
 @dataclass(frozen=True, slots=True)
 class StoredBytes:
     """An image file that lies inside another file."""
@@ -85,17 +90,17 @@ class Column:
         """All of a column of numbers without gaps."""
         if not self.parts:
             return np.empty(0, np.int64)
-        return np.concatenate([part.to_numpy(zero_copy_only=False) for part in self.parts])
+        return np.concatenate([as_numpy(part) for part in self.parts])
 
     def lists(self) -> Iterator[tuple[np.ndarray, pa.Array]]:
         """Of each batch of a column of lists, where lists begin (one more than rows), and what is in them."""
         for part in self.parts:
-            offsets = part.offsets.to_numpy()
+            offsets = as_numpy(part.offsets)
             yield offsets - offsets[0], part.values[int(offsets[0]) : int(offsets[-1])]
 
     def lengths(self) -> np.ndarray:
         """Of a column of lists."""
-        found = [np.diff(part.offsets.to_numpy()) for part in self.parts]
+        found = [np.diff(as_numpy(part.offsets)) for part in self.parts]
         return np.concatenate(found) if found else np.empty(0, np.int32)
 
 

@@ -46,9 +46,7 @@ class ReadableItems:
             return RecordDataset([record], self.reader)[0]
         except UserError as error:
             if not self.skip:
-                raise UserError(
-                    f"{error}; data.on_bad_image=skip leaves it out"
-                ) from error
+                raise UserError(f"{error}; data.on_bad_image=skip leaves it out") from error
             if record.source not in self._told:
                 self._told.add(record.source)
                 with open(self.file, "a") as file:  # one write: lines of several processes do not mix
