@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from clipmapper.data.record import Record, StoredImage
 from clipmapper.errors import UserError
@@ -52,7 +53,7 @@ def unpacked(text: bytes) -> str:
 
 
 def as_numpy(numbers: pa.Array) -> np.ndarray:
-    """Numbers without gaps; nothing is copied. (``to_numpy`` would import pandas, which takes half a second.)"""
+    """Numbers without gaps; nothing is copied. (``to_numpy`` would import pandas, for half a second.)"""
     return np.from_dlpack(numbers)
 
 
@@ -259,9 +260,15 @@ class RecordTable(Sequence[Record]):
         """How many ``answers`` or ``captions`` each record has: int32[records]."""
         return self.columns.records[name].lengths()[self.rows]
 
-    def questions(self) -> list[str | None]:
-        """The question of every record."""
-        return [self.columns.question(row) for row in self.rows.tolist()]
+    def different_questions(self) -> tuple[pa.Array, np.ndarray]:
+        """The different questions, in order and :func:`packed`, and which of them each record asks:
+        int64[records]. Every record has one."""
+        column = self.columns.tables[RECORDS_FILE].column("question")
+        asked = column.take(pa.array(self.rows)).combine_chunks().dictionary_encode()
+        order = as_numpy(pc.sort_indices(asked.dictionary)).astype(np.int64)
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        return asked.dictionary.take(pa.array(order)), rank[as_numpy(asked.indices)]
 
     def first_of_images(self) -> tuple[np.ndarray, np.ndarray]:
         """Places of the first record of each image, in order, and the place among them of every record's
