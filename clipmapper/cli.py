@@ -27,6 +27,7 @@ from clipmapper.config import (
 from clipmapper.config_checks import check_overrides, checked, describe_failure
 from clipmapper.errors import UserError, UserErrors
 from clipmapper.free_text import quoted
+from clipmapper.lasting_imports import lasting_imports
 from clipmapper.own_line import print_on_own_line
 from clipmapper.settings import config_groups, data_settings
 from clipmapper.shipped import shipped_root
@@ -40,9 +41,10 @@ def train(arguments: Sequence[str] | None = None) -> None:
     """Train CLIPmapper and explain it."""
 
     def work(config: TrainConfig) -> float | None:
-        from clipmapper.training.interruption import RunInterrupted
-        from clipmapper.training.run import train
-        from clipmapper.training.run_folder import objective
+        with lasting_imports():
+            from clipmapper.training.interruption import RunInterrupted
+            from clipmapper.training.run import train
+            from clipmapper.training.run_folder import objective
 
         try:
             return objective(train(config))
@@ -56,7 +58,8 @@ def explain(arguments: Sequence[str] | None = None) -> None:
     """Explain one answer of a trained CLIPmapper."""
 
     def work(config: ExplainConfig) -> None:
-        from clipmapper.training.run_explain import explain_file
+        with lasting_imports():
+            from clipmapper.training.run_explain import explain_file
 
         explain_file(config)
 
@@ -71,8 +74,9 @@ def perturb(arguments: Sequence[str] | None = None) -> None:
     of_data = [argument for argument in given if re.match(r"[+~]*data[=.]", argument)]
 
     def work(config: PerturbConfig) -> None:
-        from clipmapper.training.interruption import RunInterrupted
-        from clipmapper.training.run_perturb import perturb_checkpoint
+        with lasting_imports():
+            from clipmapper.training.interruption import RunInterrupted
+            from clipmapper.training.run_perturb import perturb_checkpoint
 
         config.data = data_settings(of_data) if of_data and of_data != ["data=null"] else None
         try:
@@ -87,8 +91,9 @@ def pretrain_clip(arguments: Sequence[str] | None = None) -> None:
     """Train the small CLIP of the built-in scenes."""
 
     def work(config: PretrainConfig) -> None:
-        from clipmapper.training.interruption import RunInterrupted
-        from clipmapper.training.pretrain import run_pretraining
+        with lasting_imports():
+            from clipmapper.training.interruption import RunInterrupted
+            from clipmapper.training.pretrain import run_pretraining
 
         try:
             scores = run_pretraining(config)

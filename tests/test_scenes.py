@@ -43,6 +43,7 @@ from clipmapper.models.heads import VQAHead
 from clipmapper.models.mapper import MAPPERS
 from clipmapper.models.tokens import tokenize
 from clipmapper.training import contrastive
+from clipmapper.training.asked_texts import asked_texts
 from clipmapper.training.contrastive import ContrastiveScenes
 from clipmapper.training.encoder_tokens import ArrayImages, question_tokens
 from clipmapper.training.explained_samples import choose_samples
@@ -803,7 +804,7 @@ def test_cached_tokens_are_those_of_the_encoder(model, data):
         encoder,
         TokenStore(batch_size=7),
         ArrayImages(split.images, encoder.clip.visual),
-        texts,
+        asked_texts(encoder.tokenizer, texts, "simple"),
         torch.from_numpy(split.image_of),
         "simple",
     )

@@ -18,6 +18,7 @@ from clipmapper.data.token_cache import TokenStore
 from clipmapper.data.token_file import TokenFile
 from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
+from clipmapper.training.asked_texts import asked_texts
 from clipmapper.training.encoder_tokens import ArrayImages, image_tokens, text_tokens
 
 ROWS, SHAPE, PART = 23, (3, 4), 5
@@ -285,7 +286,7 @@ def cached(encoder: ClipEncoder, folder: Path, pixels: np.ndarray, texts=TEXTS) 
         store = TokenStore(folder, batch_size=4)
         image_tokens(encoder, store, ArrayImages(pixels, encoder.clip.visual), lambda done: None)
         images = sum(encoded)
-        text_tokens(encoder, store, texts, lambda done: None)
+        text_tokens(encoder, store, asked_texts(encoder.tokenizer, texts, "train"), lambda done: None)
     finally:
         encoder._towers = (image_tower, text_tower)
     return images, sum(encoded) - images

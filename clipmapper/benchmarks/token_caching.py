@@ -18,6 +18,7 @@ from clipmapper.errors import UserError
 from clipmapper.models.build import build_clipmapper, load
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.tokens import tokenize
+from clipmapper.training.asked_texts import asked_texts
 from clipmapper.training.encoder_tokens import ArrayImages, question_tokens
 from clipmapper.training.run_explain import chosen_device
 from clipmapper.training.vqa import answer_loss
@@ -42,7 +43,8 @@ def caching(options: Namespace) -> dict:
     model = _model(options).to(device).eval()
     split = ScenesVQA(1, 1, options.scenes, 1, 1, options.seed).validation
     source = ArrayImages(split.images, model.encoder.clip.visual)
-    texts, image_of = [q.text for q in split.questions], torch.from_numpy(split.image_of)
+    questions, image_of = [q.text for q in split.questions], torch.from_numpy(split.image_of)
+    texts = asked_texts(model.encoder.tokenizer, questions, "validation")
 
     def cache(store: TokenStore) -> TokenCache:
         return question_tokens(model.encoder, store, source, texts, image_of, "validation")
@@ -53,7 +55,7 @@ def caching(options: Namespace) -> dict:
     optimiser = torch.optim.AdamW(trained, lr=0.0)  # the time of a step, without going anywhere
 
     def step(tokens: TokenCache | None) -> None:
-        asked = torch.from_numpy(rng.integers(0, len(texts), options.batch_size))
+        asked = torch.from_numpy(rng.integers(0, len(questions), options.batch_size))
         targets = torch.zeros(len(asked), len(model.answers), device=device)
         optimiser.zero_grad()
         answer_loss(_logits(model, split, tokens, asked, device), targets).backward()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from clipmapper.data.record import Record, StoredImage
 from clipmapper.errors import UserError
@@ -51,6 +52,11 @@ def unpacked(text: bytes) -> str:
     return text.decode("utf-8", "surrogatepass")
 
 
+def as_numpy(numbers: pa.Array) -> np.ndarray:
+    """Numbers without gaps; nothing is copied. (``to_numpy`` would import pandas, for half a second.)"""
+    return np.from_dlpack(numbers)
+
+
 @dataclass(frozen=True, slots=True)
 class StoredBytes:
     """An image file that lies inside another file."""
@@ -85,17 +91,17 @@ class Column:
         """All of a column of numbers without gaps."""
         if not self.parts:
             return np.empty(0, np.int64)
-        return np.concatenate([part.to_numpy(zero_copy_only=False) for part in self.parts])
+        return np.concatenate([as_numpy(part) for part in self.parts])
 
     def lists(self) -> Iterator[tuple[np.ndarray, pa.Array]]:
         """Of each batch of a column of lists, where lists begin (one more than rows), and what is in them."""
         for part in self.parts:
-            offsets = part.offsets.to_numpy()
+            offsets = as_numpy(part.offsets)
             yield offsets - offsets[0], part.values[int(offsets[0]) : int(offsets[-1])]
 
     def lengths(self) -> np.ndarray:
         """Of a column of lists."""
-        found = [np.diff(part.offsets.to_numpy()) for part in self.parts]
+        found = [np.diff(as_numpy(part.offsets)) for part in self.parts]
         return np.concatenate(found) if found else np.empty(0, np.int32)
 
 
@@ -254,9 +260,15 @@ class RecordTable(Sequence[Record]):
         """How many ``answers`` or ``captions`` each record has: int32[records]."""
         return self.columns.records[name].lengths()[self.rows]
 
-    def questions(self) -> list[str | None]:
-        """The question of every record."""
-        return [self.columns.question(row) for row in self.rows.tolist()]
+    def different_questions(self) -> tuple[pa.Array, np.ndarray]:
+        """The different questions, in order and :func:`packed`, and which of them each record asks:
+        int64[records]. Every record has one."""
+        column = self.columns.tables[RECORDS_FILE].column("question")
+        asked = column.take(pa.array(self.rows)).combine_chunks().dictionary_encode()
+        order = as_numpy(pc.sort_indices(asked.dictionary)).astype(np.int64)
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        return asked.dictionary.take(pa.array(order)), rank[as_numpy(asked.indices)]
 
     def first_of_images(self) -> tuple[np.ndarray, np.ndarray]:
         """Places of the first record of each image, in order, and the place among them of every record's

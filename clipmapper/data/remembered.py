@@ -27,6 +27,7 @@ from clipmapper.data.record_table import (
     TEXTS_FILE,
     Columns,
     RecordTable,
+    as_numpy,
 )
 from clipmapper.data.table_builder import splits_of
 
@@ -180,13 +181,18 @@ def _check(entry: Path, splits: int, objects: int) -> None:
 
 
 def _check_range(numbers: pa.Array, count: int) -> None:
-    found = numbers.to_numpy(zero_copy_only=False)
-    if numbers.null_count or (len(found) and not 0 <= found.min() <= found.max() < count):
+    if numbers.null_count:
+        raise ValueError("a number is missing")
+    found = as_numpy(numbers)
+    if len(found) and not 0 <= found.min() <= found.max() < count:
         raise ValueError("a number that points nowhere")
 
 
 def _check_images(batch: pa.RecordBatch, objects: int, size: int) -> None:
-    offset, length = (batch.column(name).to_numpy(zero_copy_only=False) for name in ("offset", "size"))
+    offset, length = (batch.column(name) for name in ("offset", "size"))
+    if offset.null_count or length.null_count:
+        raise ValueError("a number is missing")
+    offset, length = as_numpy(offset), as_numpy(length)
     limits = np.where(length == IN_OBJECT, objects - 1, np.where(length == IN_FILE, 0, size - length))
     if (length < IN_OBJECT).any() or (offset < 0).any() or (offset > limits).any():
         raise ValueError("an image that is nowhere")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clipmapper.data.answers import FEW, RULES, AnswerVocabulary, most_frequent, normalised
-from clipmapper.data.record_table import ROWS, RecordTable, unpacked
+from clipmapper.data.record_table import ROWS, RecordTable, as_numpy, unpacked
 
 
 class _Counted(NamedTuple):
@@ -74,7 +74,7 @@ def _counted(table: RecordTable, normal: np.ndarray) -> Iterator[_Counted]:
         weight = times[number * ROWS : (number + 1) * ROWS]
         people = np.diff(offsets)
         record = np.repeat(np.arange(len(people)), people)
-        answer = normal[values.to_numpy()]
+        answer = normal[as_numpy(values)]
         place = np.arange(len(record))
         used = weight[record] > 0
         key, index, count = np.unique(

@@ -34,6 +34,7 @@ class TokenStore:
     batch_size : rows that are encoded at once.
     processes : how many on this machine keep the same tokens in memory, each for itself.
     sources : what was looked at before anything is encoded, by split, so that it is not looked at twice.
+    identities : of the one encoder that the store is for (:meth:`once`).
     """
 
     folder: Path | None = None
@@ -42,6 +43,7 @@ class TokenStore:
     batch_size: int = 256
     processes: int = 1
     sources: dict[str, Any] = field(default_factory=dict, compare=False)
+    identities: dict[str, Mapping] = field(default_factory=dict, compare=False)
 
     def check_room(self, shapes: Mapping[str, tuple[int, int, int]], files: Sequence[TokenFile] = ()) -> None:
         """Raise ``UserError`` where tokens have no room, in memory or on the disk.
@@ -71,6 +73,12 @@ class TokenStore:
             "training.token_cache_folder, which keeps them in files, or training.token_cache=false, which "
             "computes them in every step"
         )
+
+    def once(self, what: str, make: Callable[[], Mapping]) -> Mapping:
+        """What ``make`` gives, which is called the first time alone: to read all weights takes seconds."""
+        if what not in self.identities:
+            self.identities[what] = make()
+        return self.identities[what]
 
     def bytes_of(self, shapes: Mapping[str, tuple[int, int, int]]) -> int:
         """Of tokens of these shapes, (rows, tokens, width)."""

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from importlib.metadata import version
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 
 from clipmapper.models.encoder import ClipEncoder
@@ -32,7 +31,7 @@ def image_identity(encoder: ClipEncoder) -> dict:
 
 
 def text_identity(encoder: ClipEncoder) -> dict:
-    """Architecture and weights. The tokenizer's part is in the ids that it gives (:func:`ids_digest`)."""
+    """Architecture and weights. The tokenizer's part is in the ids that it gives."""
     state = {k: v for k, v in encoder.clip.state_dict().items() if not k.startswith("visual.")}
     return {**_common(encoder), "weights": weights_digest(state), "context_length": encoder.context_length}
 
@@ -45,11 +44,6 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {list(value.shape)};".encode())
         digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def ids_digest(ids: Int[Tensor, "texts tokens"], valid: Bool[Tensor, "texts tokens"]) -> str:
-    """A digest of what the text tower reads: texts and tokenizer in one."""
-    return weights_digest({"ids": ids, "valid": valid})
 
 
 def _common(encoder: ClipEncoder) -> dict:

@@ -115,11 +115,11 @@ def _encode(tokenizer, text: str) -> tuple[list[int], list[bool], int]:
     return ids, [not flag for flag in special], wanted
 
 
-# In such a text there is nothing to clean, and CLIP's tokenizer takes letters and marks each by themselves.
+# In such a text there is nothing to clean, and CLIP's tokenizer takes letters, digits and marks apart.
 # To clean it takes most of the time of encoding, and word by word most of them are known already.
 # (A mark within a word is another matter: some tokenizers clean it away and join what it parted.)
-_PLAIN = re.compile(r"(?:[a-z ]|[,.:?](?= |$))*")
-_WORD = re.compile(r"[a-z]+|[,.:?]")
+_PLAIN = re.compile(r"(?:[a-z0-9 ]|[,.:?](?= |$))*")
+_WORD = re.compile(r"[a-z]+|[0-9,.:?]")
 
 
 @lru_cache(maxsize=10_000)

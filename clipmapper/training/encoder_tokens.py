@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
@@ -15,9 +14,9 @@ from clipmapper.data.content import content_digest
 from clipmapper.data.images import clip_input
 from clipmapper.data.token_cache import TextTokens, TokenCache, TokenStore
 from clipmapper.models.encoder import ClipEncoder
-from clipmapper.models.encoder_identity import ids_digest, image_identity, text_identity
-from clipmapper.models.tokens import TokenizedText, tokenize
+from clipmapper.models.encoder_identity import image_identity, text_identity
 from clipmapper.progress import progress
+from clipmapper.training.asked_texts import AskedTexts
 from clipmapper.training.processes import this_share
 from clipmapper.training.tables import console
 
@@ -89,14 +88,15 @@ def image_shape(encoder: ClipEncoder) -> tuple[int, int]:
     return encoder.prefix_tokens + rows * columns, encoder.image_width
 
 
-def image_key(encoder: ClipEncoder, source: ImageSource) -> dict:
+def image_key(encoder: ClipEncoder, store: TokenStore, source: ImageSource) -> dict:
     """Everything that tokens of images depend on."""
-    return {"encoder": image_identity(encoder), "images": source.digest()}
+    of_encoder = store.once("images", lambda: image_identity(encoder))
+    return {"encoder": of_encoder, "images": source.digest()}
 
 
-def text_key(encoder: ClipEncoder, text: TokenizedText) -> dict:
+def text_key(encoder: ClipEncoder, store: TokenStore, texts: AskedTexts) -> dict:
     """Everything that tokens of texts depend on."""
-    return {"encoder": text_identity(encoder), "ids": ids_digest(text.ids, text.valid)}
+    return {"encoder": store.once("texts", lambda: text_identity(encoder)), "ids": texts.digest()}
 
 
 def image_tokens(
@@ -107,7 +107,7 @@ def image_tokens(
     device = next(encoder.parameters()).device
     return store.tokens(
         "images",
-        lambda: image_key(encoder, source),
+        lambda: image_key(encoder, store, source),
         len(source),
         image_shape(encoder),
         source.load,
@@ -117,48 +117,39 @@ def image_tokens(
 
 
 def text_tokens(
-    encoder: ClipEncoder, store: TokenStore, texts: Sequence[str], progress: Callable[[int], None]
+    encoder: ClipEncoder, store: TokenStore, texts: AskedTexts, progress: Callable[[int], None]
 ) -> TextTokens:
     """Tokens of every different text. A stored file is keyed by encoder, weights and the texts' token ids."""
     encoder.eval()
-    device = next(encoder.parameters()).device
-    different = sorted(set(texts))
-    position = {text: i for i, text in enumerate(different)}
-    text = tokenize(encoder.tokenizer, different)
-    lengths = text.valid.sum(dim=1)
+    device, longest = next(encoder.parameters()).device, texts.longest
 
-    def load(rows: Sequence[int]) -> TokenizedText:
-        part = text[rows[0] : rows[-1] + 1]
-        longest = int(part.valid.sum(dim=1).max())
-        return TokenizedText(part.ids[:, :longest], part.valid[:, :longest], part.removable[:, :longest])
-
-    def encode(part: TokenizedText) -> Tensor:
-        part = part.to(device)
-        tokens = encoder.text_tokens(part.ids, part.valid)
-        return nn.functional.pad(tokens, (0, 0, 0, text.ids.shape[1] - tokens.shape[1]))
+    def encode(part: tuple[Tensor, Tensor]) -> Tensor:
+        ids, valid = (of_part.to(device) for of_part in part)
+        tokens = encoder.text_tokens(ids, valid)
+        return nn.functional.pad(tokens, (0, 0, 0, longest - tokens.shape[1]))
 
     tokens = store.tokens(
         "texts",
-        lambda: text_key(encoder, text),
-        len(different),
-        (text.ids.shape[1], encoder.text_width),
-        load,
+        lambda: text_key(encoder, store, texts),
+        len(texts),
+        (longest, encoder.text_width),
+        texts.padded,
         encode,
         progress,
     )
-    return TextTokens(tokens, lengths, torch.tensor([position[text] for text in texts]))
+    return TextTokens(tokens, texts.lengths, texts.text_of)
 
 
 def question_tokens(
     encoder: ClipEncoder,
     store: TokenStore,
     source: ImageSource,
-    texts: Sequence[str],
+    texts: AskedTexts,
     image_of: Int[Tensor, "questions"],
     name: str,
 ) -> TokenCache:
     """Tokens of the images and texts of questions, with a progress bar. ``name``: of the split."""
-    with progress(f"CLIP tokens, {name} split", len(source) + len(set(texts))) as advance:
+    with progress(f"CLIP tokens, {name} split", len(source) + len(texts)) as advance:
         images = image_tokens(encoder, store, source, advance)
         asked = text_tokens(encoder, store, texts, advance)
     return TokenCache(asked.tokens, asked.lengths, asked.text_of, images, image_of)

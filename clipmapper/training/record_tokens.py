@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from clipmapper.data.token_cache import TokenCache, TokenStore
 from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.progress import progress
+from clipmapper.training.asked_texts import AskedTexts, asked_by_records
 from clipmapper.training.encoder_tokens import image_tokens, question_tokens
 from clipmapper.training.token_room import check_tokens
 
@@ -77,15 +79,15 @@ def record_question_tokens(
     encoder: ClipEncoder, store: TokenStore, records: Sequence[Record], name: str, reader: PixelReader
 ) -> TokenCache:
     """Tokens of the images and texts of questions. ``name``: of the split."""
-    images, image_of = _images_to_encode(store, records, name, reader)
-    return question_tokens(encoder, store, images, as_table(records).questions(), image_of, name)
+    images, image_of, texts = _looked_at(encoder, store, records, name, reader, texts=True)
+    return question_tokens(encoder, store, images, texts, image_of, name)
 
 
 def record_image_tokens(
     encoder: ClipEncoder, store: TokenStore, records: Sequence[Record], name: str, reader: PixelReader
 ) -> tuple[Float[Tensor, "images tokens width"], Int[Tensor, "records"]]:
     """Tokens of images, and which of them each record has, with a progress bar."""
-    images, image_of = _images_to_encode(store, records, name, reader)
+    images, image_of, _ = _looked_at(encoder, store, records, name, reader, texts=False)
     with progress(f"CLIP tokens, {name} split", len(images)) as advance:
         tokens = image_tokens(encoder, store, images, advance)
     return tokens, image_of
@@ -106,22 +108,36 @@ def check_room(
     """
     whole = {}
     for name, records in splits.items():
-        images, image_of = _images_to_encode(store, records, name, encoder.reader(decoding))
-        store.sources[name] = (records, images, image_of)
-        whole[name] = (images, as_table(records).questions() if texts else None)
+        found = _looked_at(encoder, store, records, name, encoder.reader(decoding), texts=texts)
+        store.sources[name] = (records, found)
+        whole[name] = (found.images, found.texts)
     check_tokens(encoder, store, whole)
 
 
-def _images_to_encode(
-    store: TokenStore, records: Sequence[Record], name: str, reader: PixelReader
-) -> tuple[RecordImages, Int[Tensor, "records"]]:
-    looked_at = store.sources.pop(name, None)
-    if looked_at is not None and looked_at[0] is records:
-        return looked_at[1:]
+class _LookedAt(NamedTuple):
+    images: RecordImages
+    image_of: Int[Tensor, "records"]
+    texts: AskedTexts | None
+
+
+def _looked_at(
+    encoder: ClipEncoder,
+    store: TokenStore,
+    records: Sequence[Record],
+    name: str,
+    reader: PixelReader,
+    *,
+    texts: bool,
+) -> _LookedAt:
+    """What there is to encode; of records that :func:`check_room` was given, what it has found."""
+    of, found = store.sources.pop(name, (None, None))
+    if of is records:
+        return found
     images, image_of = different_images(records, reader, store.folder)
     if store.folder is not None:
         images.digest()  # which has a progress bar of its own, before the next one
-    return images, image_of
+    asked = asked_by_records(encoder.tokenizer, as_table(records), name) if texts else None
+    return _LookedAt(images, image_of, asked)
 
 
 def _digest(image: bytes | StoredImage) -> str:

@@ -11,6 +11,7 @@ from clipmapper.data.scenes_vqa import VQASplit
 from clipmapper.data.token_cache import TokenCache, TokenStore
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.tokens import tokenize
+from clipmapper.training.asked_texts import AskedTexts, asked_texts
 from clipmapper.training.encoder_tokens import ArrayImages, question_tokens
 from clipmapper.training.processes import WHOLE, Share, batches_of
 from clipmapper.training.token_room import check_tokens
@@ -19,17 +20,25 @@ from clipmapper.training.token_room import check_tokens
 class SplitBatches:
     """Batches of one split.
 
-    With a ``store`` the encoder runs once over the split, otherwise in every step.
+    With a ``store`` the encoder runs once over the split, otherwise in every step. ``texts``: the questions'
+    token ids, where they are there already.
     """
 
-    def __init__(self, model: CLIPmapper, split: VQASplit, name: str, store: TokenStore | None) -> None:
+    def __init__(
+        self,
+        model: CLIPmapper,
+        split: VQASplit,
+        name: str,
+        store: TokenStore | None,
+        texts: AskedTexts | None = None,
+    ) -> None:
         self.model, self.split, self.name = model, split, name
         index = {answer: i for i, answer in enumerate(model.answers)}
         self.answer = torch.tensor([index[q.answer] for q in split.questions])
         self.cache: TokenCache | None = None
         if store is not None:
             images = ArrayImages(split.images, model.encoder.clip.visual)
-            texts, image_of = [q.text for q in split.questions], torch.from_numpy(split.image_of)
+            texts, image_of = texts or _asked(model, split, name), torch.from_numpy(split.image_of)
             self.cache = question_tokens(model.encoder, store, images, texts, image_of, name)
 
     def batch(self, questions: Tensor) -> dict:
@@ -114,13 +123,19 @@ def _numbers_by_family(split: SplitBatches) -> dict[str, tuple[list[int], list[i
 def scene_splits(
     model: CLIPmapper, splits: Mapping[str, VQASplit], store: TokenStore | None
 ) -> dict[str, SplitBatches]:
+    asked: dict[str, AskedTexts] = {}
     if store is not None:
+        asked = {name: _asked(model, split, name) for name, split in splits.items()}
         check_tokens(
             model.encoder,
             store,
             {
-                name: (ArrayImages(s.images, model.encoder.clip.visual), [q.text for q in s.questions])
-                for name, s in splits.items()
+                name: (ArrayImages(split.images, model.encoder.clip.visual), asked[name])
+                for name, split in splits.items()
             },
         )
-    return {name: SplitBatches(model, split, name, store) for name, split in splits.items()}
+    return {name: SplitBatches(model, split, name, store, asked.get(name)) for name, split in splits.items()}
+
+
+def _asked(model: CLIPmapper, split: VQASplit, name: str) -> AskedTexts:
+    return asked_texts(model.encoder.tokenizer, [question.text for question in split.questions], name)

@@ -1,16 +1,15 @@
 """What a token cache will take, of room and of time: checked and said before anything is computed."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Mapping
 
 import torch
 
 from clipmapper.data.memory import size_of
 from clipmapper.data.token_cache import TokenStore
 from clipmapper.models.encoder import ClipEncoder
-from clipmapper.models.tokens import tokenize
 from clipmapper.progress import span
+from clipmapper.training.asked_texts import AskedTexts
 from clipmapper.training.encoder_tokens import ImageSource, image_key, image_shape, text_key
 from clipmapper.training.tables import console
 
@@ -19,31 +18,32 @@ _TIMES = 3  # ... so often; the fastest counts, for a machine that is busy for a
 
 
 def check_tokens(
-    encoder: ClipEncoder, store: TokenStore, splits: Mapping[str, tuple[ImageSource, Sequence[str] | None]]
+    encoder: ClipEncoder, store: TokenStore, splits: Mapping[str, tuple[ImageSource, AskedTexts | None]]
 ) -> None:
     """Raise ``UserError`` where the tokens of all splits together have no room; otherwise say their size, and
     how long it will take to compute those that are not there, measured by encoding a few.
 
-    ``splits``: name → the images, and the texts of the questions about them (None: no texts are kept).
+    ``splits``: name → the images, and the texts of the questions about them (None: none are kept).
     """
     encoder.eval()
-    images, asked = image_shape(encoder), {}
-    for name, (_, texts) in splits.items():
-        if texts is not None:
-            asked[name] = tokenize(encoder.tokenizer, sorted(set(texts)))
+    images = image_shape(encoder)
+    asked = [texts for _, texts in splits.values() if texts is not None]
     shapes = {"images": (sum(len(source) for source, _ in splits.values()), *images)}
     if asked:
         # Each split has rows as long as its longest text; the longest of all is a little more.
-        longest = max(text.ids.shape[1] for text in asked.values())
-        shapes["texts"] = (sum(len(text.ids) for text in asked.values()), longest, encoder.text_width)
+        longest = max(texts.longest for texts in asked)
+        shapes["texts"] = (sum(map(len, asked)), longest, encoder.text_width)
     left, files = {kind: shape[0] for kind, shape in shapes.items()}, []
     if store.folder is not None:
-        of_images = [store.file("images", image_key(encoder, s), len(s), images) for s, _ in splits.values()]
+        of_images = [
+            store.file("images", image_key(encoder, store, source), len(source), images)
+            for source, _ in splits.values()
+        ]
         of_texts = [
             store.file(
-                "texts", text_key(encoder, text), len(text.ids), (text.ids.shape[1], encoder.text_width)
+                "texts", text_key(encoder, store, texts), len(texts), (texts.longest, encoder.text_width)
             )
-            for text in asked.values()
+            for texts in asked
         ]
         files = [*of_images, *of_texts]
         left = {"images": sum(file.missing_rows() for file in of_images)}
@@ -59,8 +59,7 @@ def check_tokens(
         source = max((source for source, _ in splits.values()), key=len)
         seconds = left["images"] * _image_seconds(encoder, store, source) if left["images"] else 0.0
         if left.get("texts"):
-            texts = sorted(set(chain.from_iterable(texts or () for _, texts in splits.values())))
-            seconds += left["texts"] * _text_seconds(encoder, texts)
+            seconds += left["texts"] * _text_seconds(encoder, max(asked, key=len))
         some = "" if left == {kind: shape[0] for kind, shape in shapes.items()} else "the rest "
         line += f"; {some}takes about {span(seconds)}"
     console().print(line, markup=False, soft_wrap=True, highlight=False)
@@ -78,10 +77,11 @@ def _image_seconds(encoder: ClipEncoder, store: TokenStore, source: ImageSource)
 
 
 @torch.no_grad()
-def _text_seconds(encoder: ClipEncoder, texts: Sequence[str]) -> float:
+def _text_seconds(encoder: ClipEncoder, texts: AskedTexts) -> float:
     device = next(encoder.parameters()).device
-    text = tokenize(encoder.tokenizer, texts[:: max(1, len(texts) // _TRIED)][:_TRIED]).to(device)
-    return _timed(lambda: encoder.text_tokens(text.ids, text.valid).cpu())[0] / len(text.ids)
+    some = texts.padded(range(0, len(texts), max(1, len(texts) // _TRIED))[:_TRIED])
+    ids, valid = (of_some.to(device) for of_some in some)
+    return _timed(lambda: encoder.text_tokens(ids, valid).cpu())[0] / len(ids)
 
 
 def _timed(work: Callable):
