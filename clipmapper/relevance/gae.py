@@ -33,17 +33,18 @@ def gae(trace: AttentionTrace) -> Relevance:
     width = sum(trace.lengths[stream] for stream in streams)
     # R of every node: how much each of its tokens (rows) owes to each input token (columns, all streams).
     state: dict[Node, Tensor] = {}
-    own: dict[str, Tensor] = {}  # the columns that a stream's tokens themselves began as, token by token
+    # The columns that a stream's tokens themselves began as, token by token: in one row for all samples,
+    # or in a row for each.
+    own: dict[str, Tensor] = {}
     for stream in streams:
-        own[stream] = columns[stream]
+        own[stream] = columns[stream].to(trace.device)[None]
         start = torch.zeros(trace.batch, trace.lengths[stream], width, dtype=trace.dtype, device=trace.device)
         start[:, torch.arange(trace.lengths[stream]), columns[stream]] = 1
         state[Node(stream, 0)] = start
     for step in trace.steps:
         if isinstance(step, Join):
             state[step.output] = step.gather([state[part] for part in step.parts])
-            # Only cross-attention asks for `own`; no model selects differently in each sample before one.
-            own[step.output.stream] = step.gather([own[part.stream][None] for part in step.parts])[0]
+            own[step.output.stream] = step.gather([own[part.stream] for part in step.parts])
         elif step.query_node.stream == step.key_node.stream:
             relevance = state[step.query_node]
             state[step.output_node] = relevance + positive_attention(step) @ relevance
@@ -71,12 +72,13 @@ def _cross(
     What the keys owe to any third stream (an image that was pooled into them) comes along as in eq. 11.
     """
     relevance, other = state[step.query_node], state[step.key_node]
-    s, q = own[step.query_node.stream], own[step.key_node.stream]
+    s, q = own[step.query_node.stream][:, None], own[step.key_node.stream][:, None]
     attention = positive_attention(step)
     updated = relevance + attention @ other
-    to_other = _normalised(relevance[..., s]).transpose(1, 2) @ attention @ _normalised(other[..., q])
-    updated[..., q] = relevance[..., q] + to_other
-    return updated
+    of_s, of_q = relevance.take_along_dim(s, dim=2), other.take_along_dim(q, dim=2)
+    to_other = _normalised(of_s).transpose(1, 2) @ attention @ _normalised(of_q)
+    known = relevance.take_along_dim(q, dim=2) + to_other
+    return updated.scatter(2, q.expand(known.shape), known)
 
 
 def _normalised(relevance: Float[Tensor, "batch n n"]) -> Float[Tensor, "batch n n"]:

@@ -307,8 +307,9 @@ class Join:
         joined = torch.cat(list(parts), dim=1)
         if self.index is None:
             return joined
-        index = self.index.expand(joined.shape[0], -1)
-        return joined[torch.arange(joined.shape[0], device=joined.device)[:, None], index.to(joined.device)]
+        rows = max(joined.shape[0], self.index.shape[0])  # one row may stand for all samples
+        joined, index = joined.expand(rows, *joined.shape[1:]), self.index.expand(rows, -1).to(joined.device)
+        return joined[torch.arange(rows, device=joined.device)[:, None], index]
 
     def spread(
         self, row: Float[Tensor, "batch rows tokens"], lengths: Sequence[int]
