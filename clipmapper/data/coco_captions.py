@@ -9,11 +9,12 @@ from clipmapper.data.official_files import captioned_images
 from clipmapper.data.records import Record, RecordData
 from clipmapper.data.remembered import Found, remembered
 from clipmapper.data.table_builder import TableBuilder
-from clipmapper.data.text_files import given_path
+from clipmapper.data.text_files import check_file, given_path
 from clipmapper.errors import UserError
 
 # Karpathy and Fei-Fei 2015 (arXiv 1412.2306) held 10,000 images of val2014 out; the rest is trained on.
 _KARPATHY = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
+_SPLIT_FILE = "the Karpathy split (dataset_coco.json)"
 _SPLIT_ENTRY = {"cocoid": NUMBER, "split": TEXT}
 
 
@@ -41,6 +42,8 @@ def coco_captions_data(
 
     def read(target: Path | None) -> Found:
         converted: list[str] = []
+        if karpathy is not None:
+            check_file(root / karpathy, _SPLIT_FILE)  # before the captions, which take longer
         official = {name: _records(root, f"{name}{year}", converted) for name in ("train", "val")}
         if karpathy is None:
             splits = {"train": official["train"], "validation": official["val"]}
@@ -91,8 +94,7 @@ def _records(folder: Path, subset: str, notes: list[str]) -> Iterator[Record]:
 def _karpathy(file: Path, records: dict) -> dict[str, list[Record]]:
     splits: dict[str, list[Record]] = {"train": [], "validation": [], "test": []}
     reading, seen = Entries(), set()
-    what = "the Karpathy split (dataset_coco.json)"
-    for entry in reading.of_file(file, "images", what, _SPLIT_ENTRY):
+    for entry in reading.of_file(file, "images", _SPLIT_FILE, _SPLIT_ENTRY):
         source, image, split = entry["source"], entry["cocoid"], entry["split"]
         if split not in _KARPATHY:
             reading.wrong(source, f"'split' is not one of {', '.join(_KARPATHY)}", repr(split))
