@@ -42,8 +42,8 @@ def coco_captions_data(
 
     def read(target: Path | None) -> Found:
         converted: list[str] = []
-        if karpathy is not None:
-            check_file(root / karpathy, _SPLIT_FILE)  # before the captions, which take longer
+        if karpathy is not None and _file(root, f"train{year}").is_file():
+            check_file(root / karpathy, _SPLIT_FILE)  # before the captions are read, which takes longer
         official = {name: _records(root, f"{name}{year}", converted) for name in ("train", "val")}
         if karpathy is None:
             splits = {"train": official["train"], "validation": official["val"]}
