@@ -474,6 +474,7 @@ def test_texts_that_are_no_lists(text):
 
 def test_answers_that_are_all_alike_are_normalised_and_counted(folder):
     rows = [row | {"answers": ["Yes"] * 5 if n else ["A dog.", "cat"] * 2} for n, row in enumerate(ROWS)]
+    rows.append({"image": "1.png", "question": "w", "answers": ["cat"]})  # whichever image is held out
     rows += [ODD | {"answers": ["Two Dogs."]}, ODD | {"question": "y", "answers": ["yes"] * 5}]
     path = write(folder / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     data = manifest_data(str(path), **ONE_HELD)

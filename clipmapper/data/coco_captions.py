@@ -1,5 +1,6 @@
 """COCO's captions (Chen et al. 2015, arXiv 1504.00325), and the Karpathy split of them."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from clipmapper.data.fields import NUMBER, TEXT, Entries
@@ -8,11 +9,12 @@ from clipmapper.data.official_files import captioned_images
 from clipmapper.data.records import Record, RecordData
 from clipmapper.data.remembered import Found, remembered
 from clipmapper.data.table_builder import TableBuilder
-from clipmapper.data.text_files import given_path, read_json
+from clipmapper.data.text_files import check_file, given_path
 from clipmapper.errors import UserError
 
 # Karpathy and Fei-Fei 2015 (arXiv 1412.2306) held 10,000 images of val2014 out; the rest is trained on.
 _KARPATHY = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
+_SPLIT_FILE = "the Karpathy split (dataset_coco.json)"
 _SPLIT_ENTRY = {"cocoid": NUMBER, "split": TEXT}
 
 
@@ -40,7 +42,9 @@ def coco_captions_data(
 
     def read(target: Path | None) -> Found:
         converted: list[str] = []
-        official = {name: read_coco_captions(root, f"{name}{year}", converted) for name in ("train", "val")}
+        if karpathy is not None and _file(root, f"train{year}").is_file():
+            check_file(root / karpathy, _SPLIT_FILE)  # before the captions are read, which takes longer
+        official = {name: _records(root, f"{name}{year}", converted) for name in ("train", "val")}
         if karpathy is None:
             splits = {"train": official["train"], "validation": official["val"]}
         else:
@@ -60,6 +64,11 @@ def coco_captions_data(
 
 def read_coco_captions(folder: Path, subset: str, notes: list[str] | None = None) -> list[Record]:
     """The images of ``subset`` with their captions, in the order of the file. ``notes`` is added to."""
+    return list(_records(folder, subset, [] if notes is None else notes))
+
+
+def _records(folder: Path, subset: str, notes: list[str]) -> Iterator[Record]:
+    """As :func:`read_coco_captions`; the first of them is there when all of the file is found right."""
     file = _file(folder, subset)
     reading = Entries()
     images = captioned_images(file, f"COCO's captions of {subset}", reading)
@@ -70,25 +79,22 @@ def read_coco_captions(folder: Path, subset: str, notes: list[str] | None = None
     reading.stop()
     if not images:
         raise UserError(f"{file}: no images in it")
-    if notes is not None:
-        notes += reading.notes(file.name)
-    return [
-        Record(
+    notes += reading.notes(file.name)
+    for image, said in images:
+        path = folder / subset / image["file_name"]
+        yield Record(
             id=image["id"],
-            image=folder / subset / image["file_name"],
-            image_id=str(folder / subset / image["file_name"]),
+            image=path,
+            image_id=str(path),
             captions=tuple(said),
             source=f"{file.name}: image {image['id']}",
         )
-        for image, said in images
-    ]
 
 
 def _karpathy(file: Path, records: dict) -> dict[str, list[Record]]:
     splits: dict[str, list[Record]] = {"train": [], "validation": [], "test": []}
-    content = read_json(file, "the Karpathy split (dataset_coco.json)")
     reading, seen = Entries(), set()
-    for entry in reading.listed(content, "images", file, _SPLIT_ENTRY):
+    for entry in reading.of_file(file, "images", _SPLIT_FILE, _SPLIT_ENTRY):
         source, image, split = entry["source"], entry["cocoid"], entry["split"]
         if split not in _KARPATHY:
             reading.wrong(source, f"'split' is not one of {', '.join(_KARPATHY)}", repr(split))

@@ -5,13 +5,14 @@ A schema is a dictionary, name → :class:`Field`; every official reader describ
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clipmapper.data.json_lists import entries_of
 from clipmapper.data.problems import Problem, stop_for
-from clipmapper.data.text_files import is_text
+from clipmapper.data.text_files import is_text, read_json
 from clipmapper.errors import UserError
 
 _SHOWN = 60
@@ -126,7 +127,7 @@ class Entries:
         Raises ``UserError`` where there is no such list.
         """
         if key is None:
-            found, where = content, ""
+            found = content
             if not isinstance(found, list):
                 raise UserError(f"{path}: {_kind(content)}, not a list; it is no official file of that kind")
         else:
@@ -136,8 +137,20 @@ class Entries:
                 inside = _instead(content, key) if is_object else f"it is {_kind(content)}"
                 what = f"no list {key!r} in it ({inside}), so it is no official file of that kind"
                 raise UserError(f"{path}: {what}")
-            where = f" of {key!r}"
-        for number, entry in enumerate(found, 1):
+        yield from self._read(found, key, path, schema)
+
+    def of_file(self, path: Path, key: str, what: str, schema: Schema) -> Iterator[dict]:
+        """:meth:`listed` of a file's content, of which no more than one entry is in memory. ``what``: the
+        file is said to be, where it is not there. Raises ``UserError`` also for a file that is no JSON."""
+        try:
+            yield from self._read(entries_of(path, key, what), key, path, schema)
+        except (ValueError, RecursionError):
+            next(self.listed(read_json(path, what), key, path, schema), None)  # says what is wrong
+            raise
+
+    def _read(self, entries: Iterable[object], key: str | None, path: Path, schema: Schema) -> Iterator[dict]:
+        where = "" if key is None else f" of {key!r}"
+        for number, entry in enumerate(entries, 1):
             source = f"{path}: entry {number}{where}"
             if (read := self.entry(source, entry, schema)) is not None:
                 yield read

@@ -16,7 +16,8 @@ from clipmapper.data.record import StoredImage
 from clipmapper.data.record_table import Columns, RecordTable, together
 from clipmapper.progress import progress
 
-_WAITING = 256  # images handed to the threads at a time, so that Ctrl-C is answered soon
+_TOGETHER = 16  # images that a thread is handed at once: of small ones it checks ten thousand a second ...
+_WAITING = 8  # ... and how often for each thread, so that Ctrl-C is answered soon
 _SAMPLE = 500
 
 
@@ -90,10 +91,14 @@ def _reasons(columns: Columns, images: list[int]) -> Iterator[tuple[str, str] | 
         ThreadPoolExecutor(os.cpu_count()) as threads,
         progress("checking images", len(images)) as advance,
     ):
-        for start in range(0, len(images), _WAITING):
-            for reason in threads.map(lambda i: _reason(columns.image(i)), images[start : start + _WAITING]):
-                advance(1)
-                yield reason
+        parts = [images[start : start + _TOGETHER] for start in range(0, len(images), _TOGETHER)]
+        waiting = _WAITING * (os.cpu_count() or 1)
+        for start in range(0, len(parts), waiting):
+            for reasons in threads.map(
+                lambda part: [_reason(columns.image(i)) for i in part], parts[start : start + waiting]
+            ):
+                advance(len(reasons))
+                yield from reasons
 
 
 def _reason(image: Path | bytes | StoredImage) -> tuple[str, str] | None:

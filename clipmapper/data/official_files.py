@@ -1,16 +1,17 @@
 """What the files of several public data sets have in common."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from clipmapper.data.fields import NUMBER, TEXT, Entries
-from clipmapper.data.text_files import read_json
 from clipmapper.progress import counted
 
 _IMAGE = {"id": NUMBER, "file_name": TEXT, "domain": TEXT.or_else(None)}
 _CAPTION = {"image_id": NUMBER, "caption": TEXT}
 
 
+@lru_cache(maxsize=1 << 12)  # several questions in succession are about one image
 def coco_image(folder: Path, subset: str, image: int) -> Path:
     """``train2014/COCO_train2014_000000000009.jpg``; of 2017 without the prefix."""
     prefix = "" if subset.endswith("2017") else f"COCO_{subset}_"
@@ -23,15 +24,15 @@ def captioned_images(path: Path, what: str, reading: Entries) -> list[tuple[Mapp
     ``reading`` takes note of entries that are wrong, of images that are there twice, and of captions of an
     image that is not there. Raises ``UserError`` where the file is none of that kind.
     """
-    content = read_json(path, what)
     images: dict[int, Mapping] = {}
-    for image in counted(reading.listed(content, "images", path, _IMAGE), f"reading {path}, images"):
+    for image in counted(reading.of_file(path, "images", what, _IMAGE), f"reading {path}, images"):
         if images.setdefault(image["id"], image) is not image:
             first = images[image["id"]]["source"].rpartition(": ")[2]
             reading.wrong(image["source"], "the same image twice", f"{image['id']} is that of {first} too")
     complete = not reading.problems  # else captions of images that are there would be told too
     captions: dict[int, list[str]] = {image: [] for image in images}
-    for entry in counted(reading.listed(content, "annotations", path, _CAPTION), f"reading {path}, captions"):
+    told = reading.of_file(path, "annotations", what, _CAPTION)
+    for entry in counted(told, f"reading {path}, captions"):
         image = entry["image_id"]
         if image in captions:
             captions[image].append(" ".join(entry["caption"].split()))

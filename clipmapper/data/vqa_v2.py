@@ -1,10 +1,11 @@
 """VQA v2 (Goyal et al. 2017, arXiv 1612.00837) in the files that visualqa.org gives."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 
-from clipmapper.data.answers import AnswerVocabulary, most_frequent, normalised
+from clipmapper.data.answers import AnswerVocabulary, most_frequent
 from clipmapper.data.fields import ANSWERS, NUMBER, TEXT, Entries
 from clipmapper.data.image_checks import readable_only
 from clipmapper.data.official_files import coco_image
@@ -13,7 +14,8 @@ from clipmapper.data.records import OTHER, Record, RecordData
 from clipmapper.data.remembered import Found, remembered
 from clipmapper.data.table_answers import unknown_answers
 from clipmapper.data.table_builder import TableBuilder
-from clipmapper.data.text_files import given_path, read_json
+from clipmapper.data.text_files import given_path
+from clipmapper.data.vqa_annotations import Annotations
 from clipmapper.errors import UserError
 from clipmapper.progress import counted
 
@@ -62,7 +64,7 @@ def vqa_v2_data(
     root = given_path(folder)
     subsets = dict.fromkeys([*train, validation])
     wanted = [*subsets, *([] if test is None else [test])]
-    counted = [
+    with_answers = [
         subset
         for subset in ("train2014", "val2014")
         if subset in subsets or annotations_file(root, subset).is_file()
@@ -72,12 +74,12 @@ def vqa_v2_data(
         reading, table = _Reading(root), TableBuilder(target)
         for subset in wanted:
             table.extend(subset, reading.records(subset))
-        usual = Counter(map(normalised, reading.usual_answers(counted)))
+        usual = reading.usual_answers(with_answers)
         finished = table.finish()
         return Found(finished.columns, finished.splits(), (), reading.notes, dict(usual))
 
     files = [questions_file(root, subset) for subset in wanted]
-    files += [annotations_file(root, subset) for subset in dict.fromkeys([*subsets, *counted])]
+    files += [annotations_file(root, subset) for subset in dict.fromkeys([*subsets, *with_answers])]
     found = remembered("vqa_v2", files, {"folder": folder}, read)
     splits = {
         "train": together([found.splits[subset] for subset in train]),
@@ -91,7 +93,7 @@ def vqa_v2_data(
     vocabulary = AnswerVocabulary(answers, targets)
     readable, notes = readable_only(splits, on_bad_image, check=check)
     notes += found.notes
-    notes.append(f"answers: those of {least_answers} or more questions of {' and '.join(counted)}")
+    notes.append(f"answers: those of {least_answers} or more questions of {' and '.join(with_answers)}")
     if validation in train:
         notes.append(f"validation: {validation} is trained on, so its accuracy says nothing about new images")
     notes += unknown_answers(readable["validation"], vocabulary)
@@ -102,7 +104,7 @@ def vqa_v2_data(
 
 def read_vqa_v2(folder: Path, subset: str) -> list[Record]:
     """The questions of one split, with all human answers where there are annotations."""
-    return _Reading(folder).records(subset)
+    return list(_Reading(folder).records(subset))
 
 
 def questions_file(folder: Path, subset: str) -> Path:
@@ -114,75 +116,73 @@ def annotations_file(folder: Path, subset: str) -> Path:
 
 
 class _Reading:
-    """The files of one folder, each read once. ``notes``: what was converted or is not used."""
+    """The files of one folder, each read once. ``notes``: what was converted or is not used. ``usual``: of
+    each subset whose annotations were read (:class:`~clipmapper.data.vqa_annotations.Annotations`)."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.notes = folder, []
-        self._answered: dict[str, dict[int, Mapping]] = {}
+        self.usual: dict[str, Counter[str]] = {}
 
-    def records(self, subset: str) -> list[Record]:
+    def records(self, subset: str) -> Iterator[Record]:
         file = questions_file(self.folder, subset)
-        content = read_json(file, f"the questions of {subset}")
+        reading, seen = Entries(), set()
+        entries = reading.of_file(file, "questions", f"the questions of {subset}", _QUESTION)
+        first = list(islice(entries, 1))  # what is wrong with the file is said before that of annotations
         test = subset.startswith("test")
         images = "test2015" if test else subset
-        answered = {} if test else self.annotations(subset)
-        reading, texts, found = Entries(), {}, {}
-        for entry in counted(reading.listed(content, "questions", file, _QUESTION), f"reading {file}"):
+        answered = Annotations() if test else self.annotations(subset)
+        for entry in counted(chain(first, entries), f"reading {file}"):
             number = entry["question_id"]
-            if number in found:
+            if number in seen:
                 reading.wrong(entry["source"], "the same question twice", str(number))
                 continue
             if not test and number not in answered:
                 where = annotations_file(self.folder, subset)
                 reading.wrong(str(where), f"a question of {file.name} is not annotated", str(number))
                 continue
-            annotation = answered.get(number, {"answers": (), "answer_type": OTHER})
+            seen.add(number)
+            answers, kind = ((), OTHER) if test else answered.of(number)
             path = coco_image(self.folder, images, entry["image_id"])
-            kind = annotation["answer_type"]
-            found[number] = Record(
+            yield Record(
                 id=number,
                 image=path,
                 image_id=str(path),
                 question=entry["question"],
-                answers=tuple(texts.setdefault(answer, answer) for answer in annotation["answers"]),
-                family=texts.setdefault(kind, kind),
+                answers=answers,
+                family=kind,
                 source=f"{file.name}: question {number}",
             )
         reading.stop()
-        if not found:
+        if not seen:
             raise UserError(f"{file}: no questions in it")
         self.notes += reading.notes(file.name)
-        if unused := 0 if test else len(answered.keys() - found.keys()):
+        if unused := 0 if test else len(answered) - len(seen):
             self.notes.append(f"{annotations_file(self.folder, subset).name}: {unused} of "
                 f"{len(answered)} annotations are of questions that are not asked")  # fmt: skip
-        return list(found.values())
 
-    def annotations(self, subset: str) -> dict[int, Mapping]:
-        """Question → its annotation."""
-        if subset in self._answered:
-            return self._answered[subset]
+    def annotations(self, subset: str) -> Annotations:
         file = annotations_file(self.folder, subset)
-        content = read_json(file, f"the annotations of {subset}")
-        reading, found = Entries(), {}
-        for entry in counted(reading.listed(content, "annotations", file, _ANNOTATION), f"reading {file}"):
-            source, number, usual = entry.pop("source"), entry["question_id"], entry["multiple_choice_answer"]
-            if entry["answers"] is None:
+        reading, found = Entries(), Annotations()
+        of_file = reading.of_file(file, "annotations", f"the annotations of {subset}", _ANNOTATION)
+        for entry in counted(of_file, f"reading {file}"):
+            source, number, usual = entry["source"], entry["question_id"], entry["multiple_choice_answer"]
+            answers = entry["answers"]
+            if answers is None:
                 if usual is None:
                     reading.wrong(source, "no 'answers'", "and no 'multiple_choice_answer' either")
                     continue
-                entry["answers"] = [usual]
+                answers = [usual]
                 reading.converted["'multiple_choice_answer' to the answers that are absent"] += 1
-            if found.setdefault(number, entry) is not entry:
+            if not found.add(number, answers, entry["answer_type"], usual):
                 reading.wrong(source, "the same question annotated twice", str(number))
         reading.stop()
         self.notes += reading.notes(file.name)
-        self._answered[subset] = found
+        self.usual[subset] = found.usual
         return found
 
-    def usual_answers(self, subsets: Sequence[str]) -> Iterator[str]:
+    def usual_answers(self, subsets: Sequence[str]) -> Counter[str]:
+        """How often each answer is the usual one of a question."""
         for subset in subsets:
-            for entry in self.annotations(subset).values():
-                usual = entry["multiple_choice_answer"]
-                if usual is None:
-                    usual = Counter(map(normalised, entry["answers"])).most_common(1)[0][0]
-                yield usual
+            if subset not in self.usual:
+                self.annotations(subset)
+        return sum((self.usual[subset] for subset in subsets), Counter())

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from clipmapper.errors import UserError
 from clipmapper.models.cut_texts import warn_of_cut
-from clipmapper.models.tokens import TokenizedText, padding_id, tokenize
-
-_TOGETHER = 4096  # captions whose tokens are in memory at a time
+from clipmapper.models.tokens import TokenizedText, padding_id, text_ids
 
 
 @dataclass(frozen=True)
@@ -47,24 +45,25 @@ def caption_tokens(tokenizer, ends: CaptionEnds, captions: Sequence[str]) -> Tok
 
     A caption longer than the context is cut, with a warning; its end token stays.
     """
-    words = tokenize(tokenizer, captions)
-    room = tokenizer.context_length - 2
-    rows = [ids[of_text].tolist() for ids, of_text in zip(words.ids, words.removable, strict=True)]
-    for caption, row in zip(captions, rows, strict=True):
-        if len(row) > room:
-            warn_of_cut("caption", caption, len(row), room)
-    return with_ends([row[:room] for row in rows], ends, padding_id(tokenizer))
+    rows = [_words(tokenizer, caption) for caption in captions]
+    return with_ends(rows, ends, padding_id(tokenizer))
 
 
 def caption_vocabulary(tokenizer, captions: Iterable[str]) -> list[int]:
     """The ids of all tokens that these captions are written with, end token included, in order."""
     ends = caption_ends(tokenizer)
     found = {ends.end}
-    different = sorted(set(captions))
-    for start in range(0, len(different), _TOGETHER):
-        text = caption_tokens(tokenizer, ends, different[start : start + _TOGETHER])
-        found.update(torch.unique(text.ids[text.removable]).tolist())
+    for caption in captions:
+        found.update(_words(tokenizer, caption))
     return sorted(found)
+
+
+def _words(tokenizer, caption: str) -> list[int]:
+    """Ids of a caption, cut so that there is room for start and end, with a warning."""
+    found, room = text_ids(tokenizer, caption), tokenizer.context_length - 2
+    if len(found) > room:
+        warn_of_cut("caption", caption, len(found), room)
+    return found[:room]
 
 
 def with_ends(

@@ -62,6 +62,15 @@ def tokenize(tokenizer, texts: Sequence[str], whole_context: bool = False) -> To
     return TokenizedText(out, valid, removable)
 
 
+def text_ids(tokenizer, text: str) -> list[int]:
+    """The ids of a text itself, without start and end; cut as by :func:`tokenize`, with a warning."""
+    ids, of_text, wanted = _encode(tokenizer, text)
+    kept = [one for one, flag in zip(ids, of_text, strict=True) if flag]
+    if wanted > len(kept):
+        warn_of_cut("text", text, wanted, len(kept))
+    return kept
+
+
 def padding_id(tokenizer) -> int:
     """The id that a CLIP's tokenizer pads with."""
     return 0 if isinstance(tokenizer, SimpleTokenizer) else int(tokenizer.tokenizer.pad_token_id)
@@ -118,8 +127,8 @@ def _encode(tokenizer, text: str) -> tuple[list[int], list[bool], int]:
 # In such a text there is nothing to clean, and CLIP's tokenizer takes letters, digits and marks apart.
 # To clean it takes most of the time of encoding, and word by word most of them are known already.
 # (A mark within a word is another matter: some tokenizers clean it away and join what it parted.)
-_PLAIN = re.compile(r"(?:[a-z0-9 ]|[,.:?](?= |$))*")
-_WORD = re.compile(r"[a-z]+|[0-9,.:?]")
+_PLAIN = re.compile(r"(?:[A-Za-z0-9 ]|[,.:?](?= |$))*")
+_WORD = re.compile(r"[A-Za-z]+|[0-9,.:?]")
 
 
 @lru_cache(maxsize=10_000)

@@ -21,6 +21,7 @@ from clipmapper.models.build import build_captioner, load
 from clipmapper.models.caption_decoding import Decoding
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.clip_weights import names_tokenizer
+from clipmapper.progress import counted
 from clipmapper.training.caption_batches import CaptionBatches, Stage, drawn_batches
 from clipmapper.training.caption_report import (
     family_scores,
@@ -65,7 +66,9 @@ class CaptionTask(Task):
         else:
             self.validation_splits = VALIDATION_SPLITS
         if config.training.checkpoint is None:
-            captions = data.wordings() if config.model.vocabulary == "data" else None
+            captions = (
+                counted(data.wordings(), "words of captions") if config.model.vocabulary == "data" else None
+            )
             self.model = build_captioner(asdict(config.encoder), asdict(config.model), captions=captions)
         else:
             self.model = _loaded(config)

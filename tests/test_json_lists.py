@@ -1,0 +1,93 @@
+"""Large JSON files, entry by entry."""
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipmapper.data import json_lists
+from clipmapper.data.fields import NUMBER, TEXT, Entries
+from clipmapper.data.json_lists import entries_of
+from clipmapper.errors import UserError
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+SCHEMA = {"id": NUMBER, "text": TEXT}
+
+
+def read(file: Path, piece: int) -> list:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_lists, "_PIECE", piece)
+        return list(entries_of(file, "wanted"))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("json") / "file.json"
+
+
+@settings(max_examples=200)
+@given(
+    content=st.dictionaries(st.sampled_from(["a", "wanted", "wante", '"']), st.lists(VALUES, max_size=4)),
+    more=VALUES,
+    piece=st.integers(1, 12),
+    indent=st.sampled_from([None, 1]),
+    ascii_only=st.booleans(),
+    cut=st.integers(0, 40),
+)
+def test_entries_are_those_of_json(file, content, more, piece, indent, ascii_only, cut):
+    text = json.dumps(content | {"more": more}, indent=indent, ensure_ascii=ascii_only)
+    file.write_text(text, encoding="utf-8")
+    if "wanted" not in content:
+        with pytest.raises(ValueError):
+            read(file, piece)
+        return
+    assert repr(read(file, piece)) == repr(json.loads(text)["wanted"])  # NaN is not equal to itself
+    if 0 < cut < len(text):  # a file that ends early is never taken for a whole one
+        file.write_text(text[:-cut], encoding="utf-8")
+        with pytest.raises(ValueError):
+            read(file, piece)
+
+
+def test_no_more_than_a_piece_and_an_entry_is_in_memory(file):
+    entries = [{"id": n, "text": "x" * 50} for n in range(2000)]
+    file.write_text(json.dumps({"other": [0] * 10_000, "wanted": entries}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_lists, "_PIECE", 1024)
+        tracemalloc.start()
+        try:
+            assert sum(1 for _ in Entries().of_file(file, "wanted", "it", SCHEMA)) == len(entries)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak < file.stat().st_size / 2
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"wanted": [{"id": 1, "text": "a"}], "wanted": []}', "'wanted' is in it twice"),
+        ('{"wanted": [{"id": 1, "text": "a"}]} {}', r"not a readable JSON file \(Extra data"),
+        ('{"wanted": [{"id": 1, "text": "a"}', "it ends too early, as of a download cut short"),
+        ('{"wanted": {"id": 1}}', "no list 'wanted' in it"),
+        ('[{"id": 1}]', "no list 'wanted' in it .it is a list"),
+        ('{"wanted": [' + "9" * 5000 + "]}", "a number of too many digits"),
+        ('{"wanted": [' + "[" * 100_000 + "]}", "nested too deeply"),
+        (b'{"wanted": [{"id": 1, "text": "\xe9"}]}', "not UTF-8 text from line 1 on"),
+    ],
+)
+def test_what_is_wrong_is_said_as_of_a_whole_file(file, text, says):
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=says):
+        list(Entries().of_file(file, "wanted", "it", SCHEMA))
+
+
+def test_a_mark_of_the_encoding_and_half_of_a_surrogate_pair(file):
+    file.write_bytes(b'\xef\xbb\xbf{"wanted": ["\\ud800", "\xc3\xa9"]}')
+    assert read(file, 3) == ["\ud800", "é"]
