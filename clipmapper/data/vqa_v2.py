@@ -7,7 +7,7 @@ from pathlib import Path
 from clipmapper.data.answers import AnswerVocabulary, most_frequent, normalised
 from clipmapper.data.fields import ANSWERS, NUMBER, TEXT, Entries
 from clipmapper.data.image_checks import readable_only
-from clipmapper.data.official_files import coco_image
+from clipmapper.data.official_files import check_image, coco_image
 from clipmapper.data.record_table import together
 from clipmapper.data.records import OTHER, Record, RecordData
 from clipmapper.data.remembered import Found, remembered
@@ -20,11 +20,13 @@ from clipmapper.progress import counted
 _QUESTION = {"question_id": NUMBER, "image_id": NUMBER, "question": TEXT}
 _ANNOTATION = {
     "question_id": NUMBER,
+    "image_id": NUMBER.or_else(None),
     "answers": ANSWERS.or_else(None),
     "multiple_choice_answer": TEXT.or_else(None),
     # Some subsets of VQA v2 that go round have lost the answer types.
     "answer_type": TEXT.or_else(OTHER),
 }
+_UNANNOTATED = {"image_id": None, "answers": (), "answer_type": OTHER}
 
 
 def vqa_v2_data(
@@ -136,7 +138,8 @@ class _Reading:
                 where = annotations_file(self.folder, subset)
                 reading.wrong(str(where), f"a question of {file.name} is not annotated", str(number))
                 continue
-            annotation = answered.get(number, {"answers": (), "answer_type": OTHER})
+            annotation = answered.get(number, _UNANNOTATED)
+            check_image(entry, annotation, reading)
             path = coco_image(self.folder, images, entry["image_id"])
             kind = annotation["answer_type"]
             found[number] = Record(
