@@ -7,6 +7,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from typing import NoReturn, TypeVar
 
 import hydra
@@ -25,15 +26,23 @@ from clipmapper.config import (
     register,
 )
 from clipmapper.config_checks import check_overrides, checked, describe_failure
-from clipmapper.errors import UserError, UserErrors
+from clipmapper.errors import UserError
 from clipmapper.free_text import quoted
 from clipmapper.lasting_imports import lasting_imports
+from clipmapper.mistakes import fail, mistakes_end_it
 from clipmapper.own_line import print_on_own_line
 from clipmapper.settings import config_groups, data_settings
 from clipmapper.shipped import shipped_root
 from clipmapper.stopping import a_command
 from clipmapper.visible_text import visible
 
+# Hydra's flags that are followed by a value.
+_TAKE_A_VALUE = {
+    option
+    for action in get_args_parser()._actions
+    if action.nargs is None
+    for option in action.option_strings
+}
 _Schema = TypeVar("_Schema", bound=Section)
 
 
@@ -122,7 +131,7 @@ def main() -> None:
         print(f"clipmapper {version('clipmapper')}")
     else:
         what = f"unknown command {name!r}" if name else "no command"
-        _fail(f"{what}; usage: clipmapper {'|'.join(_COMMANDS)} [key=value ...]")
+        fail(f"{what}; usage: clipmapper {'|'.join(_COMMANDS)} [key=value ...]")
 
 
 def _run(
@@ -132,7 +141,7 @@ def _run(
 
     Ends with exit status 2 and one line on stderr for a mistake of the user's, 130 when interrupted.
     """
-    with a_command():
+    with a_command(), mistakes_end_it():
         _composed(name, schema, work, arguments)
 
 
@@ -146,15 +155,10 @@ def _composed(
         composing = False
         # Lightning starts further processes (several devices) by the command line as it was given.
         sys.argv = original
-        try:
-            with warnings.catch_warnings():
-                warnings.showwarning = _warn
-                found = work(checked(config, schema))
-        except UserErrors as error:
-            _fail(*error.lines)
-        except UserError as error:
-            # Here and not below: Hydra would print a line of its own before it lets the exception through.
-            _fail(str(error))
+        # Here and not below: Hydra would print a line of its own before it lets the exception through.
+        with mistakes_end_it(), warnings.catch_warnings():
+            warnings.showwarning = _warn
+            found = work(checked(config, schema))
         composing = True  # the next of a sweep
         return found  # a sweeper may look for the highest
 
@@ -168,16 +172,15 @@ def _composed(
         if "--version" in given:
             print(f"clipmapper {version('clipmapper')}")
             return
+        given = _flags_first(given)
         flags = _parsed(given)
         sys.argv = [original[0], *quoted(given, schema, sweep=flags.multirun)]
         check_overrides(_parsed(sys.argv[1:]).overrides, schema, groups, sweep=flags.multirun)
         hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(task)()
-    except UserError as error:
-        _fail(str(error))
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         if not composing:
             raise
-        _fail(describe_failure(error, schema, groups))
+        fail(describe_failure(error, schema, groups))
     except KeyboardInterrupt as stop:
         _interrupted(stop)
     except SystemExit as leaving:
@@ -187,6 +190,20 @@ def _composed(
         raise
     finally:
         sys.argv = original
+
+
+def _flags_first(arguments: Sequence[str]) -> list[str]:
+    """Hydra's flags before the overrides: argparse takes no overrides behind a flag that follows some."""
+    given = ["", *arguments]
+    overrides = [
+        argument
+        for before, argument in pairwise(given)
+        if re.match(r"[^-][^=]*=|~", argument) and before not in _TAKE_A_VALUE
+    ]
+    rest = list(arguments)
+    for override in overrides:
+        rest.remove(override)
+    return [*rest, *overrides]
 
 
 def _parsed(arguments: Sequence[str]) -> Namespace:
@@ -208,9 +225,3 @@ def _interrupted(stop: KeyboardInterrupt) -> NoReturn:
 def _warn(message: Warning | str, *_) -> None:
     """A warning as one line, without the line of code that gave it."""
     print_on_own_line(f"warning: {' '.join(visible(str(message)).split())}")
-
-
-def _fail(*messages: str) -> NoReturn:
-    for message in messages:
-        print_on_own_line(f"error: {' '.join(visible(message).split())}", ends=True)
-    sys.exit(2)

@@ -79,7 +79,7 @@ CAPTION_SCORES = (
     "meteor",
     "spice",
 )
-_SEED_LIMIT = 2**32 - 1  # numpy's legacy generator, which Lightning seeds as well, takes no more
+SEED_LIMIT = 2**32 - 1  # numpy's legacy generator, which Lightning seeds as well, takes no more
 _SCENES = 1_000_000  # of a split: 7 GB of pixels
 
 
@@ -93,7 +93,7 @@ def setting(**limits: Any) -> Any:
     ``limits``: ``minimum``, ``maximum`` (allowed themselves), ``above``, ``below`` (not allowed themselves);
     ``choices`` of a string or of a list's entries. Choices are strings rather than an ``Enum`` because they
     end up in JSON, in W&B and in checkpoints that are loaded without unpickling classes. ``text``: free
-    text, taken from the command line as it is, without Hydra's grammar (commas, brackets, ``=``).
+    text, not empty, taken from the command line as it is, without Hydra's grammar (commas, brackets, ``=``).
     """
     return field(default=MISSING, metadata=limits)
 
@@ -161,7 +161,6 @@ class GPT2Config(Section):
     frozen: bool = setting()
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from _empty_texts(self, "path")
         if self.width % self.heads:
             yield "heads", f"{self.heads} heads do not divide the width of {self.width} evenly"
 
@@ -211,7 +210,7 @@ class ScenesVQAConfig(DataConfig):
     validation_scenes: int = setting(minimum=1, maximum=_SCENES)
     held_out_scenes: int = setting(minimum=1, maximum=_SCENES)
     train_questions: int = setting(minimum=1, maximum=1000)
-    seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
+    seed: int = setting(minimum=0, maximum=SEED_LIMIT)
 
 
 @dataclass
@@ -226,7 +225,7 @@ class ScenesCaptionsConfig(DataConfig):
     validation_scenes: int = setting(minimum=1, maximum=_SCENES)
     held_out_scenes: int = setting(minimum=1, maximum=_SCENES)
     references: int = setting(minimum=1, maximum=10)
-    seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
+    seed: int = setting(minimum=0, maximum=SEED_LIMIT)
 
 
 @dataclass
@@ -253,7 +252,7 @@ class SplitsConfig(RecordDataConfig):
     """How splits are made where there are none: :func:`clipmapper.data.splitting.split_by_image`."""
 
     validation_share: float = setting(above=0, below=1)
-    split_seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
+    split_seed: int = setting(minimum=0, maximum=SEED_LIMIT)
 
 
 @dataclass
@@ -267,9 +266,6 @@ class ManifestConfig(SplitsConfig, AnswersConfig):
     test_path: str | None = setting(text=True)
     images: str | None = setting(text=True)
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from _empty_texts(self, "path", "validation_path", "test_path", "images")
-
 
 @dataclass
 class HuggingFaceConfig(SplitsConfig, AnswersConfig):
@@ -278,9 +274,6 @@ class HuggingFaceConfig(SplitsConfig, AnswersConfig):
     choices = ("huggingface",)
 
     path: str = setting(text=True)
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from _empty_texts(self, "path")
 
 
 @dataclass
@@ -296,7 +289,6 @@ class VQAv2Config(AnswersConfig):
     test: str | None = setting(choices=("test2015", "test-dev2015"))
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from _empty_texts(self, "folder")
         yield from _list_problems("train", self.train)
 
 
@@ -332,9 +324,6 @@ class ShardsConfig(SplitsConfig, AnswersConfig):
     path: str = setting(text=True)
     validation_path: str | None = setting(text=True)
     buffer: int = setting(minimum=1)
-
-    def problems(self) -> Iterator[tuple[str, str]]:
-        yield from _empty_texts(self, "path", "validation_path")
 
 
 @dataclass
@@ -414,7 +403,6 @@ class CaptionTrainingConfig(TrainingConfig):
     logged_captions: int = setting(minimum=0)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from _empty_texts(self, "checkpoint")
         if self.objective == "scst" and self.checkpoint is None:
             yield (
                 "checkpoint",
@@ -522,7 +510,7 @@ class RelevanceCallbackConfig(CallbacksConfig):
     pictures: int = setting(minimum=0)
     batch_size: int = setting(minimum=1)
     confidence: float = setting(above=0, below=1)
-    seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
+    seed: int = setting(minimum=0, maximum=SEED_LIMIT)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from _list_problems("methods", self.methods)
@@ -536,7 +524,7 @@ class TrainConfig(Section):
 
     name: str = setting(text=True)
     output: str = setting(text=True)
-    seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
+    seed: int = setting(minimum=0, maximum=SEED_LIMIT)
     resume: Any = setting(text=True)  # a bool, or the folder of a run: OmegaConf has no such type
     encoder: EncoderConfig = setting()
     model: ModelConfig = setting()
@@ -553,7 +541,6 @@ class TrainConfig(Section):
         self.resume = words.get(str(self.resume).lower(), self.resume)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from _empty_texts(self, "output")
         if problem := file_name_problem(self.name):
             yield "name", problem
         if not isinstance(self.resume, bool) and not Path(str(self.resume)).is_dir():
@@ -615,9 +602,6 @@ class ExplainConfig(Section):
     device: str = setting()
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from _empty_texts(
-            self, "checkpoint", "architecture", "image", "question", "answer", "caption", "word", "output"
-        )
         yield from _device_problems(self.device)
 
 
@@ -642,11 +626,10 @@ class PerturbConfig(Section):
     batch_size: int = setting(minimum=1)
     chunk: int = setting(minimum=1)
     confidence: float = setting(above=0, below=1)
-    seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
+    seed: int = setting(minimum=0, maximum=SEED_LIMIT)
     device: str = setting()
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from _empty_texts(self, "checkpoint", "architecture", "output")
         yield from _list_problems("methods", self.methods)
         if self.caption_scores is not None:
             yield from _list_problems("caption_scores", self.caption_scores)
@@ -660,7 +643,7 @@ class PretrainConfig(Section):
     architecture: str = setting(text=True)
     pretrained: str | None = setting(text=True)
     output: str = setting(text=True)
-    seed: int = setting(minimum=0, maximum=_SEED_LIMIT)
+    seed: int = setting(minimum=0, maximum=SEED_LIMIT)
     max_steps: int = setting(minimum=1)
     batch_size: int = setting(minimum=1)
     variants: int = setting(minimum=1)
@@ -674,19 +657,11 @@ class PretrainConfig(Section):
     resume: bool = setting()
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from _empty_texts(self, "architecture", "output")
         if self.batch_size % self.variants:
             yield (
                 "batch_size",
                 f"{self.batch_size} is no multiple of the {self.variants} variants of a scene",
             )
-
-
-def _empty_texts(section: Section, *keys: str) -> Iterator[tuple[str, str]]:
-    for key in keys:
-        value = getattr(section, key)
-        if value is not None and not value.strip():
-            yield key, "is empty"
 
 
 def _list_problems(key: str, values: list[str]) -> Iterator[tuple[str, str]]:
@@ -697,9 +672,16 @@ def _list_problems(key: str, values: list[str]) -> Iterator[tuple[str, str]]:
         yield key, f"{twice[0]!r} is listed twice"
 
 
+def device_problem(device: str) -> str | None:
+    """Why this is not the name of a device; None if it is."""
+    if re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
+        return None
+    return f"{device!r} is not one of auto, cpu, cuda, cuda:0 (and so on), mps"
+
+
 def _device_problems(device: str) -> Iterator[tuple[str, str]]:
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-        yield "device", f"{device!r} is not one of auto, cpu, cuda, cuda:0 (and so on), mps"
+    if problem := device_problem(device):
+        yield "device", problem
 
 
 def register() -> None:

@@ -145,6 +145,10 @@ def _limit_problem(
     choices: Sequence[str] = (),
     text: bool = False,
 ) -> str | None:
+    if text and isinstance(value, str) and not value.strip():
+        return "is empty"
+    if text and isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        return "is not UTF-8 text"
     if choices and value not in choices:
         return _not_one_of(value, choices)
     if isinstance(value, float) and not math.isfinite(value):

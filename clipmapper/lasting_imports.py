@@ -12,7 +12,7 @@ def lasting_imports() -> Iterator[None]:
     looked for meanwhile, and in these objects never again.
 
     Of torch, Lightning and what they import those are a million. To look through them again and again is a
-    quarter of a command's start, and takes 2 s at its end, when it reads 150 MB of libraries into memory.
+    quarter of a command's start, and takes 2 s at its end.
     """
     collecting, before = gc.isenabled(), len(sys.modules)
     gc.disable()

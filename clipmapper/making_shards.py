@@ -1,14 +1,14 @@
 """``scripts/make_shards.py``: any data set of records, chosen as for training, as WebDataset shards."""
 
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from clipmapper.data.records import RecordData
 from clipmapper.data.shard_files import webdataset, write_shards
-from clipmapper.errors import UserError, UserErrors
+from clipmapper.errors import UserError
+from clipmapper.mistakes import Arguments, mistakes_end_it, seed, some_path, whole
 from clipmapper.outputs import check_folder
 from clipmapper.progress import progress
 from clipmapper.settings import data_settings
@@ -18,15 +18,13 @@ from clipmapper.training.instances import built
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Ends with exit status 2 and one line on stderr for a mistake of the user's, 130 when interrupted."""
-    parser = ArgumentParser(description="Write a data set as WebDataset shards.")
-    parser.add_argument("folder", type=Path, help="for the shards; the same command goes on where it stopped")
+    parser = Arguments(description="Write a data set as WebDataset shards.")
+    parser.add_argument("folder", type=some_path, help="for the shards; run again, it goes on")
     parser.add_argument("settings", nargs="+", metavar="data=…", help="the data set, as for scripts/train.py")
-    parser.add_argument("--images-per-shard", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the images")
+    parser.add_argument("--images-per-shard", type=whole(), default=1000)
+    parser.add_argument("--seed", type=seed, default=0, help="of the order of the images")
     options = parser.parse_args(arguments)
-    if options.images_per_shard < 1:
-        parser.error("--images-per-shard must be at least 1")
-    with a_command():
+    with a_command(), mistakes_end_it():
         _make(options)
 
 
@@ -44,10 +42,6 @@ def _make(options: Namespace) -> None:
                 seed=options.seed,
                 progress=advance,
             )
-    except UserError as error:
-        for line in error.lines if isinstance(error, UserErrors) else [str(error)]:
-            print("error:", " ".join(line.split()), file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         done = len(list(options.folder.glob("*.tar")))
         kept = f"{done} shards are complete: the same command goes on" if done else "no shard is complete yet"

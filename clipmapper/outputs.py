@@ -22,9 +22,9 @@ def check_folder(folder: Path, named: str) -> None:
 
 def check_file(file: Path, named: str) -> None:
     """The same of a file, which may be there already and stays as it is."""
-    if file.is_dir():
-        raise UserError(f"{named}: can't be written (it is a folder)")
     try:
+        if file.is_dir():
+            raise UserError(f"{named}: can't be written (it is a folder)")
         if file.exists():
             if not file.is_file():  # a device, a pipe: there is nothing to try
                 return

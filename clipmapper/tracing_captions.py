@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clipmapper.errors import UserError
 from clipmapper.models.caption_decoding import Decoding, write_captions
+from clipmapper.models.caption_head import UnsayableToken
 from clipmapper.models.caption_tokens import spell
 from clipmapper.models.captioner import Captioner
 from clipmapper.models.tokens import TokenizedText, word_positions
@@ -76,7 +77,10 @@ def trace_caption(
                 text = text[:, : int(text.valid.sum())]
             else:
                 text = model.tokenize(caption)
-                model.head.places(text.ids, text.valid & (text.ids != model.ends.start))
+                try:
+                    model.head.places(text.ids, text.valid & (text.ids != model.ends.start))
+                except UnsayableToken as error:
+                    raise UnsayableToken(error.token, spell(model.tokenizer, [error.token])) from error
             text_tokens = model.text_tokens(text.ids, text.valid)
             scores = model.caption_logits(image_tokens, text_tokens, text.valid, only_text=False)[0]
     finally:

@@ -17,8 +17,8 @@ what its values do not see), "efficient" (the distribution of the same effect), 
 distributions.
 """
 
-import argparse
 import sys
+from argparse import Namespace, RawTextHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,22 +26,29 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from clipmapper.data.text_files import text_lines
 from clipmapper.errors import UserError
 from clipmapper.evaluation.attention_causality import attention_causality, count_forwards
+from clipmapper.mistakes import Arguments, mistakes_end_it, seed, some_path, whole
 from clipmapper.models.cut_texts import cut_texts_said_once
+from clipmapper.models.weight_files import check_finite, read_torch_file
 from clipmapper.outputs import check_file
 from clipmapper.relevance.substitution import names_of_calls
 from clipmapper.stopping import a_command
 from clipmapper.training.run_folder import write_json
 
 _BATCH = 16
+_TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"
+)  # fmt: skip
 Forwards = list[Callable[[], Tensor]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, 2 after a line on stderr for a mistake of the user's, 130 when interrupted."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, help="a trained CLIPmapper that answers questions")
+    """Returns 0, or 130 when interrupted; ends with exit status 2 after a line on stderr for a mistake of the
+    user's."""
+    parser = Arguments(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser.add_argument("--checkpoint", type=some_path, help="a trained CLIPmapper that answers questions")
     parser.add_argument(
         "--architecture", help="FILE.json, if the checkpoint's architecture is yours and names a tokenizer"
     )
@@ -49,28 +56,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "data", nargs="*", metavar="data=…",
         help="the questions' data set, as for scripts/train.py (default: the world that --checkpoint knows)",
     )  # fmt: skip
-    parser.add_argument("--classifier", type=Path, help="folder of a Hugging Face text classifier")
-    parser.add_argument("--texts", type=Path, help="a text file, one text a line, for --classifier")
+    parser.add_argument("--classifier", type=some_path, help="folder of a Hugging Face text classifier")
+    parser.add_argument("--texts", type=some_path, help="a text file, one text a line, for --classifier")
     parser.add_argument(
-        "--layers", type=int, nargs="+",
+        "--layers", type=whole(0), nargs="+",
         help="attention sub-layers, from 0, in the order in which they run (default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--list", action="store_true", help="print the sub-layers' numbers and names, and stop"
     )
-    parser.add_argument("--samples", type=int, default=64, help="at most so many (default: 64)")
-    parser.add_argument("--seed", type=int, default=0, help="of samples and random matrices (default: 0)")
+    parser.add_argument("--samples", type=whole(), default=64, help="at most so many (default: 64)")
+    parser.add_argument("--seed", type=seed, default=0, help="of samples and random matrices (default: 0)")
     parser.add_argument(
-        "--output", type=Path, default=Path("outputs/attention_causality.json"),
+        "--output", type=some_path, default=Path("outputs/attention_causality.json"),
         help="the JSON file that is written (default: %(default)s)",
     )  # fmt: skip
     options = parser.parse_args(arguments)
-    with a_command():
+    with a_command(), mistakes_end_it():
         return _run(options)
 
 
 @cut_texts_said_once()
-def _run(options: argparse.Namespace) -> int:
+def _run(options: Namespace) -> int:
     try:
         _check(options)
         model, predict = (_classifier if options.checkpoint is None else _clipmapper)(options)
@@ -80,9 +87,6 @@ def _run(options: argparse.Namespace) -> int:
             return 0
         with tqdm(total=count_forwards(predict), desc="forwards", leave=False) as bar:
             results = attention_causality(predict, options.layers, options.seed, progress=bar.update)
-    except UserError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
@@ -95,19 +99,21 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check(options: Namespace) -> None:
     """Raises ``UserError`` for settings that can't be, before anything is loaded."""
-    if options.samples < 1:
-        raise UserError(f"--samples {options.samples}: must be at least 1")
     if options.checkpoint is not None and options.classifier is not None:
         raise UserError("--checkpoint and --classifier: give one of them")
     if options.data and options.checkpoint is None:
         raise UserError(f"{options.data[0]}: data are for --checkpoint")
+    if options.architecture is not None and options.checkpoint is None:
+        raise UserError("--architecture is for --checkpoint")
     if (options.classifier is None) != (options.texts is None):
         raise UserError("--classifier and --texts (a text file with one text a line) go together")
-    for path in (options.classifier, options.texts):
-        if path is not None and not path.exists():
-            raise UserError(f"{path}: no such file or folder")
+    if options.classifier is not None and not options.classifier.is_dir():
+        raise UserError(f"--classifier {options.classifier}: no such folder")
+    twice = [layer for n, layer in enumerate(options.layers or ()) if layer in options.layers[:n]]
+    if twice:
+        raise UserError(f"--layers: {twice[0]} is listed twice")
     if options.list:
         return
     check_file(options.output, f"--output {options.output}")
@@ -126,7 +132,7 @@ def _show(results: dict) -> None:
         )
 
 
-def _clipmapper(options: argparse.Namespace) -> tuple[nn.Module, Forwards]:
+def _clipmapper(options: Namespace) -> tuple[nn.Module, Forwards]:
     from clipmapper.models.build import load
     from clipmapper.models.captioner import Captioner
     from clipmapper.settings import data_settings
@@ -148,7 +154,7 @@ def _clipmapper(options: argparse.Namespace) -> tuple[nn.Module, Forwards]:
     return model, [lambda rows=rows: forward(rows) for rows in parts]
 
 
-def _classifier(options: argparse.Namespace) -> tuple[nn.Module, Forwards]:
+def _classifier(options: Namespace) -> tuple[nn.Module, Forwards]:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(options.seed)
@@ -171,26 +177,40 @@ def _classifier(options: argparse.Namespace) -> tuple[nn.Module, Forwards]:
     ]
 
 
-def _of_folder(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Tensor]]:
+def _of_folder(options: Namespace) -> tuple[nn.Module, dict[str, Tensor]]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    try:
-        lines = [line for line in options.texts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--texts {options.texts}: no readable text file ({error})") from error
+    lines = [line for line in text_lines(options.texts, "texts (--texts)") if line.strip()]
     if not lines:
         raise UserError(f"--texts {options.texts}: holds no text")
     folder = options.classifier
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        # transformers would make a tokenizer that knows no word.
+        raise UserError(f"--classifier {folder}: no tokenizer in it ({', '.join(_TOKENIZER_FILES)})")
     try:
+        for file in sorted(folder.glob("pytorch_model*.bin")):
+            read_torch_file(file, mmap=True)
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, attn_implementation="sdpa", local_files_only=True, trust_remote_code=False
         ).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, LookupError) as error:
-        line = str(error).splitlines()[0]
+        check_finite(model.state_dict())
+    except Exception as error:  # a damaged file fails where its reader happens to stumble over it
+        line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--classifier {folder}: no text classifier with its tokenizer ({line})") from error
-    inputs = tokenizer(lines[: options.samples], padding=True, truncation=True, return_tensors="pt")
-    return model, dict(inputs)
+    inputs = dict(tokenizer(lines[: options.samples], padding=True, truncation=True, return_tensors="pt"))
+    tokens, largest = inputs["input_ids"].shape[1], int(inputs["input_ids"].max())
+    room = getattr(model.config, "max_position_embeddings", tokens)
+    if tokens > room:
+        raise UserError(
+            f"--texts {options.texts}: one has {tokens} tokens, and --classifier {folder} has room for "
+            f"{room}; its tokenizer does not say so (model_max_length)"
+        )
+    if largest >= (words := model.get_input_embeddings().num_embeddings):
+        raise UserError(
+            f"--classifier {folder}: its tokenizer has a token {largest}, its model {words} in all"
+        )
+    return model, inputs
 
 
 if __name__ == "__main__":

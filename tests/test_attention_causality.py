@@ -85,7 +85,8 @@ def test_the_script_on_a_text_classifier(script, tmp_path, capsys):
     assert found["uniform"]["predictions_changed"]["mean"] > 0
     assert found["random"]["largest_logit_change"] > 1e-2
     assert str(output) in capsys.readouterr().out
-    assert script.main(["--samples", "16", "--layers", "7", "--output", str(output)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--samples", "16", "--layers", "7", "--output", str(output)])
     assert "layers=[7]: the model has attention sub-layers 0 to 2" in capsys.readouterr().err
 
 
@@ -123,14 +124,14 @@ def test_calls_are_named_by_the_module_that_makes_them(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--samples", "0"], "--samples 0: must be at least 1"),
+        (["--samples", "0"], "--samples: '0' is not a whole number of at least 1"),
         (["--checkpoint", "a", "--classifier", "b"], "give one of them"),
         (["--classifier", "{tmp}"], "--classifier and --texts"),
         (["--texts", "{tmp}/lines.txt"], "--classifier and --texts"),
-        (["--classifier", "{tmp}/no", "--texts", "{tmp}/lines.txt"], "no: no such file or folder"),
-        (["--classifier", "{tmp}", "--texts", "{tmp}/lines.txt"], "no text classifier with its tokenizer"),
+        (["--classifier", "{tmp}/no", "--texts", "{tmp}/lines.txt"], "no: no such folder"),
+        (["--classifier", "{tmp}", "--texts", "{tmp}/lines.txt"], "no tokenizer in it"),
         (["--classifier", "{tmp}", "--texts", "{tmp}/empty.txt"], "holds no text"),
-        (["--classifier", "{tmp}", "--texts", "{tmp}"], "no readable text file"),
+        (["--classifier", "{tmp}", "--texts", "{tmp}"], "a folder, not a file"),
         (["--checkpoint", "{tmp}/no.ckpt"], "no such file"),
         (["--output", "{tmp}"], "can't be written"),
         (["--output", "{tmp}/lines.txt/out.json"], "can't be written"),
@@ -140,7 +141,8 @@ def test_what_can_t_be_is_refused_in_one_line(script, tmp_path, capsys, argument
     (tmp_path / "lines.txt").write_text("a red disc\n")
     (tmp_path / "empty.txt").write_text("\n")
     output = ["--output", str(tmp_path / "out.json")]
-    assert script.main(output + [a.format(tmp=tmp_path) for a in arguments]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        script.main(output + [a.format(tmp=tmp_path) for a in arguments])
     error = capsys.readouterr().err
     assert line in error and error.startswith("error: ") and error.count("\n") == 1
 
@@ -174,7 +176,8 @@ def test_a_classifier_in_a_folder(script, tmp_path, capsys):
 
 def test_a_model_that_writes_captions_is_refused(script, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("clipmapper.models.build.load", lambda path, **_: tiny_models.captioner(tmp_path))
-    assert script.main(["--checkpoint", "captions.ckpt", "--output", str(tmp_path / "out.json")]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["--checkpoint", "captions.ckpt", "--output", str(tmp_path / "out.json")])
     assert "writes captions" in capsys.readouterr().err
 
 

@@ -224,13 +224,13 @@ def converted(folder: Path, name: str, content: object, annotations: object = No
         ("ok_vqa", {"questions": [ASKED]}, {"annotations": [ANNOTATED], "question_types": [1]},
          "'question_types' is not a dictionary of texts but [1]"),
         ("ok_vqa", {"questions": [ASKED], "data_subtype": 3}, {"annotations": [ANNOTATED]},
-         "'data_subtype' is not a text but 3"),
+         "'data_subtype' is not the name of a split but 3"),
         ("ok_vqa", [1], [1], "a.json: no list 'annotations' in it (it is a list)"),
         ("textvqa", {"data": [TEXTVQA | {"answers": [None]}]}, None, "a list of texts: null among them"),
         ("textvqa", {"data": [TEXTVQA | {"answers": "['a', 'b']"}]}, None, "a list written as text, \"['a',"),
         ("textvqa", {"data": [TEXTVQA | {"answers": None}]}, None, "no answers or captions: 1; --split test"),
         ("gqa", {"1": GQA | {"answer": ["a"]}}, None, "q.json: question 1: 'answer' is not a text: ['a']"),
-        ("gqa", {"1": GQA | {"types": {"structural": 3}}}, None, "'types' has no text as 'structural': {'st"),
+        ("gqa", {"1": GQA | {"types": {"structural": [3]}}}, None, "'structural' is not a text: [3]"),
         ("gqa", [GQA], None, "GQA's questions are a dictionary by question id"),
         ("vizwiz", [VIZWIZ | {"image": None}], None, "q.json: entry 1: 'image' is not a text: null"),
         ("vizwiz", [5], None, "q.json: entry 1: not an object: 5"),
@@ -851,12 +851,13 @@ def test_an_error_is_on_a_line_of_its_own():
     """Behind a progress bar that is not at its end, in a process of its own."""
     program = """
 from tqdm import tqdm
-from clipmapper.cli import _fail, _warn
+from clipmapper.cli import _warn
+from clipmapper.mistakes import fail
 bar = tqdm(total=9, desc="work")
 bar.update(3)
 _warn("one\\x1b thing")
 bar.update(3)
-_fail("what went wrong", "and this")
+fail("what went wrong", "and this")
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, check=False,

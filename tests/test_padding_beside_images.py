@@ -19,7 +19,7 @@ def padded(words, side, fill=0):
 
 
 def compare(trace, alone, places, methods=METHODS_TRIED):
-    """``places``: stream → where the tokens of the sample are in the padded row, of those that have padding."""
+    """``places``: stream → where the sample's tokens are in the padded row, of streams that have padding."""
     for method in methods:
         found, expected = METHODS[method](trace).streams, METHODS[method](alone).streams
         assert found.keys() == expected.keys()
@@ -113,6 +113,9 @@ def test_words_around_an_image(name, side):
     alone = {key: value[1:] for key, value in case.inputs.items()}
     alone |= {"input_ids": words, "attention_mask": mask}
     first = N - L if side == "left" else 0
+    if name == "hf_paligemma":  # all of it is a prefix, within which it reads both ways
+        batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+        alone["token_type_ids"] = torch.zeros_like(words)
     if name == "hf_llava":  # its rotary angles are float32: the same positions, not only the same distances
         batch["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
         alone["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)

@@ -11,6 +11,7 @@ from clipmapper.data.scene_captions import aligned_captions
 from clipmapper.data.scenes import draw_scene, render
 from clipmapper.data.scenes_captions import ScenesCaptions
 from clipmapper.explaining_captions import explain_caption_methods
+from clipmapper.mistakes import seed, whole
 from clipmapper.models.build import build_captioner, load
 from clipmapper.models.caption_decoding import Decoding, write_captions
 from clipmapper.models.captioner import Captioner
@@ -33,9 +34,9 @@ _COMMON = {"mapper": "dual_flow", "mlp_ratio": 4.0, "tied_head": False, "text_em
 
 def decoding_arguments(parser: ArgumentParser) -> None:
     _model_arguments(parser)
-    parser.add_argument("--images", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=20, help="length of every caption")
-    parser.add_argument("--beams", type=int, default=1)
+    parser.add_argument("--images", type=whole(), default=16)
+    parser.add_argument("--tokens", type=whole(), default=20, help="length of every caption")
+    parser.add_argument("--beams", type=whole(), default=1)
 
 
 def decoding(options: Namespace) -> dict:
@@ -117,7 +118,7 @@ def _model_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", choices=[*MODELS], default="scenes")
     parser.add_argument("--checkpoint", help="a trained captioner instead")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
 
 
 def _model_and_images(options: Namespace, count: int) -> tuple[Captioner, Tensor]:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from clipmapper.benchmarks import captions, loading, perturbation, relevance, token_caching
 from clipmapper.benchmarks.timing import write_results
-from clipmapper.errors import UserError
 from clipmapper.file_names import file_name_problem
+from clipmapper.mistakes import Arguments, mistakes_end_it, some_path, whole
 from clipmapper.outputs import check_file
 from clipmapper.stopping import a_command
 
@@ -74,20 +74,18 @@ BENCHMARKS = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Ends with exit status 2 and one line on stderr for a mistake of the user's, with 130 after Ctrl-C."""
-    parser = ArgumentParser(description="Measure speed.")
+    parser = Arguments(description="Measure speed.")
     commands = parser.add_subparsers(dest="benchmark", required=True)
     for name, benchmark in BENCHMARKS.items():
         command = commands.add_parser(name, help=(benchmark.run.__doc__ or "").split(".")[0])
-        command.add_argument("--repeats", type=int, default=7, help="the median of so many is reported")
-        command.add_argument("--output", type=Path, default=Path("outputs/benchmark"))
+        command.add_argument("--repeats", type=whole(), default=7, help="the median of so many is reported")
+        command.add_argument("--output", type=some_path, default=Path("outputs/benchmark"))
         command.add_argument("--name", default=name, help="of the file, without .json")
         benchmark.arguments(command)
     options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error("--repeats must be at least 1")
     if problem := file_name_problem(options.name):
         parser.error(f"--name: {problem}")
-    with a_command():
+    with a_command(), mistakes_end_it():
         _run(BENCHMARKS[options.benchmark], options)
 
 
@@ -97,9 +95,6 @@ def _run(benchmark: Benchmark, options: Namespace) -> None:
     try:
         check_file(output / f"{options.name}.json", f"--output {output}")
         results = benchmark.run(options)
-    except UserError as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         file = output / f"{options.name}.json"
         written = "resume" in options and file.exists() and (options.resume or file.stat().st_mtime >= began)

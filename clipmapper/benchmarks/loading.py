@@ -3,7 +3,6 @@
 import io
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,17 +12,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clipmapper.benchmarks.timing import machine, measured
+from clipmapper.data.images import image_problem
 from clipmapper.data.pixels import DECODING, PixelReader
 from clipmapper.data.records import Record, RecordDataset
 from clipmapper.errors import UserError
+from clipmapper.mistakes import seed, some_path, whole
 
 
 def loading_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--images", type=Path, help="a folder of JPEGs; without it, drawn ones of 640 x 480")
-    parser.add_argument("--count", type=int, default=64)
-    parser.add_argument("--size", type=int, default=224, help="of what the encoder reads")
-    parser.add_argument("--workers", type=int, nargs="*", default=[0, 2])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=some_path, help="a folder of JPEGs; without it, some are drawn")
+    parser.add_argument("--count", type=whole(), default=64)
+    parser.add_argument("--size", type=whole(), default=224, help="of what the encoder reads")
+    parser.add_argument("--workers", type=whole(0), nargs="*", default=[0, 2])
+    parser.add_argument("--seed", type=seed, default=0)
 
 
 def loading(options: Namespace) -> dict:
@@ -108,6 +109,10 @@ def _files(options: Namespace) -> list[bytes]:
     found = sorted(p for p in options.images.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
     if not found:
         raise UserError(f"--images={options.images}: no JPEG there")
+    found = found[: options.count]
+    for file in found:
+        if problem := image_problem(file):
+            raise UserError(f"--images: {file}: {': '.join(problem)}")
     return [found[number % len(found)].read_bytes() for number in range(options.count)]
 
 

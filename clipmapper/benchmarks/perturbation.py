@@ -14,7 +14,6 @@ from tqdm import tqdm
 from clipmapper.benchmarks.charts import ratio_chart
 from clipmapper.benchmarks.subjects import scenes_mapper, tokens_of_texts, vit_b_32_mapper
 from clipmapper.benchmarks.timing import machine, measured
-from clipmapper.errors import UserError
 from clipmapper.evaluation.answer_perturbation import AnswerScorer
 from clipmapper.evaluation.perturbation import (
     FRACTIONS,
@@ -23,6 +22,7 @@ from clipmapper.evaluation.perturbation import (
     perturb,
     removal_order,
 )
+from clipmapper.mistakes import seconds, whole
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.training.run_explain import chosen_device
@@ -35,14 +35,14 @@ PROTOCOL, NAIVE = "protocol", "naive loop"
 def perturbation_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", choices=[*MODELS], default="scenes")
     parser.add_argument(
-        "--samples", type=int, default=16, help="in one chunk; the naive loop's batch as well"
+        "--samples", type=whole(), default=16, help="in one chunk; the naive loop's batch as well"
     )
     parser.add_argument(
-        "--methods", type=int, default=4, help="how many (random) orders of removal there are"
+        "--methods", type=whole(), default=4, help="how many (random) orders of removal there are"
     )
-    parser.add_argument("--batch-size", type=int, default=128, help="most variants in one forward")
+    parser.add_argument("--batch-size", type=whole(), default=128, help="most variants in one forward")
     parser.add_argument(
-        "--patience", type=float, default=300.0, help="seconds after which a way is repeated no more"
+        "--patience", type=seconds, default=300.0, help="seconds after which a way is repeated no more"
     )
     parser.add_argument("--device", default="auto")
 
@@ -55,8 +55,6 @@ def perturbation(options: Namespace) -> dict:
     (the other tower left out). ``times_faster_than_naive``: than a loop that makes, for each method,
     direction and fraction, a full masked forward of the same samples.
     """
-    if min(options.samples, options.methods, options.batch_size) < 1:
-        raise UserError("--samples, --methods and --batch-size must be at least 1")
     device = chosen_device(options.device)
     run = _Run(MODELS[options.model]().to(device), options)
     counts = run.variants()

@@ -17,6 +17,7 @@ from clipmapper.benchmarks.resuming import earlier_rows
 from clipmapper.benchmarks.subjects import SUBJECTS, Subject
 from clipmapper.benchmarks.timing import machine, measured, write_results
 from clipmapper.errors import UserError
+from clipmapper.mistakes import seconds, whole
 from clipmapper.relevance import METHODS, Relevance, method_named
 from clipmapper.training.run_explain import chosen_device
 from clipmapper.training.tables import console
@@ -40,7 +41,7 @@ _METHODS = ["weighted", "gae", "weighted_token", "rollout", "raw_attention", "gr
 
 def relevance_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", choices=[*SUBJECTS], default=_MODELS, metavar="MODEL")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1])
+    parser.add_argument("--batches", nargs="+", type=whole(), default=[1])
     parser.add_argument("--methods", nargs="+", default=_METHODS, help="names, or: all")
     parser.add_argument(
         "--naive", action=BooleanOptionalAction, default=True,
@@ -51,7 +52,7 @@ def relevance_arguments(parser: ArgumentParser) -> None:
         help="also the resident memory of a process that explains once, above the loaded model's",
     )  # fmt: skip
     parser.add_argument(
-        "--patience", type=float, default=60.0, help="seconds after which a way is repeated no more"
+        "--patience", type=seconds, default=60.0, help="seconds after which a way is repeated no more"
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument(
@@ -74,8 +75,6 @@ def relevance(options: Namespace) -> dict:
     methods = list(METHODS) if options.methods == ["all"] else options.methods
     for name in methods:
         method_named(name)
-    if min(options.batches) < 1:
-        raise UserError(f"--batches: at least 1, not {min(options.batches)}")
     device = chosen_device(options.device)
     results = {"machine": machine(device), "settings": vars(options), "rows": []}
     output = Path(options.output)

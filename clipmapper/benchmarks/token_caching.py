@@ -15,6 +15,7 @@ from clipmapper.data.scene_questions import ANSWERS
 from clipmapper.data.scenes_vqa import ScenesVQA
 from clipmapper.data.token_cache import TokenCache, TokenStore
 from clipmapper.errors import UserError
+from clipmapper.mistakes import seed, whole
 from clipmapper.models.build import build_clipmapper, load
 from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.tokens import tokenize
@@ -28,9 +29,9 @@ def caching_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", choices=[*MODELS], default="scenes")
     parser.add_argument("--checkpoint", help="a trained model instead, for what half precision costs")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--scenes", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenes", type=whole(), default=200)
+    parser.add_argument("--batch-size", type=whole(), default=64)
+    parser.add_argument("--seed", type=seed, default=0)
 
 
 def caching(options: Namespace) -> dict:

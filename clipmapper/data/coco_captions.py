@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from clipmapper.data.fields import NUMBER, TEXT, Entries
+from clipmapper.data.fields import NUMBER, TEXT, Entries, shown
 from clipmapper.data.image_checks import readable_only
 from clipmapper.data.official_files import captioned_images
 from clipmapper.data.records import Record, RecordData
@@ -97,7 +97,7 @@ def _karpathy(file: Path, records: dict) -> dict[str, list[Record]]:
     for entry in reading.of_file(file, "images", _SPLIT_FILE, _SPLIT_ENTRY):
         source, image, split = entry["source"], entry["cocoid"], entry["split"]
         if split not in _KARPATHY:
-            reading.wrong(source, f"'split' is not one of {', '.join(_KARPATHY)}", repr(split))
+            reading.wrong(source, f"'split' is not one of {', '.join(_KARPATHY)}", shown(split))
         elif image not in records:
             reading.wrong(source, "an image that is not in COCO's annotations", str(image))
         elif image in seen:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from clipmapper.data.fields import ANSWERS, FLAG, KEY, NUMBER, TEXT, TEXTS, Entries, shown
-from clipmapper.data.official_files import captioned_images
+from clipmapper.data.official_files import captioned_images, check_image, leads_out
 from clipmapper.data.records import OTHER
-from clipmapper.data.text_files import read_json
+from clipmapper.data.text_files import is_text, read_json
 from clipmapper.errors import UserError
+from clipmapper.file_names import file_name_problem
 from clipmapper.outputs import write_whole
 
 
@@ -41,6 +42,8 @@ def convert(name: str, source: Source, split: str, output: Path) -> tuple[int, i
     """
     if name not in READERS:
         raise UserError(f"{name!r} is not one of {', '.join(READERS)}")
+    if source.annotations is not None and name not in _ANNOTATED:
+        raise UserError(f"--annotations {source.annotations}: {name} has its answers in the first file")
     lines, images, first = [], set(), {}
     reading = source.reading
     for row in READERS[name](source):
@@ -54,9 +57,14 @@ def convert(name: str, source: Source, split: str, output: Path) -> tuple[int, i
         if split == "test" and row.get("captions") == []:
             raise UserError(f"{source.questions}: images without captions can't be learnt from or scored")
         images.add(row["image"])
+        if leads_out(os.path.relpath(row["image"], source.images)):
+            reading.wrong(where, "an image outside the folder of images", str(row["image"]))
         relative = os.path.relpath(row["image"], output.parent)
         kept = {key: value for key, value in row.items() if value is not None}
-        lines.append(json.dumps(kept | {"image": relative, "split": split}, ensure_ascii=False))
+        line = json.dumps(kept | {"image": relative, "split": split}, ensure_ascii=False)
+        if not is_text(line):
+            reading.wrong(where, "not text", "half of a surrogate pair in it")
+        lines.append(line)
     reading.stop()
     if not lines:
         raise UserError(f"{source.questions}: nothing in it")
@@ -67,6 +75,7 @@ def convert(name: str, source: Source, split: str, output: Path) -> tuple[int, i
 
 _DIRECT = TEXTS.or_else(None)
 _GQA = {"imageId": KEY, "question": TEXT, "answer": TEXT.or_else(None)}
+_GQA_TYPES = {"structural": TEXT.or_else(OTHER)}
 
 
 def _gqa(source: Source) -> Iterator[Row]:
@@ -79,22 +88,22 @@ def _gqa(source: Source) -> Iterator[Row]:
         entry = source.reading.entry(where, found, _GQA)
         if entry is None:
             continue
-        types = found.get("types") or {}
-        family = types.get("structural") if isinstance(types, Mapping) else types
-        if family is not None and not isinstance(family, str):
-            source.reading.wrong(where, "'types' has no text as 'structural'", shown(types))
+        types = found.get("types")
+        kinds = types if isinstance(types, Mapping) else {"structural": types}
+        kind = source.reading.entry(f"{where}, 'types'", kinds, _GQA_TYPES)
+        if kind is None:
             continue
         yield {
             "source": where,
             "id": number,
             "image": source.images / f"{entry['imageId']}.jpg",
             "question": entry["question"],
-            "family": family or OTHER,
+            "family": kind["structural"],
             "answers": None if entry["answer"] is None else [entry["answer"]],
         }
 
 
-_OK_VQA = {"question_id": NUMBER, "answers": ANSWERS, "question_type": TEXT}
+_OK_VQA = {"question_id": NUMBER, "image_id": NUMBER.or_else(None), "answers": ANSWERS, "question_type": TEXT}
 _ASKED = {"question_id": NUMBER, "image_id": NUMBER, "question": TEXT}
 
 
@@ -115,8 +124,8 @@ def _ok_vqa(source: Source) -> Iterator[Row]:
         raise UserError(f"{file}: 'question_types' is not a dictionary of texts but {shown(topics)}")
     content = read_json(source.questions, "OK-VQA's questions")
     subset = content.get("data_subtype", "val2014") if isinstance(content, Mapping) else ""
-    if not isinstance(subset, str):
-        raise UserError(f"{source.questions}: 'data_subtype' is not a text but {shown(subset)}")
+    if not isinstance(subset, str) or file_name_problem(subset):
+        raise UserError(f"{source.questions}: 'data_subtype' is not the name of a split but {shown(subset)}")
     for entry in reading.listed(content, "questions", source.questions, _ASKED):
         number = entry["question_id"]
         if number not in answers:
@@ -124,6 +133,7 @@ def _ok_vqa(source: Source) -> Iterator[Row]:
                 what = f"a question of {source.questions.name} is not annotated"
                 reading.wrong(str(file), what, str(number))
             continue
+        check_image(entry, answers[number], reading)
         kind = answers[number]["question_type"]
         yield {
             "source": entry["source"],
@@ -235,6 +245,8 @@ def _easy_vqa(source: Source) -> Iterator[Row]:
             "family": "yes/no" if answer in ("yes", "no") else OTHER,
         }
 
+
+_ANNOTATED = ("ok_vqa",)  # with answers in a file of their own
 
 # The official formats, by the name of the data set.
 READERS: Mapping[str, Callable[[Source], Iterator[Row]]] = {

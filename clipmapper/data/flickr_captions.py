@@ -5,7 +5,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from clipmapper.data.fields import shown
 from clipmapper.data.manifest import data_of
+from clipmapper.data.official_files import leads_out
 from clipmapper.data.problems import Problem
 from clipmapper.data.records import Record, RecordData
 from clipmapper.data.remembered import Found, remembered
@@ -112,6 +114,8 @@ def _lines(file: Path) -> Iterator[tuple[str, tuple[str, str] | Problem]]:
             name = re.sub(r"#\d+$", "", name)
         if not caption or not name or "\0" in line:
             yield source, Problem(source, "no image and caption", f"{line[:60]!r}")
+        elif leads_out(name):
+            yield source, Problem(source, "an image outside the folder of images", shown(name))
         else:
             yield source, (name, caption)
 

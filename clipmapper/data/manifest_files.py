@@ -9,7 +9,16 @@ from pathlib import Path
 
 from clipmapper.data.class_labels import features_in_parquet, named, namings
 from clipmapper.data.problems import Problem
-from clipmapper.data.text_files import check_file, is_text, not_utf8, open_text, other_kind, read_json
+from clipmapper.data.text_files import (
+    RepeatedKey,
+    check_file,
+    is_text,
+    not_utf8,
+    open_text,
+    other_kind,
+    parsed_json,
+    read_json,
+)
 from clipmapper.errors import UserError
 
 Row = tuple[str, Mapping | Problem]  # file and line, and the row or what is wrong with the line
@@ -49,7 +58,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
                     yield source, Problem(source, not_utf8(number))
                 continue
             try:
-                row = json.loads(text)
+                row = parsed_json(text)
             except json.JSONDecodeError as error:
                 # Perhaps written over several lines. What opens one, or is called .json, is nothing else.
                 sure = path.suffix.lower() == ".json" or text in ("[", "{")
@@ -59,6 +68,8 @@ def _json_lines(path: Path) -> Iterator[Row]:
                 yield source, Problem(source, "not JSON", f"{error.msg} at character {error.pos + 1}")
             except RecursionError:
                 yield source, Problem(source, "not JSON", "nested too deeply")
+            except RepeatedKey as error:
+                yield source, Problem(source, "a key twice", str(error))
             except ValueError:
                 yield source, Problem(source, "not JSON", _BAD_NUMBER)
             else:
@@ -87,7 +98,10 @@ def _whole(path: Path, sure: bool) -> Iterator[Row] | None:
 def _rows_in(path: Path, content: object) -> Iterator[Row] | None:
     """The objects of a list, or of the list that an object holds under a usual name."""
     if isinstance(content, dict) and not any(name in content for name in _IMAGES):
-        content = next((content[name] for name in _ROWS if isinstance(content.get(name), list)), None)
+        lists = [name for name in _ROWS if isinstance(content.get(name), list)]
+        if len(lists) > 1:
+            raise UserError(f"{path}: several lists, {' and '.join(lists)}; one of them may hold the rows")
+        content = content[lists[0]] if lists else None
     if not isinstance(content, list) or not any(isinstance(row, dict) for row in content):
         return None
     return (

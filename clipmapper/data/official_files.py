@@ -1,5 +1,6 @@
 """What the files of several public data sets have in common."""
 
+import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,18 @@ def coco_image(folder: Path, subset: str, image: int) -> Path:
     return folder / subset / f"{prefix}{image:012d}.jpg"
 
 
+def leads_out(name: str) -> bool:
+    """Whether an image of this name, as an official file has it, lies outside the folder of images."""
+    return os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir
+
+
+def check_image(question: Mapping, said: int | None, reading: Entries) -> None:
+    """Take note of a question whose annotation is about another image: their files do not belong together."""
+    if said is not None and said != question["image_id"]:
+        what = f"{question['image_id']}, in the annotation {said}"
+        reading.wrong(question["source"], "another image than its annotation's", what)
+
+
 def captioned_images(path: Path, what: str, reading: Entries) -> list[tuple[Mapping, list[str]]]:
     """Of a file as COCO's: each image's entry with its captions, in the order of the images.
 
@@ -26,6 +39,8 @@ def captioned_images(path: Path, what: str, reading: Entries) -> list[tuple[Mapp
     """
     images: dict[int, Mapping] = {}
     for image in counted(reading.of_file(path, "images", what, _IMAGE), f"reading {path}, images"):
+        if leads_out(image["file_name"]):
+            reading.wrong(image["source"], "'file_name' leads out of the images' folder", image["file_name"])
         if images.setdefault(image["id"], image) is not image:
             first = images[image["id"]]["source"].rpartition(": ")[2]
             reading.wrong(image["source"], "the same image twice", f"{image['id']} is that of {first} too")

@@ -1,6 +1,5 @@
 """The samples of a tar file: an image and what was asked or said about it, under one key."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from clipmapper.data.problems import Problem
 from clipmapper.data.records import Record
 from clipmapper.data.rows import RowReader
 from clipmapper.data.shard_members import Member, ShardImage
+from clipmapper.data.text_files import parsed_json
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm")
 _LONGEST_TEXT = 2**24  # bytes
@@ -140,7 +140,7 @@ def told_about(
 
 def _parsed(told: bytes) -> list[dict]:
     try:
-        parsed = json.loads(told.decode("utf-8-sig"))
+        parsed = parsed_json(told.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise NoSample("not UTF-8 text", f"byte {error.start + 1} of its .json") from error
     except RecursionError as error:

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from clipmapper.errors import UserError
 
@@ -126,17 +126,40 @@ def text_lines(path: Path, what: str = "") -> Iterator[str]:
         yield line.strip("\ufeff")
 
 
+class RepeatedKey(ValueError):
+    """A key stands in one object twice, with different values: one of them would be lost without a word."""
+
+
+def parsed_json(text: str) -> Any:
+    """As ``json.loads``. Raises :class:`RepeatedKey` besides."""
+    return _DECODER.decode(text)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        for key, value in pairs:
+            if found[key] != value:
+                raise RepeatedKey(f"{key[:60]!r} stands twice in one object, with different values")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # made once: a manifest has a text in each line
+
+
 def read_json(path: Path, what: str = "") -> object:
     """The content of a JSON file. Raises ``UserError`` as :func:`read_text`, and where it is no JSON."""
     text = read_text(path, what)
     try:
-        return json.loads(text)
+        return parsed_json(text)
     except json.JSONDecodeError as error:
         ended = error.msg.startswith("Unterminated string") or not text[error.pos :].strip()
         early = "; it ends too early, as of a download cut short" if ended else ""
         reason = f"{error.msg}, line {error.lineno}, character {error.colno}{early}"
     except RecursionError:
         reason = "nested too deeply"
+    except RepeatedKey as error:
+        reason = str(error)
     except ValueError:  # Python reads no number of more than 4300 digits
         reason = "a number of too many digits"
     raise UserError(f"{path}: not a readable JSON file ({reason})")

@@ -8,7 +8,7 @@ from pathlib import Path
 from clipmapper.data.answers import AnswerVocabulary, most_frequent
 from clipmapper.data.fields import ANSWERS, NUMBER, TEXT, Entries
 from clipmapper.data.image_checks import readable_only
-from clipmapper.data.official_files import coco_image
+from clipmapper.data.official_files import check_image, coco_image
 from clipmapper.data.record_table import together
 from clipmapper.data.records import OTHER, Record, RecordData
 from clipmapper.data.remembered import Found, remembered
@@ -22,6 +22,7 @@ from clipmapper.progress import counted
 _QUESTION = {"question_id": NUMBER, "image_id": NUMBER, "question": TEXT}
 _ANNOTATION = {
     "question_id": NUMBER,
+    "image_id": NUMBER.or_else(None),
     "answers": ANSWERS.or_else(None),
     "multiple_choice_answer": TEXT.or_else(None),
     # Some subsets of VQA v2 that go round have lost the answer types.
@@ -141,7 +142,8 @@ class _Reading:
                 reading.wrong(str(where), f"a question of {file.name} is not annotated", str(number))
                 continue
             seen.add(number)
-            answers, kind = ((), OTHER) if test else answered.of(number)
+            answers, kind, about = ((), OTHER, None) if test else answered.of(number)
+            check_image(entry, about, reading)
             path = coco_image(self.folder, images, entry["image_id"])
             yield Record(
                 id=number,
@@ -173,7 +175,7 @@ class _Reading:
                     continue
                 answers = [usual]
                 reading.converted["'multiple_choice_answer' to the answers that are absent"] += 1
-            if not found.add(number, answers, entry["answer_type"], usual):
+            if not found.add(number, answers, entry["answer_type"], usual, entry["image_id"]):
                 reading.wrong(source, "the same question annotated twice", str(number))
         reading.stop()
         self.notes += reading.notes(file.name)

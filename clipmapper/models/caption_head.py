@@ -11,6 +11,18 @@ from torch import Tensor, nn
 from clipmapper.errors import UserError
 
 
+class UnsayableToken(UserError):
+    """A caption has a token that the model cannot say. ``said``: in letters, where they are known."""
+
+    def __init__(self, token: int, said: str | None = None) -> None:
+        self.token = token
+        what = f"the token {token}" if said is None else repr(said)
+        super().__init__(
+            f"the caption has {what}, which this model cannot say: it was built with model.vocabulary=data, "
+            "the words of its training captions alone"
+        )
+
+
 class Vocabulary(nn.Module):
     """What both heads share: which tokens they can say.
 
@@ -63,10 +75,7 @@ class Vocabulary(nn.Module):
         if wanted is not None:
             unknown = unknown & wanted
         if bool(unknown.any()):
-            raise UserError(
-                f"the caption has the token {int(ids[unknown][0])}, which this model cannot say: it was "
-                "built with model.vocabulary=data, the words of its training captions alone"
-            )
+            raise UnsayableToken(int(ids[unknown][0]))
         return found
 
 

@@ -15,12 +15,13 @@ from clipmapper.models.clip_weights import save_clip_weights
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.outputs import NO_ROOM, check_file, check_folder
 from clipmapper.stopping import forks_ignore_signals
-from clipmapper.training.checkpoint_files import DurableCheckpointIO, restore_checkpoint
+from clipmapper.training.checkpoint_files import DurableCheckpointIO, check_same_model, restore_checkpoint
 from clipmapper.training.contrastive import ContrastiveModule, contrastive_loader, retrieval_score
 from clipmapper.training.endings import killed_worker
 from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted
 from clipmapper.training.less_noise import less_noise
 from clipmapper.training.progress import steps_progress
+from clipmapper.training.resumable import check_resumable
 from clipmapper.training.run_lock import only_one
 from clipmapper.training.saving import SaveSteps
 
@@ -99,6 +100,9 @@ def _run_pretraining(config: PretrainConfig) -> dict[str, float]:
         enable_checkpointing=False,  # saving.py
         enable_model_summary=False,
     )
+    if config.resume:
+        check_same_model(_LAST, module)
+        check_resumable(_LAST, trainer, module)
     began = time.monotonic()
     with less_noise():
         trainer.fit(module, loader, ckpt_path=_LAST if config.resume else None, weights_only=True)

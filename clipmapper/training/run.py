@@ -34,6 +34,7 @@ from clipmapper.training.less_noise import less_noise
 from clipmapper.training.module import Labelled, StepBatches
 from clipmapper.training.processes import check_shares, in_main, is_main, this_share
 from clipmapper.training.progress import steps_progress
+from clipmapper.training.resumable import check_resumable
 from clipmapper.training.run_folder import (
     CHECKPOINT,
     RESULTS,
@@ -205,6 +206,7 @@ def _fit(
     module.layer_decay = training.layer_decay
     if resume:
         check_same_model(checkpoint, module)
+        check_resumable(checkpoint, trainer, module, whole=config.trainer.strategy != "fsdp2")
     if config.trainer.compile:
         module.compile_trained()
     share = this_share()

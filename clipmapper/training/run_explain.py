@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from rich.text import Text
 
-from clipmapper.config import COMPARED_METHODS, ExplainConfig
+from clipmapper.config import COMPARED_METHODS, ExplainConfig, device_problem
 from clipmapper.errors import UserError
 from clipmapper.explaining import Explanation, explain_methods
 from clipmapper.explaining_captions import CaptionExplanation, explain_caption_methods
@@ -22,7 +22,10 @@ from clipmapper.visual.picture_names import picture_name
 
 
 def chosen_device(name: str) -> torch.device:
-    """ "auto", "cpu", "cuda", "cuda:1", "mps". Raises ``UserError`` for one that is not there."""
+    """ "auto", "cpu", "cuda", "cuda:1", "mps". Raises ``UserError`` for another name and for one that is not
+    there."""
+    if problem := device_problem(name):
+        raise UserError(f"device: {problem}")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -42,10 +45,10 @@ def explain_file(config: ExplainConfig) -> list[Path]:
 
 
 def _explain_answer(model: CLIPmapper, config: ExplainConfig, methods: Sequence[str]) -> list[Path]:
-    if config.question is None:
-        raise UserError("question: no value; this checkpoint answers questions, give one as question=…")
     if config.caption is not None or config.word is not None:
         raise UserError("caption and word: this checkpoint answers questions, it writes no captions")
+    if config.question is None:
+        raise UserError("question: no value; this checkpoint answers questions, give one as question=…")
     explanations = explain_methods(model, config.image, config.question, methods, config.answer)
     first = explanations[0]
     stem = picture_name(Path(config.image).stem, config.question, apart=_file_and(config, config.answer))
