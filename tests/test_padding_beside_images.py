@@ -116,7 +116,10 @@ def test_words_around_an_image(name, side):
     if name == "hf_paligemma":  # all of it is a prefix, within which it reads both ways
         batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
         alone["token_type_ids"] = torch.zeros_like(words)
-    if name == "hf_llava":  # its rotary angles are float32: the same positions, not only the same distances
+    if name in (
+        "hf_llava",
+        "hf_paligemma",
+    ):  # rotary angles are float32: the same positions, not only the same distances
         batch["position_ids"] = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
         alone["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
 
