@@ -178,7 +178,7 @@ def test_half_precision_holds_gradients_of_any_size(dtype, autocast):
             found, expected = (METHODS[method](t).image.flatten(1) for t in (trace, reference))
             expected = expected.float()
             off = (found - expected).abs().amax(dim=1) / expected.amax(dim=1)
-            # (gae adds up A ⊙ ∇A as large as y: bfloat16's 8 bits of A are all that is left at 1e4.)
+            # (Where y is large, gae multiplies the layers: the rounding of the gradients of all of them.)
             limit = 0.03 if (dtype, method) == (torch.bfloat16, "gae") else 0.01
             assert bool((off < limit).all()), (name, method, off)
 
