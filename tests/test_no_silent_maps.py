@@ -244,3 +244,22 @@ def test_a_map_that_is_not_finite_names_the_sub_layer():
         model.vit.layers[1].attention.v_proj.weight[0, 0] = torch.inf
     with pytest.raises(UserError, match=r"vit\.layers\.1 \((value|mixed)\)"):
         explained(model, "weighted")
+
+
+@pytest.mark.parametrize("method", ["weighted", "gae", "input_x_gradient"])
+def test_a_y_without_a_gradient_is_no_map_of_zeros(method):
+    with pytest.raises(UserError, match="a gradient of 0 at every token"):
+        explained(vit(), method, lambda model: logit(model) * 0)
+
+
+def test_two_forwards_are_not_one_map():
+    """Which of the two images is meant can't be known: the first one's map would be 0 here."""
+    model = vit()
+    with record(model) as trace:
+        logit(model)
+        y = logit(model, PIXELS.flip(0))
+    relevance = METHODS["weighted"](trace, y)
+    with pytest.raises(ValueError, match="2 image streams were recorded"):
+        _ = relevance.image
+    alone = explained(vit(), "weighted", lambda model: logit(model, PIXELS.flip(0))).streams["image"]
+    torch.testing.assert_close(relevance.streams["image 2"], alone, rtol=0, atol=0)

@@ -28,6 +28,7 @@ class Relevance:
         """Relevance of the image patches, as a grid."""
         if self.image_stream is None or self.grid is None:
             raise ValueError("this trace has no image stream with a grid of patches")
+        self._check_alone(self.image_stream)
         rows, columns = self.grid
         tokens = self.streams[self.image_stream].shape[1]
         if tokens < rows * columns:
@@ -39,7 +40,17 @@ class Relevance:
         """Relevance of the text tokens, 0 at padding."""
         if self.text_stream is None:
             raise ValueError("this trace has no text stream")
+        self._check_alone(self.text_stream)
         return self.streams[self.text_stream]
+
+    def _check_alone(self, stream: str) -> None:
+        """Raises ``ValueError`` where it can't be known which of several streams is meant."""
+        several = [name for name in self.streams if name == stream or name.startswith(f"{stream} ")]
+        if len(several) > 1:
+            raise ValueError(
+                f"{len(several)} {stream} streams were recorded, as of several forwards: choose one of them, "
+                f"as streams[{several[-1]!r}], or make one forward inside the recorder"
+            )
 
 
 def as_relevance(trace: AttentionTrace, streams: Mapping[str, Tensor]) -> Relevance:

@@ -402,7 +402,7 @@ class AttentionTrace:
         In float16 it is made of y as often and as large as the gradients need (``Attention.gradient_scale``).
 
         Raises ``ValueError`` when ``y`` depends on nothing that was recorded, or is not one number a sample,
-        and ``UserError`` where a part of the model passes no gradient.
+        and ``UserError`` where a part of the model passes no gradient, or y has none but 0.
         """
         if y.ndim > 1 or (y.ndim == 1 and len(y) != self.batch):
             shape = tuple(y.shape)
@@ -458,12 +458,17 @@ class AttentionTrace:
             made[step.output_node] = (step.name, added is not None)
 
     def _find_read(self) -> None:
-        """What y reads: the final tokens that its gradient reaches, all alike where they are several."""
+        """What y reads: the final tokens that its gradient reaches, all alike where they are several.
+
+        Raises ``UserError`` where it reaches none.
+        """
         # (All at once: each number that is asked of a GPU waits for everything before it.)
         flags = torch.stack([step.added_gradient.any().to(self.device) for step in self.attention])
         reaching = {
             step.output_node for step, reaches in zip(self.attention, flags.tolist(), strict=True) if reaches
         }
+        if not reaching:
+            raise UserError("y has a gradient of 0 at every token (is it constant, or a probability of 1?)")
         active = {node.stream for node in reaching}
         # A final state that another stream reads is not read by y itself, if that stream reaches y.
         consumed = set()
