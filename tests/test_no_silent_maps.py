@@ -263,3 +263,29 @@ def test_two_forwards_are_not_one_map():
         _ = relevance.image
     alone = explained(vit(), "weighted", lambda model: logit(model, PIXELS.flip(0))).streams["image"]
     torch.testing.assert_close(relevance.streams["image 2"], alone, rtol=0, atol=0)
+
+
+WITHOUT_GRADIENT = (
+    "weighted_half", "rollout", "raw_attention", "random", "attention_flow", "effective_attention",
+    "effective_rollout", "efficient_attention", "efficient_rollout", "alti", "occlusion",
+)  # fmt: skip
+
+
+def test_every_method_of_a_quantised_model_gives_a_map_or_names_the_module():
+    model = vit()
+    cut_body(model)
+    run = Again(model, lambda rows: logit(model, PIXELS[rows]))
+    for name, method in METHODS.items():
+        with record(model) as trace:
+            y = logit(model)
+        trace.again = run
+        if name not in WITHOUT_GRADIENT:
+            for given in ((), (y,)):  # the backward that can't be made is not asked for
+                with pytest.raises(UserError, match=r"q_proj: Linear passes no gradient"):
+                    method(trace, *given)
+        else:
+            trace.read = (trace.attention[-1].output_node, torch.zeros(3, dtype=torch.long))
+            try:
+                assert bool(method(trace).streams["image"].any())
+            except UserError as error:
+                assert name == "alti" and "its weights can't be read" in str(error)

@@ -133,7 +133,7 @@ def _ok_vqa(source: Source) -> Iterator[Row]:
                 what = f"a question of {source.questions.name} is not annotated"
                 reading.wrong(str(file), what, str(number))
             continue
-        check_image(entry, answers[number], reading)
+        check_image(entry, answers[number]["image_id"], reading)
         kind = answers[number]["question_type"]
         yield {
             "source": entry["source"],

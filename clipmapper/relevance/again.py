@@ -140,7 +140,11 @@ def again(trace: AttentionTrace, method: str) -> Again:
 
 
 def with_rules(trace: AttentionTrace, rules: str, method: str) -> AttentionTrace:
-    """The trace itself when it was recorded by these backward rules, else the same recorded again."""
+    """The trace itself when it was recorded by these backward rules, else the same recorded again.
+
+    Raises ``UserError`` where the model passes no gradient, for which the rules are.
+    """
+    trace.require_no_cut()
     return trace if trace.rules == rules else again(trace, method).recorded(trace, rules)
 
 

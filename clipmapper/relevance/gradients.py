@@ -70,6 +70,7 @@ def input_x_gradient(trace: AttentionTrace, sign: str = "positive") -> Relevance
     these tokens (a test compares them). Defined for every trace in which each input stream has a sub-layer of
     its own (learned queries that pool, which are no input, get 0). Needs ``trace.backward(y)``.
     """
+    trace.require_no_cut()
     found: dict[str, Tensor] = {}
     pooling = {step.query_node.stream for step in trace.attention if step.pools}
     for step in trace.attention:

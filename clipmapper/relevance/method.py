@@ -44,6 +44,8 @@ def explanation(*, gradient: bool = False, layers: bool = False) -> Callable:
                     why = _WHY_NOT.get(name, f"its options are {', '.join(_options(signature)) or 'none'}")
                     raise UserError(f"{function.__name__} has no option {name}: {why}")
             check_sign(options.get("sign", "positive"))
+            if gradient:
+                trace.require_no_cut()  # before it asks for a backward that can't be made
             trace = differentiated(trace, y, "sign" in own or gradient)
             if "start_layer" not in own:
                 trace = from_layer(trace, options.pop("start_layer", 0))

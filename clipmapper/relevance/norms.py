@@ -162,7 +162,8 @@ def _projection(step: Attention, method: str) -> Projection:
     if step.projection is None or not is_linear(step.projection, step.mixed, step.added, step.rounded):
         raise UserError(
             f"{method} needs the output projection of {step.name}, which the recorder does not know: its "
-            "line in clipmapper/relevance/families.py names none, or something else is done to its result"
+            "line in clipmapper/relevance/families.py names none, its weights can't be read (quantised), or "
+            "something else is done to its result"
         )
     return step.projection
 

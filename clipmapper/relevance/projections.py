@@ -50,12 +50,13 @@ class Projection:
 
 
 def projection_of(module: nn.Module, linear: str, scale: str | None, norm: str | None) -> Projection | None:
-    """From the paths of a family's line; None where this version of the module has no such part."""
+    """From the paths of a family's line; None where this version of the module has no such part, or its
+    weights can't be read (quantised ones)."""
     try:
         found = [None if path is None else _at(module, path) for path in (linear, scale, norm)]
+        return Projection(*found) if isinstance(found[0].weight, Tensor) else None
     except AttributeError:
         return None
-    return Projection(*found)
 
 
 def _at(module: nn.Module, path: str) -> nn.Module | Tensor:
