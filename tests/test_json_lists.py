@@ -91,3 +91,10 @@ def test_what_is_wrong_is_said_as_of_a_whole_file(file, text, says):
 def test_a_mark_of_the_encoding_and_half_of_a_surrogate_pair(file):
     file.write_bytes(b'\xef\xbb\xbf{"wanted": ["\\ud800", "\xc3\xa9"]}')
     assert read(file, 3) == ["\ud800", "é"]
+
+
+def test_a_key_twice_in_an_entry_is_said_as_of_any_json_file(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"images": [{"id": 1}, {"id": 2, "id": 3}]}')
+    with pytest.raises(UserError, match="'id' stands twice in one object, with different values"):
+        list(Entries().of_file(path, "images", "images", {"id": NUMBER}))

@@ -2,11 +2,10 @@
 
 import re
 from collections.abc import Iterator
-from json import JSONDecoder
 from pathlib import Path
 from typing import TextIO
 
-from clipmapper.data.text_files import is_text, open_text
+from clipmapper.data.text_files import DECODER, RepeatedKey, is_text, open_text
 from clipmapper.errors import UserError
 
 _PIECE = 1 << 22  # characters that are read at a time
@@ -46,7 +45,7 @@ class _Reading:
 
     def __init__(self, file: TextIO) -> None:
         self.file, self.text, self.place = file, "", 0
-        self.decode = JSONDecoder().raw_decode
+        self.decode = DECODER.raw_decode
 
     def names(self) -> Iterator[object]:
         """Of an object; what each stands for is to be read before the next one."""
@@ -74,7 +73,9 @@ class _Reading:
         while True:
             try:
                 found, end = self.decode(self.text, self.place)
-            except ValueError:
+            except RepeatedKey:
+                raise
+            except ValueError:  # perhaps the rest of it is not read yet
                 if not self._more():
                     raise
                 continue

@@ -132,7 +132,7 @@ class RepeatedKey(ValueError):
 
 def parsed_json(text: str) -> Any:
     """As ``json.loads``. Raises :class:`RepeatedKey` besides."""
-    return _DECODER.decode(text)
+    return DECODER.decode(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # made once: a manifest has a text in each line
+DECODER = json.JSONDecoder(object_pairs_hook=_object)  # made once: a manifest has a text in each line
 
 
 def read_json(path: Path, what: str = "") -> object:

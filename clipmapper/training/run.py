@@ -108,12 +108,10 @@ def _train(
     if not resumed:
         in_main(lambda: until_the_end.enter_context(only_one(folder)))
         run.folder = folder
-    if resumed:
-        out.print(
-            f"Resuming {folder} after step {steps_of(folder / CHECKPOINT)} of {config.training.max_steps}"
-        )
-    else:
         out.print(f"Run {folder}")
+    else:
+        done = steps_of(folder / CHECKPOINT)
+        out.print(f"Resuming {folder} after step {done} of {config.training.max_steps}")
     for line in _data_lines(data):
         out.print(line)
 
