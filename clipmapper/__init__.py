@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from clipmapper import relevance
     from clipmapper.errors import UserError
     from clipmapper.explaining import Explanation, explain
-    from clipmapper.explaining_captions import CaptionExplanation
     from clipmapper.models.build import load
-    from clipmapper.models.captioner import Captioner
-    from clipmapper.models.clipmapper import CLIPmapper
+    from clipmapper.tasks.captioning.explain import CaptionExplanation
+    from clipmapper.tasks.captioning.model import Captioner
+    from clipmapper.tasks.vqa.model import CLIPmapper
 
 # Where each public name lives. They are imported when first asked for: `clipmapper --help` and a mistyped
 # option need not wait for torch.
 _HOMES = {
-    "CLIPmapper": "clipmapper.models.clipmapper",
-    "CaptionExplanation": "clipmapper.explaining_captions",
-    "Captioner": "clipmapper.models.captioner",
+    "CLIPmapper": "clipmapper.tasks.vqa.model",
+    "CaptionExplanation": "clipmapper.tasks.captioning.explain",
+    "Captioner": "clipmapper.tasks.captioning.model",
     "Explanation": "clipmapper.explaining",
     "UserError": "clipmapper.errors",
     "explain": "clipmapper.explaining",

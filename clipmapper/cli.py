@@ -1,11 +1,13 @@
 """The commands: thin mains over Hydra configurations, for ``scripts/`` and for the ``clipmapper`` command."""
 
+import gc
 import os
 import re
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import pairwise
 from typing import NoReturn, TypeVar
@@ -17,7 +19,13 @@ from hydra.errors import HydraException
 from omegaconf import Container
 from omegaconf.errors import OmegaConfBaseException
 
-from clipmapper.config import (
+from clipmapper.commands.mistakes import fail, mistakes_end_it
+from clipmapper.errors import UserError, visible
+from clipmapper.host.progress import print_on_own_line
+from clipmapper.host.stopping import a_command
+from clipmapper.settings.checks import check_overrides, checked, describe_failure
+from clipmapper.settings.compose import config_groups, data_settings, quoted
+from clipmapper.settings.schema import (
     ExplainConfig,
     PerturbConfig,
     PretrainConfig,
@@ -25,16 +33,7 @@ from clipmapper.config import (
     TrainConfig,
     register,
 )
-from clipmapper.config_checks import check_overrides, checked, describe_failure
-from clipmapper.errors import UserError
-from clipmapper.free_text import quoted
-from clipmapper.lasting_imports import lasting_imports
-from clipmapper.mistakes import fail, mistakes_end_it
-from clipmapper.own_line import print_on_own_line
-from clipmapper.settings import config_groups, data_settings
 from clipmapper.shipped import shipped_root
-from clipmapper.stopping import a_command
-from clipmapper.visible_text import visible
 
 # Hydra's flags that are followed by a value.
 _TAKE_A_VALUE = {
@@ -51,8 +50,8 @@ def train(arguments: Sequence[str] | None = None) -> None:
 
     def work(config: TrainConfig) -> float | None:
         with lasting_imports():
+            from clipmapper.commands.train import train
             from clipmapper.training.interruption import RunInterrupted
-            from clipmapper.training.run import train
             from clipmapper.training.run_folder import objective
 
         try:
@@ -68,7 +67,7 @@ def explain(arguments: Sequence[str] | None = None) -> None:
 
     def work(config: ExplainConfig) -> None:
         with lasting_imports():
-            from clipmapper.training.run_explain import explain_file
+            from clipmapper.commands.explain import explain_file
 
         explain_file(config)
 
@@ -84,8 +83,8 @@ def perturb(arguments: Sequence[str] | None = None) -> None:
 
     def work(config: PerturbConfig) -> None:
         with lasting_imports():
+            from clipmapper.commands.perturb import perturb_checkpoint
             from clipmapper.training.interruption import RunInterrupted
-            from clipmapper.training.run_perturb import perturb_checkpoint
 
         config.data = data_settings(of_data) if of_data and of_data != ["data=null"] else None
         try:
@@ -101,8 +100,8 @@ def pretrain_clip(arguments: Sequence[str] | None = None) -> None:
 
     def work(config: PretrainConfig) -> None:
         with lasting_imports():
+            from clipmapper.commands.pretrain_clip import run_pretraining
             from clipmapper.training.interruption import RunInterrupted
-            from clipmapper.training.pretrain import run_pretraining
 
         try:
             scores = run_pretraining(config)
@@ -225,3 +224,22 @@ def _interrupted(stop: KeyboardInterrupt) -> NoReturn:
 def _warn(message: Warning | str, *_) -> None:
     """A warning as one line, without the line of code that gave it."""
     print_on_own_line(f"warning: {' '.join(visible(str(message)).split())}")
+
+
+@contextmanager
+def lasting_imports() -> Iterator[None]:
+    """Modules that are imported within stay for good, and so does all that is there already: no garbage is
+    looked for meanwhile, and in these objects never again.
+
+    Of torch, Lightning and what they import those are a million. To look through them again and again is a
+    quarter of a command's start, and takes 2 s at its end.
+    """
+    collecting, before = gc.isenabled(), len(sys.modules)
+    gc.disable()
+    try:
+        yield
+    finally:
+        if len(sys.modules) > before:
+            gc.freeze()
+        if collecting:
+            gc.enable()

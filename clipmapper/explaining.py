@@ -11,13 +11,13 @@ from torch import Tensor
 
 from clipmapper.data.images import picture_of
 from clipmapper.errors import UserError
-from clipmapper.evaluation.cider import DocumentFrequencies
-from clipmapper.explaining_captions import CaptionExplanation, explain_caption_methods
-from clipmapper.models.caption_decoding import Decoding
-from clipmapper.models.captioner import Captioner
-from clipmapper.models.clipmapper import CLIPmapper
+from clipmapper.evaluation.captions.cider import DocumentFrequencies
 from clipmapper.models.tokens import TokenizedText, merge_words
 from clipmapper.relevance import Again, Attention, AttentionTrace, Relevance, method_named, record
+from clipmapper.tasks.captioning.decoding import Decoding
+from clipmapper.tasks.captioning.explain import CaptionExplanation, explain_caption_methods
+from clipmapper.tasks.captioning.model import Captioner
+from clipmapper.tasks.vqa.model import CLIPmapper
 
 
 @dataclass(frozen=True)

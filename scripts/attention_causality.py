@@ -26,15 +26,15 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from clipmapper.commands.mistakes import Arguments, mistakes_end_it, seed, some_path, whole
 from clipmapper.data.text_files import text_lines
 from clipmapper.errors import UserError
 from clipmapper.evaluation.attention_causality import attention_causality, count_forwards
-from clipmapper.mistakes import Arguments, mistakes_end_it, seed, some_path, whole
-from clipmapper.models.cut_texts import cut_texts_said_once
+from clipmapper.host.outputs import check_file
+from clipmapper.host.stopping import a_command
+from clipmapper.models.tokens import cut_texts_said_once
 from clipmapper.models.weight_files import check_finite, read_torch_file
-from clipmapper.outputs import check_file
 from clipmapper.relevance.substitution import names_of_calls
-from clipmapper.stopping import a_command
 from clipmapper.training.run_folder import write_json
 
 _BATCH = 16
@@ -134,8 +134,8 @@ def _show(results: dict) -> None:
 
 def _clipmapper(options: Namespace) -> tuple[nn.Module, Forwards]:
     from clipmapper.models.build import load
-    from clipmapper.models.captioner import Captioner
-    from clipmapper.settings import data_settings
+    from clipmapper.settings.compose import data_settings
+    from clipmapper.tasks.captioning.model import Captioner
     from clipmapper.training.checkpoint_data import data_for
     from clipmapper.training.explained_records import samples_of
 

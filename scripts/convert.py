@@ -8,11 +8,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from clipmapper.data.conversion import READERS, Source, convert
+from clipmapper.commands.mistakes import Arguments, mistakes_end_it, some_path
+from clipmapper.data.readers.conversion import READERS, Source, convert
 from clipmapper.errors import UserError
-from clipmapper.mistakes import Arguments, mistakes_end_it, some_path
-from clipmapper.outputs import check_file
-from clipmapper.stopping import a_command
+from clipmapper.host.outputs import check_file
+from clipmapper.host.stopping import a_command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,7 +3,7 @@
 python scripts/make_shards.py shards/my_data data=manifest data.path=my.jsonl
 """
 
-from clipmapper.making_shards import main
+from clipmapper.commands.make_shards import main
 
 if __name__ == "__main__":
     main()

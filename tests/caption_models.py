@@ -7,10 +7,10 @@ import numpy as np
 import torch
 import training_models
 
-from clipmapper.data.scene_captions import captions
-from clipmapper.data.scenes import Scene, draw_scene, render
+from clipmapper.data.world.captions import captions
+from clipmapper.data.world.scenes import Scene, draw_scene, render
 from clipmapper.models.build import build_captioner
-from clipmapper.models.captioner import Captioner
+from clipmapper.tasks.captioning.model import Captioner
 
 SETTINGS = {
     "mapper": "dual_flow",
@@ -39,7 +39,7 @@ def captioner(
 
 @dataclass(frozen=True)
 class Split:
-    """What :class:`clipmapper.data.scenes_captions.CaptionSplit` gives."""
+    """What :class:`clipmapper.data.world.captioning.CaptionSplit` gives."""
 
     images: np.ndarray
     references: Sequence[Sequence[str]]

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import torch
 
+from clipmapper.relevance.methods.weighted import weighted_rule, weighted_token_rule
 from clipmapper.relevance.propagation import positive_attention, rows_times
 from clipmapper.relevance.trace import Attention, AttentionTrace, Node, exact_step
-from clipmapper.relevance.weighted import weighted_rule, weighted_token_rule
 
 # batch, heads, queries, keys, channels, width, causal, scale
 CASES = (
@@ -39,7 +39,9 @@ def sublayer(batch, heads, queries, keys, channels, width, causal, scale, dtype,
 
 
 def check(device: str, precision: float) -> None:
-    from clipmapper.relevance import row_kernels, weighted_kernels  # Triton reads here if it is to interpret
+    # Triton reads here if it is to interpret.
+    from clipmapper.relevance.kernels import row as row_kernels
+    from clipmapper.relevance.kernels import weighted as weighted_kernels
 
     generator = torch.Generator().manual_seed(0)
     for number, case in enumerate(CASES):

@@ -7,7 +7,7 @@ import re
 import pytest
 from scene_checker import COLOURS, SHAPES, SIZES, fits
 
-from clipmapper.data.scene_captions import (
+from clipmapper.data.world.captions import (
     WORD_KINDS,
     aligned_captions,
     caption_words,
@@ -15,7 +15,7 @@ from clipmapper.data.scene_captions import (
     draw_aligned_caption,
     draw_caption,
 )
-from clipmapper.data.scenes import Scene, SceneObject, draw_scene
+from clipmapper.data.world.scenes import Scene, SceneObject, draw_scene
 
 PLURALS = ("rings", "squares", "triangles", "crosses")
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4}

@@ -9,10 +9,10 @@ from open_clip.tokenizer import SimpleTokenizer
 from test_record_tokens import VOCABULARY, records_in
 
 from clipmapper.data.record import Record
-from clipmapper.data.table_builder import as_table
-from clipmapper.data.token_cache import TokenStore
-from clipmapper.models import encoder_identity
-from clipmapper.models.encoder_identity import weights_digest
+from clipmapper.data.tables.builder import as_table
+from clipmapper.data.tokens.cache import TokenStore
+from clipmapper.models import encoder as encoder_identity
+from clipmapper.models.encoder import weights_digest
 from clipmapper.models.tokens import tokenize
 from clipmapper.training import asked_texts as module
 from clipmapper.training.asked_texts import asked_by_records, asked_texts

@@ -23,22 +23,21 @@ from PIL import Image
 
 import clipmapper
 from clipmapper import cli
-from clipmapper.config import ScenesVQAConfig, TrainConfig
 from clipmapper.data.records import Record
-from clipmapper.errors import UserError
+from clipmapper.errors import UserError, visible
 from clipmapper.evaluation.perturbation_run import run_in_chunks
 from clipmapper.evaluation.perturbation_scores import PerturbationScores
-from clipmapper.file_names import file_name_problem
+from clipmapper.host.outputs import file_name_problem
 from clipmapper.models.build import DESCRIPTION
 from clipmapper.models.clip_weights import build_clip, build_tokenizer
-from clipmapper.plain_values import section_of_numbers
-from clipmapper.settings import data_settings
-from clipmapper.training.checkpoint_files import check_same_model, restore_checkpoint
-from clipmapper.training.instances import built
+from clipmapper.settings.compose import data_settings
+from clipmapper.settings.instances import built
+from clipmapper.settings.plain_values import section_of_numbers
+from clipmapper.settings.schema import ScenesVQAConfig, TrainConfig
+from clipmapper.training.checkpoint import check_same_model, restore_checkpoint
+from clipmapper.training.interruption import SaveSteps
 from clipmapper.training.run_folder import CHECKPOINT, folder_to_resume
-from clipmapper.training.saving import SaveSteps
 from clipmapper.training.tables import console
-from clipmapper.visible_text import visible
 
 WORLD = {
     "train_scenes": 4, "simple_scenes": 4, "validation_scenes": 6, "held_out_scenes": 4, "train_questions": 1,
@@ -183,15 +182,15 @@ def targets(canary: Path) -> list[dict]:
         {"_target_": "pathlib.Path.unlink", "self": str(canary / "alive")},
         {"_target_": "torch.load", "f": str(canary / "alive"), "weights_only": False},
         {
-            "_target_": "clipmapper.data.shard_data.ShardData",
+            "_target_": "clipmapper.data.shards.data.ShardData",
             "path": f"pipe:touch {canary}/ran #",
             "buffer": 1,
         },
-        {"_target_": "clipmapper.data.manifest.manifest_data", "path": str(canary / "alive")},
-        {"_target_": "clipmapper.data.scenes_vqa.ScenesVQA", **WORLD, "seed": {"_target_": "os.getpid"}},
-        {"_target_": "clipmapper.data.scenes_vqa.ScenesVQA", **WORLD, "validation_scenes": 10**12},
-        {"_target_": "clipmapper.data.scenes_vqa.ScenesVQA", **WORLD, "validation_scenes": True},
-        {"_target_": "clipmapper.data.scenes_vqa.ScenesVQA", **WORLD, "_recursive_": True},
+        {"_target_": "clipmapper.data.readers.manifest.manifest_data", "path": str(canary / "alive")},
+        {"_target_": "clipmapper.data.world.vqa.ScenesVQA", **WORLD, "seed": {"_target_": "os.getpid"}},
+        {"_target_": "clipmapper.data.world.vqa.ScenesVQA", **WORLD, "validation_scenes": 10**12},
+        {"_target_": "clipmapper.data.world.vqa.ScenesVQA", **WORLD, "validation_scenes": True},
+        {"_target_": "clipmapper.data.world.vqa.ScenesVQA", **WORLD, "_recursive_": True},
         {"name": "scenes", "settings": WORLD | {"_target_": "os.getpid"}},
         {"name": "scenes", "settings": WORLD | {"seed": "${oc.env:HOME}"}},
         {"name": "scenes", "settings": {"seed": 0}},
@@ -221,7 +220,7 @@ def test_the_world_is_rebuilt_from_numbers(tmp_path, content):
     model = clipmapper.load(saved(tmp_path / "whole.ckpt", content))
     data = data_for(model, None, "whole.ckpt")
     assert data.sizes["validation"] == 6
-    old = {"_target_": "clipmapper.data.scenes_vqa.ScenesVQA", **WORLD}
+    old = {"_target_": "clipmapper.data.world.vqa.ScenesVQA", **WORLD}
     model.description["data"] = old
     again = data_for(model, None, "whole.ckpt")
     assert np.array_equal(again.validation.images, data.validation.images)
@@ -254,7 +253,7 @@ def manifest(folder: Path, answers: str = "red") -> Path:
 def test_perturbation_of_data_that_the_user_names(canary, tmp_path, content, capfd, monkeypatch):
     """The model's own answers count, in whatever order the data have theirs."""
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-    monkeypatch.setattr("clipmapper.training.run_perturb._PICTURES", 1)
+    monkeypatch.setattr("clipmapper.commands.perturb._PICTURES", 1)
     path, out = saved(tmp_path / "whole.ckpt", content), tmp_path / "out"
     given = ["perturb", f"checkpoint={path}", "methods=[random]", "samples=2", f"output={out}"]
     data = ["data=manifest", f"data.path={manifest(tmp_path)}", "data.workers=0"]
@@ -645,7 +644,7 @@ def test_chunks_with_pickled_arrays_are_computed_again(canary, tmp_path, kind):
 
 
 def test_token_files_with_pickled_arrays(canary, tmp_path):
-    from clipmapper.data.token_file import KEY, TOKENS, TokenFile
+    from clipmapper.data.tokens.file import KEY, TOKENS, TokenFile
 
     file = TokenFile(tmp_path, "images", {}, 2, (1, 1), torch.float32, 1)
     file.folder.mkdir()
@@ -661,7 +660,7 @@ def test_token_files_with_pickled_arrays(canary, tmp_path):
     "rows", ['{"rows": 7}', '{"rows": [7]}', "[]", "[" * 100_000, '{"rows": "x"}', "\x00"]
 )
 def test_results_of_a_benchmark(tmp_path, rows):
-    from clipmapper.benchmarks.resuming import earlier_rows
+    from clipmapper.benchmarks.timing import earlier_rows
 
     (tmp_path / "r.json").write_text(rows)
     with pytest.raises(UserError, match="no result of this benchmark"):

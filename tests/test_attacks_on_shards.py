@@ -13,8 +13,8 @@ from PIL import Image
 
 from clipmapper.data.answers import AnswerVocabulary
 from clipmapper.data.records import Record, RecordData
-from clipmapper.data.shard_data import ShardData
-from clipmapper.data.shard_files import write_shards
+from clipmapper.data.shards.data import ShardData
+from clipmapper.data.shards.files import write_shards
 from clipmapper.errors import UserError
 
 SENT = "sent"

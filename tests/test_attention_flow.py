@@ -8,7 +8,7 @@ from test_relevance_hand import sublayer
 from test_relevance_naive import RandomRun
 
 from clipmapper.relevance import AttentionTrace, Join, Node
-from clipmapper.relevance.flow import attention_flow
+from clipmapper.relevance.methods.flow import attention_flow
 
 
 def by_networkx(run, trace):

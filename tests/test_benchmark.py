@@ -8,8 +8,7 @@ import torch
 import training_models
 
 from clipmapper.benchmarks import captions, command, naive, perturbation, relevance, subjects
-from clipmapper.benchmarks.memory import peak_bytes
-from clipmapper.benchmarks.timing import measured
+from clipmapper.benchmarks.timing import measured, peak_bytes
 from clipmapper.errors import UserError
 from clipmapper.relevance import METHODS
 

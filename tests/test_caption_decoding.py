@@ -7,10 +7,10 @@ import tiny_models
 import torch
 
 from clipmapper.errors import UserError
-from clipmapper.models.caption_decoding import Decoding, WrittenCaptions, write_captions
-from clipmapper.models.captioner import Captioner
 from clipmapper.models.mapper import MAPPERS
 from clipmapper.models.tokens import TokenizedText
+from clipmapper.tasks.captioning.decoding import Decoding, WrittenCaptions, write_captions
+from clipmapper.tasks.captioning.model import Captioner
 
 DECODINGS = {
     "greedy": Decoding("greedy", max_length=9),

@@ -8,21 +8,21 @@ import pytest
 import torch
 import training_models
 
-from clipmapper.config import CAPTION_SCORES as CONFIGURED
 from clipmapper.errors import UserError
-from clipmapper.evaluation.caption_perturbation import ALL_SCORES, CaptionScorer, WordScorer
-from clipmapper.evaluation.caption_scores import score_captions
-from clipmapper.evaluation.cider import DocumentFrequencies
+from clipmapper.evaluation.captions.cider import DocumentFrequencies
+from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
+from clipmapper.evaluation.captions.scores import score_captions
 from clipmapper.evaluation.localisation import image_localisation
 from clipmapper.evaluation.perturbation import FRACTIONS, ModalityRelevance, perturb
-from clipmapper.evaluation.ptb_tokenizer import ptb_tokenise
-from clipmapper.explaining_captions import explain_caption_methods
-from clipmapper.models import caption_variants
-from clipmapper.models.caption_decoding import Decoding
-from clipmapper.models.caption_variants import kept_captions
 from clipmapper.models.tokens import word_positions
-from clipmapper.training.caption_explanations import caption_report, curve_points
-from clipmapper.training.explained_captions import choose_caption_samples, token_word_places
+from clipmapper.settings.schema import CAPTION_SCORES as CONFIGURED
+from clipmapper.tasks.captioning import variants as caption_variants
+from clipmapper.tasks.captioning.decoding import Decoding
+from clipmapper.tasks.captioning.explain import explain_caption_methods
+from clipmapper.tasks.captioning.perturbation import ALL_SCORES, CaptionScorer, WordScorer
+from clipmapper.tasks.captioning.report import caption_report, curve_points
+from clipmapper.tasks.captioning.samples import choose_caption_samples, token_word_places
+from clipmapper.tasks.captioning.variants import kept_captions
 from clipmapper.training.explanation_kinds import caption_scalars
 from clipmapper.training.tables import caption_perturbation_tables, console, word_localisation_table
 

@@ -10,8 +10,8 @@ import training_models
 from PIL import Image
 
 from clipmapper import cli
-from clipmapper.config import METHODS
-from clipmapper.training.run import train
+from clipmapper.commands.train import train
+from clipmapper.settings.schema import METHODS
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
 
 # The methods that are cheap to tell apart; the others take the same way.

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clipmapper.errors import UserError
-from clipmapper.evaluation import java_scores
-from clipmapper.evaluation.caption_scores import JAVA_FREE, SCORES, CaptionScores, score_captions
-from clipmapper.evaluation.cider import CiderD, DocumentFrequencies, cider_d
-from clipmapper.evaluation.clip_score import ClipScore, clip_score
-from clipmapper.evaluation.ngram_scores import bleu, bleu_counts, rouge_l
-from clipmapper.evaluation.ptb_tokenizer import ptb_tokenise
+from clipmapper.evaluation.captions import java_scores
+from clipmapper.evaluation.captions.cider import CiderD, DocumentFrequencies, cider_d
+from clipmapper.evaluation.captions.clip_score import ClipScore, clip_score
+from clipmapper.evaluation.captions.ngram_scores import bleu, bleu_counts, rouge_l
+from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
+from clipmapper.evaluation.captions.scores import JAVA_FREE, SCORES, CaptionScores, score_captions
 
 CONFORMANCE = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "coco_caption_conformance"
 needs_conformance = pytest.mark.skipif(not CONFORMANCE.exists(), reason="no conformance data")

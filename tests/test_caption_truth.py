@@ -8,9 +8,9 @@ import scene_checker
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipmapper.data.caption_truth import caption_truth
-from clipmapper.data.scene_captions import WORDINGS, captions, draw_caption
-from clipmapper.data.scenes import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Scene, SceneObject, draw_scene
+from clipmapper.data.world.caption_truth import caption_truth
+from clipmapper.data.world.captions import WORDINGS, captions, draw_caption
+from clipmapper.data.world.scenes import COLOURS, IMAGE_SIZE, SHAPES, SIZES, Scene, SceneObject, draw_scene
 
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 DIRECTIONS = ("left of", "right of", "above", "below", "next to")

@@ -8,11 +8,11 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from tiny_models import VOCABULARY
 
 from clipmapper.errors import UserError
-from clipmapper.models.caption_head import CaptionHead, TiedCaptionHead
-from clipmapper.models.caption_tokens import CaptionEnds, caption_ends, caption_tokens, spell, with_ends
-from clipmapper.models.captioner import Captioner, caption_loss
 from clipmapper.models.mapper import MAPPERS
 from clipmapper.models.tokens import TokenizedText, tokenize
+from clipmapper.tasks.captioning.head import CaptionHead, TiedCaptionHead
+from clipmapper.tasks.captioning.model import Captioner, caption_loss
+from clipmapper.tasks.captioning.tokens import CaptionEnds, caption_ends, caption_tokens, spell, with_ends
 
 KINDS = tuple(MAPPERS)
 VARIANTS = {

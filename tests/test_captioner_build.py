@@ -11,11 +11,11 @@ from training_models import same_bits
 import clipmapper
 from clipmapper.errors import UserError
 from clipmapper.models.build import DESCRIPTION, build_captioner
-from clipmapper.models.caption_decoding import Decoding, write_captions
-from clipmapper.models.caption_head import CaptionHead, TiedCaptionHead
-from clipmapper.models.caption_tokens import caption_vocabulary
-from clipmapper.models.captioner import caption_loss
 from clipmapper.models.tokens import TokenizedText
+from clipmapper.tasks.captioning.decoding import Decoding, write_captions
+from clipmapper.tasks.captioning.head import CaptionHead, TiedCaptionHead
+from clipmapper.tasks.captioning.model import caption_loss
+from clipmapper.tasks.captioning.tokens import caption_vocabulary
 
 CAPTIONS = ("a red ring left of a blue square", "two objects: a small cross, a green triangle and a ring")
 SETTINGS = {

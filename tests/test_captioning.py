@@ -18,31 +18,31 @@ from training_models import same_bits
 
 import clipmapper
 from clipmapper import config
-from clipmapper.data.caption_truth import CaptionTruth
+from clipmapper.commands.train import train
 from clipmapper.data.records import Record
-from clipmapper.data.scene_captions import draw_caption
-from clipmapper.data.scenes import draw_scene
-from clipmapper.data.scenes_captions import ScenesCaptions
-from clipmapper.data.token_cache import TokenStore
+from clipmapper.data.tokens.cache import TokenStore
+from clipmapper.data.world.caption_truth import CaptionTruth
+from clipmapper.data.world.captioning import ScenesCaptions
+from clipmapper.data.world.captions import draw_caption
+from clipmapper.data.world.scenes import draw_scene
 from clipmapper.errors import UserError
-from clipmapper.evaluation.caption_scores import score_captions
-from clipmapper.evaluation.cider import cider_d
-from clipmapper.evaluation.ptb_tokenizer import ptb_tokenise
+from clipmapper.evaluation.captions.cider import cider_d
+from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
+from clipmapper.evaluation.captions.scores import score_captions
 from clipmapper.models.build import build_captioner
-from clipmapper.models.caption_decoding import Decoding, write_captions
-from clipmapper.models.caption_tokens import caption_vocabulary
-from clipmapper.training.caption_batches import CaptionBatches, Stage, drawn_batches
-from clipmapper.training.caption_report import family_scores
-from clipmapper.training.caption_task import CaptionTask
-from clipmapper.training.captioning import CaptionModule, JudgedCaption
+from clipmapper.tasks.captioning.batches import CaptionBatches, Stage, drawn_batches
+from clipmapper.tasks.captioning.decoding import Decoding, write_captions
+from clipmapper.tasks.captioning.self_critical import SelfCriticalModule
+from clipmapper.tasks.captioning.task import CaptionTask
+from clipmapper.tasks.captioning.tokens import caption_vocabulary
+from clipmapper.tasks.captioning.training import CaptionModule, JudgedCaption
+from clipmapper.tasks.captioning.truth import family_scores
 from clipmapper.training.checkpoint_data import data_for
 from clipmapper.training.interruption import RunInterrupted
-from clipmapper.training.less_noise import less_noise
+from clipmapper.training.launching import less_noise
 from clipmapper.training.module import Labelled, StepBatches
 from clipmapper.training.processes import WHOLE
-from clipmapper.training.run import train
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
-from clipmapper.training.self_critical import SelfCriticalModule
 
 TINY_MODEL = {
     "mapper": "dual_flow",

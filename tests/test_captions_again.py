@@ -7,9 +7,9 @@ import torch
 import training_models
 
 from clipmapper.data.images import clip_input
-from clipmapper.explaining_captions import explain_caption_methods
 from clipmapper.relevance import METHODS
-from clipmapper.tracing_captions import trace_caption, word_relevance
+from clipmapper.tasks.captioning.explain import explain_caption_methods
+from clipmapper.tasks.captioning.trace import trace_caption, word_relevance
 
 GPT2 = {"path": None, "layers": 1, "width": 16, "heads": 2, "frozen": False}
 CASES = {
@@ -44,7 +44,7 @@ def test_what_is_run_again_is_what_was_traced(architecture, picture, case, scala
         return METHODS["gae"](trace)
 
     monkeypatch.setitem(METHODS, "probe", probe)
-    monkeypatch.setattr("clipmapper.tracing_captions.AT_ONCE", 3)
+    monkeypatch.setattr("clipmapper.tasks.captioning.trace.AT_ONCE", 3)
     traced = trace_caption(model, clip_input(picture[None], model.encoder.clip.visual).double(), CAPTION)
     scores = traced.scores if scalar == "logit" else traced.scores.log_softmax(dim=-1)
     ids = traced.text.ids[0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import CONTEXT_LENGTH, VOCABULARY, clip_config, images
 
-from clipmapper.evaluation.clip_score import ClipScore, clip_score, ref_clip_score
+from clipmapper.evaluation.captions.clip_score import ClipScore, clip_score, ref_clip_score
 from clipmapper.models.encoder import ClipEncoder
 
 IMAGES = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0]])

@@ -12,10 +12,10 @@ import training_models
 from PIL import Image
 
 from clipmapper import cli
-from clipmapper.config import COMPARED_METHODS as METHODS
-from clipmapper.data.scene_questions import CHANCE
-from clipmapper.data.scenes_vqa import ScenesVQA
-from clipmapper.training import explanation_report
+from clipmapper.data.world.questions import CHANCE
+from clipmapper.data.world.vqa import ScenesVQA
+from clipmapper.settings.schema import COMPARED_METHODS as METHODS
+from clipmapper.tasks.vqa import report as explanation_report
 from clipmapper.training.tables import accuracy_table, console, files_table, perturbation_table
 
 SCORES = ("accuracy", "probability")
@@ -253,7 +253,7 @@ def again(perturbed, checkpoint, monkeypatch, capsys):
         return original(*args, **kwargs)
 
     monkeypatch.setattr(explanation_report, "perturb", counting)
-    monkeypatch.setattr("clipmapper.training.run_perturb._PICTURES", 0)
+    monkeypatch.setattr("clipmapper.commands.perturb._PICTURES", 0)
 
     def run(*overrides: str) -> tuple[list[int], dict]:
         computed.clear()

@@ -16,29 +16,29 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from clipmapper import cli, config
-from clipmapper.config_keys import setting_named
 from clipmapper.errors import UserError
-from clipmapper.free_text import quoted
-from clipmapper.training.instances import built
+from clipmapper.settings.compose import quoted
+from clipmapper.settings.instances import built
+from clipmapper.settings.keys import setting_named
 from clipmapper.training.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 COMMANDS = {
-    "train": ("clipmapper.training.run", "train", config.TrainConfig, []),
+    "train": ("clipmapper.commands.train", "train", config.TrainConfig, []),
     "explain": (
-        "clipmapper.training.run_explain",
+        "clipmapper.commands.explain",
         "explain_file",
         config.ExplainConfig,
         ["checkpoint=model.ckpt", "image=photo.png", "question=what colour is the circle?"],
     ),
     "perturb": (
-        "clipmapper.training.run_perturb",
+        "clipmapper.commands.perturb",
         "perturb_checkpoint",
         config.PerturbConfig,
         ["checkpoint=model.ckpt"],
     ),
-    "pretrain_clip": ("clipmapper.training.pretrain", "run_pretraining", config.PretrainConfig, []),
+    "pretrain_clip": ("clipmapper.commands.pretrain_clip", "run_pretraining", config.PretrainConfig, []),
 }
 CAPTIONS = "experiment=caption_scenes"
 CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
@@ -380,7 +380,7 @@ def test_user_error_of_the_run_is_one_line(run):
 
 
 def test_target_that_does_not_exist_is_one_line(run, monkeypatch):
-    work = sys.modules["clipmapper.training.run"]
+    work = sys.modules["clipmapper.commands.train"]
     monkeypatch.setattr(work, "train", lambda given: built(asdict(given.data)))
     says = "_target_=no.such.Data: Error locating target 'no.such.Data'"
     assert run.error("train", "data._target_=no.such.Data") == says
@@ -416,14 +416,14 @@ def test_interruption_as_lightning_reports_it(run, monkeypatch):
         except KeyboardInterrupt:
             sys.exit(1)
 
-    monkeypatch.setattr(sys.modules["clipmapper.training.run"], "train", work)
+    monkeypatch.setattr(sys.modules["clipmapper.commands.train"], "train", work)
     assert run("train")[0] == 130
 
 
 def test_the_command_line_is_as_given_during_the_run(run, monkeypatch):
     """Lightning starts the processes of further devices with it."""
     seen = []
-    training = sys.modules["clipmapper.training.run"]
+    training = sys.modules["clipmapper.commands.train"]
     monkeypatch.setattr(training, "train", lambda given: seen.append(sys.argv) or Path("no run"))
     run("train", "seed=3", "name=it's")
     assert seen == [["clipmapper", "train", "seed=3", "name=it's"]]

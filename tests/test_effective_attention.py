@@ -7,7 +7,7 @@ import torch
 from test_relevance_naive import MASKS, attention
 
 from clipmapper.relevance import Attention, AttentionTrace, Node, raw_attention, rollout, weighted
-from clipmapper.relevance.effective import (
+from clipmapper.relevance.methods.effective import (
     effective_attention,
     effective_matrix,
     effective_rollout,

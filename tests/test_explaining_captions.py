@@ -10,14 +10,14 @@ from PIL import Image
 
 import clipmapper
 from clipmapper.errors import UserError
-from clipmapper.evaluation.cider import CiderD, DocumentFrequencies
-from clipmapper.evaluation.ptb_tokenizer import ptb_tokenise
-from clipmapper.explaining_captions import explain_caption_methods
-from clipmapper.models.caption_decoding import Decoding
+from clipmapper.evaluation.captions.cider import CiderD, DocumentFrequencies
+from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
 from clipmapper.models.tokens import word_positions
 from clipmapper.relevance import record
-from clipmapper.relevance.several import each_scalar
-from clipmapper.tracing_captions import trace_caption
+from clipmapper.relevance.many_scalars import each_scalar
+from clipmapper.tasks.captioning.decoding import Decoding
+from clipmapper.tasks.captioning.explain import explain_caption_methods
+from clipmapper.tasks.captioning.trace import trace_caption
 
 CAPTION = "a chartreuse ring, left of a small cross"
 WORDS = ("a", "chartreuse", "ring", ",", "left", "of", "a", "small", "cross")

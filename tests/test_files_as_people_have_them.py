@@ -21,22 +21,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin, features
 
-from clipmapper.config import WandbLoggerConfig
-from clipmapper.data.base64_images import decoded_base64, looks_like_base64
-from clipmapper.data.coco_captions import coco_captions_data
-from clipmapper.data.conversion import Source, convert
-from clipmapper.data.fields import is_list_as_text
-from clipmapper.data.flickr_captions import flickr_captions_data
-from clipmapper.data.huggingface import huggingface_data, records_of
 from clipmapper.data.images import as_pil, ignore_bad_metadata, image_problem
-from clipmapper.data.manifest import manifest_data
 from clipmapper.data.pixels import PixelReader
+from clipmapper.data.readers.coco_captions import coco_captions_data
+from clipmapper.data.readers.conversion import Source, convert
+from clipmapper.data.readers.fields import is_list_as_text
+from clipmapper.data.readers.flickr_captions import flickr_captions_data
+from clipmapper.data.readers.huggingface import huggingface_data, records_of
+from clipmapper.data.readers.manifest import manifest_data
+from clipmapper.data.readers.rows import decoded_base64, looks_like_base64
+from clipmapper.data.readers.vqa_v2 import vqa_v2_data
 from clipmapper.data.records import Record, RecordData
-from clipmapper.data.vqa_v2 import vqa_v2_data
 from clipmapper.errors import UserError, UserErrors
-from clipmapper.models.cut_texts import cut_texts_said_once, warn_of_cut
-from clipmapper.training import run_logger
-from clipmapper.visual.picture_names import picture_name, readable_part
+from clipmapper.models.tokens import cut_texts_said_once, warn_of_cut
+from clipmapper.settings.schema import WandbLoggerConfig
+from clipmapper.training import loggers as run_logger
+from clipmapper.visual.files import picture_name, readable_part
 
 ROOT = Path(__file__).resolve().parents[1]
 NAN = float("nan")
@@ -852,7 +852,7 @@ def test_an_error_is_on_a_line_of_its_own():
     program = """
 from tqdm import tqdm
 from clipmapper.cli import _warn
-from clipmapper.mistakes import fail
+from clipmapper.commands.mistakes import fail
 bar = tqdm(total=9, desc="work")
 bar.update(3)
 _warn("one\\x1b thing")

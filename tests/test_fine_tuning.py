@@ -12,12 +12,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import clipmapper
+from clipmapper.commands.train import train
 from clipmapper.errors import UserError
 from clipmapper.models.build import build_encoder
 from clipmapper.models.clip_weights import build_clip, save_clip_weights
 from clipmapper.models.fine_tuning import learning_rate_scales, merge_adapters, without_adapters
-from clipmapper.training.optimisation import adamw
-from clipmapper.training.run import train
+from clipmapper.training.module import adamw
 from clipmapper.training.run_folder import CHECKPOINT
 
 PICTURE = Image.new("RGB", (60, 40))

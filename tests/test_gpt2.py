@@ -13,11 +13,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import clipmapper
 from clipmapper.errors import UserError
-from clipmapper.explaining_captions import explain_caption_methods
 from clipmapper.models.build import DESCRIPTION
-from clipmapper.models.caption_decoding import Decoding, write_captions
-from clipmapper.models.captioner import caption_loss
-from clipmapper.training.optimisation import adamw
+from clipmapper.tasks.captioning.decoding import Decoding, write_captions
+from clipmapper.tasks.captioning.explain import explain_caption_methods
+from clipmapper.tasks.captioning.model import caption_loss
+from clipmapper.training.module import adamw
 
 SIZES = {"path": None, "layers": 2, "width": 24, "heads": 3, "frozen": False}
 CAPTIONS = ["a red ring left of a blue square", "two objects: a cross and a ring", "just a cross"]

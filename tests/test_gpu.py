@@ -14,12 +14,12 @@ import clipmapper
 from clipmapper.benchmarks import relevance as benchmark
 from clipmapper.benchmarks import subjects
 from clipmapper.errors import UserError
-from clipmapper.evaluation.answer_perturbation import AnswerScorer
 from clipmapper.evaluation.perturbation import ModalityRelevance, perturb
 from clipmapper.explaining import trace_answers
 from clipmapper.models.build import load
-from clipmapper.models.caption_decoding import Decoding, write_captions
 from clipmapper.relevance import METHODS, propagation, record
+from clipmapper.tasks.captioning.decoding import Decoding, write_captions
+from clipmapper.tasks.vqa.report import AnswerScorer
 
 GPU = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

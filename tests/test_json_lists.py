@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipmapper.data import json_lists
-from clipmapper.data.fields import NUMBER, TEXT, Entries
-from clipmapper.data.json_lists import entries_of
+from clipmapper.data.readers import json_lists
+from clipmapper.data.readers.fields import NUMBER, TEXT, Entries
+from clipmapper.data.readers.json_lists import entries_of
 from clipmapper.errors import UserError
 
 VALUES = st.recursive(

@@ -7,8 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.activations import QuickGELUActivation
 
 from clipmapper.models.attention import QuickGELU
-from clipmapper.relevance.backward_rules import backward_rules
-from clipmapper.relevance.lean_activations import lean_quick_gelu
+from clipmapper.relevance.backward.rules import backward_rules, lean_quick_gelu
 
 KINDS = (QuickGELU, open_clip.transformer.QuickGELU, QuickGELUActivation)
 

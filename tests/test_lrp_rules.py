@@ -121,7 +121,7 @@ def test_everything_is_restored_after_an_exception(rules):
         assert not torch.allclose(other, plain, rtol=1e-3)
         raise KeyError
     assert torch.equal(torch.autograd.grad(model(x).sum(), x)[0], plain)
-    assert F.has_torch_function.__module__ != "clipmapper.relevance.backward_rules"
+    assert F.has_torch_function.__module__ != "clipmapper.relevance.backward.rules"
 
 
 def test_an_unknown_name_is_refused():

@@ -13,10 +13,10 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from clipmapper.data.huggingface import huggingface_data, records_of
-from clipmapper.data.manifest import manifest_data
+from clipmapper.data.readers.huggingface import huggingface_data, records_of
+from clipmapper.data.readers.manifest import manifest_data
 from clipmapper.data.records import Record
-from clipmapper.data.splitting import split_by_image
+from clipmapper.data.tables.whole import split_by_image
 from clipmapper.errors import UserError, UserErrors
 
 

@@ -23,7 +23,7 @@ from test_attention_flow import by_networkx
 
 from clipmapper.errors import UserError
 from clipmapper.relevance import METHODS, Again, record
-from clipmapper.relevance.effective import effective_matrix, efficient_matrix
+from clipmapper.relevance.methods.effective import effective_matrix, efficient_matrix
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
 COLUMNS = {

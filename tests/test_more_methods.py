@@ -246,7 +246,7 @@ def test_occlusion_and_integrated_gradients_of_sets_of_tokens(explained):
     case = explained(MODELS[3])
     trace, again = case.trace, case.trace.again
     rows = torch.arange(trace.batch)
-    from clipmapper.relevance.again import input_tokens
+    from clipmapper.relevance.rerun import input_tokens
 
     tokens = input_tokens(trace, "occlusion")
     y = case.logits.gather(1, case.answers[:, None])[:, 0]
@@ -268,7 +268,7 @@ def test_occlusion_and_integrated_gradients_of_sets_of_tokens(explained):
 def test_input_x_gradient_equals_captum(explained):
     from captum.attr import InputXGradient
 
-    from clipmapper.relevance.again import input_tokens
+    from clipmapper.relevance.rerun import input_tokens
 
     case = explained(MODELS[0])
     tokens = input_tokens(case.trace, "input_x_gradient")

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipmapper.errors import UserError
 from clipmapper.relevance import METHODS, Again, record
-from clipmapper.relevance.several import each_scalar
+from clipmapper.relevance.many_scalars import each_scalar
 
 transformers = pytest.importorskip("transformers")
 

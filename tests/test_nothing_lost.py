@@ -14,13 +14,13 @@ import torch
 import training_models
 from training_models import same_bits
 
+from clipmapper.commands.train import train
 from clipmapper.errors import UserError
 from clipmapper.models.build import load
-from clipmapper.training.checkpoint_files import previous_of, restore_checkpoint, write_checkpoint
+from clipmapper.tasks.vqa.training import VQAModule
+from clipmapper.training.checkpoint import previous_of, restore_checkpoint, write_checkpoint
 from clipmapper.training.interruption import RunInterrupted
-from clipmapper.training.run import train
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
-from clipmapper.training.vqa import VQAModule
 
 TINY_RUN = (
     *training_models.SMALL_RUN,
@@ -101,7 +101,7 @@ def test_sigterm_saves_and_the_run_goes_on(settings, whole, monkeypatch):
 
 SLOW_STEPS = """
 import sys, time
-from clipmapper.training.vqa import VQAModule
+from clipmapper.tasks.vqa.training import VQAModule
 original = VQAModule.training_step
 def training_step(module, batch, index):
     time.sleep(1000 if module.global_step == 3 else 0)

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from clipmapper.data.answer_rule import direct_answer_accuracy, vqa_soft_accuracy
 from clipmapper.data.answers import normalised
-from clipmapper.data.coco_captions import coco_captions_data, read_coco_captions
-from clipmapper.data.conversion import Source, convert
-from clipmapper.data.flickr_captions import flickr_captions_data
-from clipmapper.data.manifest import manifest_data
-from clipmapper.data.official_files import coco_image
-from clipmapper.data.vqa_results import official_accuracy, write_results
-from clipmapper.data.vqa_v2 import annotations_file, questions_file, read_vqa_v2, vqa_v2_data
+from clipmapper.data.readers.coco_captions import coco_captions_data, read_coco_captions
+from clipmapper.data.readers.conversion import Source, convert
+from clipmapper.data.readers.flickr_captions import flickr_captions_data
+from clipmapper.data.readers.manifest import manifest_data
+from clipmapper.data.readers.official_files import coco_image
+from clipmapper.data.readers.results import official_accuracy, write_results
+from clipmapper.data.readers.vqa_v2 import annotations_file, questions_file, read_vqa_v2, vqa_v2_data
 from clipmapper.errors import UserError
-from clipmapper.evaluation.vqa_accuracy import direct_answer_accuracy, vqa_soft_accuracy
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"

@@ -17,8 +17,8 @@ import yaml
 from training_models import train_settings
 
 import clipmapper
-from clipmapper.data.scenes import draw_scene, render_all
-from clipmapper.training.run import train
+from clipmapper.commands.train import train
+from clipmapper.data.world.scenes import draw_scene, render_all
 
 OLD = Path(__file__).parent / "checkpoints" / "before_wings"
 QUESTIONS = ("what colour is the ring?", "is there a blue square?", "how many things are small?")

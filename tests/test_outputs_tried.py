@@ -11,7 +11,7 @@ from training_models import ROOT
 from clipmapper import cli, making_shards
 from clipmapper.benchmarks import command as benchmark
 from clipmapper.errors import UserError
-from clipmapper.outputs import check_file, check_folder, write_whole
+from clipmapper.host.outputs import check_file, check_folder, write_whole
 
 
 def script(name: str):

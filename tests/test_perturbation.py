@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from clipmapper.evaluation.answer_perturbation import AnswerScorer
 from clipmapper.evaluation.perturbation import (
     FRACTIONS,
     ModalityRelevance,
@@ -17,6 +16,7 @@ from clipmapper.evaluation.perturbation import (
 )
 from clipmapper.evaluation.perturbation_run import run_in_chunks
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, PerturbationScores
+from clipmapper.tasks.vqa.report import AnswerScorer
 
 
 class BagOfTokens:

@@ -11,13 +11,13 @@ from open_clip.loss import ClipLoss
 from PIL import Image
 from safetensors import safe_open
 
-from clipmapper.config import PretrainConfig
+from clipmapper.commands.pretrain_clip import run_pretraining, used_token_ids
 from clipmapper.data.images import clip_input
-from clipmapper.data.scenes import draw_scene, render
+from clipmapper.data.world.scenes import draw_scene, render
 from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
+from clipmapper.settings.schema import PretrainConfig
 from clipmapper.training.contrastive import ContrastiveModule, ContrastiveScenes
-from clipmapper.training.pretrain import run_pretraining, used_token_ids
 
 
 @pytest.fixture(scope="module")

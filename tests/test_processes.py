@@ -10,12 +10,13 @@ import torch
 import training_models
 from PIL import Image
 
-from clipmapper.data.manifest import manifest_data
+from clipmapper.commands.make_shards import main as make_shards
+from clipmapper.commands.train import train
+from clipmapper.data.readers.manifest import manifest_data
 from clipmapper.data.records import Record
 from clipmapper.errors import UserError
-from clipmapper.making_shards import main as make_shards
 from clipmapper.models.build import build_clipmapper
-from clipmapper.training.caption_batches import Stage, drawn_batches
+from clipmapper.tasks.captioning.batches import Stage, drawn_batches
 from clipmapper.training.processes import Share, batches_of
 from clipmapper.training.record_batches import (
     CaptionRecords,
@@ -23,7 +24,6 @@ from clipmapper.training.record_batches import (
     RecordQuestions,
     question_batches,
 )
-from clipmapper.training.run import train
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
 
 COMMON = (

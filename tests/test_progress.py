@@ -6,9 +6,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from clipmapper import progress
-from clipmapper.progress import ProgressLines, counted
+from clipmapper.host.progress import ProgressLines, counted
 from clipmapper.training import progress as of_runs
-from clipmapper.training.less_noise import less_noise
+from clipmapper.training.launching import less_noise
 from clipmapper.training.module import Labelled
 from clipmapper.training.processes import Share, batch_count, batches_of
 

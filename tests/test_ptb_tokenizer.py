@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipmapper.evaluation.ptb_tokenizer import ptb_tokenise
+from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
 
 CONFORMANCE = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "coco_caption_conformance"
 needs_conformance = pytest.mark.skipif(not CONFORMANCE.exists(), reason="no conformance data")

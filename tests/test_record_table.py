@@ -10,12 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipmapper.data import remembered
-from clipmapper.data.answers import AnswerVocabulary, answer_vocabulary
-from clipmapper.data.manifest import manifest_data
+from clipmapper.data.answers import AnswerVocabulary, answer_vocabulary, unknown_answers, vocabulary_of
+from clipmapper.data.readers.manifest import manifest_data
 from clipmapper.data.record import Record
-from clipmapper.data.table_answers import unknown_answers, vocabulary_of
-from clipmapper.data.table_builder import as_table
+from clipmapper.data.tables import remembered
+from clipmapper.data.tables.builder import as_table
 from clipmapper.errors import UserErrors
 
 texts = st.text(st.characters(exclude_categories=()), max_size=8)

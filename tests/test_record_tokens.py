@@ -11,20 +11,20 @@ import torch
 import training_models
 from PIL import Image
 
-from clipmapper.data import memory, token_cache
 from clipmapper.data.answers import AnswerVocabulary
-from clipmapper.data.manifest import manifest_data
+from clipmapper.data.readers.manifest import manifest_data
 from clipmapper.data.records import Record
-from clipmapper.data.token_cache import TokenStore
+from clipmapper.data.tokens import cache as token_cache
+from clipmapper.data.tokens.cache import TokenStore
 from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.tokens import tokenize
-from clipmapper.training.caption_task import CaptionTask
+from clipmapper.tasks.captioning.task import CaptionTask
+from clipmapper.tasks.vqa.task import VQATask
 from clipmapper.training.encoder_tokens import token_store
 from clipmapper.training.processes import WHOLE
 from clipmapper.training.record_batches import RecordCaptions, RecordQuestions
 from clipmapper.training.record_tokens import different_images
-from clipmapper.training.vqa_task import VQATask
 
 VOCABULARY = AnswerVocabulary(["red", "blue"])
 
@@ -280,16 +280,16 @@ def test_texts_with_a_token_behind_them_are_not_kept(manifests, tmp_path, capsys
 
 def test_memory_that_is_left(tmp_path, monkeypatch):
     machine, container = tmp_path / "meminfo", tmp_path / "memory.max"
-    monkeypatch.setattr(memory, "_MACHINE", machine)
-    monkeypatch.setattr(memory, "_CONTAINER", container)
-    everything = memory.available_memory()
+    monkeypatch.setattr(token_cache, "_MACHINE", machine)
+    monkeypatch.setattr(token_cache, "_CONTAINER", container)
+    everything = token_cache.available_memory()
     assert everything > 2**28
     machine.write_text("MemTotal: 99 kB\nMemAvailable:    2048 kB\n")
-    assert memory.available_memory() == 2**21
+    assert token_cache.available_memory() == 2**21
     container.write_text("max\n")
-    assert memory.available_memory() == 2**21
+    assert token_cache.available_memory() == 2**21
     container.write_text("4096\n")
-    assert memory.available_memory() == 4096
+    assert token_cache.available_memory() == 4096
 
 
 def test_the_experiments_on_real_data_keep_tokens_in_files_or_not_at_all():

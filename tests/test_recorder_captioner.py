@@ -7,9 +7,9 @@ import torch
 from compared_methods import METHODS
 from naive_captioning import CaptionRun
 
-from clipmapper.models.gpt2_captioner import GPT2Captioner
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.relevance import Node, record
+from clipmapper.tasks.captioning.gpt2_model import GPT2Captioner
 
 LENGTHS = (7, 4, 9)
 CASES = {

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from clipmapper.data.answer_rule import vqa_soft_accuracy
 from clipmapper.data.answers import AnswerVocabulary, annotators, frequent_answers
 from clipmapper.data.images import as_pil
 from clipmapper.data.records import CaptionCollate, Record, RecordData, RecordDataset, VQACollate
 from clipmapper.errors import UserError
-from clipmapper.evaluation.vqa_accuracy import vqa_soft_accuracy
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:

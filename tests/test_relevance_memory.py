@@ -6,9 +6,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from clipmapper.benchmarks import subjects
-from clipmapper.benchmarks.memory import peak_bytes
+from clipmapper.benchmarks.timing import peak_bytes
 from clipmapper.relevance import gae, propagation, record, weighted
-from clipmapper.relevance.several import attention_for_several, each_scalar
+from clipmapper.relevance.many_scalars import attention_for_several, each_scalar
 
 CPU = torch.device("cpu")
 

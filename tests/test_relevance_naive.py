@@ -14,9 +14,14 @@ from hypothesis import strategies as st
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.relevance import Attention, AttentionTrace, Node, record
 from clipmapper.relevance import propagation as propagation_module
-from clipmapper.relevance.control import random
+from clipmapper.relevance.methods.attention_only import random
+from clipmapper.relevance.methods.weighted import (
+    weighted,
+    weighted_half_rule,
+    weighted_rule,
+    weighted_token_rule,
+)
 from clipmapper.relevance.propagation import mean_attention, positive_attention, propagate, rows_times
-from clipmapper.relevance.weighted import weighted, weighted_half_rule, weighted_rule, weighted_token_rule
 
 # Each kind of mapper with and without a class token of its own (and with place embeddings once), other
 # weights, other texts; texts of different lengths, so that all but the longest are padded.

@@ -10,11 +10,11 @@ import pytest
 import torch
 import training_models
 
+from clipmapper.commands.train import train
 from clipmapper.errors import UserError
+from clipmapper.tasks.vqa.training import VQAModule
 from clipmapper.training.interruption import RunInterrupted
-from clipmapper.training.run import train
 from clipmapper.training.run_folder import CHECKPOINT
-from clipmapper.training.vqa import VQAModule
 
 SETTINGS = (
     *training_models.SMALL_RUN,

@@ -15,7 +15,7 @@ from training_models import ROOT
 
 from clipmapper.errors import UserError
 from clipmapper.training import run_folder
-from clipmapper.training.checkpoint_files import write_checkpoint
+from clipmapper.training.checkpoint import write_checkpoint
 from clipmapper.training.endings import Unfinished
 from clipmapper.training.processes import Share
 from clipmapper.training.run_folder import (
@@ -27,8 +27,8 @@ from clipmapper.training.run_folder import (
     folder_to_resume,
     new_run_folder,
     newest_run,
+    only_one,
 )
-from clipmapper.training.run_lock import only_one
 
 SETTINGS = {"seed": 0, "trainer": {"timeout_minutes": 30.0, "devices": "1"}}
 
@@ -204,7 +204,7 @@ def test_nothing_is_promised_that_resume_would_refuse(way_on, tmp_path, spoil):
 HOLD = """
 import sys
 from pathlib import Path
-from clipmapper.training.run_lock import only_one
+from clipmapper.training.run_folder import only_one
 with only_one(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

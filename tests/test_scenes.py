@@ -25,29 +25,28 @@ from PIL import Image
 from scene_checker import COLOURS, SHAPES, SIZES, Unclear, caption_is_true
 
 from clipmapper.data.images import as_pil, clip_input
-from clipmapper.data.scene_captions import captions
-from clipmapper.data.scene_questions import (
+from clipmapper.data.tokens.cache import TokenStore
+from clipmapper.data.world.captions import captions
+from clipmapper.data.world.questions import (
     ANSWERS,
     CHANCE,
     FAMILIES,
     balanced_questions,
     draw_presupposition,
 )
-from clipmapper.data.scenes import HELD_OUT, IMAGE_SIZE, Scene, confusable_scene, draw_scene, render
-from clipmapper.data.scenes_vqa import ScenesVQA
-from clipmapper.data.token_cache import TokenStore
+from clipmapper.data.world.scenes import HELD_OUT, IMAGE_SIZE, Scene, confusable_scene, draw_scene, render
+from clipmapper.data.world.vqa import ScenesVQA
 from clipmapper.errors import UserError
-from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.encoder import ClipEncoder
-from clipmapper.models.heads import VQAHead
 from clipmapper.models.mapper import MAPPERS
 from clipmapper.models.tokens import tokenize
+from clipmapper.tasks.vqa.batches import SplitBatches, training_batches
+from clipmapper.tasks.vqa.model import CLIPmapper, VQAHead
+from clipmapper.tasks.vqa.samples import choose_samples
 from clipmapper.training import contrastive
 from clipmapper.training.asked_texts import asked_texts
 from clipmapper.training.contrastive import ContrastiveScenes
 from clipmapper.training.encoder_tokens import ArrayImages, question_tokens
-from clipmapper.training.explained_samples import choose_samples
-from clipmapper.training.scene_batches import SplitBatches, training_batches
 
 unhurried = settings(deadline=None, max_examples=30)  # a busy machine is not a failure
 seeds, indices = st.integers(0, 2**32), st.integers(0, 10**6)

@@ -14,19 +14,19 @@ import training_models
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from clipmapper.commands.make_shards import main as make_shards
+from clipmapper.commands.train import train
 from clipmapper.data.records import RecordData
-from clipmapper.data.shard_data import ShardData
+from clipmapper.data.shards.data import ShardData
 from clipmapper.errors import UserError
-from clipmapper.making_shards import main as make_shards
-from clipmapper.training.caption_task import CaptionTask
-from clipmapper.training.captioning import CaptionModule
-from clipmapper.training.instances import built
+from clipmapper.settings.instances import built
+from clipmapper.tasks.captioning.task import CaptionTask
+from clipmapper.tasks.captioning.training import CaptionModule
+from clipmapper.tasks.vqa.task import VQATask
+from clipmapper.tasks.vqa.training import VQAModule
 from clipmapper.training.interruption import RunInterrupted
 from clipmapper.training.module import StepBatches
-from clipmapper.training.run import train
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
-from clipmapper.training.vqa import VQAModule
-from clipmapper.training.vqa_task import VQATask
 
 TRAIN, VALIDATION = 8, 3
 SMALL = (

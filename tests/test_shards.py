@@ -16,15 +16,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipmapper.data.answers import AnswerVocabulary
 from clipmapper.data.records import Record, RecordData
-from clipmapper.data.shard_data import ShardData
-from clipmapper.data.shard_files import write_shards
-from clipmapper.data.shard_index import read_index
-from clipmapper.data.shard_scan import ScannedShard, scanned
-from clipmapper.data.shard_stream import ShardStream, in_order
+from clipmapper.data.shards.data import ShardData
+from clipmapper.data.shards.files import write_shards
+from clipmapper.data.shards.index import read_index
+from clipmapper.data.shards.scan import ScannedShard, scanned
+from clipmapper.data.shards.stream import ShardStream, in_order
 from clipmapper.errors import UserError
 from clipmapper.training.processes import Share
-from clipmapper.training.readable_items import ReadableItems
-from clipmapper.training.shard_batches import shard_batches
+from clipmapper.training.streamed import ReadableItems, shard_batches
 
 IMAGES, SHARD = 22, 3
 

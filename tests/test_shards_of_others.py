@@ -13,12 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from clipmapper.data import shard_members, shard_scan
 from clipmapper.data.records import Record
-from clipmapper.data.shard_data import ShardData
+from clipmapper.data.shards import members as shard_members
+from clipmapper.data.shards import scan as shard_scan
+from clipmapper.data.shards.data import ShardData
 from clipmapper.errors import UserError
-from clipmapper.progress import ProgressLines, span
-from clipmapper.training.readable_items import ReadableItems, left_out_lines
+from clipmapper.host.progress import ProgressLines, span
+from clipmapper.training.streamed import ReadableItems, left_out_lines
 
 
 def image(number: int, kind: str = "JPEG") -> bytes:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clipmapper.lasting_imports import lasting_imports
+from clipmapper.cli import lasting_imports
 
 RECORDS = 200_000
 IMAGES = 100
@@ -17,7 +17,7 @@ IMAGES = 100
 # In a process of its own. A small manifest first: what libraries take is not the records'.
 READ = """
 import gc, re, sys
-from clipmapper.data import manifest
+from clipmapper.data.readers import manifest
 
 def held():
     gc.collect()

@@ -17,11 +17,11 @@ import training_models
 from PIL import Image
 from training_models import PATIENCE, same_bits
 
-from clipmapper.stopping import Stopped
+from clipmapper.commands.train import train
+from clipmapper.host.stopping import Stopped
+from clipmapper.tasks.vqa.training import VQAModule
 from clipmapper.training.interruption import RunInterrupted
-from clipmapper.training.run import train
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
-from clipmapper.training.vqa import VQAModule
 
 TINY_RUN = (
     *(one for one in training_models.SMALL_RUN if not one.startswith("callbacks.")),
@@ -143,7 +143,7 @@ EXPLAINED = (
 
 @pytest.mark.slow
 def test_explanations_stop_between_two_parts(settings, monkeypatch):
-    from clipmapper.training import explanation_report
+    from clipmapper.tasks.vqa import report as explanation_report
 
     config, whole = settings("name=explaining", *EXPLAINED), train(settings("name=explained", *EXPLAINED))
     original, parts = explanation_report._relevance, []
@@ -168,7 +168,7 @@ def test_explanations_stop_between_two_parts(settings, monkeypatch):
 
 SLOW_STEPS = """
 import sys, time
-from clipmapper.training.vqa import VQAModule
+from clipmapper.tasks.vqa.training import VQAModule
 original = VQAModule.training_step
 def training_step(module, batch, index):
     time.sleep(0.1)

@@ -9,11 +9,11 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 
 from clipmapper import cli
+from clipmapper.commands import train as run
+from clipmapper.commands.train import train
 from clipmapper.errors import UserError
-from clipmapper.training import run
-from clipmapper.training.run import train
+from clipmapper.tasks.vqa.training import VQAModule
 from clipmapper.training.run_folder import CHECKPOINT
-from clipmapper.training.vqa import VQAModule
 
 TINY_RUN = (
     *training_models.SMALL_RUN,

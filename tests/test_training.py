@@ -21,21 +21,21 @@ from torch.utils.data import DataLoader
 from training_models import same_bits
 
 import clipmapper
-from clipmapper.data.scene_questions import ANSWERS
-from clipmapper.data.token_cache import TokenStore
+from clipmapper.commands.train import train
+from clipmapper.data.tokens.cache import TokenStore
+from clipmapper.data.world.questions import ANSWERS
 from clipmapper.errors import UserError
 from clipmapper.models.build import build_clipmapper
-from clipmapper.training import explanation_report, vqa_task
-from clipmapper.training.blind import blind_accuracy
+from clipmapper.tasks.vqa import report as explanation_report
+from clipmapper.tasks.vqa import task as vqa_task
+from clipmapper.tasks.vqa.batches import scene_splits
+from clipmapper.tasks.vqa.blind import blind_accuracy
+from clipmapper.tasks.vqa.task import VALIDATION_SPLITS
+from clipmapper.tasks.vqa.training import VQAModule, answer_loss
 from clipmapper.training.interruption import RunInterrupted
-from clipmapper.training.less_noise import less_noise
-from clipmapper.training.module import Labelled, StepBatches
-from clipmapper.training.optimisation import adamw, warmup_cosine
-from clipmapper.training.run import train
+from clipmapper.training.launching import less_noise
+from clipmapper.training.module import Labelled, StepBatches, adamw, warmup_cosine
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS, folder_to_resume, new_run_folder
-from clipmapper.training.scene_batches import scene_splits
-from clipmapper.training.vqa import VQAModule, answer_loss
-from clipmapper.training.vqa_task import VALIDATION_SPLITS
 
 TINY_RUN = (
     *training_models.SMALL_RUN,

@@ -7,10 +7,10 @@ import pytest
 import training_models
 from test_record_runs import place, run  # noqa: F401
 
-from clipmapper.data.scenes_captions import ScenesCaptions
+from clipmapper.data.world.captioning import ScenesCaptions
 from clipmapper.errors import UserError
 from clipmapper.training.run_folder import RESULTS
-from clipmapper.training.validation_subset import ValidationSubset
+from clipmapper.training.task import ValidationSubset
 
 
 def test_a_part_is_drawn_by_seed_and_name_and_all_is_the_split_itself():

@@ -13,12 +13,11 @@ from PIL import Image
 
 from clipmapper.errors import UserError
 from clipmapper.visual.comparison import plot_method_comparison
-from clipmapper.visual.curves import plot_perturbation_curves
+from clipmapper.visual.curves import line_style, plot_perturbation_curves
 from clipmapper.visual.explanation import plot_explanation
 from clipmapper.visual.files import figure_pixels, save_figure
 from clipmapper.visual.heatmap import DEFAULT_ALPHA, heatmap_overlay, relevance_at_pixels
 from clipmapper.visual.layout import Run, text_width, wrap
-from clipmapper.visual.palette import line_style
 from clipmapper.visual.panels import check_mask
 from clipmapper.visual.words import share_of_maximum, word_colours, words_html
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipmapper.evaluation.vqa_accuracy import VQASoftAccuracy, normalise_answer, vqa_soft_accuracy
+from clipmapper.data.answer_rule import VQASoftAccuracy, normalise_answer, vqa_soft_accuracy
 
 OFFICIAL = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "vqa_v2_subset"
 needs_official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="needs ../shared/data/vqa_v2_subset")

@@ -13,13 +13,13 @@ import wandb
 from PIL import Image
 from wandb.proto import wandb_internal_pb2
 
-from clipmapper.config import COMPARED_METHODS as METHODS
-from clipmapper.config import WandbLoggerConfig
-from clipmapper.data.scene_questions import FAMILIES
+from clipmapper.commands.train import train
+from clipmapper.data.world.questions import FAMILIES
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
-from clipmapper.training.run import train
+from clipmapper.settings.schema import COMPARED_METHODS as METHODS
+from clipmapper.settings.schema import WandbLoggerConfig
+from clipmapper.training.loggers import logged_files, run_logger
 from clipmapper.training.run_folder import RESULTS
-from clipmapper.training.run_logger import logged_files, run_logger
 
 _BLOCK, _HEADER = 32768, 7  # bytes
 _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4

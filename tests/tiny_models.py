@@ -7,17 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clipmapper.models.caption_head import CaptionHead, TiedCaptionHead
-from clipmapper.models.caption_tokens import CaptionEnds
-from clipmapper.models.captioner import Captioner
-from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.encoder import ClipEncoder
-from clipmapper.models.gpt2 import new_gpt2
-from clipmapper.models.gpt2_captioner import GPT2Captioner
-from clipmapper.models.gpt2_decoder import GPT2Decoder, GPT2Head
-from clipmapper.models.heads import VQAHead
 from clipmapper.models.mapper import MAPPERS
 from clipmapper.models.tokens import TokenizedText
+from clipmapper.tasks.captioning.gpt2 import new_gpt2
+from clipmapper.tasks.captioning.gpt2_decoder import GPT2Decoder, GPT2Head
+from clipmapper.tasks.captioning.gpt2_model import GPT2Captioner
+from clipmapper.tasks.captioning.head import CaptionHead, TiedCaptionHead
+from clipmapper.tasks.captioning.model import Captioner
+from clipmapper.tasks.captioning.tokens import CaptionEnds
+from clipmapper.tasks.vqa.model import CLIPmapper, VQAHead
 
 ANSWERS = ("yes", "no", "red", "blue", "two")
 IMAGE_SIZE, PATCH_SIZE = 12, 4

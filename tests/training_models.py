@@ -17,12 +17,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
-from clipmapper.config import TrainConfig, register
-from clipmapper.config_checks import checked
-from clipmapper.data.scene_questions import ANSWERS
-from clipmapper.data.scenes_vqa import ScenesVQA
+from clipmapper.data.world.questions import ANSWERS
+from clipmapper.data.world.vqa import ScenesVQA
 from clipmapper.models.build import build_clipmapper
-from clipmapper.models.clipmapper import CLIPmapper
+from clipmapper.settings.checks import checked
+from clipmapper.settings.schema import TrainConfig, register
+from clipmapper.tasks.vqa.model import CLIPmapper
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 1800  # seconds for what takes seconds: the machine may be busy, but nothing waits for ever

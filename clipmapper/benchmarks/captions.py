@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from clipmapper.benchmarks.timing import machine, measured
+from clipmapper.commands.explain import chosen_device
+from clipmapper.commands.mistakes import seed, whole
 from clipmapper.data.images import clip_input
-from clipmapper.data.scene_captions import aligned_captions
-from clipmapper.data.scenes import draw_scene, render
-from clipmapper.data.scenes_captions import ScenesCaptions
-from clipmapper.explaining_captions import explain_caption_methods
-from clipmapper.mistakes import seed, whole
+from clipmapper.data.world.captioning import ScenesCaptions
+from clipmapper.data.world.captions import aligned_captions
+from clipmapper.data.world.scenes import draw_scene, render
 from clipmapper.models.build import build_captioner, load
-from clipmapper.models.caption_decoding import Decoding, write_captions
-from clipmapper.models.captioner import Captioner
 from clipmapper.relevance import method_named
-from clipmapper.training.run_explain import chosen_device
+from clipmapper.tasks.captioning.decoding import Decoding, write_captions
+from clipmapper.tasks.captioning.explain import explain_caption_methods
+from clipmapper.tasks.captioning.model import Captioner
 
 # Built-in scenes on the shipped CLIP, and the paper's sizes. Weights do not matter for the time.
 MODELS = {

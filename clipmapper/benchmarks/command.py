@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 from clipmapper.benchmarks import captions, loading, perturbation, relevance, token_caching
 from clipmapper.benchmarks.timing import write_results
-from clipmapper.file_names import file_name_problem
-from clipmapper.mistakes import Arguments, mistakes_end_it, some_path, whole
-from clipmapper.outputs import check_file
-from clipmapper.stopping import a_command
+from clipmapper.commands.mistakes import Arguments, mistakes_end_it, some_path, whole
+from clipmapper.host.outputs import check_file, file_name_problem
+from clipmapper.host.stopping import a_command
 
 
 class Benchmark(NamedTuple):

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clipmapper.benchmarks.timing import machine, measured
+from clipmapper.commands.mistakes import seed, some_path, whole
 from clipmapper.data.images import image_problem
 from clipmapper.data.pixels import DECODING, PixelReader
 from clipmapper.data.records import Record, RecordDataset
 from clipmapper.errors import UserError
-from clipmapper.mistakes import seed, some_path, whole
 
 
 def loading_arguments(parser: ArgumentParser) -> None:

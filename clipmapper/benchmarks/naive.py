@@ -1,9 +1,9 @@
 """Relevance as released implementations compute it, to measure against: here it is the cost that matters.
 
 Attention is written out, so that every layer's N × N probabilities are in the graph; a backward from y runs
-for each gradient that a layer needs; relevance is accumulated in full matrices over all streams' tokens.
-The result is that of :func:`clipmapper.relevance.gae` and :func:`clipmapper.relevance.weighted` (a test
-compares them). Sub-layers and streams are those that the recorder finds, which costs next to nothing.
+for each gradient that a layer needs; relevance is accumulated in full matrices over all streams' tokens. The
+result is that of :func:`clipmapper.relevance.methods.gae` and :func:`clipmapper.relevance.methods.weighted`
+(a test compares them). Sub-layers and streams are those that the recorder finds, which costs next to nothing.
 
 One thing is cheaper here than in the released programs: the recorder lets parameters take no gradient.
 """

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from clipmapper.benchmarks.charts import ratio_chart
 from clipmapper.benchmarks.subjects import scenes_mapper, tokens_of_texts, vit_b_32_mapper
 from clipmapper.benchmarks.timing import machine, measured
-from clipmapper.evaluation.answer_perturbation import AnswerScorer
+from clipmapper.commands.explain import chosen_device
+from clipmapper.commands.mistakes import seconds, whole
 from clipmapper.evaluation.perturbation import (
     FRACTIONS,
     ModalityRelevance,
@@ -22,10 +23,9 @@ from clipmapper.evaluation.perturbation import (
     perturb,
     removal_order,
 )
-from clipmapper.mistakes import seconds, whole
-from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.tokens import TokenizedText
-from clipmapper.training.run_explain import chosen_device
+from clipmapper.tasks.vqa.model import CLIPmapper
+from clipmapper.tasks.vqa.report import AnswerScorer
 from clipmapper.training.tables import console
 
 MODELS: dict[str, Callable[[], CLIPmapper]] = {"scenes": scenes_mapper, "vit_b_32": vit_b_32_mapper}

@@ -12,14 +12,21 @@ from tqdm import tqdm
 
 from clipmapper.benchmarks import naive
 from clipmapper.benchmarks.charts import ratio_chart
-from clipmapper.benchmarks.memory import available_bytes, peak_bytes, peak_resident_bytes, resident_bytes
-from clipmapper.benchmarks.resuming import earlier_rows
 from clipmapper.benchmarks.subjects import SUBJECTS, Subject
-from clipmapper.benchmarks.timing import machine, measured, write_results
+from clipmapper.benchmarks.timing import (
+    available_bytes,
+    earlier_rows,
+    machine,
+    measured,
+    peak_bytes,
+    peak_resident_bytes,
+    resident_bytes,
+    write_results,
+)
+from clipmapper.commands.explain import chosen_device
+from clipmapper.commands.mistakes import seconds, whole
 from clipmapper.errors import UserError
-from clipmapper.mistakes import seconds, whole
 from clipmapper.relevance import METHODS, Relevance, method_named
-from clipmapper.training.run_explain import chosen_device
 from clipmapper.training.tables import console
 
 FLOOR = "floor"

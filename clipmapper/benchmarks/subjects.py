@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from clipmapper.models.build import build_clipmapper
 from clipmapper.models.clip_weights import open_clip_log, registered_name
-from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.relevance import Again, AttentionTrace, Node, record
+from clipmapper.tasks.vqa.model import CLIPmapper
 
 _WORDS = 14  # tokens of a question, start and end included
 _ANSWERS = 3129  # of VQA v2

@@ -10,19 +10,19 @@ from torch import Tensor
 
 from clipmapper.benchmarks.captions import MODELS
 from clipmapper.benchmarks.timing import machine, measured
+from clipmapper.commands.explain import chosen_device
+from clipmapper.commands.mistakes import seed, whole
 from clipmapper.data.images import clip_input
-from clipmapper.data.scene_questions import ANSWERS
-from clipmapper.data.scenes_vqa import ScenesVQA
-from clipmapper.data.token_cache import TokenCache, TokenStore
+from clipmapper.data.tokens.cache import TokenCache, TokenStore
+from clipmapper.data.world.questions import ANSWERS
+from clipmapper.data.world.vqa import ScenesVQA
 from clipmapper.errors import UserError
-from clipmapper.mistakes import seed, whole
 from clipmapper.models.build import build_clipmapper, load
-from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.tokens import tokenize
+from clipmapper.tasks.vqa.model import CLIPmapper
+from clipmapper.tasks.vqa.training import answer_loss
 from clipmapper.training.asked_texts import asked_texts
 from clipmapper.training.encoder_tokens import ArrayImages, question_tokens
-from clipmapper.training.run_explain import chosen_device
-from clipmapper.training.vqa import answer_loss
 
 
 def caching_arguments(parser: ArgumentParser) -> None:

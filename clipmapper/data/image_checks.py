@@ -1,5 +1,7 @@
 """Opening every image of a data set before training does."""
 
+import hashlib
+import io
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,13 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from clipmapper.data.checked_images import known, remember
-from clipmapper.data.checked_images import stamps as stamps_of
 from clipmapper.data.images import NO_FILE, image_problem
 from clipmapper.data.problems import Problem, stop_for
 from clipmapper.data.record import StoredImage
-from clipmapper.data.record_table import Columns, RecordTable, together
-from clipmapper.progress import progress
+from clipmapper.data.tables.columns import Columns, RecordTable, StoredBytes, together
+from clipmapper.host.progress import progress
 
 _TOGETHER = 16  # images that a thread is handed at once: of small ones it checks ten thousand a second ...
 _WAITING = 8  # ... and how often for each thread, so that Ctrl-C is answered soon
@@ -117,3 +117,82 @@ def _by_line(problem: Problem) -> tuple[str, int]:
     """So that line 9 comes before line 10, and the file as a whole before its lines."""
     parts = re.fullmatch(r"(.*):(?:row )?(\d+)", problem.source)
     return (parts[1], int(parts[2])) if parts else (problem.source, 0)
+
+
+FILE = "checked_images"
+_DTYPE = np.dtype([("a", "<u8"), ("b", "<u8"), ("size", "<i8"), ("mtime", "<i8")])
+_DIGEST = 16
+_ABSENT = -1
+
+
+def stamps(columns: Columns, images: Sequence[int]) -> np.ndarray:
+    """What each image is known by: a digest of its name, the size of its file and when that was written
+    (-1 for a file that is not there)."""
+    found = np.zeros(len(images), _DTYPE)
+    table = b"" if columns.folder is None else columns.folder.name.encode()
+    here = os.getcwd()
+    for place, row in enumerate(images):
+        image = columns.image(row)
+        size = mtime = 0
+        if isinstance(image, Path):
+            name = os.path.join(here, image).encode("utf-8", "surrogatepass")
+            try:
+                stat = os.stat(image)
+                size, mtime = stat.st_size, stat.st_mtime_ns
+            except (OSError, ValueError):
+                size = _ABSENT
+        else:
+            # Bytes are known by their digest, rows of a data set by the table that was made of it.
+            name = columns.image_id(row).encode("utf-8", "surrogatepass")
+            name = b"bytes/" + name if isinstance(image, StoredBytes | bytes) else table + b"/" + name
+        digest = hashlib.blake2b(name, digest_size=_DIGEST).digest()
+        found[place] = (
+            int.from_bytes(digest[:8], "little"),
+            int.from_bytes(digest[8:], "little"),
+            size,
+            mtime,
+        )
+    return found
+
+
+def known(folder: Path | None, asked: np.ndarray) -> np.ndarray:
+    """Which of these :func:`stamps` are remembered in a folder: bool[images]."""
+    store = _read(folder)
+    if not len(store):
+        return np.zeros(len(asked), bool)
+    place = np.searchsorted(store["a"], asked["a"]).clip(max=len(store) - 1)
+    return (store[place] == asked) & (asked["size"] != _ABSENT)
+
+
+def remember(folder: Path | None, fine: np.ndarray) -> None:
+    """Add :func:`stamps` of images that can be read; a newer one takes the place of the older."""
+    if folder is None or not len(fine):
+        return
+    together = np.concatenate([fine, _read(folder)])
+    _, first = np.unique(together[["a", "b"]], return_index=True)
+    kept = together[first]
+    kept = kept[np.argsort(kept["a"], kind="stable")]
+    content = io.BytesIO()
+    np.save(content, kept, allow_pickle=False)
+    body = content.getbuffer()
+    temporary = folder / f"{FILE}.{os.getpid()}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            file.write(hashlib.blake2b(body, digest_size=_DIGEST).digest())
+            file.write(body)
+        os.replace(temporary, folder / FILE)
+    except OSError:  # no room: the next run checks again
+        temporary.unlink(missing_ok=True)
+
+
+def _read(folder: Path | None) -> np.ndarray:
+    """Everything that is remembered; nothing where the file is not as it was written."""
+    try:
+        content = (folder / FILE).read_bytes() if folder is not None else b""
+        body = memoryview(content)[_DIGEST:]
+        if not content or hashlib.blake2b(body, digest_size=_DIGEST).digest() != content[:_DIGEST]:
+            return np.zeros(0, _DTYPE)
+        found = np.load(io.BytesIO(body), allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return np.zeros(0, _DTYPE)
+    return found if found.dtype == _DTYPE and found.ndim == 1 else np.zeros(0, _DTYPE)

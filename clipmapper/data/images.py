@@ -11,10 +11,46 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
-from clipmapper.data.jpeg_segments import JPEG, bare_jpeg
-from clipmapper.data.png_chunks import PNG, bare_png
 from clipmapper.data.text_files import other_kind
 from clipmapper.errors import UserError
+
+JPEG = b"\xff\xd8\xff"
+# JFIF's and Adobe's, which say how colours are stored. Of the others (EXIF, profiles, previews) none is of
+# the pixels.
+_JPEG_PIXELS = (0xE0, 0xEE)
+_COMMENT, _SCAN = 0xFE, 0xDA
+
+
+def bare_jpeg(content: bytes) -> bytes:
+    """The same image without metadata. A file that was cut stays cut."""
+    kept, place = [content[:2]], 2
+    while content[place : place + 1] == b"\xff" and place + 4 <= len(content):
+        marker = content[place + 1]
+        end = place + 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+        if marker == _SCAN or marker == 0xFF:
+            break
+        if not (0xE0 <= marker <= 0xEF or marker == _COMMENT) or marker in _JPEG_PIXELS:
+            kept.append(content[place:end])
+        place = end
+    return b"".join([*kept, content[place:]])
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+# What the pixels need; all else (text, EXIF, colour profiles, times) is metadata.
+_OF_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+
+
+def bare_png(content: bytes) -> bytes:
+    """The same image without metadata. A file that was cut stays cut."""
+    kept, place = [PNG], len(PNG)
+    while place + 8 <= len(content):
+        length = int.from_bytes(content[place : place + 4], "big")
+        end = place + 12 + length  # with the checksum
+        if content[place + 4 : place + 8] in _OF_PIXELS:
+            kept.append(content[place:end])
+        place = end
+    return b"".join(kept)
+
 
 _SLIMMEST = 1000  # a longer side more than this many times the shorter one would grow beyond any memory
 

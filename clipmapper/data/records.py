@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from clipmapper.data.answers import ACCURACIES, AnswerVocabulary, annotators
 from clipmapper.data.record import OTHER, Record, StoredImage
-from clipmapper.data.record_table import RecordTable
-from clipmapper.data.table_builder import tables_of
+from clipmapper.data.tables.builder import tables_of
+from clipmapper.data.tables.columns import RecordTable
 from clipmapper.errors import UserError
 
 __all__ = [
@@ -51,7 +51,7 @@ Item = tuple[Record, UInt8[Tensor, "3 height width"]]
 
 
 class VQACollate:
-    """A batch of questions, as :class:`clipmapper.training.vqa.VQAModule` documents it.
+    """A batch of questions, as :class:`clipmapper.tasks.vqa.training.VQAModule` documents it.
 
     ``tokenize``: texts → :class:`~clipmapper.models.tokens.TokenizedText`. The batch also has ``ids``.
     """
@@ -75,7 +75,7 @@ class VQACollate:
 
 
 class CaptionCollate:
-    """A batch of images with one caption each, as :class:`clipmapper.training.captioning.CaptionModule`
+    """A batch of images with one caption each, as :class:`clipmapper.tasks.captioning.training.CaptionModule`
     documents it.
 
     ``tokenize``: captions → :class:`~clipmapper.models.tokens.TokenizedText`. The batch also has ``ids``.
@@ -102,7 +102,7 @@ class RecordData:
 
     Parameters
     ----------
-    splits : name → records, kept as tables (:class:`clipmapper.data.record_table.RecordTable`); "train" and
+    splits : name → records, kept as tables (:class:`clipmapper.data.tables.columns.RecordTable`); "train" and
         "validation" at least, each not empty, "test" where there is one.
     vocabulary : the answers that the model is to know; None for captions.
     accuracy : how answers are scored, a key of :data:`clipmapper.data.answers.ACCURACIES`.

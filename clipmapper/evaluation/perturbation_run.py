@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from clipmapper.errors import visible
 from clipmapper.evaluation.perturbation_scores import PerturbationScores, write_arrays
-from clipmapper.visible_text import visible
 
 _log = logging.getLogger(__name__)
 

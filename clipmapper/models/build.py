@@ -10,18 +10,10 @@ from open_clip.model import set_model_preprocess_cfg
 from transformers import GPT2LMHeadModel
 
 from clipmapper.errors import UserError
-from clipmapper.models.caption_head import CaptionHead, TiedCaptionHead
-from clipmapper.models.caption_tokens import caption_vocabulary
-from clipmapper.models.captioner import Captioner
 from clipmapper.models.clip_weights import architecture_config
-from clipmapper.models.clipmapper import CLIPmapper
 from clipmapper.models.description import PREPROCESS, check_description
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.fine_tuning import choose_trained, merge_adapters
-from clipmapper.models.gpt2 import OwnTokenizer, gpt2_of, local_gpt2, new_gpt2, plain_config
-from clipmapper.models.gpt2_captioner import GPT2Captioner
-from clipmapper.models.gpt2_decoder import DECODERS, GPT2Decoder, GPT2Head
-from clipmapper.models.heads import VQAHead
 from clipmapper.models.mapper import MAPPERS, Mapper
 from clipmapper.models.weight_files import (
     Unreadable,
@@ -30,6 +22,13 @@ from clipmapper.models.weight_files import (
     check_tensors,
     read_torch_file,
 )
+from clipmapper.tasks.captioning.gpt2 import OwnTokenizer, gpt2_of, local_gpt2, new_gpt2, plain_config
+from clipmapper.tasks.captioning.gpt2_decoder import DECODERS, GPT2Decoder, GPT2Head
+from clipmapper.tasks.captioning.gpt2_model import GPT2Captioner
+from clipmapper.tasks.captioning.head import CaptionHead, TiedCaptionHead
+from clipmapper.tasks.captioning.model import Captioner
+from clipmapper.tasks.captioning.tokens import caption_vocabulary
+from clipmapper.tasks.vqa.model import CLIPmapper, VQAHead
 
 # What a description says of the encoder only where it is chosen.
 _CHOSEN = ("image_size", "trained_blocks", "lora_rank")

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
+from clipmapper.host.outputs import write_whole
 from clipmapper.models.weight_files import Unreadable, check_finite, check_tensors, read_torch_file
-from clipmapper.outputs import write_whole
 from clipmapper.shipped import shipped_path
 
 # A checkpoint may hold only the token embeddings that its training ever used: these ids, in this order.

@@ -12,10 +12,8 @@ from pathlib import Path
 import open_clip
 import timm
 
-from clipmapper.models.gpt2_decoder import DECODERS
-from clipmapper.models.gpt2_description import GPT2_SECTION
 from clipmapper.models.mapper import MAPPERS
-from clipmapper.plain_values import (
+from clipmapper.settings.plain_values import (
     Rule,
     absent_or,
     either,
@@ -28,6 +26,8 @@ from clipmapper.plain_values import (
     text,
     whole,
 )
+from clipmapper.tasks.captioning.gpt2 import GPT2_SECTION
+from clipmapper.tasks.captioning.gpt2_decoder import DECODERS
 
 _LAYERS, _WIDTH, _HEADS = whole(1, 512), whole(1, 65_536), whole(1, 1024)
 _LENGTH, _VOCABULARY = whole(1, 1_048_576), whole(1, 10_000_000)

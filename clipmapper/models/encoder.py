@@ -1,5 +1,9 @@
 """Stage 1 of CLIPmapper: any CLIP of ``open_clip`` as two token sequences."""
 
+import hashlib
+from collections.abc import Mapping
+from importlib.metadata import version
+
 import open_clip
 import torch
 from jaxtyping import Bool, Float, Int, Num
@@ -163,3 +167,48 @@ class ClipEncoder(nn.Module):
             ids = nn.functional.pad(ids, (0, extra), value=padding_id(self.tokenizer))
         text = self.pool_text(self.text_tokens(ids, torch.ones_like(ids, dtype=torch.bool)), ids)
         return nn.functional.normalize(image, dim=-1), nn.functional.normalize(text, dim=-1)
+
+
+# Raise it whenever the towers (image_towers.py, text_tower.py) or the images that they are given
+# (clipmapper/data/images.py) come to give other tokens for the same weights and data.
+TOKENS_VERSION = 1
+
+
+def image_identity(encoder: ClipEncoder) -> dict:
+    """Architecture, weights (by their content, wherever they came from) and preprocessing of the images."""
+    visual = encoder.clip.visual
+    size = visual.image_size
+    return {
+        **_common(encoder),
+        "weights": weights_digest(visual.state_dict()),
+        "preprocessing": {
+            **visual.preprocess_cfg,
+            "image_size": list(size) if isinstance(size, tuple) else [size, size],
+            "image_mean": list(visual.image_mean),
+            "image_std": list(visual.image_std),
+        },
+    }
+
+
+def text_identity(encoder: ClipEncoder) -> dict:
+    """Architecture and weights. The tokenizer's part is in the ids that it gives."""
+    state = {k: v for k, v in encoder.clip.state_dict().items() if not k.startswith("visual.")}
+    return {**_common(encoder), "weights": weights_digest(state), "context_length": encoder.context_length}
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """A digest of names, types, shapes and values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(state):
+        value = state[name].detach()
+        digest.update(f"{name} {value.dtype} {list(value.shape)};".encode())
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _common(encoder: ClipEncoder) -> dict:
+    return {
+        "tokens_version": TOKENS_VERSION,
+        "open_clip": version("open_clip_torch"),
+        "architecture": encoder.config,
+    }

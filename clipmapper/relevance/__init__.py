@@ -1,13 +1,10 @@
 """Explanations of attention models: a trace in, relevance per input token out."""
 
 from clipmapper.errors import UserError
-from clipmapper.relevance.again import Again
-from clipmapper.relevance.attention_only import raw_attention, rollout
-from clipmapper.relevance.attribution import Attribution, quantus_explainer
-from clipmapper.relevance.backward_rules import backward_rules
-from clipmapper.relevance.captum_methods import integrated_gradients, occlusion
-from clipmapper.relevance.control import random
-from clipmapper.relevance.effective import (
+from clipmapper.relevance.backward.rules import backward_rules
+from clipmapper.relevance.call_forms import Attribution, quantus_explainer
+from clipmapper.relevance.methods.attention_only import random, raw_attention, rollout
+from clipmapper.relevance.methods.effective import (
     effective_attention,
     effective_rollout,
     effective_weighted,
@@ -15,23 +12,25 @@ from clipmapper.relevance.effective import (
     efficient_rollout,
     efficient_weighted,
 )
-from clipmapper.relevance.flow import attention_flow
-from clipmapper.relevance.gae import gae
-from clipmapper.relevance.gradients import attn_lrp, grad_cam, grad_eclip, input_x_gradient
-from clipmapper.relevance.layerwise import legrad
-from clipmapper.relevance.libra import GRADIENT_METHODS, with_libra
-from clipmapper.relevance.norms import alti, beyond_intuition, token_tm
-from clipmapper.relevance.propagated import partial_lrp, transformer_attribution
-from clipmapper.relevance.recorders import record
-from clipmapper.relevance.result import Relevance
-from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
-from clipmapper.relevance.weighted import (
+from clipmapper.relevance.methods.flow import attention_flow
+from clipmapper.relevance.methods.gae import gae
+from clipmapper.relevance.methods.gradients import attn_lrp, grad_cam, grad_eclip, input_x_gradient
+from clipmapper.relevance.methods.legrad import legrad
+from clipmapper.relevance.methods.libra import GRADIENT_METHODS, with_libra
+from clipmapper.relevance.methods.lrp import partial_lrp, transformer_attribution
+from clipmapper.relevance.methods.norms import alti, beyond_intuition, token_tm
+from clipmapper.relevance.methods.on_captum import integrated_gradients, occlusion
+from clipmapper.relevance.methods.weighted import (
     weighted,
     weighted_half,
     weighted_norm,
     weighted_token,
     weighted_token_norm,
 )
+from clipmapper.relevance.recording.record import record
+from clipmapper.relevance.rerun import Again
+from clipmapper.relevance.result import Relevance
+from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
 
 METHODS = {
     method.__name__: method

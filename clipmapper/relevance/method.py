@@ -2,17 +2,16 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from clipmapper.errors import UserError
-from clipmapper.relevance.finite import finite
-from clipmapper.relevance.layers import from_layer
 from clipmapper.relevance.result import Relevance, check_sign
-from clipmapper.relevance.trace import Attention, AttentionTrace
+from clipmapper.relevance.trace import Attention, AttentionTrace, Join
 
 _WHY_NOT = {
     "sign": "it uses no gradient, so nothing in it speaks against y",
@@ -28,7 +27,7 @@ def explanation(*, gradient: bool = False, layers: bool = False) -> Callable:
 
     With ``gradient`` there is an option ``sign``: "positive" is the method itself, what speaks for y;
     "negative" is the method for −y, what speaks against it, as positive numbers; "both" is their difference.
-    With ``layers`` there is ``start_layer``, see :func:`clipmapper.relevance.layers.from_layer`. A function
+    With ``layers`` there is ``start_layer``, see :func:`clipmapper.relevance.method.from_layer`. A function
     may have options of these names itself. An option that a method does not have raises ``UserError``, and so
     does a map that is not finite.
     """
@@ -106,3 +105,82 @@ def opposite(trace: AttentionTrace) -> AttentionTrace:
 
     again = None if trace.again is None else trace.again.opposite()
     return replace(trace, steps=[turned(step) for step in trace.steps], again=again)
+
+
+_NUMBERS = ("before", "query", "key", "value", "mixed", "added")
+_GRADIENTS = ("added_gradient", "mixed_gradient", "before_gradient")
+
+
+def finite(trace: AttentionTrace, relevance: Relevance, method: str) -> Relevance:
+    """The relevance itself. Raises ``UserError`` that names the sub-layer where it is not finite."""
+    if all(bool(values.isfinite().all()) for values in relevance.streams.values()):
+        return relevance
+    bad = {
+        int(sample)
+        for values in relevance.streams.values()
+        for sample in (~values.isfinite().all(dim=1)).nonzero()
+    }
+    which = "sample " + ", ".join(map(str, sorted(bad)[:5])) + (" and more" if len(bad) > 5 else "")
+    raise UserError(f"{method}: the map of {which} is not finite: {_cause(trace)}")
+
+
+def _cause(trace: AttentionTrace) -> str:
+    """The first place of the forward, or else of the backward, at which a number is not finite."""
+    for step in trace.attention:
+        if bad := _first(step, _NUMBERS):
+            return f"so are the tokens of {step.name} ({bad}); is the input finite, or the precision too low?"
+    for step in reversed(trace.attention):
+        if bad := _first(step, _GRADIENTS):
+            return f"so is the gradient at {step.name} ({bad})"
+    last = trace.attention[-1].name
+    return f"all numbers recorded are finite, up to {last}, and overflow when they are put together"
+
+
+def _first(step: Attention, names: tuple[str, ...]) -> str | None:
+    for name in names:
+        value = getattr(step, name)
+        if isinstance(value, Tensor) and not bool(value.isfinite().all()):
+            return name.replace("_", " ")
+    return None
+
+
+def from_layer(trace: AttentionTrace, start_layer: int | Mapping[str, int] = 0) -> AttentionTrace:
+    """The trace with every input stream entering at its attention sub-layer ``start_layer`` (from 0).
+
+    Relevance then is that of the tokens in that state, each counted as the input token at its place (C = I
+    there). Chefer et al.'s notebooks do so for CLIP, whose maps over all layers look noisy: −1 keeps the
+    last sub-layer alone. A number holds for every input stream that has sub-layers of its own, a mapping for
+    the streams that it names (a stream made of others as well).
+
+    Raises ``UserError`` for a stream that is not there or has no such sub-layer.
+    """
+    if start_layer == 0:
+        return trace
+    counts = Counter(step.query_node.stream for step in trace.attention)
+    for step in trace.attention:
+        if step.pools:  # one sub-layer by itself, with learned queries
+            del counts[step.query_node.stream]
+    if isinstance(start_layer, Mapping):
+        wanted = dict(start_layer)
+    else:
+        wanted = {stream: start_layer for stream in trace.inputs if stream in counts}
+        if not wanted:
+            raise UserError(f"start_layer={start_layer}: name a stream, one of {', '.join(counts)}")
+    first = {}
+    for stream, number in wanted.items():
+        if stream not in counts:
+            raise UserError(f"start_layer: no stream {stream!r} with sub-layers; one of {', '.join(counts)}")
+        count = counts[stream]
+        if not -count <= number < count:
+            raise UserError(
+                f"start_layer={number}: stream {stream!r} has {count} attention sub-layers, so it must be "
+                f"{-count} to {count - 1}; a mapping gives each stream its own: {{{stream!r}: {count - 1}}}"
+            )
+        first[stream] = number % count
+
+    def kept(step: Attention | Join) -> Attention | Join:
+        if isinstance(step, Join) or step.query_node.version >= first.get(step.query_node.stream, 0):
+            return step
+        return Join(step.output_node, (step.query_node,))  # every token stays what it is
+
+    return replace(trace, steps=[kept(step) for step in trace.steps])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from clipmapper.relevance.effective import effective_matrix, efficient_matrix
+from clipmapper.relevance.methods.effective import effective_matrix, efficient_matrix
 from clipmapper.relevance.trace import Attention, Node
 
 Matrix = Callable[[Attention], Float[Tensor, "batch heads queries keys"]]

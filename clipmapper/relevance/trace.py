@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from clipmapper.errors import UserError
-from clipmapper.relevance.half_gradients import Rescued, scaled_gradients
-from clipmapper.relevance.projections import Projection
+from clipmapper.relevance.backward.half import Rescued, scaled_gradients
+from clipmapper.relevance.recording.sublayer import Projection
 
 _NO_GRADIENT = (
     "so gradient methods can't explain this model; those without a gradient (rollout, raw_attention, "
@@ -337,7 +337,7 @@ class AttentionTrace:
     image_stream, text_stream : which inputs they are, where there are such.
     grid : (rows, columns) of image patches; the tokens before them are prefix tokens (the class token).
     samples : identity of every sample, which seeds what is random about it.
-    rules : by which the backward was made (:mod:`clipmapper.relevance.backward_rules`).
+    rules : by which the backward was made (:mod:`clipmapper.relevance.backward.rules`).
     entries : where every input stream's tokens come in, as far as others can be put in their place.
     again : the same forward, for methods that run the model more than once.
     cut : which module passes no gradient, where the recorder has noticed one.
@@ -355,7 +355,7 @@ class AttentionTrace:
     samples: Sequence[int] | None = None
     rules: str = "plain"
     entries: dict[str, Entry] = field(default_factory=dict)
-    again: Any = None  # clipmapper.relevance.again.Again, which needs this module
+    again: Any = None  # clipmapper.relevance.rerun.Again, which needs this module
     cut: str | None = None
     _read_was_found: bool = False
     _explained: weakref.ref | None = None

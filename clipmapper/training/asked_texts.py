@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from clipmapper.data.record_table import RecordTable, unpacked
+from clipmapper.data.tables.columns import RecordTable, unpacked
+from clipmapper.host.progress import progress
 from clipmapper.models.tokens import padding_id, tokenize
-from clipmapper.progress import progress
 
 _TOGETHER = 4096  # texts that are Python's at a time
 
@@ -57,7 +57,7 @@ class AskedTexts:
 
     def digest(self) -> str:
         """Of what the text tower reads, texts and tokenizer in one:
-        :func:`~clipmapper.models.encoder_identity.weights_digest` of all ids and of what is no padding."""
+        :func:`~clipmapper.models.encoder.weights_digest` of all ids and of what is no padding."""
         shape, digest = [len(self), self.longest], hashlib.blake2b(digest_size=16)
         for number, name in enumerate(("ids torch.int64", "valid torch.bool")):
             digest.update(f"{name} {shape};".encode())

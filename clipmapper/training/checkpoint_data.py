@@ -3,31 +3,32 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 
-from clipmapper.config import DataConfig, ScenesCaptionsConfig, ScenesVQAConfig
 from clipmapper.data.records import RecordData
-from clipmapper.data.scenes_captions import ScenesCaptions
-from clipmapper.data.scenes_vqa import ScenesVQA
+from clipmapper.data.world.captioning import ScenesCaptions
+from clipmapper.data.world.vqa import ScenesVQA
 from clipmapper.errors import UserError
-from clipmapper.models.captioner import Captioner
-from clipmapper.models.clipmapper import CLIPmapper
-from clipmapper.plain_values import section_of_numbers, shown
-from clipmapper.training.instances import built
+from clipmapper.settings.instances import built
+from clipmapper.settings.old_names import name_today
+from clipmapper.settings.plain_values import section_of_numbers, shown
+from clipmapper.settings.schema import DataConfig, ScenesCaptionsConfig, ScenesVQAConfig
+from clipmapper.tasks.captioning.model import Captioner
+from clipmapper.tasks.vqa.model import CLIPmapper
 
 # The world that is drawn from a seed: to rebuild it takes nothing but numbers.
 _WORLDS: Mapping[str, tuple[type[DataConfig], Callable[..., ScenesVQA | ScenesCaptions]]] = {
     "scenes": (ScenesVQAConfig, ScenesVQA),
     "scenes_captions": (ScenesCaptionsConfig, ScenesCaptions),
 }
-# What older checkpoints have in place of a name. They are compared, not imported.
+# What older checkpoints have in place of a name, by today's target. They are compared, not imported.
 _TARGETS = {
-    "clipmapper.data.scenes_vqa.ScenesVQA": "scenes",
-    "clipmapper.data.scenes_captions.ScenesCaptions": "scenes_captions",
-    "clipmapper.data.manifest.manifest_data": "manifest",
-    "clipmapper.data.huggingface.huggingface_data": "huggingface",
-    "clipmapper.data.vqa_v2.vqa_v2_data": "vqa_v2",
-    "clipmapper.data.coco_captions.coco_captions_data": "coco_captions",
-    "clipmapper.data.flickr_captions.flickr_captions_data": "flickr30k",
-    "clipmapper.data.shard_data.ShardData": "shards",
+    "clipmapper.data.world.vqa.ScenesVQA": "scenes",
+    "clipmapper.data.world.captioning.ScenesCaptions": "scenes_captions",
+    "clipmapper.data.readers.manifest.manifest_data": "manifest",
+    "clipmapper.data.readers.huggingface.huggingface_data": "huggingface",
+    "clipmapper.data.readers.vqa_v2.vqa_v2_data": "vqa_v2",
+    "clipmapper.data.readers.coco_captions.coco_captions_data": "coco_captions",
+    "clipmapper.data.readers.flickr_captions.flickr_captions_data": "flickr30k",
+    "clipmapper.data.shards.data.ShardData": "shards",
 }
 _SHOWN = 4  # settings in a message
 
@@ -84,6 +85,7 @@ def _name_and_settings(described: object) -> tuple[str | None, object]:
     if "_target_" in described:
         target = described["_target_"]
         settings = {key: value for key, value in described.items() if key != "_target_"}
+        target = name_today(target)
         return (_TARGETS.get(target, target) if isinstance(target, str) else None), settings
     name = described.get("name")
     return (name if isinstance(name, str) else None), described.get("settings")

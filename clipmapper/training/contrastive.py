@@ -21,12 +21,12 @@ from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipmapper.data.images import clip_input
-from clipmapper.data.scene_captions import draw_caption
-from clipmapper.data.scene_questions import draw_presupposition
-from clipmapper.data.scenes import MAX_OBJECTS, confusable_scene, draw_scene, render
+from clipmapper.data.world.captions import draw_caption
+from clipmapper.data.world.questions import draw_presupposition
+from clipmapper.data.world.scenes import MAX_OBJECTS, confusable_scene, draw_scene, render
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.tokens import tokenize
-from clipmapper.training.optimisation import adamw, warmup_cosine
+from clipmapper.training.module import adamw, warmup_cosine
 
 # Most objects of a scene, and up to which share of the steps. A lone object first: with several, their
 # colours alone tell most scenes of a batch apart, and shapes are hardly learnt.

@@ -9,13 +9,12 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from clipmapper.config import TrainConfig
 from clipmapper.data.content import content_digest
 from clipmapper.data.images import clip_input
-from clipmapper.data.token_cache import TextTokens, TokenCache, TokenStore
-from clipmapper.models.encoder import ClipEncoder
-from clipmapper.models.encoder_identity import image_identity, text_identity
-from clipmapper.progress import progress
+from clipmapper.data.tokens.cache import TextTokens, TokenCache, TokenStore
+from clipmapper.host.progress import progress
+from clipmapper.models.encoder import ClipEncoder, image_identity, text_identity
+from clipmapper.settings.schema import TrainConfig
 from clipmapper.training.asked_texts import AskedTexts
 from clipmapper.training.processes import this_share
 from clipmapper.training.tables import console

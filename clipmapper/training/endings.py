@@ -10,10 +10,10 @@ from typing import NoReturn
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
-from clipmapper.config import TrainConfig
 from clipmapper.errors import RunCutShort, UserError
-from clipmapper.outputs import NO_ROOM
-from clipmapper.stopping import Stopped
+from clipmapper.host.outputs import NO_ROOM
+from clipmapper.host.stopping import Stopped
+from clipmapper.settings.schema import TrainConfig
 from clipmapper.training.companions import Companions
 from clipmapper.training.interruption import REQUEUE_SIGNALS, RunInterrupted, requeue_job
 from clipmapper.training.processes import another_has_failed, is_main, say_once

@@ -11,16 +11,16 @@ from clipmapper.data.answers import AnswerVocabulary, normalised
 from clipmapper.data.images import seen_part
 from clipmapper.data.pixels import PixelReader
 from clipmapper.data.pixels import normalised as normalised_pixels
-from clipmapper.data.record_table import RecordTable
 from clipmapper.data.records import Record, RecordData
+from clipmapper.data.tables.columns import RecordTable
 from clipmapper.errors import UserError
-from clipmapper.evaluation.cider import DocumentFrequencies
-from clipmapper.evaluation.ptb_tokenizer import ptb_tokenise
-from clipmapper.models.captioner import Captioner
-from clipmapper.models.clipmapper import CLIPmapper
+from clipmapper.evaluation.captions.cider import DocumentFrequencies
+from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
 from clipmapper.models.tokens import tokenize
-from clipmapper.training.explained_captions import ExplainedCaptions, choose_caption_samples
-from clipmapper.training.explained_samples import ExplainedSamples, choose_samples
+from clipmapper.tasks.captioning.model import Captioner
+from clipmapper.tasks.captioning.samples import ExplainedCaptions, choose_caption_samples
+from clipmapper.tasks.vqa.model import CLIPmapper
+from clipmapper.tasks.vqa.samples import ExplainedSamples, choose_samples
 
 _LARGEST = 640  # pixels of the longer side of the pictures that are kept
 

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from rich.table import Table
 
+from clipmapper.evaluation.numbers import LOCALISATION_SCORES
 from clipmapper.evaluation.perturbation import FRACTIONS
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
-from clipmapper.training import caption_pictures, pictures
-from clipmapper.training.caption_explanations import CaptionReport, caption_report, curve_points
-from clipmapper.training.explained_captions import ExplainedCaptions
-from clipmapper.training.explained_samples import ExplainedSamples
-from clipmapper.training.explanation_numbers import LOCALISATION_SCORES
-from clipmapper.training.explanation_report import ExplanationReport, explanation_report
+from clipmapper.tasks.captioning import pictures as caption_pictures
+from clipmapper.tasks.captioning.report import CaptionReport, caption_report, curve_points
+from clipmapper.tasks.captioning.samples import ExplainedCaptions
+from clipmapper.tasks.vqa import pictures
+from clipmapper.tasks.vqa.report import ExplanationReport, explanation_report
+from clipmapper.tasks.vqa.samples import ExplainedSamples
 from clipmapper.training.tables import (
     caption_perturbation_tables,
     localisation_table,

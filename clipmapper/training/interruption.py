@@ -6,15 +6,67 @@ import signal
 import subprocess
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
 import lightning
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 
-from clipmapper.stopping import SIGNALS, Stopped, of_another, reinstall
+from clipmapper.host.stopping import SIGNALS, Stopped, of_another, reinstall
 from clipmapper.training.processes import flag_raised, in_any, is_main, raise_flag
-from clipmapper.training.saving import SaveSteps
+
+
+class SaveSteps(lightning.Callback):
+    """Save every ``every`` steps, behind the last one, and behind each that a validation follows.
+
+    Validations, with explanations, may take longer than the steps between them: who stops in one is not to
+    lose those. ``validated_every``: steps between two validations, None where there are none.
+    A checkpoint is of a moment before the validation of its step, if that has one.
+    """
+
+    def __init__(self, path: Path, every: int, validated_every: int | None = None) -> None:
+        self.path = path
+        self._every = {every, *([] if validated_every is None else [validated_every])}
+        self.saved: int | None = None
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module, outputs, batch, index: int) -> None:
+        step = trainer.global_step
+        between_steps = (index + 1) % trainer.accumulate_grad_batches == 0
+        if between_steps and (step == trainer.max_steps or any(step % every == 0 for every in self._every)):
+            self.save(trainer)
+
+    def save(self, trainer: lightning.Trainer) -> None:
+        """Of several processes all have to call it. Once a step is enough."""
+        if self.saved != trainer.global_step:
+            trainer.save_checkpoint(self.path)
+            self.saved = trainer.global_step
+
+
+class DueValidation(lightning.Callback):
+    """Validate before the first step where the checkpoint is of a step with a validation.
+
+    :class:`~clipmapper.training.interruption.SaveSteps` saves before a validation. Lightning takes one that
+    such a checkpoint belongs to for done; a run that is resumed is to have made every one that an
+    uninterrupted run makes. ``every``: steps between two validations. To be the last callback.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        step = trainer.global_step
+        if step == 0 or step % self.every or step >= trainer.max_steps:
+            return
+        # As Lightning's loop over batches does behind a step.
+        loop = trainer.fit_loop.epoch_loop.val_loop
+        loop.restarting = False
+        first = trainer._logger_connector._first_loop_iter
+        trainer.validating = True
+        loop.run()
+        trainer.training = True
+        trainer._logger_connector._first_loop_iter = first
+
 
 # What SLURM (--signal=USR1@90) and submitit (USR2) send some time before they end a job.
 REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)

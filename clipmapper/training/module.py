@@ -1,7 +1,9 @@
 """What the modules of all tasks share: the model, its optimiser and what a checkpoint says of it."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from types import MappingProxyType
 
 import lightning
 import torch
@@ -12,7 +14,6 @@ from torch.utils.data import IterableDataset, get_worker_info
 from clipmapper.models.build import DESCRIPTION
 from clipmapper.models.fine_tuning import learning_rate_scales, without_adapters
 from clipmapper.models.tokens import TokenizedText
-from clipmapper.training.optimisation import adamw, warmup_cosine
 from clipmapper.training.processes import WHOLE, Share, batch_count, sum_of_all, this_share
 from clipmapper.training.sharding import gathered, shard, with_state_of_all
 
@@ -134,3 +135,45 @@ class Labelled(IterableDataset):
 
     def __iter__(self) -> Iterator[dict]:
         return self.split.labelled(self.batch_size, self.share)
+
+
+def adamw(
+    module: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.98),
+    fused: bool | None = None,
+    scales: Mapping[nn.Parameter, float] = MappingProxyType({}),
+) -> torch.optim.AdamW:
+    """AdamW over what takes a gradient; no decay on norms, biases, embeddings' vectors and scalars.
+
+    ``scales``: of the learning rate, of parameters that have another than 1.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for weight in sorted(trained, key=lambda p: p.ndim < 2):  # with decay first; otherwise in their order
+        key = (weight_decay if weight.ndim >= 2 else 0.0, scales.get(weight, 1.0))
+        groups.setdefault(key, []).append(weight)
+    return torch.optim.AdamW(
+        [
+            {"params": weights, "weight_decay": decay, "lr": learning_rate * scale}
+            for (decay, scale), weights in groups.items()
+        ],
+        lr=learning_rate,
+        betas=betas,
+        fused=fused,
+    )
+
+
+def warmup_cosine(
+    optimiser: torch.optim.Optimizer, warmup_steps: int, total_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then a half cosine to zero; stepped once an optimiser step."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)

@@ -14,12 +14,12 @@ from torch.utils.data import get_worker_info
 
 from clipmapper.data.answers import AnswerVocabulary
 from clipmapper.data.records import CaptionCollate, Record, RecordDataset, VQACollate
-from clipmapper.data.table_builder import as_table
-from clipmapper.data.token_cache import TokenCache, TokenStore
-from clipmapper.models.caption_tokens import caption_tokens
-from clipmapper.models.captioner import Captioner
-from clipmapper.models.clipmapper import CLIPmapper
+from clipmapper.data.tables.builder import as_table
+from clipmapper.data.tokens.cache import TokenCache, TokenStore
 from clipmapper.models.tokens import tokenize
+from clipmapper.tasks.captioning.model import Captioner
+from clipmapper.tasks.captioning.tokens import caption_tokens
+from clipmapper.tasks.vqa.model import CLIPmapper
 from clipmapper.training.processes import WHOLE, Share, batches_of
 from clipmapper.training.record_tokens import record_image_tokens, record_question_tokens
 
@@ -101,7 +101,7 @@ class RecordQuestions:
             self.cache = record_question_tokens(model.encoder, store, records, name, reader)
 
     def batch(self, questions: Tensor) -> dict:
-        """A batch of these questions (see :class:`clipmapper.training.vqa.VQAModule`)."""
+        """A batch of these questions (see :class:`clipmapper.tasks.vqa.training.VQAModule`)."""
         if self.cache is not None:
             return self.questions_only(questions) | {"image_tokens": self.cache.images(questions)}
         return self.collate([self.dataset[int(number)] for number in questions])

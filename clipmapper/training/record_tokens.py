@@ -14,11 +14,11 @@ from torch import Tensor
 from clipmapper.data.content import content_digest, file_digests, joint_digest
 from clipmapper.data.pixels import PixelReader
 from clipmapper.data.records import Record, StoredImage
-from clipmapper.data.table_builder import as_table
-from clipmapper.data.token_cache import TokenCache, TokenStore
+from clipmapper.data.tables.builder import as_table
+from clipmapper.data.tokens.cache import TokenCache, TokenStore
 from clipmapper.errors import UserError
+from clipmapper.host.progress import progress
 from clipmapper.models.encoder import ClipEncoder
-from clipmapper.progress import progress
 from clipmapper.training.asked_texts import AskedTexts, asked_by_records
 from clipmapper.training.encoder_tokens import image_tokens, question_tokens
 from clipmapper.training.token_room import check_tokens

@@ -1,19 +1,23 @@
 """Where a run puts what it writes, and how it finds it again."""
 
+import errno
+import fcntl
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 import yaml
 
-from clipmapper.errors import UserError
-from clipmapper.outputs import write_whole
-from clipmapper.training.checkpoint_files import previous_of, steps_of
+from clipmapper.errors import UserError, visible
+from clipmapper.host.outputs import write_whole
+from clipmapper.settings.old_names import name_today
+from clipmapper.training.checkpoint import previous_of, steps_of
 from clipmapper.training.processes import this_share
-from clipmapper.visible_text import visible
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 CONFIG = "config.yaml"
@@ -91,7 +95,9 @@ def folder_to_resume(output: str, name: str, settings: Mapping, resume: bool | s
         way_on = f"resume={others[0]} goes on with the last that is not" if others else "start a new one"
         raise UserError(f"{said}: {which} is finished; {way_on}{'' if others else ' without it'}")
     before, now = _flat(_settings_of(folder, said)), _flat(settings)
-    before = {key: value for key, value in _BEFORE.items() if key in now} | before
+    before = {key: value for key, value in _BEFORE.items() if key in now} | {
+        key: name_today(value) for key, value in before.items()
+    }
     missing = object()  # None is a value: callbacks=none turns a section into one
     changed = [
         key for key in now | before if key not in _FREE and before.get(key, missing) != now.get(key, missing)
@@ -213,3 +219,32 @@ def _flat(settings: Mapping, prefix: str = "") -> dict:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+_LOCK = "running"
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Raises ``UserError`` where another process is within already.
+
+    The system forgets the lock with its process, however that ends. A file system without locks has none.
+    """
+    # Not flock: workers that are forked would have the lock as well, and may outlive this process a little.
+    path = folder / _LOCK
+    with open(path, "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise UserError(
+                    f"{folder}: a run is running there already ({file.read().strip()})"
+                ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

@@ -7,10 +7,10 @@ import numpy as np
 
 from clipmapper.evaluation.localisation import Localisation
 from clipmapper.evaluation.perturbation_scores import PerturbationScores
-from clipmapper.training.caption_explanations import CaptionReport
-from clipmapper.training.explained_captions import ExplainedCaptions
-from clipmapper.training.explained_samples import ExplainedSamples
-from clipmapper.training.explanation_report import ExplanationReport, MethodRelevance
+from clipmapper.tasks.captioning.report import CaptionReport
+from clipmapper.tasks.captioning.samples import ExplainedCaptions
+from clipmapper.tasks.vqa.report import ExplanationReport, MethodRelevance
+from clipmapper.tasks.vqa.samples import ExplainedSamples
 from clipmapper.training.processes import Share
 
 Samples = ExplainedSamples | ExplainedCaptions

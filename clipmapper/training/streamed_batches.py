@@ -9,15 +9,14 @@ from pathlib import Path
 from torch import Tensor
 
 from clipmapper.data.records import CaptionCollate, Item, VQACollate
-from clipmapper.data.shard_data import ShardData
-from clipmapper.models.caption_tokens import caption_tokens
-from clipmapper.models.captioner import Captioner
-from clipmapper.models.clipmapper import CLIPmapper
+from clipmapper.data.shards.data import ShardData
 from clipmapper.models.tokens import tokenize
+from clipmapper.tasks.captioning.model import Captioner
+from clipmapper.tasks.captioning.tokens import caption_tokens
+from clipmapper.tasks.vqa.model import CLIPmapper
 from clipmapper.training.processes import Share, this_share
-from clipmapper.training.readable_items import ReadableItems
 from clipmapper.training.record_batches import CaptionRecords
-from clipmapper.training.shard_batches import shard_batches
+from clipmapper.training.streamed import ReadableItems, shard_batches
 
 
 def check_readers(data: ShardData, accumulated: int) -> None:

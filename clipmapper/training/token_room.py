@@ -5,10 +5,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from clipmapper.data.memory import size_of
-from clipmapper.data.token_cache import TokenStore
+from clipmapper.data.tokens.cache import TokenStore, size_of
+from clipmapper.host.progress import span
 from clipmapper.models.encoder import ClipEncoder
-from clipmapper.progress import span
 from clipmapper.training.asked_texts import AskedTexts
 from clipmapper.training.encoder_tokens import ImageSource, image_key, image_shape, text_key
 from clipmapper.training.tables import console

@@ -11,8 +11,8 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from clipmapper.config import TrainerConfig
-from clipmapper.training.checkpoint_files import DurableCheckpointIO
+from clipmapper.settings.schema import TrainerConfig
+from clipmapper.training.checkpoint import DurableCheckpointIO
 from clipmapper.training.launching import cluster
 from clipmapper.training.processes import this_share
 

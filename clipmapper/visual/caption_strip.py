@@ -43,7 +43,7 @@ _HOW = {
 
 @runtime_checkable
 class Explained(Protocol):
-    """What is drawn: see :class:`clipmapper.explaining_captions.CaptionExplanation`."""
+    """What is drawn: see :class:`clipmapper.tasks.captioning.explain.CaptionExplanation`."""
 
     caption: str
     words: tuple[str, ...]

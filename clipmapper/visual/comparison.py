@@ -7,12 +7,12 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from matplotlib.figure import Figure
 
-from clipmapper.visual.header import Header
 from clipmapper.visual.heatmap import for_display, heat_scale, heatmap_overlay
 from clipmapper.visual.layout import (
     CAPTION_SIZE,
     FAINT,
     INK,
+    Header,
     axes_at,
     house_style,
     new_figure,

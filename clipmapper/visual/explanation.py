@@ -6,9 +6,8 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from matplotlib.figure import Figure
 
-from clipmapper.visual.header import Header
 from clipmapper.visual.heatmap import HEAT_LABEL, for_display, heat_scale, heatmap_overlay
-from clipmapper.visual.layout import CAPTION_SIZE, FAINT, axes_at, house_style, new_figure, write
+from clipmapper.visual.layout import CAPTION_SIZE, FAINT, Header, axes_at, house_style, new_figure, write
 from clipmapper.visual.panels import (
     check_mask,
     colour_bar,

@@ -1,0 +1,62 @@
+"""``scripts/make_shards.py``: any data set of records, chosen as for training, as WebDataset shards."""
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from clipmapper.commands.mistakes import Arguments, mistakes_end_it, seed, some_path, whole
+from clipmapper.data.records import RecordData
+from clipmapper.data.shards.files import webdataset, write_shards
+from clipmapper.errors import UserError
+from clipmapper.host.outputs import check_folder
+from clipmapper.host.progress import progress
+from clipmapper.host.stopping import a_command
+from clipmapper.settings.compose import data_settings
+from clipmapper.settings.instances import built
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Ends with exit status 2 and one line on stderr for a mistake of the user's, 130 when interrupted."""
+    parser = Arguments(description="Write a data set as WebDataset shards.")
+    parser.add_argument("folder", type=some_path, help="for the shards; run again, it goes on")
+    parser.add_argument("settings", nargs="+", metavar="data=…", help="the data set, as for scripts/train.py")
+    parser.add_argument("--images-per-shard", type=whole(), default=1000)
+    parser.add_argument("--seed", type=seed, default=0, help="of the order of the images")
+    options = parser.parse_args(arguments)
+    with a_command(), mistakes_end_it():
+        _make(options)
+
+
+def _make(options: Namespace) -> None:
+    try:
+        webdataset()
+        check_folder(options.folder, str(options.folder))
+        data = _data(options.settings)
+        images = sum(len({r.image_id for r in records}) for records in data.splits.values())
+        with progress("images written to shards", images) as advance:
+            written = write_shards(
+                data,
+                options.folder,
+                images_per_shard=options.images_per_shard,
+                seed=options.seed,
+                progress=advance,
+            )
+    except KeyboardInterrupt:
+        done = len(list(options.folder.glob("*.tar")))
+        kept = f"{done} shards are complete: the same command goes on" if done else "no shard is complete yet"
+        print(f"interrupted; {kept}", file=sys.stderr)
+        sys.exit(130)
+    for split, shards in written.items():
+        counts = f"{sum(s.images for s in shards)} images, {sum(s.records for s in shards)} records"
+        print(f"{split}: {counts} in {len(shards)} shards")
+    print(options.folder)
+
+
+def _data(settings: Sequence[str]) -> RecordData:
+    data = built(asdict(data_settings(settings)))
+    if not isinstance(data, RecordData):
+        raise UserError(
+            "data: the built-in scenes are drawn anew whenever they are needed; choose another data set"
+        )
+    return data

@@ -1,0 +1,251 @@
+"""The run behind ``scripts/train.py``: train, validate, explain, and say what came out."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from torch.utils.data import DataLoader
+
+from clipmapper.data.records import RecordData
+from clipmapper.host.outputs import check_folder
+from clipmapper.host.stopping import forks_ignore_signals
+from clipmapper.models.build import load
+from clipmapper.models.clip_weights import names_tokenizer
+from clipmapper.models.fine_tuning import merge_adapters
+from clipmapper.models.tokens import cut_texts_said_once
+from clipmapper.settings.instances import built, named
+from clipmapper.settings.schema import TrainConfig
+from clipmapper.tasks.captioning.model import Captioner
+from clipmapper.tasks.vqa.model import CLIPmapper
+from clipmapper.training.checkpoint import check_same_model, previous_of, restore_checkpoint, steps_of
+from clipmapper.training.checkpoint_data import data_description
+from clipmapper.training.endings import Unfinished, ending, give_up
+from clipmapper.training.interruption import DueValidation, GracefulInterrupt, SaveSteps
+from clipmapper.training.launching import less_noise, start_processes
+from clipmapper.training.loggers import check_logger, logged_files, run_logger
+from clipmapper.training.module import Labelled, StepBatches
+from clipmapper.training.processes import check_shares, in_main, is_main, this_share
+from clipmapper.training.progress import StopAtNonFinite, steps_progress
+from clipmapper.training.resumable import check_resumable
+from clipmapper.training.run_folder import (
+    CHECKPOINT,
+    RESULTS,
+    folder_to_resume,
+    new_run_folder,
+    only_one,
+    run_of_requeued_job,
+    write_json,
+)
+from clipmapper.training.tables import console, files_table
+from clipmapper.training.task import Task
+from clipmapper.training.trainer import build_trainer, steps_between_validations
+
+
+def train(config: TrainConfig, data: RecordData | None = None) -> Path:
+    """Train with these settings; returns the run's folder. See the README for what is in it.
+
+    ``data``: in place of the settings'; :func:`clipmapper.data.readers.huggingface.records_of` makes it of an
+    object.
+
+    Raises ``UserError`` for settings that cannot work, before anything long begins, and where the run cannot
+    go on (no room on the disk, a loss that is no number); and
+    :class:`~clipmapper.training.interruption.RunInterrupted` when the user stops the run.
+    """
+    with forks_ignore_signals():
+        run = Unfinished(config)
+        try:
+            device, run.companions = start_processes(config.trainer)
+            run.companions.watch(lambda: give_up(run))
+            with ExitStack() as until_the_end:
+                until_the_end.enter_context(cut_texts_said_once(is_main()))
+                return _train(config, device, data, run, until_the_end)
+        except BaseException as error:
+            end = ending(error, run)
+            if end is error:
+                raise
+            raise end from error
+        finally:
+            run.companions.end()
+
+
+def _train(
+    config: TrainConfig,
+    device: torch.device,
+    data: RecordData | None,
+    run: Unfinished,
+    until_the_end: ExitStack,
+) -> Path:
+    began = time.monotonic()
+    in_main(lambda: check_logger(config.logger))
+    check_shares(config.training.batch_size, config.trainer.accumulate_grad_batches)
+    settings = {key: value for key, value in asdict(config).items() if key != "resume"}
+    explainer = None if config.callbacks is None else built(asdict(config.callbacks))
+    resumed = in_main(lambda: _resumed(config, settings))
+    in_main(lambda: _check_outputs(config, resumed))
+    if resumed:
+        in_main(lambda: until_the_end.enter_context(only_one(resumed)))
+        run.folder = resumed
+    lightning.seed_everything(config.seed, verbose=False)
+    described = None if data else data_description(config.data)
+    data = data or built(asdict(config.data))
+    task: Task = named(config.training._target_)(config, data)
+    model = task.model
+    if described:  # an object of the caller's can't be found again from a checkpoint
+        model.description["data"] = described
+    out = console()
+    if resumed and (line := in_main(lambda: restore_checkpoint(resumed / CHECKPOINT))):
+        out.print(line, soft_wrap=True)
+    folder = resumed or in_main(lambda: new_run_folder(config.output, config.name, settings))
+    if not resumed:
+        in_main(lambda: until_the_end.enter_context(only_one(folder)))
+        run.folder = folder
+        out.print(f"Run {folder}")
+    else:
+        done = steps_of(folder / CHECKPOINT)
+        out.print(f"Resuming {folder} after step {done} of {config.training.max_steps}")
+    for line in _data_lines(data):
+        out.print(line)
+
+    model.to(device)
+    task.prepare(explainer, folder)
+    for line in task.validated.lines():
+        out.print(line)
+    with run_logger(config.logger, folder, config.name) if is_main() else nullcontext(False) as logger:
+        with less_noise():
+            trainer = _fit(config, task, explainer, logger, folder, resumed is not None)
+            trainer.save_checkpoint(folder / CHECKPOINT)
+        run.companions.end()
+        if not is_main():
+            return folder
+        sharded = config.trainer.strategy == "fsdp2"
+        _make_plain(model, folder / CHECKPOINT, config.encoder.architecture, sharded)
+        model.to(device)
+
+        with torch.compiler.set_stance("force_eager"):
+            found = task.results(trainer, folder)
+        results: dict = {"name": config.name, "settings": settings, **found}
+        scored = f"{task.validation_splits[0]}/{task.objective}"
+        results["objective"] = {"name": scored, "value": float(trainer.callback_metrics[scored])}
+        if task.validated.counts:
+            results["validated"] = task.validated.numbers()
+        files = {"checkpoint": folder / CHECKPOINT, "results": folder / RESULTS}
+        for table in task.tables(found):
+            out.print(table)
+        for line in task.validated.lines():
+            out.print(line)
+        if explainer is not None and explainer.report is not None:
+            results["explanations"] = explainer.report.numbers(explainer.confidence, explainer.seed)
+            for table in explainer.kind.tables(results["explanations"]):
+                out.print(table)
+            files |= {"heat maps": folder / "pictures", "methods": folder / "pictures" / "methods.png"}
+            files["perturbation curves"] = folder / "pictures" / explainer.kind.curves
+    files |= logged_files(logger, folder)
+    results["files"] = {what: str(path) for what, path in files.items()}
+    results["seconds"] = round(time.monotonic() - began, 1)
+    write_json(folder / RESULTS, results)
+    previous_of(folder / CHECKPOINT).unlink(missing_ok=True)  # the run is finished: nothing resumes it
+    out.print(files_table(files))
+    out.print(f"{results['seconds']:.0f} s in all")
+    return folder
+
+
+def _resumed(config: TrainConfig, settings: Mapping) -> Path | None:
+    """The folder of the run to go on with; None where a new one is begun."""
+    if config.resume:
+        return folder_to_resume(config.output, config.name, settings, config.resume)
+    return run_of_requeued_job(config.output, config.name)
+
+
+def _check_outputs(config: TrainConfig, resumed: Path | None) -> None:
+    """Before anything is read."""
+    if resumed:
+        check_folder(resumed, f"resume={config.resume}")
+    else:
+        check_folder(Path(config.output, config.name), f"output={config.output}")
+    kept = config.training.token_cache_folder
+    if kept is not None and config.training.token_cache:
+        check_folder(Path(kept), f"training.token_cache_folder={kept}")
+
+
+def _fit(
+    config: TrainConfig,
+    task: Task,
+    explainer: Callback | None,
+    logger: Logger | bool,
+    folder: Path,
+    resume: bool,
+) -> lightning.Trainer:
+    training = config.training
+    checkpoint = folder / CHECKPOINT
+    first_step = steps_of(checkpoint) if resume else 0
+    between = steps_between_validations(config.trainer, training.max_steps)
+    saving = SaveSteps(checkpoint, config.trainer.checkpoint_interval, between)
+    callbacks: list[Callback] = [
+        StopAtNonFinite(checkpoint),
+        saving,
+        GracefulInterrupt(saving),
+        steps_progress(20),
+    ]
+    if explainer is not None:
+        callbacks.append(explainer)
+    if resume:
+        callbacks.append(DueValidation(between))
+    trainer = build_trainer(config.trainer, training.max_steps, folder, logger, callbacks)
+    module = task.module()
+    module.layer_decay = training.layer_decay
+    if resume:
+        check_same_model(checkpoint, module)
+        check_resumable(checkpoint, trainer, module, whole=config.trainer.strategy != "fsdp2")
+    if config.trainer.compile:
+        module.compile_trained()
+    share = this_share()
+    batches = StepBatches(
+        task.batch_at,
+        first_step,
+        training.max_steps,
+        share,
+        config.trainer.accumulate_grad_batches,
+        module.terms,
+    )
+    # Forked, so that nothing is copied and batches need not be told how to travel.
+    loading = {"num_workers": task.workers, "multiprocessing_context": "fork"} if task.workers else {}
+    validation = [
+        DataLoader(Labelled(task.labelled(name), share=share), batch_size=None, **loading)
+        for name in task.validation_splits
+    ]
+    loader = DataLoader(batches, batch_size=None, **loading)
+    try:
+        trainer.fit(module, loader, validation, ckpt_path=checkpoint if resume else None, weights_only=True)
+        # A run that was stopped in its last validation is resumed behind its last step: fit does nothing.
+        if first_step == training.max_steps or training.max_steps % between:
+            trainer.validate(module, validation, verbose=False)
+    finally:
+        module.leave_validation()
+    return trainer
+
+
+def _make_plain(model: CLIPmapper | Captioner, checkpoint: Path, architecture: str, sharded: bool) -> None:
+    """A trained model as :func:`clipmapper.load` gives it: whole, without adapters."""
+    if not sharded or this_share().of == 1:
+        merge_adapters(model.encoder)
+        return
+    own = architecture if names_tokenizer(architecture) else None
+    for name, part in load(checkpoint, architecture=own).named_children():
+        setattr(model, name, part)
+
+
+def _data_lines(data) -> Iterator[str]:
+    """What the data are; the built-in scenes are rendered here."""
+    if isinstance(data, RecordData):
+        yield from data.summary()
+        return
+    began = time.monotonic()
+    images = sum(len(getattr(data, name).images) for name in data.sizes)
+    rendering = time.monotonic() - began
+    yield f"{images} scenes rendered in {rendering:.0f} s ({images / rendering:.0f} images/s)"

@@ -1,0 +1,148 @@
+"""Your own data: one manifest (or a file a split), a line for each question or image with captions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from clipmapper.data.answers import unknown_answers, vocabulary_of
+from clipmapper.data.image_checks import readable_only
+from clipmapper.data.problems import Problem, stop_for
+from clipmapper.data.readers.manifest_files import manifest_rows
+from clipmapper.data.readers.rows import RowReader
+from clipmapper.data.records import RecordData
+from clipmapper.data.tables.builder import TableBuilder
+from clipmapper.data.tables.columns import RecordTable
+from clipmapper.data.tables.remembered import Found, remembered
+from clipmapper.data.tables.whole import shared_images, split_by_image, table_of_whole
+from clipmapper.data.text_files import given_path
+from clipmapper.errors import UserError
+from clipmapper.host.progress import counted
+
+
+def manifest_data(
+    path: str,
+    validation_path: str | None = None,
+    test_path: str | None = None,
+    images: str | None = None,
+    *,
+    least_answers: int = 1,
+    targets: str = "soft",
+    accuracy: str = "vqa",
+    validation_share: float = 0.1,
+    split_seed: int = 0,
+    on_bad_image: str = "error",
+    decoding: str = "fast",
+    check: str = "full",
+    workers: int = 0,
+) -> RecordData:
+    """Read one file with all splits, or one for each.
+
+    Parameters
+    ----------
+    path : .jsonl (or .json), .csv (or .tsv) or .parquet. Columns: ``image`` (a path, relative to ``images``
+        or else to the file; in Parquet also bytes) or ``image_base64``; ``question`` and ``answers`` (one or
+        several), or ``captions``; and, if wanted, ``id``, ``family`` (what scores are reported by) and
+        ``split``.
+    validation_path, test_path : files of these splits; then ``path`` is for training.
+    least_answers : how often an answer occurs in training to be one that the model can give.
+    targets : how right an answer is: a key of :data:`clipmapper.data.answers.RULES`.
+    accuracy : a key of :data:`clipmapper.data.answers.ACCURACIES`.
+    validation_share, split_seed : of the images, where no split for validation is given.
+    on_bad_image : "error" or "skip".
+    decoding : how photographs are read, one of :data:`clipmapper.data.pixels.DECODING`.
+    check : which images are opened before training: "full", all that were not yet found readable as they are
+        now (by size and time); "sample", a few hundred of them, drawn by a fixed seed; "none".
+    workers : processes that decode images while training.
+
+    Raises ``UserErrors`` with everything that is wrong, before anything else happens.
+    """
+    if images is not None and not given_path(images).is_dir():
+        raise UserError(f"data.images={images}: no such folder")
+    files = {"train": path, "validation": validation_path, "test": test_path}
+    given = {split: given_path(file) for split, file in files.items() if file is not None}
+
+    def read(folder: Path | None) -> Found:
+        table, readers = TableBuilder(folder), []
+        for split, file in given.items():
+            rows = RowReader(file.parent if images is None else given_path(images), table)
+            count = 0
+            for source, row in counted(manifest_rows(file), f"reading {file}"):
+                count += 1
+                if isinstance(row, Problem):
+                    rows.problems.append(row)
+                else:
+                    rows.add(source, row, split if len(given) > 1 else None)
+            if not count:
+                rows.problems.append(Problem(str(file), "no lines in it"))
+            readers.append(rows)
+        problems = [problem for rows in readers for problem in rows.problems]
+        return table_of_whole(table.finish(), problems, normalised_notes(readers))
+
+    settings = {"splits": list(given), "images": images}
+    return data_of(
+        remembered("manifest", list(given.values()), settings, read),
+        where=path,
+        least_answers=least_answers,
+        targets=targets,
+        accuracy=accuracy,
+        validation_share=validation_share,
+        split_seed=split_seed,
+        on_bad_image=on_bad_image,
+        decoding=decoding,
+        check=check,
+        workers=workers,
+    )
+
+
+def normalised_notes(readers: Sequence[RowReader]) -> list[str]:
+    """How many questions' answers are not as they were written."""
+    count = sum(reader.normalised for reader in readers)
+    return [f"answers: normalised where all of a question were alike, of {count} questions"] * bool(count)
+
+
+def data_of(
+    found: Found,
+    *,
+    where: str,
+    least_answers: int,
+    targets: str,
+    accuracy: str,
+    validation_share: float,
+    split_seed: int,
+    on_bad_image: str,
+    decoding: str,
+    check: str,
+    workers: int,
+) -> RecordData:
+    """Check records as a whole and complete their splits. ``where``: the name of the data in messages.
+
+    Records of ``found`` whose split is not given are under None.
+    """
+    named = {name: some for name, some in found.splits.items() if name is not None}
+    named = named or {"train": found.splits.get(None, RecordTable(found.columns))}
+    readable, notes = readable_only(named, on_bad_image, found.problems, check=check)
+    notes = [*found.notes, *notes]
+    train = readable.get("train", ())
+    if not len(train):
+        stop_for([Problem(where, "nothing to train on", f"its splits are {', '.join(readable) or 'none'}")])
+    if "validation" not in readable:
+        if (train.images == train.images[0]).all():
+            stop_for([Problem(where, "only one image", "validation needs another")])
+        readable["train"], readable["validation"] = split_by_image(train, validation_share, split_seed)
+        notes.append(f"validation: images of train, drawn by data.split_seed={split_seed}")
+    notes += shared_images(readable)
+    vocabulary = None
+    if not train[0].captions:
+        vocabulary = vocabulary_of(readable["train"], least_answers, targets)
+        if len(vocabulary) < 2:
+            what = f"{len(vocabulary)} that occur {least_answers} times (data.least_answers)"
+            stop_for([Problem(where, "fewer than two different answers in train", what)])
+        notes += unknown_answers(readable["validation"], vocabulary)
+    order = [name for name in ("train", "validation", "test") if len(readable.get(name, ()))]
+    return RecordData(
+        {name: readable[name] for name in order},
+        vocabulary,
+        accuracy=accuracy,
+        decoding=decoding,
+        workers=workers,
+        notes=notes,
+    )

@@ -1,0 +1,80 @@
+"""Methods on the relevance that LRP gives to attention matrices (Chefer, Gur, Wolf, CVPR 2021)."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from jaxtyping import Float
+from torch import Tensor
+
+from clipmapper.errors import UserError
+from clipmapper.relevance.method import explanation, from_layer
+from clipmapper.relevance.methods.attention_only import last_attention
+from clipmapper.relevance.propagation import part_of, propagate
+from clipmapper.relevance.rerun import with_rules
+from clipmapper.relevance.result import Relevance, as_relevance
+from clipmapper.relevance.trace import Attention, AttentionTrace, exact_step
+
+
+def attention_relevance(step: Attention) -> Float[Tensor, "batch heads queries keys"]:
+    """R^A of a sub-layer recorded with ``rules="lrp"``: half of ``A ⊙ ∂A``, the other half is v's."""
+    return step.probabilities() * step.probability_gradient() / 2
+
+
+def _by_lrp(trace: AttentionTrace, method: str) -> AttentionTrace:
+    """``UserError`` for a model in half precision: the rules divide by what may cancel out, and with the
+    rounding of its activations what comes out is another explanation (tiny models: off by its own size)."""
+    for step in trace.attention:
+        if exact_step(step).rounded:
+            raise UserError(
+                f"{method} is not defined in half precision, nor under autocast (LRP divides by sums that "
+                "cancel out): run the model in float32"
+            )
+    return with_rules(trace, "lrp", method)
+
+
+@explanation(gradient=True)
+def transformer_attribution(trace: AttentionTrace, start_layer: int | Mapping[str, int] = 0) -> Relevance:
+    """``C ← C + Ā C`` with ``Ā = E_h relu(∇A ⊙ R^A)`` (Chefer, Gur, Wolf, CVPR 2021, arXiv 2012.09838).
+
+    R^A is the LRP relevance of A when 1 is propagated from y, by the rules of
+    :mod:`clipmapper.relevance.backward.lrp`; ∇A is the plain gradient. The paper's models have one stream;
+    with cross-attention the keys' C takes the place of C on the right (ours). Defined where ``attn_lrp`` is.
+    Needs ``trace.backward(y)`` and ``trace.again``; not in half precision. ``start_layer`` (default: all
+    layers; also an option of the released code): see :func:`~clipmapper.relevance.method.from_layer`.
+    """
+    by_lrp = _by_lrp(trace, "transformer_attribution")
+    if trace.rules == "lrp":
+        trace = with_rules(trace, "plain", "transformer_attribution")
+    relevance = {step.output_node: attention_relevance(step) for step in by_lrp.attention}
+    trace = from_layer(trace, start_layer)
+
+    def rule(step: Attention, row: Float[Tensor, "batch rows queries"]):
+        part = relevance[step.output_node]
+        positive = (step.probability_gradient() * part).clamp(min=0).mean(dim=1)
+        return row, row @ positive
+
+    rows = propagate(trace, trace.read_row(), rule)
+    return as_relevance(trace, {stream: row[:, 0] for stream, row in rows.items()})
+
+
+@explanation()
+def partial_lrp(trace: AttentionTrace, sign: str = "positive") -> Relevance:
+    """LRP relevance of the last sub-layer's attention (Voita et al. 2019, arXiv 1905.09418), on the read row.
+
+    As the baseline in Chefer, Gur, Wolf 2021: positive relevance, mean over heads, of the last sub-layer in
+    which the read token reads each modality. ``sign``: "negative" relevance instead, as positive numbers, or
+    "both". Defined where :func:`transformer_attribution` is.
+    """
+    trace = _by_lrp(trace, "partial_lrp")
+
+    def part(factor: int) -> Relevance:
+        def matrix(step: Attention, samples: slice, queries: slice) -> Float[Tensor, "samples queries keys"]:
+            return (factor * attention_relevance(part_of(step, samples, queries))).clamp(min=0).mean(dim=1)
+
+        return last_attention(trace, matrix)
+
+    if sign != "both":
+        return part(1 if sign == "positive" else -1)
+    against = part(-1).streams
+    whole = part(1)
+    return replace(whole, streams={s: values - against[s] for s, values in whole.streams.items()})

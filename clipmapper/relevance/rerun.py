@@ -1,0 +1,213 @@
+"""The explained forward, to be made again: for methods that one recording cannot serve.
+
+``trace.again`` holds it where the caller gave one (:func:`clipmapper.explaining.trace_answers` does). Methods
+that only need other backward rules work without it on a trace that was recorded with them:
+``with record(model, rules="libra") as trace: ...``.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from clipmapper.errors import UserError
+from clipmapper.relevance.backward.rules import backward_rules
+from clipmapper.relevance.recording.capture import argument, replaced
+from clipmapper.relevance.recording.record import record
+from clipmapper.relevance.recording.step_by_step import fused_attention, without_weights
+from clipmapper.relevance.trace import Attention, AttentionTrace, Entry
+
+Forward = Callable[[Int[Tensor, "variants"]], Float[Tensor, "variants"]]
+
+
+@runtime_checkable
+class Readout(Protocol):
+    """The model's head on one vector a sample, for methods that read out early layers (LeGrad).
+
+    ``applies`` says at which sub-layers the residual stream is the one that the head was made for.
+    """
+
+    def applies(self, step: Attention) -> bool: ...
+
+    def __call__(self, pooled: Float[Tensor, "batch width"]) -> Float[Tensor, "batch"]: ...
+
+
+@dataclass(frozen=True)
+class _Opposite:
+    """The head with its sign turned."""
+
+    readout: Readout
+
+    def applies(self, step: Attention) -> bool:
+        return self.readout.applies(step)
+
+    def __call__(self, pooled: Float[Tensor, "batch width"]) -> Float[Tensor, "batch"]:
+        return -self.readout(pooled)
+
+
+class Again:
+    """A model and a forward of it: ``forward(rows)`` gives y for these samples of the traced batch.
+
+    The model is in evaluation mode meanwhile and afterwards what it was. It runs under the autocast under
+    which this was made.
+    """
+
+    def __init__(self, model: nn.Module, forward: Forward, readout: Readout | None = None) -> None:
+        self.model, self.forward, self.readout = model, forward, readout
+        self._recorded: dict[str, AttentionTrace] = {}
+        kind = next((p.device.type for p in model.parameters()), "cpu")
+        self._autocast = torch.autocast(
+            kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
+        )
+
+    def opposite(self) -> "Again":
+        """The same for −y."""
+        readout = None if self.readout is None else _Opposite(self.readout)
+        with self._autocast:
+            return Again(self.model, lambda rows: -self.forward(rows), readout)
+
+    def recorded(self, trace: AttentionTrace, rules: str) -> AttentionTrace:
+        """The same forward and backward under other backward rules (made once for each)."""
+        if rules not in self._recorded:
+            with self._evaluating(), record(self.model, trace.samples, rules) as again:
+                y = self.forward(self._all(trace))
+            again.backward(y)
+            again.again = self
+            self._recorded[rules] = again
+        return self._recorded[rules]
+
+    def scaled(self, trace: AttentionTrace, factor: float, method: str) -> AttentionTrace:
+        """Recorded with the input tokens (:func:`input_tokens`) multiplied by ``factor``."""
+        tokens = {s: factor * values for s, values in input_tokens(trace, method).items()}
+        recording = record(self.model, trace.samples, trace.rules)
+        # Substituted inside, so that those hooks run before the recorder's, which is to see the new tokens.
+        with self._evaluating(), recording as again, _substituted(trace, tokens):
+            y = self.forward(self._all(trace))
+        again.backward(y)
+        return again
+
+    def undifferentiated(self, trace: AttentionTrace) -> AttentionTrace:
+        """Recorded, without the backward: its tensors still hold the graph."""
+        with self._evaluating(), record(self.model, trace.samples, trace.rules) as again:
+            self.forward(self._all(trace))
+        return again
+
+    def score(
+        self, trace: AttentionTrace, rows: Int[Tensor, "variants"], tokens: Mapping[str, Tensor]
+    ) -> Float[Tensor, "variants"]:
+        """y of variants of the samples ``rows`` with these input tokens; differentiable in the tokens.
+
+        By the trace's backward rules.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(self._evaluating())
+            if trace.rules != "plain":
+                # Rules are for the fused function.
+                modules = list(self.model.modules())
+                stack.enter_context(fused_attention(modules))
+                stack.enter_context(without_weights(modules))
+                stack.enter_context(backward_rules(trace.rules))
+            stack.enter_context(_substituted(trace, tokens, rows))
+            return self.forward(rows)
+
+    def _all(self, trace: AttentionTrace) -> Tensor:
+        return torch.arange(trace.batch, device=trace.device)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        training = self.model.training
+        self.model.eval()
+        try:
+            with self._autocast:
+                yield
+        finally:
+            self.model.train(training)
+
+
+def again(trace: AttentionTrace, method: str) -> Again:
+    """``trace.again``; ``UserError`` where a method needs it and it is not there."""
+    if trace.again is None:
+        raise UserError(
+            f"{method} runs the model more than once: set trace.again (clipmapper.relevance.Again), as "
+            "clipmapper.explain does"
+        )
+    return trace.again
+
+
+def with_rules(trace: AttentionTrace, rules: str, method: str) -> AttentionTrace:
+    """The trace itself when it was recorded by these backward rules, else the same recorded again.
+
+    Raises ``UserError`` where the model passes no gradient, for which the rules are.
+    """
+    trace.require_no_cut()
+    return trace if trace.rules == rules else again(trace, method).recorded(trace, rules)
+
+
+def input_tokens(trace: AttentionTrace, method: str) -> dict[str, Tensor]:
+    """The tokens [batch, tokens, width] of every input stream as they come in (``trace.entries``).
+
+    That is after position embeddings (and CLIP's first LayerNorm). Learned queries and class tokens, which
+    are part of the model, are left out. Raises ``UserError`` for any other stream whose tokens can't be
+    replaced.
+    """
+    pooling = {step.query_node.stream for step in trace.attention if step.pools}
+    found = {}
+    for stream in trace.inputs:
+        entry = trace.entries.get(stream)
+        if entry is not None:
+            tokens = next(s for s in trace.attention if s.query_node == entry.node).before.detach()
+            found[stream] = tokens if entry.places is None else taken(tokens, entry.places)
+        elif stream not in pooling and stream != "class_token":
+            raise UserError(
+                f"{method}: the tokens of stream {stream!r} can't be replaced by others: no known sub-layer "
+                "changes them first (they are only read, or added to outside of it)"
+            )
+    return found
+
+
+def taken(tokens: Tensor, places: Int[Tensor, "batch _tokens"]) -> Tensor:
+    """The tokens at these places; 0 for those that are at none."""
+    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+    return tokens[rows, places.clamp(min=0)] * (places >= 0)[..., None]
+
+
+@contextmanager
+def _substituted(
+    trace: AttentionTrace, tokens: Mapping[str, Tensor], rows: Tensor | None = None
+) -> Iterator[None]:
+    """Where each stream comes in, these tokens (of the samples ``rows``) take the place of its own."""
+    with ExitStack() as stack:
+        for stream, values in tokens.items():
+            entry = trace.entries[stream]
+            places = entry.places if entry.places is None or rows is None else entry.places[rows]
+            hook = _Substitution(entry, values, places)
+            handle = entry.module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+            stack.callback(handle.remove)
+        yield
+
+
+@dataclass
+class _Substitution:
+    """A hook on a module, for one of its calls."""
+
+    entry: Entry
+    values: Float[Tensor, "batch _tokens width"]
+    places: Int[Tensor, "batch _tokens"] | None
+    calls: int = 0
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        number, self.calls = self.calls, self.calls + 1
+        if number != self.entry.call:
+            return None
+        values = self.values
+        if self.places is not None:
+            given = argument(module, args, kwargs, None)
+            tokens = (given.transpose(0, 1) if self.entry.transposed else given).clone()
+            row, token = (self.places >= 0).nonzero(as_tuple=True)
+            tokens[row, self.places[row, token]] = values[row, token]
+            values = tokens
+        return replaced(module, args, kwargs, values.transpose(0, 1) if self.entry.transposed else values)

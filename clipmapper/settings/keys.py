@@ -1,0 +1,101 @@
+"""Finding settings in the schema by their dotted key, and the nearest one to a key that does not exist."""
+
+import types
+from collections.abc import Collection, Iterator
+from dataclasses import Field, fields
+from difflib import SequenceMatcher
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from clipmapper.settings.schema import Section
+
+
+def setting_named(key: str, schema: type[Section]) -> tuple[Field, Any] | None:
+    """The field of a dotted key and its type, None when there is none. ``methods[0]`` is an entry of a list.
+
+    Where a group has several implementations, the settings of all of them count.
+    """
+    first, _, rest = key.partition(".")
+    name, index, _ = first.partition("[")
+    for section in _implementations(schema):
+        declared = {f.name: f for f in fields(section)}.get(name)
+        if declared is None:
+            continue
+        hint = get_type_hints(section)[name]
+        if not rest:
+            return declared, get_args(hint)[0] if index else hint
+        nested = section_of(hint)
+        if nested and (found := setting_named(rest, nested)):
+            return found
+    return None
+
+
+def section_of(hint: Any) -> type[Section] | None:
+    """The section that a type or an optional type stands for."""
+    for alternative in (hint, *get_args(hint)):
+        if isinstance(alternative, type) and issubclass(alternative, Section):
+            return alternative
+    return None
+
+
+def unknown_setting(key: str, schema: type[Section], groups: Collection[str] = ()) -> str:
+    """One line for a key that does not exist, with the nearest that do. ``groups``: those of ``conf/``."""
+    if key.startswith("hydra."):
+        return f"{key}: Hydra has no such setting"
+    known = {*_keys(schema), *groups}
+    if key in known:
+        return f"{key}: not a setting of the {key.partition('.')[0]} that is chosen"
+    near = _nearest(key, known)
+    if near:
+        return f"{key}: there is no such setting; did you mean {' or '.join(near)}?"
+    parent = key.rpartition(".")[0]
+    beside = [k for k in known if k.rpartition(".")[0] == parent] or [k for k in known if "." not in k]
+    return f"{key}: there is no such setting; there are {', '.join(sorted(beside))}"
+
+
+def nearest_choice(value: str, choices: Collection[str]) -> str | None:
+    """The choice that was probably meant."""
+    best = max(choices, key=lambda choice: _likeness(value, choice), default="")
+    return best if best and _likeness(value, best) >= 0.6 else None
+
+
+def described(hint: Any) -> str:
+    """What a value of this type is, in words."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(described(alternative) for alternative in get_args(hint))
+    if get_origin(hint) is list:
+        return "a list, which is written [a,b]"
+    if section_of(hint):
+        return "a section of settings"
+    names = {int: "an int", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    return names[hint]
+
+
+def _nearest(key: str, known: Collection[str]) -> list[str]:
+    parent, _, last = key.rpartition(".")
+    scores = {}
+    for candidate in known:
+        its_parent, _, its_last = candidate.rpartition(".")
+        likeness = _likeness(last, its_last)
+        if likeness >= 0.6:
+            # The right name in another section (batch_size for training.batch_size) is a near miss as well.
+            scores[candidate] = likeness + 0.3 * _likeness(parent, its_parent)
+    best = sorted(scores, key=lambda candidate: (-scores[candidate], candidate))
+    return [candidate for candidate in best if scores[candidate] > scores[best[0]] - 0.2][:2]
+
+
+def _likeness(one: str, other: str) -> float:
+    return SequenceMatcher(None, one, other).ratio()
+
+
+def _keys(schema: type[Section], prefix: str = "") -> Iterator[str]:
+    for section in _implementations(schema):
+        hints = get_type_hints(section)
+        for declared in fields(section):
+            yield f"{prefix}{declared.name}"
+            nested = section_of(hints[declared.name])
+            if nested:
+                yield from _keys(nested, f"{prefix}{declared.name}.")
+
+
+def _implementations(schema: type[Section]) -> list[type[Section]]:
+    return [schema, *(each for child in schema.__subclasses__() for each in _implementations(child))]

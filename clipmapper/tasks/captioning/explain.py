@@ -1,0 +1,186 @@
+"""What ``clipmapper.explain`` does with a captioner: a caption, and for each of its words why it is there."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+
+from clipmapper.data.images import picture_of
+from clipmapper.errors import UserError
+from clipmapper.evaluation.captions.cider import CiderD, DocumentFrequencies
+from clipmapper.evaluation.captions.clip_score import clip_score
+from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
+from clipmapper.evaluation.captions.word_weights import WORD_WEIGHTS, loss_weights, mean_weights
+from clipmapper.models.tokens import tokenize
+from clipmapper.tasks.captioning.decoding import Decoding
+from clipmapper.tasks.captioning.model import Captioner
+from clipmapper.tasks.captioning.trace import TracedCaption, trace_caption, word_relevance
+
+
+@dataclass(frozen=True)
+class CaptionExplanation:
+    """Why a captioner writes what it writes, word by word.
+
+    Attributes
+    ----------
+    caption, words : the text and its T words (punctuation marks are words of their own).
+    explained : which words are explained, by their place in ``words``: all T, or the chosen one.
+    maps : Float[explained, rows, columns], relevance of the image patches for each explained word.
+    word_matrix : Float[explained, T], relevance of the words before it. 0 at later words; at the word itself
+        what its first token pieces have given its later ones (0 for a word of one token).
+    probabilities : of each explained word, given the image and the words before it.
+    weights : how much each explained word counts in ``patches``; they sum to 1.
+    word_weights : where the weights come from, "mean", "cider" or "clip".
+    image : UInt8[height, width, 3], what the model saw of the image, at its own resolution.
+    method : name of the explanation method.
+    """
+
+    caption: str
+    words: tuple[str, ...]
+    explained: tuple[int, ...]
+    maps: Float[np.ndarray, "explained rows columns"]
+    word_matrix: Float[np.ndarray, "explained words"]
+    probabilities: Float[np.ndarray, "explained"]
+    weights: Float[np.ndarray, "explained"]
+    word_weights: str
+    image: UInt8[np.ndarray, "height width 3"]
+    method: str
+
+    @property
+    def patches(self) -> Float[np.ndarray, "rows columns"]:
+        """The map of the whole caption: the weighted mean of its words' maps."""
+        return np.tensordot(self.weights, self.maps, axes=1)
+
+    def earlier_words(self, row: int) -> list[tuple[str, float]]:
+        """(word, relevance) of every word before the word that ``maps[row]`` explains."""
+        before = self.explained[row]
+        return list(zip(self.words[:before], self.word_matrix[row, :before].tolist(), strict=True))
+
+    def plot(self, path: str | Path) -> Path:
+        """Write a picture: a heat map a word (punctuation left out), and the map of the whole caption.
+
+        Returns the path.
+        """
+        from clipmapper.visual.caption_strip import plot_caption_strip
+        from clipmapper.visual.files import save_figure
+
+        figure = plot_caption_strip(self)
+        save_figure(figure, Path(path))
+        return Path(path)
+
+
+def explain_caption_methods(
+    model: Captioner,
+    image,
+    methods: Sequence[str],
+    *,
+    caption: str | None = None,
+    word: str | int | None = None,
+    word_weights: str = "mean",
+    scalar: str = "logit",
+    decoding: Decoding | None = None,
+    references: Sequence[str] | None = None,
+    frequencies: DocumentFrequencies | None = None,
+) -> list[CaptionExplanation]:
+    """Several methods on the same forward; arguments and errors as in :func:`clipmapper.explain`."""
+    if word_weights not in WORD_WEIGHTS:
+        raise UserError(f"word_weights={word_weights!r}: must be one of {', '.join(WORD_WEIGHTS)}")
+    if word_weights == "cider" and not (references and frequencies):
+        raise UserError(
+            "word_weights='cider' needs references=[...] of this image and frequencies=DocumentFrequencies "
+            "of a set of images (clipmapper.evaluation.captions.cider); otherwise use 'mean' or 'clip'"
+        )
+    if caption is not None and decoding is not None:
+        raise UserError(
+            "decoding says how a caption is written: it has no effect on caption=..., leave one out"
+        )
+    pixels = model.load_image(image)
+    traced = trace_caption(model, pixels, caption, decoding)
+    words = tuple(word for word, _ in traced.words)
+    explained = tuple(range(len(words))) if word is None else (word_place(words, word),)
+    relevance = word_relevance(traced, explained, methods, scalar=scalar)
+    if word is not None:
+        weights = np.ones(1)
+    else:
+        cider = None if frequencies is None else CiderD(frequencies)
+        weights = caption_word_weights(model, traced, word_weights, references or (), cider)
+    seen = picture_of(image, pixels, model.encoder.clip.visual)
+    return [
+        CaptionExplanation(
+            caption=traced.caption,
+            words=words,
+            explained=explained,
+            maps=relevance[name].maps,
+            word_matrix=relevance[name].matrix,
+            probabilities=traced.word_probabilities(explained),
+            weights=weights,
+            word_weights=word_weights,
+            image=seen,
+            method=name,
+        )
+        for name in methods
+    ]
+
+
+def caption_word_weights(
+    model: Captioner,
+    traced: TracedCaption,
+    word_weights: str,
+    references: Sequence[str],
+    cider: CiderD | None,
+) -> Float[np.ndarray, "words"]:
+    """How much each word of a traced caption counts; ``references`` and ``cider`` are for "cider" alone."""
+    words = [word for word, _ in traced.words]
+    if word_weights == "clip":
+        return loss_weights(words, clip_scorer(model, traced))
+    if word_weights == "cider":
+        return loss_weights(words, cider_scorer(references, cider))
+    return mean_weights(words)
+
+
+def word_place(words: Sequence[str], word: str | int) -> int:
+    """The place of a chosen word. Raises ``UserError`` for one that is not there, or more than once."""
+    said = " ".join(words)
+    if isinstance(word, int):
+        if not -len(words) <= word < len(words):
+            raise UserError(f"word={word}: the caption {said!r} has words 0 to {len(words) - 1}")
+        return word % len(words)
+    places = [place for place, other in enumerate(words) if other == word.strip().lower()]
+    if not places:
+        raise UserError(f"word={word!r} is not in the caption {said!r}")
+    if len(places) > 1:
+        given = ", ".join(f"word={place}" for place in places)
+        raise UserError(f"word={word!r} is in the caption {said!r} {len(places)} times; give {given}")
+    return places[0]
+
+
+def cider_scorer(
+    references: Sequence[str], cider: CiderD
+) -> Callable[[list[str]], Float[np.ndarray, "captions"]]:
+    """CIDEr-D of captions of one image against its references."""
+    truth = [ptb_tokenise(reference) for reference in references]
+    return lambda captions: cider([ptb_tokenise(c) for c in captions], [truth] * len(captions))
+
+
+def clip_scorer(
+    model: Captioner, traced: TracedCaption
+) -> Callable[[list[str]], Float[np.ndarray, "captions"]]:
+    """CLIPScore of captions of the traced image by the model's own CLIP, without the paper's prompt.
+
+    The image's embedding is pooled from the tokens that are there: its tower does not run again.
+    """
+
+    @torch.no_grad()
+    def score(captions: list[str]) -> Float[np.ndarray, "captions"]:
+        encoder = model.encoder
+        # A caption of one word is empty without it: CLIP reads start and end then.
+        text = tokenize(encoder.tokenizer, captions, whole_context=encoder.text_tower.padding_matters)
+        text = text.to(model.device)
+        texts = encoder.pool_text(encoder.text_tokens(text.ids, torch.ones_like(text.valid)), text.ids)
+        image = encoder.pool_image(traced.image_tokens)
+        return clip_score(image.expand(len(texts), -1), texts).double().cpu().numpy()
+
+    return score

@@ -1,0 +1,232 @@
+"""Score explanation methods on captions: relevance, perturbation and localisation in one go."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clipmapper.evaluation.captions.cider import CiderD
+from clipmapper.evaluation.captions.word_weights import is_stop_word
+from clipmapper.evaluation.localisation import Localisation, image_localisation
+from clipmapper.evaluation.numbers import localisation_numbers, perturbation_numbers
+from clipmapper.evaluation.perturbation import FRACTIONS, ModalityRelevance, perturb
+from clipmapper.evaluation.perturbation_run import run_in_chunks
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS, PerturbationScores
+from clipmapper.models.tokens import TokenizedText, padding_id
+from clipmapper.tasks.captioning.decoding import Decoding
+from clipmapper.tasks.captioning.explain import CaptionExplanation, caption_word_weights
+from clipmapper.tasks.captioning.model import Captioner
+from clipmapper.tasks.captioning.perturbation import CAPTION_SCORES, CaptionScorer, WordScorer
+from clipmapper.tasks.captioning.samples import ExplainedCaptions
+from clipmapper.tasks.captioning.trace import TracedCaption, trace_caption, word_relevance
+from clipmapper.tasks.captioning.variants import kept_captions
+
+_TESTS = ("caption", "word")  # what is perturbed: by the caption's map, by one word's map
+
+
+@dataclass(frozen=True)
+class CaptionReport:
+    """Everything that is known about the methods on some captions.
+
+    ``explanations``: of each method, of the model's own caption of every image. ``chosen``: in each caption,
+    the word that is perturbed alone (its place). ``caption_scores`` and ``word_scores``: curves of the
+    caption and of that word. ``localisation``: method → kind of word → one entry for every true caption that
+    has such words, the mean over them.
+    """
+
+    samples: ExplainedCaptions
+    explanations: Mapping[str, Sequence[CaptionExplanation]]
+    chosen: Sequence[int]
+    caption_scores: PerturbationScores
+    word_scores: PerturbationScores
+    localisation: Mapping[str, Mapping[str, Localisation]]
+
+    def numbers(self, confidence: float, seed: int) -> dict:
+        """All results by name, for ``results.json``: areas, paired differences, localisation."""
+        parts = (self.caption_scores, self.word_scores)
+        return {
+            "samples": len(self.samples),
+            "confidence": confidence,
+            "perturbation": {
+                name: perturbation_numbers(scores, confidence, seed)["image"]
+                for name, scores in zip(_TESTS, parts, strict=True)
+            },
+            "localisation": localisation_numbers(self.localisation, confidence, seed),
+        }
+
+
+def curve_points(samples: int, methods: int) -> int:
+    """What ``progress`` of :func:`caption_report` adds up to."""
+    return len(_TESTS) * samples * methods * len(DIRECTIONS) * len(FRACTIONS)
+
+
+def caption_report(
+    model: Captioner,
+    samples: ExplainedCaptions,
+    methods: Sequence[str],
+    *,
+    chunk: int,
+    batch_size: int,
+    seed: int,
+    word_weights: str = "mean",
+    scores: Sequence[str] = CAPTION_SCORES,
+    decoding: Decoding | None = None,
+    folder: Path | None = None,
+    key: str = "",
+    progress: Callable[[int], None] | None = None,
+) -> CaptionReport:
+    """Caption every image, explain every word by every method, remove patches in that order; and hold the
+    maps of true captions' words against what they speak of.
+
+    ``decoding``: how captions are written, whole and perturbed (default: greedy). Arguments otherwise as of
+    :func:`clipmapper.tasks.vqa.report.explanation_report`.
+    """
+    decoding = decoding or Decoding("greedy")
+    was_training = model.training
+    model.eval()
+    try:
+        explained, chosen, texts, words = [], [], [], []
+        for row, sample in enumerate(samples.ids):
+            pixels = samples.images[row : row + 1].to(model.device)
+            traced = trace_caption(model, pixels, decoding=decoding)
+            explained.append(
+                _explained(model, traced, samples, row, methods, word_weights=word_weights, seed=seed)
+            )
+            word = _chosen_word([word for word, _ in traced.words], seed, sample)
+            chosen.append(word)
+            texts.append(traced.text.to("cpu"))
+            words.append([p - 1 for p in traced.words[word][1]])
+            if progress is not None:
+                progress(0)  # no point of a curve yet, but whoever wants to stop can
+        explanations = {m: [by_method[m] for by_method in explained] for m in methods}
+
+        def compute(positions: range, test: str) -> PerturbationScores:
+            part = slice(positions.start, positions.stop)
+            text = _together(texts[part], padding_id(model.tokenizer))
+            kept = kept_captions(model, samples.images[part], text, decoding)
+            if test == "word":
+                scorer = WordScorer(kept, words[part])
+            else:
+                scorer = CaptionScorer(kept, samples.references[part], samples.frequencies, scores)
+            maps = {
+                method: [
+                    e.maps[chosen[i]] if test == "word" else e.patches
+                    for i, e in zip(positions, its[part], strict=True)
+                ]
+                for method, its in explanations.items()
+            }
+            return perturb(
+                scorer,
+                {
+                    method: ModalityRelevance(
+                        torch.from_numpy(np.stack(its)).flatten(1), torch.zeros(text.ids.shape)
+                    )
+                    for method, its in maps.items()
+                },
+                text.removable,
+                text.valid,
+                sample_ids=np.array(samples.ids[part]),
+                modalities=("image",),
+                batch_size=batch_size,
+                seed=seed,
+                progress=progress,
+            )
+
+        parts = {
+            name: run_in_chunks(
+                len(samples),
+                chunk,
+                lambda positions, name=name: compute(positions, name),
+                folder=None if folder is None else folder / name,
+                key=key,
+            )
+            for name in _TESTS
+        }
+        localisation = {} if samples.known is None else _localised(model, samples, methods, seed)
+    finally:
+        model.train(was_training)
+    return CaptionReport(samples, explanations, chosen, parts["caption"], parts["word"], localisation)
+
+
+def _explained(
+    model: Captioner,
+    traced: TracedCaption,
+    samples: ExplainedCaptions,
+    row: int,
+    methods: Sequence[str],
+    *,
+    word_weights: str,
+    seed: int,
+) -> dict[str, CaptionExplanation]:
+    places = tuple(range(len(traced.words)))
+    found = word_relevance(traced, places, methods, sample=samples.ids[row], seed=seed)
+    words = tuple(word for word, _ in traced.words)
+    weights = caption_word_weights(
+        model, traced, word_weights, samples.references[row], CiderD(samples.frequencies)
+    )
+    return {
+        name: CaptionExplanation(
+            caption=traced.caption,
+            words=words,
+            explained=places,
+            maps=its.maps,
+            word_matrix=its.matrix,
+            probabilities=traced.word_probabilities(places),
+            weights=weights,
+            word_weights=word_weights,
+            image=samples.pictures[row],
+            method=name,
+        )
+        for name, its in found.items()
+    }
+
+
+def _chosen_word(words: Sequence[str], seed: int, sample: int) -> int:
+    """One word of a caption at random, no stop-word where there are others: one curve an image, so that
+    images, which are what intervals are over, count alike."""
+    places = [place for place, word in enumerate(words) if not is_stop_word(word)] or list(range(len(words)))
+    return int(np.random.default_rng((seed, sample, 0x30)).choice(places))
+
+
+def _together(texts: Sequence[TokenizedText], padding: int) -> TokenizedText:
+    """One batch of texts of one row each."""
+    longest = max(text.ids.shape[1] for text in texts)
+    padded = [text.padded(longest, padding) for text in texts]
+    return TokenizedText(*(torch.cat([getattr(t, k) for t in padded]) for k in ("ids", "valid", "removable")))
+
+
+def _localised(
+    model: Captioner, samples: ExplainedCaptions, methods: Sequence[str], seed: int
+) -> dict[str, dict[str, Localisation]]:
+    """Of the words of true captions that speak of something to be seen."""
+    gathered: dict[str, dict[str, list[Localisation]]] = {method: {} for method in methods}
+    for row, known in enumerate(samples.known):
+        if not known.words:
+            continue
+        pixels = samples.images[row : row + 1].to(model.device)
+        traced = trace_caption(model, pixels, known.text)
+        places = sorted(known.words)
+        kinds = np.array([known.words[place][0] for place in places])
+        masks = np.stack([known.words[place][1] for place in places])
+        found = word_relevance(traced, places, methods, sample=samples.ids[row], seed=seed)
+        for method, its in found.items():
+            scores = image_localisation(np.maximum(its.maps, 0), masks)
+            for kind in sorted(set(kinds)):
+                gathered[method].setdefault(str(kind), []).append(_mean(scores, kinds == kind))
+    names = ("mass", "rank", "pointing", "area")
+    return {
+        method: {
+            kind: Localisation(*(np.array([getattr(one, name)[0] for one in entries]) for name in names))
+            for kind, entries in sorted(by_kind.items())
+        }
+        for method, by_kind in gathered.items()
+    }
+
+
+def _mean(scores: Localisation, chosen: np.ndarray) -> Localisation:
+    """The words of one kind of one caption as one entry: words of a caption are no independent samples."""
+    return Localisation(
+        *(np.array([getattr(scores, name)[chosen].mean()]) for name in ("mass", "rank", "pointing", "area"))
+    )

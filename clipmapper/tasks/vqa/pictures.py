@@ -1,0 +1,123 @@
+"""Pictures and W&B tables of an explanation report."""
+
+from pathlib import Path
+
+import numpy as np
+import wandb
+from lightning.pytorch.loggers import WandbLogger
+
+from clipmapper.tasks.vqa.report import ExplanationReport
+from clipmapper.visual.comparison import plot_method_comparison
+from clipmapper.visual.curves import plot_perturbation_curves
+from clipmapper.visual.explanation import plot_explanation
+from clipmapper.visual.files import readable_part, save_figure
+from clipmapper.visual.words import words_html
+
+_NAME = 120  # bytes of a file's name that are a family's
+_LABEL = {"accuracy": "soft accuracy", "probability": "probability of the predicted answer"}
+
+
+def write_pictures(report: ExplanationReport, folder: Path, *, count: int, confidence: float) -> list[Path]:
+    """Heat maps of the first ``count`` samples, one comparison of methods, and the perturbation curves."""
+    written = []
+    first = next(iter(report.relevance))
+    for number in range(min(count, len(report.samples))):
+        # A family is any text that the data have, such as VQA v2's "yes/no".
+        family = readable_part(report.samples.families[number], _NAME, "_")
+        path = folder / "_".join(["explanation", f"{number:02d}", *([family] if family else [])])
+        path = path.with_name(f"{path.name}.png")
+        save_figure(_explanation(report, number, first), path)
+        written.append(path)
+    if count:
+        path = folder / "methods.png"
+        save_figure(_comparison(report, 0), path)
+        written.append(path)
+    for score in _LABEL:
+        path = folder / f"perturbation_{score}.png"
+        save_figure(_curves(report, score, confidence), path)
+        written.append(path)
+    return written
+
+
+def log_tables(logger: WandbLogger, report: ExplanationReport, folder: Path, *, step: int) -> None:
+    """The pictures that :func:`write_pictures` left in ``folder``, and a table of samples, to W&B."""
+    method = next(iter(report.relevance))
+    columns = ["image", "heat map", "question", "family", "answer", "truth", "probability", "curves"]
+    table = wandb.Table(columns=columns)
+    samples = report.samples
+    for path in sorted(folder.glob("explanation_*.png")):
+        number = int(path.stem.split("_")[1])
+        curves = folder / "curves" / f"{path.stem}.png"
+        save_figure(_sample_curves(report, number), curves)
+        table.add_data(
+            wandb.Image(samples.pictures[number]),
+            wandb.Image(str(path)),
+            wandb.Html(words_html(report.relevance[method].words[number])),
+            samples.families[number],
+            report.predictions[number],
+            samples.truths[number],
+            report.probabilities[number],
+            wandb.Image(str(curves)),
+        )
+    logged = {"explanations": table, "trainer/global_step": step}
+    for name in ("methods", "perturbation_accuracy", "perturbation_probability"):
+        if (folder / f"{name}.png").exists():
+            logged[f"pictures/{name}"] = wandb.Image(str(folder / f"{name}.png"))
+    logger.experiment.log(logged)
+
+
+def _explanation(report: ExplanationReport, number: int, method: str):
+    samples, found = report.samples, report.relevance[method]
+    return plot_explanation(
+        samples.pictures[number],
+        found.patches[number],
+        found.words[number],
+        question=samples.questions[number],
+        answer=report.predictions[number],
+        score=report.probabilities[number],
+        method=method,
+        truth=samples.truths[number],
+        deciding_mask=None if samples.masks is None else samples.masks[number],
+    )
+
+
+def _comparison(report: ExplanationReport, number: int):
+    samples = report.samples
+    return plot_method_comparison(
+        samples.pictures[number],
+        {name: found.patches[number] for name, found in report.relevance.items()},
+        {name: found.words[number] for name, found in report.relevance.items()},
+        question=samples.questions[number],
+        answer=report.predictions[number],
+        truth=samples.truths[number],
+        deciding_mask=None if samples.masks is None else samples.masks[number],
+    )
+
+
+def _curves(report: ExplanationReport, score: str, confidence: float):
+    scores = report.perturbation
+    areas = scores.areas(score).mean(axis=-1)
+    table = {
+        f"{modality}/{direction}": {m: float(areas[i, j, k]) for k, m in enumerate(scores.methods)}
+        for i, modality in enumerate(scores.modalities)
+        for j, direction in enumerate(("positive", "negative"))
+    }
+    return plot_perturbation_curves(
+        scores.curves(score, confidence=confidence),
+        scores.fractions.tolist(),
+        ylabel=_LABEL[score],
+        areas=table,
+        title=f"Perturbation test, {len(report.samples)} questions",
+    )
+
+
+def _sample_curves(report: ExplanationReport, number: int):
+    """The probability curves of one sample (an interval of one sample is the sample itself)."""
+    scores = report.perturbation
+    values = scores.score("probability")
+    curves = {}
+    for i, modality in enumerate(scores.modalities):
+        for j, direction in enumerate(("positive", "negative")):
+            lines = {m: np.asarray(values[i, j, k, number]) for k, m in enumerate(scores.methods)}
+            curves[f"{modality}/{direction}"] = {m: (line, line, line) for m, line in lines.items()}
+    return plot_perturbation_curves(curves, scores.fractions.tolist(), ylabel=_LABEL["probability"])

@@ -1,0 +1,132 @@
+"""Explanations while training: maps, perturbation areas and localisation at validation time."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.loggers import WandbLogger
+
+from clipmapper.host.progress import progress
+from clipmapper.relevance import method_named
+from clipmapper.tasks.captioning.report import CaptionReport
+from clipmapper.tasks.captioning.samples import ExplainedCaptions
+from clipmapper.tasks.vqa.report import ExplanationReport
+from clipmapper.tasks.vqa.samples import ExplainedSamples
+from clipmapper.training.explanation_kinds import ExplanationKind, explanation_kind
+from clipmapper.training.interruption import GracefulInterrupt
+from clipmapper.training.processes import from_all, is_main, this_share
+from clipmapper.training.shared_explanations import part_of, together
+
+
+class _Told(Exception):
+    """Explaining is to end, for the run is."""
+
+
+class RelevanceCallback(lightning.Callback):
+    """Explain ``samples`` validation questions (or images' captions) by every method and score the methods,
+    every n validations.
+
+    Scalars such as ``perturbation/image/positive/weighted`` (area of the soft accuracy) go to every logger,
+    pictures to ``folder/pictures``, and to W&B also a table with image, heat map, coloured question, answer,
+    truth and curves (of captions: image, strip of maps, caption, references and curves). Training goes on as
+    if the callback had not been there: no gradient, mode, flag or random state that it uses is touched.
+    Of several processes each explains its part; the main one has the report of all, and writes.
+
+    Parameters: ``methods`` by name (``UserError`` for an unknown one), ``pictures`` how many samples are
+    drawn, ``batch_size`` perturbed variants a forward, ``confidence`` of the intervals.
+    """
+
+    def __init__(
+        self,
+        methods: Sequence[str],
+        every_n_validations: int,
+        samples: int,
+        pictures: int,
+        batch_size: int,
+        confidence: float,
+        seed: int,
+    ) -> None:
+        for method in methods:
+            method_named(method)
+        self.methods = list(methods)
+        self.every_n_validations, self.samples, self.pictures = every_n_validations, samples, pictures
+        self.batch_size, self.confidence, self.seed = batch_size, confidence, seed
+        self.validations = 0
+        self.report: ExplanationReport | CaptionReport | None = None
+        self.written: list[Path] = []
+        self._explained: ExplainedSamples | ExplainedCaptions | None = None
+        self._folder: Path | None = None
+
+    def prepare(self, samples: ExplainedSamples | ExplainedCaptions, folder: Path) -> None:
+        """Say which questions or captions are explained and where pictures go, before ``fit``."""
+        self._explained, self._folder = samples, folder
+
+    @property
+    def kind(self) -> ExplanationKind:
+        """Explanations of answers or of captions, as the samples are."""
+        if self._explained is None:
+            raise ValueError("call RelevanceCallback.prepare(samples, folder) before fit")
+        return explanation_kind(self._explained)
+
+    def state_dict(self) -> dict[str, int]:
+        """So that a resumed run explains at the same validations as an uninterrupted one."""
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.validations = state_dict["validations"]
+
+    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self.validations += 1
+        if self.validations % self.every_n_validations and trainer.global_step < trainer.max_steps:
+            return
+        kind = self.kind
+        mine = part_of(self._explained, this_share())
+        stopping = next((one for one in trainer.callbacks if isinstance(one, GracefulInterrupt)), None)
+        report, stopped = None, False
+        try:
+            report = None if mine is None else self._explain(module.model, mine, stopping)
+        except _Told:
+            stopped = True
+        told = from_all((report, stopped))
+        if any(stopped for _, stopped in told):
+            stopping.leave(f"stopped in the explanations after step {trainer.global_step}")
+        reports = [part for part, _ in told if part is not None]
+        if not is_main():
+            return
+        self.report = together(self._explained, reports) if len(reports) > 1 else reports[0]
+        self.written = kind.write(self.report, self._folder, count=self.pictures, confidence=self.confidence)
+        scalars = kind.scalars(self.report)
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=trainer.global_step)
+            if isinstance(logger, WandbLogger):
+                kind.log(logger, self.report, self._folder, step=trainer.global_step)
+
+    def _explain(
+        self,
+        model: torch.nn.Module,
+        samples: ExplainedSamples | ExplainedCaptions,
+        stopping: GracefulInterrupt | None,
+    ) -> ExplanationReport | CaptionReport:
+        """Raises ``_Told`` where the run is to be stopped."""
+        total = self.kind.points(len(samples), len(self.methods))
+        # Recording turns gradients on inside; under inference mode (Lightning's default) it could not.
+        with (
+            torch.inference_mode(False),
+            progress("explanations, points of curves", total, hidden=not is_main()) as advance,
+        ):
+
+            def told(points: int) -> None:
+                advance(points)
+                if stopping is not None and stopping.told():
+                    raise _Told
+
+            return self.kind.report(
+                model,
+                samples,
+                self.methods,
+                chunk=50,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                progress=told,
+            )
