@@ -33,7 +33,8 @@ def build_mapper(
     encoder: ClipEncoder, model: Mapping, captioning: bool = False, text_width: int | None = None
 ) -> Mapper:
     """Stage 2 with new weights. ``model``: mapper ("dual_flow" or "single_flow"), width, depth, heads,
-    mlp_ratio, image_position_embedding. ``text_width``: of the words that it is given, None: the encoder's."""
+    mlp_ratio, image_position_embedding. ``text_width``: of the words that it is given; None: the encoder's.
+    """
     return MAPPERS[model["mapper"]](
         encoder.image_width,
         encoder.text_width if text_width is None else text_width,

@@ -194,8 +194,8 @@ class TrainConfig(Section):
         if self.training.records not in self.data.records:
             yield (
                 "data",
-                f"the one that is chosen has {' or '.join(self.data.records)}, but training is for {task} and "
-                f"needs {self.training.records}; an experiment (experiment=vqa_scenes, "
+                f"the one that is chosen has {' or '.join(self.data.records)}, but training is for {task} "
+                f"and needs {self.training.records}; an experiment (experiment=vqa_scenes, "
                 "experiment=caption_scenes) chooses what belongs together",
             )
         for key in ("model", "callbacks"):

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import Field, field
-from typing import Any, Optional
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -20,9 +20,9 @@ def setting(**limits: Any) -> Any:
     """A field whose value comes from YAML or the command line.
 
     ``limits``: ``minimum``, ``maximum`` (allowed themselves), ``above``, ``below`` (not allowed themselves);
-    ``choices`` of a string or of a list's entries, or a function that gives them. Choices are strings rather than an ``Enum`` because they
-    end up in JSON, in W&B and in checkpoints that are loaded without unpickling classes. ``text``:
-    free text (:func:`is_text`) though the type does not say so.
+    ``choices`` of a string or of a list's entries, or a function that gives them. Choices are strings rather
+    than an ``Enum`` because they end up in JSON, in W&B and in checkpoints that are loaded without unpickling
+    classes. ``text``: free text (:func:`is_text`) though the type does not say so.
     """
     return field(default=MISSING, metadata=limits)
 
@@ -49,4 +49,4 @@ def is_text(declared: Field, hint: Any) -> bool:
     the command line as it is, without Hydra's grammar (commas, brackets, ``=``)."""
     if declared.metadata.get("text"):
         return True
-    return hint in (str, str | None, Optional[str]) and not declared.metadata.get("choices")
+    return hint in (str, str | None) and not declared.metadata.get("choices")

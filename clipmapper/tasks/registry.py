@@ -61,7 +61,7 @@ def task_of(model: "nn.Module") -> "Task":
     name = getattr(model, "task", None)
     if not isinstance(name, str):
         raise UserError(
-            f"{type(model).__name__} is no model of clipmapper; clipmapper.relevance explains any attention model"
+            f"{type(model).__name__} is no model of clipmapper; clipmapper.relevance explains any model"
         )
     return task_named(name)
 

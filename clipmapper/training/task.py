@@ -123,12 +123,10 @@ class TaskRun(ABC):
 class Task(ABC):
     """A kind of work that a two-stage model is trained for and explained at: all that differs between tasks.
 
-    Attributes
-    ----------
-    name : in settings and checkpoints, and of ``model.task``.
-    does : in messages, as in "this model answers questions".
-    records : "questions" or "captions", of which the records of its data must have one.
-    explain_settings, perturb_settings : the settings of ``clipmapper explain`` and ``clipmapper perturb`` that
+    Attributes ---------- name : in settings and checkpoints, and of ``model.task``. does : in messages, as in
+    "this model answers questions". records : "questions" or "captions", of which the records of its data must
+    have one. explain_settings, perturb_settings : the settings of ``clipmapper explain`` and ``clipmapper
+    perturb`` that
         are for this task and not for all; they come to :meth:`explain` and :meth:`report` where given.
     """
 
@@ -182,9 +180,10 @@ class Task(ABC):
 
     @abstractmethod
     def explain(self, model: nn.Module, image, methods: Sequence[str], **settings) -> list[Explanation]:
-        """Explain what the model says about one image, by several methods on the same forward and backward."""
+        """Explain what the model says about one image, by several methods on the same forward and
+        backward."""
 
-    def check_settings(self, **settings) -> None:
+    def check_settings(self, **settings) -> None:  # noqa: B027 (most tasks have nothing to check)
         """Raise ``UserError`` where the settings of :meth:`report` can't be, before anything is read."""
 
     def check_data(self, data: RecordData, where: str) -> None:

@@ -89,6 +89,6 @@ class ScenesCaptions(World):
                 image_id=f"{name}/{number}",
                 captions=tuple(captions(scene, self.references)),
                 truth=SceneTruth(scene, instances),
-            )
-            for number, (scene, image, instances) in enumerate(zip(scenes, *self.rendered(scenes), strict=True))
+            ) for number, (scene, image, instances) in enumerate(zip(scenes, *self.rendered(scenes),
+            strict=True))
         ])  # fmt: skip

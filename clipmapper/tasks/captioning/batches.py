@@ -1,4 +1,4 @@
-"""Batches of images with captions: of records in memory or in tables, and of records that come as a stream."""
+"""Batches of images with captions, of records that have numbers and of records that come as a stream."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence

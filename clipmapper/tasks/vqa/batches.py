@@ -1,4 +1,4 @@
-"""Batches of questions about images: of records in memory or in tables, and of records that come as a stream."""
+"""Batches of questions about images, of records that have numbers and of records that come as a stream."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
