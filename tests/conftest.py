@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 install_import_hook("clipmapper", "beartype.beartype")
+pytest.register_assert_rewrite("support")
 
 # A busy machine is not a failure.
 settings.register_profile(

@@ -5,7 +5,7 @@ import random
 import re
 
 import pytest
-from scene_checker import COLOURS, SHAPES, SIZES, fits
+from support.scene_checker import COLOURS, SHAPES, SIZES, fits
 
 from clipmapper.data.world.captions import (
     WORD_KINDS,

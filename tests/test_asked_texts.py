@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-import training_models
+from clipmapper.training.record_batches import RecordQuestions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
-from test_record_tokens import VOCABULARY, records_in
+from support import training_models
+from support.small_records import VOCABULARY, records_in
 
 from clipmapper.data.record import Record
 from clipmapper.data.tables.builder import as_table
@@ -16,7 +17,6 @@ from clipmapper.models.encoder import weights_digest
 from clipmapper.models.tokens import tokenize
 from clipmapper.training import asked_texts as module
 from clipmapper.training.asked_texts import asked_by_records, asked_texts
-from clipmapper.training.record_batches import RecordQuestions
 from clipmapper.training.record_tokens import check_room
 
 BPE = SimpleTokenizer(context_length=16)

@@ -17,9 +17,9 @@ import lightning
 import numpy as np
 import pytest
 import torch
-import training_models
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
+from support import training_models
 
 import clipmapper
 from clipmapper import cli

@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 import torch.nn.functional as F
 import transformers
-from test_relevance_naive import MASKS, attention
+from support import tiny_models
+from support.made_traces import MASKS, attention
 
 from clipmapper.errors import UserError
 from clipmapper.evaluation.attention_causality import attention_causality

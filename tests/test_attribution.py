@@ -4,10 +4,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-import test_record_any as families
-import tiny_models
 import torch
 from captum.metrics import sensitivity_max
+from support import families, tiny_models
 
 from clipmapper.errors import UserError
 from clipmapper.explaining import trace_answers

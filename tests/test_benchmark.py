@@ -3,9 +3,8 @@
 import json
 
 import pytest
-import tiny_models
 import torch
-import training_models
+from support import tiny_models, training_models
 
 from clipmapper.benchmarks import captions, command, naive, perturbation, relevance, subjects
 from clipmapper.benchmarks.timing import measured, peak_bytes

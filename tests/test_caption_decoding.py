@@ -3,8 +3,8 @@
 import math
 
 import pytest
-import tiny_models
 import torch
+from support import tiny_models
 
 from clipmapper.errors import UserError
 from clipmapper.models.mapper import MAPPERS

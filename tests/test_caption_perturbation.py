@@ -2,12 +2,11 @@
 
 import json
 
-import caption_models
 import numpy as np
 import pytest
 import torch
-import training_models
 from clipmapper.training.explanation_kinds import caption_scalars
+from support import caption_models, training_models
 
 from clipmapper.errors import UserError
 from clipmapper.evaluation.captions.cider import DocumentFrequencies

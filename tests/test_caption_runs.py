@@ -5,9 +5,9 @@ import math
 from pathlib import Path
 
 import pytest
-import test_wandb
-import training_models
 from PIL import Image
+from support import training_models
+from support.offline_run import OfflineRun
 
 from clipmapper import cli
 from clipmapper.commands.train import train
@@ -97,7 +97,7 @@ def test_training_explains_captions(folder):
 
 def test_the_same_is_logged_to_wandb(folder):
     (offline,) = (folder / "wandb").glob("offline-run-*")
-    run = test_wandb.OfflineRun(offline)
+    run = OfflineRun(offline)
     assert run.status == 0
     results = json.loads((folder / RESULTS).read_text())["explanations"]
     for method in SOME:

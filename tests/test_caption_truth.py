@@ -4,9 +4,9 @@ import random
 import re
 
 import pytest
-import scene_checker
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import scene_checker
 
 from clipmapper.data.world.caption_truth import caption_truth
 from clipmapper.data.world.captions import WORDINGS, captions, draw_caption

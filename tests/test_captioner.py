@@ -1,11 +1,11 @@
 """Captioning models: causality, padding, words one at a time, and a naive implementation of the mappers."""
 
 import pytest
-import tiny_models
 import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
-from tiny_models import VOCABULARY
+from support import tiny_models
+from support.tiny_models import VOCABULARY
 
 from clipmapper.errors import UserError
 from clipmapper.models.mapper import MAPPERS

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import training_models
-from training_models import same_bits
+from support import training_models
+from support.training_models import same_bits
 
 import clipmapper
 from clipmapper.errors import UserError
@@ -165,7 +165,7 @@ def test_captions_are_written_in_the_known_tokens_alone(architecture):
 
 
 def test_a_clip_that_reads_ahead_needs_the_option(tmp_path):
-    import tiny_models
+    from support import tiny_models
 
     architecture = tiny_models.clip_config(tmp_path, "unmasked")
     encoder = {"architecture": architecture, "pretrained": None, "frozen": True}

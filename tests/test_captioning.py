@@ -12,9 +12,9 @@ import lightning
 import numpy as np
 import pytest
 import torch
-import training_models
+from support import training_models
+from support.training_models import same_bits
 from torch.utils.data import DataLoader
-from training_models import same_bits
 
 import clipmapper
 from clipmapper.commands.train import train

@@ -1,10 +1,9 @@
 """Methods that run the model again, of the words of a caption."""
 
-import caption_models
 import numpy as np
 import pytest
 import torch
-import training_models
+from support import caption_models, training_models
 
 from clipmapper.data.images import clip_input
 from clipmapper.relevance import METHODS

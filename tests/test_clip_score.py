@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny_models import CONTEXT_LENGTH, VOCABULARY, clip_config, images
+from support.tiny_models import CONTEXT_LENGTH, VOCABULARY, clip_config, images
 
 from clipmapper.evaluation.captions.clip_score import ClipScore, clip_score, ref_clip_score
 from clipmapper.models.encoder import ClipEncoder

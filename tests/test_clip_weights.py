@@ -8,9 +8,9 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-import training_models
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support import training_models
 
 from clipmapper.errors import UserError
 from clipmapper.models.build import DESCRIPTION

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import training_models
 from PIL import Image
+from support import training_models
 
 from clipmapper import cli
 from clipmapper.data.world.questions import CHANCE

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from test_relevance_naive import MASKS, attention
+from support.made_traces import MASKS, attention
 
 from clipmapper.relevance import Attention, AttentionTrace, Node, raw_attention, rollout, weighted
 from clipmapper.relevance.methods.effective import (

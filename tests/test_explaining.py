@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 import torch.nn.functional as F
-import training_models
-from compared_methods import METHODS
 from PIL import Image
+from support import tiny_models, training_models
+from support.compared_methods import METHODS
 from torch import nn
 
 import clipmapper

@@ -1,12 +1,11 @@
 """``clipmapper.explain`` of a captioner: every word of a caption, from one forward of the image."""
 
-import caption_models
 import numpy as np
 import pytest
 import torch
-import training_models
-from compared_methods import METHODS
 from PIL import Image
+from support import caption_models, training_models
+from support.compared_methods import METHODS
 
 import clipmapper
 from clipmapper.errors import UserError

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import open_clip
 import pytest
-import tiny_models
 import torch
-import training_models
 from PIL import Image
 from safetensors.torch import save_file
+from support import tiny_models, training_models
 
 import clipmapper
 from clipmapper.commands.train import train

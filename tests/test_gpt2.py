@@ -2,13 +2,12 @@
 
 import json
 
-import caption_models
 import numpy as np
 import pytest
 import torch
-import training_models
+from support import caption_models, training_models
+from support.training_models import same_bits
 from tokenizers import ByteLevelBPETokenizer
-from training_models import same_bits
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import clipmapper

@@ -5,10 +5,8 @@ import json
 
 import numpy as np
 import pytest
-import row_kernel_cases
-import tiny_models
 import torch
-import training_models
+from support import row_kernel_cases, tiny_models, training_models
 
 import clipmapper
 from clipmapper.benchmarks import relevance as benchmark

@@ -4,8 +4,8 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
-import tiny_models
 import torch
+from support import tiny_models
 
 from clipmapper.benchmarks import subjects
 from clipmapper.errors import UserError

@@ -1,9 +1,10 @@
 """How methods are called: y, sign, start_layer; and what is refused."""
 
 import pytest
-import test_record_any as families
 import torch
-from test_record_any_behaviour import TOKENS, Doing, Mixed, maps
+from support import families
+from support.own_layers import TOKENS, Doing, Mixed
+from support.recordings import maps
 from torch import nn
 
 from clipmapper.errors import UserError
@@ -91,7 +92,7 @@ def test_negative_is_the_method_for_the_opposite_and_both_their_difference(vit, 
 
 def test_signs_of_a_hand_worked_row():
     """One head, one sub-layer: ∇A ⊙ A of the read row is (+0.2, −0.3, 0)."""
-    from test_relevance_hand import sublayer
+    from support.made_traces import sublayer
 
     from clipmapper.relevance import AttentionTrace, Node
 

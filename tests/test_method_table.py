@@ -11,15 +11,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import naive_any
-import naive_parts
-import naive_relevance
-import naive_rules
 import pytest
-import test_more_methods as more
-import test_record_any as families
 import torch
-from test_attention_flow import by_networkx
+from support import families, naive_any, naive_parts, naive_relevance, naive_rules
+from support import naive_methods as more
+from support.naive_flow import by_networkx
 
 from clipmapper.errors import UserError
 from clipmapper.relevance import METHODS, Again, record
@@ -156,13 +152,13 @@ def token_tm(run):
     for s in run.sublayers:
         C, read, new = states[-1], states[s.keys_state], states[-1].clone()
         values = sum(s.v[h] @ s.W[h] for h in range(len(s.v)))
-        W = torch.diag(more._transformation(keys_of(run, s), values))
+        W = torch.diag(more.transformation(keys_of(run, s), values))
         rows = C[s.queries] + ((s.A.mean(0) @ W) * torch.relu(s.dA).mean(0)) @ read[s.keys]
         if s.after is not None:
             e = s.x + s.a
             made = s.after - e
             if made.any():
-                rows = rows + torch.diag(more._transformation(e, made)) @ rows
+                rows = rows + torch.diag(more.transformation(e, made)) @ rows
         new[s.queries] = rows
         states.append(new)
     return states[-1][run.read]

@@ -4,8 +4,8 @@ import copy
 import warnings
 
 import pytest
-import test_record_any as base
 import torch
+from support import families as base
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import training_models
-from training_models import same_bits
+from support import training_models
+from support.training_models import same_bits
 
 from clipmapper.commands.train import train
 from clipmapper.errors import UserError

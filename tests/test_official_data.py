@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from support.official_files import coco_folder, flickr_folder, image, save, vqa_v2_folder
 
 from clipmapper.data.answer_rule import direct_answer_accuracy, vqa_soft_accuracy
 from clipmapper.data.answers import normalised
@@ -17,7 +17,7 @@ from clipmapper.data.readers.flickr_captions import flickr_captions_data
 from clipmapper.data.readers.manifest import manifest_data
 from clipmapper.data.readers.official_files import coco_image
 from clipmapper.data.readers.results import official_accuracy, write_results
-from clipmapper.data.readers.vqa_v2 import annotations_file, questions_file, read_vqa_v2, vqa_v2_data
+from clipmapper.data.readers.vqa_v2 import annotations_file, read_vqa_v2, vqa_v2_data
 from clipmapper.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,45 +25,7 @@ SHARED = ROOT.parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 
 
-def save(path: Path, content: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-    return path
-
-
-def image(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (9, 6), (10, 20, 30)).save(path)
-    return path
-
-
-def people(*answers: str) -> list[dict]:
-    return [{"answer": a, "answer_confidence": "yes", "answer_id": n} for n, a in enumerate(answers, 1)]
-
-
 # VQA v2
-
-
-def vqa_v2_folder(folder: Path, *, questions: int = 4) -> Path:
-    """Two images a split; the answers are "yes" and, one question in four, "2"."""
-    for subset, first in (("train2014", 0), ("val2014", 100)):
-        asked, annotated = [], []
-        for n in range(questions):
-            number, picture = 1000 * (first + n // 2) + n, first + n // 2
-            image(coco_image(folder, subset, picture))
-            answer = "yes" if n % 4 else "2"
-            asked.append({"question_id": number, "image_id": picture, "question": f"q{n}?"})
-            annotated.append({
-                "question_id": number, "image_id": picture, "answers": people(*[answer] * 7, *["Two."] * 3),
-                "answer_type": "number" if answer == "2" else "yes/no", "multiple_choice_answer": answer,
-                "question_type": "what",
-            })  # fmt: skip
-        save(questions_file(folder, subset), {"questions": asked})
-        save(annotations_file(folder, subset), {"annotations": annotated})
-    image(coco_image(folder, "test2015", 7))
-    asked = [{"question_id": 7000, "image_id": 7, "question": "of test?"}]
-    save(questions_file(folder, "test-dev2015"), {"questions": asked})
-    return folder
 
 
 def test_vqa_v2(tmp_path):
@@ -148,23 +110,6 @@ def test_real_questions_in_the_official_layout(tmp_path):
 # Captions
 
 
-def coco_folder(folder: Path) -> Path:
-    for subset, first in (("train2014", 0), ("val2014", 10)):
-        numbers = range(first, first + 4)
-        for n in numbers:
-            image(coco_image(folder, subset, n))
-        save(folder / "annotations" / f"captions_{subset}.json", {
-            "images": [{"id": n, "file_name": coco_image(folder, subset, n).name} for n in numbers],
-            "annotations": [
-                {"id": 5 * n + k, "image_id": n, "caption": f"Caption {k}\n of {n} "}
-                for k in range(5) for n in numbers
-            ],
-        })  # fmt: skip
-    splits = {0: "train", 1: "train", 10: "restval", 11: "val", 12: "test"}
-    save(folder / "dataset_coco.json", {"images": [{"cocoid": n, "split": s} for n, s in splits.items()]})
-    return folder
-
-
 def test_coco_captions_and_the_karpathy_split(tmp_path):
     folder = coco_folder(tmp_path)
     data = coco_captions_data(str(folder), "dataset_coco.json")
@@ -190,20 +135,6 @@ def test_real_captions_in_the_official_layout(tmp_path):
     (record,) = read_coco_captions(tmp_path, "val2017")
     assert record.id == 397133 and record.image.name == "000000397133.jpg"
     assert record.captions[0] == "Man in apron standing on front of oven with pans and bakeware"
-
-
-def flickr_folder(folder: Path, layout: str = "token") -> Path:
-    names = [f"{n}.jpg" for n in range(4)]
-    for name in names:
-        image(folder / "images" / name)
-    pairs = [(name, k, f"A man, number {k}, runs .") for name in names for k in range(5)]
-    text = {
-        "token": [f"{name}#{k}\t{caption}" for name, k, caption in pairs],
-        "comma": ["image,caption", *(f'{name},"{caption}"' for name, _, caption in pairs)],
-        "bar": ["image_name| comment_number| comment", *(f"{n}| {k}| {c}" for n, k, c in pairs)],
-    }[layout]
-    (folder / "captions.txt").write_text("\n".join(text) + "\n")
-    return folder
 
 
 @pytest.mark.parametrize("layout", ["token", "comma", "bar"])

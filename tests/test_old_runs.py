@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from training_models import train_settings
+from support.training_models import train_settings
 
 import clipmapper
 from clipmapper.commands.train import train

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from training_models import ROOT
+from support.training_models import ROOT
 
 from clipmapper import cli
 from clipmapper.benchmarks import command as benchmark

@@ -7,9 +7,9 @@ zeros from ``scaled_dot_product_attention``, and so it does where attention is r
 import inspect
 
 import pytest
-import test_more_families as more
-import test_record_any as base
 import torch
+from support import families as base
+from support import more_families as more
 
 from clipmapper.errors import UserError
 from clipmapper.relevance import METHODS, Again, record

@@ -1,9 +1,9 @@
 """Padding of words beside an image, of patches and of PyTorch's own layers: as ``test_padding.py`` has it."""
 
 import pytest
-import test_more_families as more
-import test_record_any as base
 import torch
+from support import families as base
+from support import more_families as more
 
 from clipmapper.relevance import METHODS, record
 

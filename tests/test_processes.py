@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import training_models
 from clipmapper.training.record_batches import (
     CaptionRecords,
     RecordCaptions,
@@ -15,6 +14,7 @@ from clipmapper.training.record_batches import (
     question_batches,
 )
 from PIL import Image
+from support import training_models
 
 from clipmapper.commands.make_shards import main as make_shards
 from clipmapper.commands.train import train
@@ -144,7 +144,7 @@ def by_two(architecture, manifest, tmp_path_factory):
     """All runs by the same two processes, which the first command starts."""
     folder = tmp_path_factory.mktemp("two")
     runs = [placed(run, architecture, manifest, folder) for run in (QUESTIONS, CAPTIONS, SHARDED, *RESUMED)]
-    command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), json.dumps(runs)]
+    command = [sys.executable, str(Path(__file__).parent / "support" / "two_processes.py"), json.dumps(runs)]
     finished = training_models._process(command, folder)
     assert finished.status == 0, finished.errors
     return finished

@@ -5,8 +5,8 @@ out here as in Chefer, Gur, Wolf 2021 and Abnar & Zuidema 2020, per model, and n
 """
 
 import pytest
-import test_record_any as families
 import torch
+from support import families
 
 from clipmapper.relevance import METHODS, record
 

@@ -6,18 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_more_families as more_families
-import test_record_any as families
 import torch
 import torch.nn.functional as F
-from test_recorder import HOOKS, unmarked
+from support import families, more_families
+from support.own_layers import TOKENS, Doing, Mixed
+from support.recordings import HOOKS, maps, unmarked
 from torch import nn
 
 from clipmapper.errors import UserError
 from clipmapper.relevance import METHODS, Join, Node, record
 
 ROOT = Path(__file__).resolve().parents[1]
-METHOD_NAMES = ("weighted", "gae", "rollout")
 FAMILIES = (
     "hf_bert",
     "hf_lxmert",
@@ -32,10 +31,6 @@ def traced(case, model=None):
         y = case.y(case.run(case.model if model is None else model, case.inputs))
     trace.backward(y)
     return trace
-
-
-def maps(trace):
-    return {(n, s): v for n in METHOD_NAMES for s, v in METHODS[n](trace).streams.items()}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -229,30 +224,6 @@ class MyAttention(Mixing):
     pass
 
 
-class Mixed(nn.Module):
-    """Known layers with something of one's own between them."""
-
-    def __init__(self, between):
-        super().__init__()
-        layer = lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)  # noqa: E731
-        self.first, self.between, self.second = layer(), between, layer()
-
-    def forward(self, x):
-        return self.second(self.between(self.first(x)))
-
-
-class Doing(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
-TOKENS = torch.randn(2, 6, 8)
-
-
 def refused(model, error, message):
     model = model.eval()
     with unmarked(model), pytest.raises(error, match=message), record(model):
@@ -418,7 +389,8 @@ def test_the_table_of_models_names_tests_and_every_model_that_is_tested():
     text = (ROOT / "docs" / "recorder.md").read_text().split("## Models × recorder")[1]
     cells = [line.split("|")[-2] for line in text.splitlines() if line.startswith("| ")]
     named = {name for cell in cells for name in re.findall(r"`([\w-]+)", cell)}
-    here = {name for name in vars(families) | globals() if name.startswith("test_")}
+    tests = (ROOT / "tests" / "test_record_any.py").read_text() + Path(__file__).read_text()
+    here = set(re.findall(r"^def (test_\w+)", tests, flags=re.MULTILINE))
     made = {name.split(",")[0] for name in families.CASES | more_families.CASES}
     assert made <= named
     for name in named - made - here - {"weighted", "rollout"}:

@@ -8,10 +8,11 @@ import datasets
 import numpy as np
 import pytest
 import torch
-import training_models
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from test_official_data import coco_folder, flickr_folder, vqa_v2_folder
+from support import training_models
+from support.official_files import coco_folder, flickr_folder, vqa_v2_folder
+from support.photographs import photograph, photographs_in, run
 
 import clipmapper
 from clipmapper import cli
@@ -25,48 +26,10 @@ from clipmapper.data.readers.vqa_v2 import annotations_file
 from clipmapper.evaluation.captions.scores import score_captions
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
 
-SETTINGS = (
-    "encoder.pretrained=null", "training.batch_size=8", "training.max_steps=2", "training.warmup_steps=1",
-    "callbacks.samples=3", "callbacks.pictures=2", "callbacks.methods=[weighted,random]", "logger=csv",
-)  # fmt: skip
-
-
-def photograph(corner: tuple[int, int, int], size=(64, 40)) -> Image.Image:
-    """Grey, with a coloured quarter at the upper left."""
-    pixels = np.full((size[1], size[0], 3), 128, np.uint8)
-    pixels[: size[1] // 2, : size[0] // 2] = corner
-    return Image.fromarray(pixels)
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Photographs of different shapes, one stored on its side, and manifests about them."""
-    folder = tmp_path_factory.mktemp("mine")
-    questions, captions = [], []
-    for n in range(8):
-        colour, name = ((255, 0, 0), "red") if n % 2 else ((0, 0, 255), "blue")
-        exif = Image.Exif()
-        picture = photograph(colour, (64, 40 + 8 * n))
-        if n == 3:
-            picture, exif[0x112] = picture.rotate(90, expand=True), 6
-        picture.save(folder / f"{n}.jpg", exif=exif)
-        split = "train" if n < 4 else "validation" if n < 7 else "test"
-        asked = {"id": 10 + n, "image": f"{n}.jpg", "question": "what colour is it?", "split": split}
-        asked["family"] = "../what/colour"  # any text
-        questions.append(asked | ({} if n == 7 else {"answers": [name] * 6 + ["purple"] * 4}))
-        told = [f"a {name} corner", f"something {name}"]
-        captions.append({"id": n, "image": f"{n}.jpg", "captions": told, "split": split})
-    for name, rows in (("questions", questions), ("captions", captions)):
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
-
-
-def run(place, *settings: str):
-    # Later ones win, and architecture is of a CLIP with room for few patches.
-    architecture = training_models.tiny_clip(place)
-    given = SETTINGS if "callbacks=none" not in settings else [s for s in SETTINGS if "callbacks." not in s]
-    common = (*given, f"encoder.architecture={architecture}", f"output={place / 'outputs'}")
-    return train(training_models.train_settings(*settings, *common))
+    return photographs_in(tmp_path_factory.mktemp("mine"))
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
-import caption_models
 import numpy as np
 import pytest
 import torch
-import training_models
+from clipmapper.training.record_batches import RecordCaptions, RecordQuestions
 from PIL import Image
+from support import caption_models, training_models
+from support.small_records import VOCABULARY, Stored, records_in
 
-from clipmapper.data.answers import AnswerVocabulary
 from clipmapper.data.readers.manifest import manifest_data
 from clipmapper.data.records import Record
 from clipmapper.data.tokens import cache as token_cache
@@ -23,37 +23,12 @@ from clipmapper.tasks.captioning.task import CaptionTask
 from clipmapper.tasks.vqa.task import VQATask
 from clipmapper.training.encoder_tokens import token_store
 from clipmapper.training.processes import WHOLE
-from clipmapper.training.record_batches import RecordCaptions, RecordQuestions
 from clipmapper.training.record_tokens import different_images
-
-VOCABULARY = AnswerVocabulary(["red", "blue"])
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return training_models.tiny_model(training_models.tiny_clip(tmp_path_factory.mktemp("clip"))).eval()
-
-
-class Stored:
-    def __init__(self, image: Image.Image) -> None:
-        self.image = image
-
-    def read(self) -> Image.Image:
-        return self.image
-
-
-def records_in(folder: Path) -> list[Record]:
-    """Six questions about three images: a file, bytes, and a row of a data set."""
-    pictures = [np.random.default_rng(n).integers(0, 256, (50 + n, 80, 3), dtype=np.uint8) for n in range(3)]
-    folder.mkdir(exist_ok=True)
-    for n in range(2):
-        Image.fromarray(pictures[n]).save(folder / f"{n}.png")
-    images = [folder / "0.png", (folder / "1.png").read_bytes(), Stored(Image.fromarray(pictures[2]))]
-    asked = ["what is it?", "what colour is the thing on the left?"]
-    return [
-        Record(n, images[n % 3], str(n % 3), asked[n % 2], ("red",), captions=("a b", "c d e"))
-        for n in range(6)
-    ]
 
 
 @pytest.mark.parametrize("stored", [False, True])

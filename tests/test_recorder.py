@@ -1,12 +1,10 @@
 """Recording a forward: what it gives, and that it leaves no mark on the model."""
 
-from contextlib import contextmanager
-
 import pytest
-import tiny_models
 import torch
-import torch.nn.functional as F
-from compared_methods import METHODS
+from support import tiny_models
+from support.compared_methods import METHODS
+from support.recordings import unmarked
 from torch import nn
 
 from clipmapper.models.tokens import TokenizedText
@@ -14,10 +12,6 @@ from clipmapper.relevance import Join, Node, record
 
 KINDS = [("dual_flow", False), ("dual_flow", True), ("single_flow", False), ("single_flow", True)]
 LENGTHS = (7, 4, 9)
-HOOKS = [
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-    "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -42,26 +36,6 @@ def recorded(model, samples=None):
     with record(model, samples) as trace:
         logits = model(IMAGES, TEXT, only_class_token=False)
     return trace, logits
-
-
-def marks(model):
-    """Everything that a recording could leave behind."""
-    hooks = {
-        (name, kind): len(getattr(module, kind)) for name, module in model.named_modules() for kind in HOOKS
-    }
-    flags = {name: weight.requires_grad for name, weight in model.named_parameters()}
-    modes = {name: module.training for name, module in model.named_modules()}
-    own = {name: "forward" in vars(module) for name, module in model.named_modules()}
-    gradients = [name for name, weight in model.named_parameters() if weight.grad is not None]
-    return hooks, flags, modes, own, gradients, F.scaled_dot_product_attention, torch.is_grad_enabled()
-
-
-@contextmanager
-def unmarked(model):
-    before = marks(model)
-    assert not any(before[0].values()), "a fresh model has no hooks"
-    yield
-    assert marks(model) == before
 
 
 def test_logits_inside_are_the_plain_logits(model):

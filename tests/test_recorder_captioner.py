@@ -1,11 +1,10 @@
 """Recording a captioner: every word's explanation equals the naive one, from a single forward."""
 
-import naive_relevance
 import pytest
-import tiny_models
 import torch
-from compared_methods import METHODS
-from naive_captioning import CaptionRun
+from support import naive_relevance, tiny_models
+from support.compared_methods import METHODS
+from support.naive_captioning import CaptionRun
 
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.relevance import Node, record

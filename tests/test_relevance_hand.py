@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from compared_methods import METHODS
+from support.compared_methods import METHODS
+from support.made_traces import sublayer, tensor
 
 from clipmapper.relevance import (
-    Attention,
     AttentionTrace,
     Join,
     Node,
@@ -19,41 +19,6 @@ from clipmapper.relevance import (
     weighted_half,
     weighted_token,
 )
-
-
-def tensor(rows):
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def sublayer(query, key, probabilities, evidence, before, added, name="sub-layer"):
-    """A recorded sub-layer of one sample with given A and ∇A ⊙ A (both [heads, queries, keys]).
-
-    With one channel per key, key = value = identity and scale 1: the scores are the queries, log A, so that
-    softmax gives A; and ∇A = ∇o · vᵀ = ∇o, which is set to evidence / A. ``before`` and ``added`` hold x ⊙ ∇x
-    and a ⊙ ∇a [queries, width]; the tensors themselves are 2, so the gradients are halves of them.
-    """
-    A, evidence = tensor(probabilities), tensor(evidence)
-    assert torch.allclose(A.sum(-1), torch.ones_like(A.sum(-1))), "rows of A must sum to 1"
-    identity = torch.eye(A.shape[-1], dtype=torch.float64).expand(A.shape[0], -1, -1)[None]
-    two = torch.full((1, *tensor(before).shape), 2.0, dtype=torch.float64)
-    return Attention(
-        name=name,
-        query_node=query,
-        key_node=key,
-        output_node=Node(query.stream, query.version + 1),
-        query=A.log()[None],
-        key=identity,
-        value=identity,
-        mixed=A[None],
-        mask=None,
-        scale=1.0,
-        causal=False,
-        before=two,
-        added=two,
-        mixed_gradient=(evidence / A)[None],
-        before_gradient=tensor(before)[None] / 2,
-        added_gradient=tensor(added)[None] / 2,
-    )
 
 
 def check(relevance, **streams):

@@ -1,8 +1,8 @@
 """What recording keeps: nothing that grows with the square of the number of tokens, and not a twice."""
 
 import pytest
-import tiny_models
 import torch
+from support import tiny_models
 from torch.autograd.graph import saved_tensors_hooks
 
 from clipmapper.benchmarks import subjects

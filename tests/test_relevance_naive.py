@@ -2,18 +2,18 @@
 
 from dataclasses import replace
 
-import naive_relevance
 import pytest
-import tiny_models
 import torch
 import torch.nn.functional as F
-from compared_methods import METHODS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import naive_relevance, tiny_models
+from support.compared_methods import METHODS
+from support.explained_models import MODELS, Case, assert_same, expected_streams
+from support.made_traces import MASKS, RandomRun, attention
 
-from clipmapper.models.tokens import TokenizedText
-from clipmapper.relevance import Attention, AttentionTrace, Node, record
 from clipmapper.relevance import propagation as propagation_module
+from clipmapper.relevance import record
 from clipmapper.relevance.methods.attention_only import random
 from clipmapper.relevance.methods.weighted import (
     weighted,
@@ -23,48 +23,12 @@ from clipmapper.relevance.methods.weighted import (
 )
 from clipmapper.relevance.propagation import mean_attention, positive_attention, propagate, rows_times
 
-# Each kind of mapper with and without a class token of its own (and with place embeddings once), other
-# weights, other texts; texts of different lengths, so that all but the longest are padded.
-MODELS = [
-    ("dual_flow", False, 2, 0, (7, 4, 9)),
-    ("dual_flow", False, 3, 1, (5, 11, 8)),
-    ("dual_flow", True, 2, 2, (3, 10, 6)),
-    ("single_flow", False, 2, 3, (7, 4, 9)),
-    ("single_flow", True, 3, 4, (12, 5, 8)),
-]
 RULES = {
     "weighted": weighted_rule,
     "weighted_token": weighted_token_rule,
     "weighted_half": weighted_half_rule,
 }
 GRADIENT_FREE = ("weighted_half", "rollout", "raw_attention", "random")
-
-
-class Case:
-    """A model, a batch, its trace after the backward, and the explained answers."""
-
-    def __init__(self, folder, kind, class_token, depth, seed, lengths):
-        self.model = tiny_models.clipmapper(
-            folder, kind, class_token, depth, seed, image_position_embedding=seed % 2 == 1
-        )
-        self.images, self.text = tiny_models.images(len(lengths), seed), tiny_models.texts(lengths, seed)
-        self.lengths = lengths
-        self.answers = torch.arange(len(lengths)) + seed
-        self.answers %= len(tiny_models.ANSWERS)
-        self.logits, self.trace = self.traced()
-
-    def traced(self, rows=slice(None), factor=1.0, samples=None, **ignored):
-        longest = max(self.lengths[rows])
-        text = TokenizedText(*(t[rows, :longest] for t in vars(self.text).values()))
-        with record(self.model, samples) as trace:
-            logits = self.model(self.images[rows], text, only_class_token=False, **ignored)
-        trace.backward(factor * logits.gather(1, self.answers[rows][:, None])[:, 0])
-        return logits.detach(), trace
-
-    def naive(self, row, **kept):
-        ids = self.text.ids[row, : self.lengths[row]]
-        run = naive_relevance.Run(self.model, self.images[row], ids, **kept)
-        return run.differentiate(int(self.answers[row]))
 
 
 @pytest.fixture(scope="module")
@@ -82,26 +46,6 @@ def cases(tmp_path_factory):
 @pytest.fixture(params=MODELS, ids=lambda m: f"{m[0]}{'-class_token' if m[1] else ''}-{m[2]}-blocks")
 def case(request, cases):
     return cases(request.param)
-
-
-def expected_streams(run, naive, lengths):
-    """The naive result [all tokens], as streams padded to ``lengths``."""
-    expected = {}
-    if len(run.visual) > len(run.image):
-        expected["class_token"] = naive[:1]
-    for stream, places in (("image", run.image), ("text", run.text)):
-        row = naive[places]
-        expected[stream] = torch.cat([row, row.new_zeros(lengths[stream] - len(row))])
-    return expected
-
-
-def assert_same(relevance, expected, row, message):
-    assert set(relevance.streams) == set(expected)
-    for stream, values in expected.items():
-        torch.testing.assert_close(
-            relevance.streams[stream][row], values, rtol=1e-8, atol=1e-12,
-            msg=lambda m, stream=stream: f"{message}, {stream}: {m}",
-        )  # fmt: skip
 
 
 def test_every_method_equals_the_naive_implementation(case):
@@ -308,51 +252,6 @@ def test_random_does_not_depend_on_how_far_the_batch_is_padded(cases):
         assert torch.equal(scores[n].image, scores[77].image)
 
 
-# ---------------------------------------------------------------------------------------------------------
-def attention(mask_kind, seed=0, batch=2, heads=3, queries=7, keys=7, channels=4):
-    """A sub-layer with a mask of some kind, and A and ∇A from autograd through a plain softmax."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    q, k = normal(batch, heads, queries, channels), normal(batch, heads, keys, channels)
-    v, weight = normal(batch, heads, keys, channels), normal(batch, heads, queries, channels)
-    allowed = torch.ones(queries, keys, dtype=torch.bool)
-    mask, causal, scale = None, False, None
-    if mask_kind == "causal":
-        causal, allowed = True, allowed.tril()
-    elif mask_kind == "full boolean":
-        mask = normal(queries, keys) > -0.5
-        mask[:, 0] = True
-        allowed = mask
-    elif mask_kind == "full additive":
-        mask = normal(batch, heads, queries, keys)
-    elif mask_kind == "additive with -inf":
-        mask = torch.zeros(queries, keys, dtype=torch.float64).masked_fill(~allowed.tril(), float("-inf"))
-    elif mask_kind == "padding":
-        mask = (torch.arange(keys) < torch.tensor([keys, keys - 3])[:, None])[:, None, None]
-        allowed = mask
-    elif mask_kind == "scale":
-        scale = 0.9
-    scores = q @ k.transpose(2, 3) * (channels**-0.5 if scale is None else scale)
-    if mask is not None and mask.dtype != torch.bool:
-        scores = scores + mask
-    scores = scores.masked_fill(~allowed, float("-inf"))
-    A = scores.softmax(-1).requires_grad_()
-    mixed = A @ v
-    fused = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
-    torch.testing.assert_close(fused, mixed, msg="the test's own attention is wrong")
-    gradient = torch.autograd.grad((mixed * weight).sum(), A)[0]
-    width = torch.zeros(batch, queries, 1, dtype=torch.float64)
-    nodes = Node("q", 0), Node("k", 0), Node("q", 1)
-    step = Attention("test", *nodes, q, k, v, mixed.detach(), mask, scale, causal, width, width, weight)
-    return step, A.detach(), gradient
-
-
-MASKS = ["none", "causal", "full boolean", "full additive", "additive with -inf", "padding", "scale"]
-
-
 @pytest.mark.parametrize("mask", MASKS)
 def test_attention_and_its_gradient_are_rebuilt_exactly(mask):
     step, A, gradient = attention(mask)
@@ -389,64 +288,6 @@ def test_blocks_of_attention_change_no_method(cases, monkeypatch):
         for name, relevance in whole.items():
             for stream, values in METHODS[name](case.trace).streams.items():
                 torch.testing.assert_close(values, relevance.streams[stream], rtol=0, atol=1e-12)
-
-
-# ---------------------------------------------------------------------------------------------------------
-class RandomRun:
-    """A made-up run in the form of naive_relevance.Run, and the trace that says the same.
-
-    Two streams; sub-layers in any order; keys of the other stream in any state that they have had.
-    """
-
-    def __init__(self, seed):
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*shape):
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        def choose(n):
-            return int(torch.randint(n, (1,), generator=generator))
-
-        sizes = {"image": 1 + choose(4), "text": 1 + choose(4)}
-        self.image = list(range(sizes["image"]))
-        self.text = [sizes["image"] + i for i in range(sizes["text"])]
-        self.size, self.read = sum(sizes.values()), choose(sizes["image"])
-        places = {"image": self.image, "text": self.text}
-        self.logits, self.sublayers = torch.zeros(1, dtype=torch.float64), []
-        steps, versions = [], {"image": [0], "text": [0]}  # per version: the number of sub-layers before it
-        for number in range(1 + choose(6)):
-            stream = ("image", "text")[choose(2)]
-            source = stream if choose(2) else {"image": "text", "text": "image"}[stream]
-            own = len(versions[stream]) - 1
-            version = own if source == stream else choose(len(versions[source]))
-            n, m, heads, channels = sizes[stream], sizes[source], 2, 3
-            q, k, v = normal(heads, n, channels), normal(heads, m, channels), normal(heads, m, channels)
-            A, do = (q @ k.transpose(1, 2) / channels**0.5).softmax(-1), normal(heads, n, channels)
-            if choose(3) == 0:
-                do[:, choose(n)] = 0
-            x, a, dx, da = (normal(n, 2) for _ in range(4))
-            if choose(4) == 0:
-                dx, da = torch.zeros_like(dx), torch.zeros_like(da)
-            # The state that version had: after its sub-layer and whatever came until the next of its stream
-            # nothing of it changed, so any of these counts would do.
-            state = versions[source][version]
-            self.sublayers.append(
-                naive_relevance.Sublayer(
-                    places[stream], places[source], state, x, a, A, dx, da, do @ v.transpose(1, 2)
-                )
-            )
-            steps.append(
-                Attention(
-                    f"{number}", Node(stream, own), Node(source, version), Node(stream, own + 1),
-                    *(t[None] for t in (q, k, v, A @ v)), None, None, False, x[None], a[None],
-                    do[None], dx[None], da[None],
-                )
-            )  # fmt: skip
-            versions[stream].append(number + 1)
-        self.trace = AttentionTrace(
-            steps, sizes, {}, ("image", "text"),
-            (Node("image", len(versions["image"]) - 1), torch.tensor([self.read])),
-        )  # fmt: skip
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

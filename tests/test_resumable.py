@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import training_models
+from support import training_models
 
 from clipmapper.commands.train import train
 from clipmapper.errors import UserError

@@ -8,10 +8,10 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-import training_models
 import yaml
 from hydra.errors import HydraException
-from training_models import ROOT
+from support import training_models
+from support.training_models import ROOT
 
 from clipmapper.errors import UserError
 from clipmapper.training import run_folder

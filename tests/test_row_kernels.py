@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import training_models
+from support import training_models
 
 
 def test_kernels_agree_with_the_reference():
     pytest.importorskip("triton")
-    program = Path(__file__).with_name("row_kernel_cases.py")
+    program = Path(__file__).parent / "support" / "row_kernel_cases.py"
     environment = {**os.environ, "PYTHONPATH": str(training_models.ROOT)}
     done = subprocess.run(
         [sys.executable, str(program)], env=environment, capture_output=True, text=True,

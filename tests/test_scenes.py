@@ -17,12 +17,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import scene_checker
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from scene_checker import COLOURS, SHAPES, SIZES, Unclear, caption_is_true
+from support import scene_checker
+from support.scene_checker import COLOURS, SHAPES, SIZES, Unclear, caption_is_true
 
 from clipmapper.data.images import as_pil, clip_input
 from clipmapper.data.tokens.cache import TokenStore

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import training_models
 from PIL import Image
+from support import training_models
 from torch.utils.data import DataLoader
 
 from clipmapper.commands.make_shards import main as make_shards

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import training_models
 from PIL import Image
-from training_models import PATIENCE, same_bits
+from support import training_models
+from support.training_models import PATIENCE, same_bits
 
 from clipmapper.commands.train import train
 from clipmapper.host.stopping import Stopped

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import training_models
+from support import training_models
 
 from clipmapper.data.content import file_digests
 from clipmapper.data.tokens.cache import TokenStore

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import training_models
 from lightning.pytorch.callbacks import Callback
+from support import training_models
 from torch import nn
 
 from clipmapper import cli

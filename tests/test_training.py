@@ -13,12 +13,12 @@ import lightning
 import numpy as np
 import pytest
 import torch
-import training_models
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
+from support import training_models
+from support.training_models import same_bits
 from torch import nn
 from torch.utils.data import DataLoader
-from training_models import same_bits
 
 import clipmapper
 from clipmapper.commands.train import train

@@ -4,13 +4,18 @@ import json
 
 import numpy as np
 import pytest
-import training_models
-from test_record_runs import place, run  # noqa: F401
+from support import training_models
+from support.photographs import photographs_in, run
 
 from clipmapper.data.world.captioning import ScenesCaptions
 from clipmapper.errors import UserError
 from clipmapper.training.run_folder import RESULTS
 from clipmapper.training.task import ValidationSubset
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return photographs_in(tmp_path_factory.mktemp("mine"))
 
 
 def test_a_part_is_drawn_by_seed_and_name_and_all_is_the_split_itself():
@@ -44,7 +49,7 @@ def test_of_captions_images_and_truth_stay_together():
 
 
 @pytest.mark.parametrize("task", ["questions", "captions"])
-def test_the_results_say_how_many_of_how_many(place, task, capsys):  # noqa: F811
+def test_the_results_say_how_many_of_how_many(place, task, capsys):
     settings = {
         "questions": ("data=manifest", "model.head_width=16", "training.blind_steps=1"),
         "captions": ("experiment=caption_manifest",),

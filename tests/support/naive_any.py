@@ -10,10 +10,11 @@ from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import naive_relevance
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from support import naive_relevance
 
 
 @dataclass

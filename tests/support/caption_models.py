@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import training_models
 
 from clipmapper.data.world.captions import captions
 from clipmapper.data.world.scenes import Scene, draw_scene, render
 from clipmapper.tasks.captioning.build import build_captioner
 from clipmapper.tasks.captioning.model import Captioner
+from support import training_models
 
 SETTINGS = {
     "mapper": "dual_flow",

@@ -24,7 +24,7 @@ from clipmapper.settings.schema import TrainConfig
 from clipmapper.tasks.registry import register_settings
 from clipmapper.tasks.vqa.model import CLIPmapper, build_clipmapper
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 1800  # seconds for what takes seconds: the machine may be busy, but nothing waits for ever
 TINY_MAPPER = {
     "mapper": "dual_flow",

@@ -1,8 +1,9 @@
 """The forward of a captioner written out a second time, for the naive methods of ``naive_relevance``."""
 
-import naive_relevance
 import torch
 from torch import Tensor
+
+from support import naive_relevance
 
 
 class CaptionRun(naive_relevance.Run):

@@ -1,0 +1,1 @@
+"""What the test files share: small models and data, naive implementations, programs that tests start."""

@@ -1,0 +1,111 @@
+"""The methods that are not compared by default, as naive float64 code on whole runs."""
+
+import torch
+import torch.nn.functional as F
+
+from support import naive_relevance
+
+SIGNED = ("input_x_gradient", "attn_lrp", "integrated_gradients", "occlusion")
+
+
+def weighted_norm(run):
+    def alpha(s):
+        before, added = s.x.norm(dim=1).sum(), s.a.norm(dim=1).sum()
+        return (before / (before + added)).expand(len(s.queries))
+
+    return naive_relevance.accumulate(run, alpha, naive_relevance.positive)[run.read]
+
+
+def weighted_token_norm(run):
+    def alpha(s):
+        before, added = s.x.norm(dim=1), s.a.norm(dim=1)
+        return before / (before + added)
+
+    return naive_relevance.accumulate(run, alpha, naive_relevance.positive)[run.read]
+
+
+def grad_eclip(run):
+    def matrix(s):
+        q, k = (F.normalize(t.transpose(0, 1).flatten(1), dim=1) for t in (s.q, s.k))
+        cosine = q @ k.T
+        cosine = torch.where(s.A[0] > 0, cosine, torch.nan)
+        result = torch.zeros_like(cosine)
+        for i, row in enumerate(cosine):
+            seen = ~row.isnan()
+            low, high = row[seen].min(), row[seen].max()
+            weight = (row[seen] - low) / (high - low) if high > low else torch.ones(int(seen.sum()))
+            result[i, seen] = weight * s.dA.sum(0)[i, seen]
+        return torch.relu(result)
+
+    return naive_relevance._last_reading(run, matrix)
+
+
+def input_x_gradient(run):
+    values, found = torch.zeros(run.size, dtype=run.logits.dtype), set()
+    for s in run.sublayers:
+        for i, place in enumerate(s.queries):
+            if place not in found:
+                values[place] = (s.x[i] * s.dx[i]).sum()
+                found.add(place)
+    return values
+
+
+@torch.no_grad()
+def alti(run):
+    states = [torch.eye(run.size, dtype=run.logits.dtype)]
+    for s in run.sublayers:
+        C, read, new = states[-1], states[s.keys_state], states[-1].clone()
+        for i, query in enumerate(s.queries):
+            y = s.x[i] + s.a[i]
+            parts = {("key", key): sum(s.A[h, i, j] * s.v[h, j] @ s.W[h] for h in range(len(s.A)))
+                     for j, key in enumerate(s.keys)}  # fmt: skip
+            if s.cross:
+                parts["own", query] = s.x[i]
+            else:
+                parts["key", query] = parts["key", query] + s.x[i]
+            share = {c: max(0.0, float(y.abs().sum() - (y - t).abs().sum())) for c, t in parts.items()}
+            total = sum(share.values())
+            new[query] = sum(w / total * (read if kind == "key" else C)[place]
+                             for (kind, place), w in share.items())  # fmt: skip
+        states.append(new)
+    return states[-1][run.read]
+
+
+def transformation(e, new):
+    return new.norm(dim=1) / e.norm(dim=1) * F.cosine_similarity(e, new, dim=1).softmax(0)
+
+
+def tokens_in_state(run, places, state):
+    """x of the first sub-layer after ``state`` sub-layers in which these tokens ask."""
+    rows = {}
+    for s in run.sublayers[state:]:
+        for i, place in enumerate(s.queries):
+            rows.setdefault(place, s.x[i])
+    return torch.stack([rows[place] for place in places])
+
+
+@torch.no_grad()
+def token_tm(run):
+    start = {}
+    for s in run.sublayers:
+        for i, place in enumerate(s.queries):
+            start.setdefault(place, s.x[i].norm())
+    C = torch.diag(torch.stack([start[i] for i in range(run.size)]))
+    states = [C]
+    for s in run.sublayers:
+        C, read, new = states[-1], states[s.keys_state], states[-1].clone()
+        keys = tokens_in_state(run, s.keys, s.keys_state)
+        values = sum(s.v[h] @ s.W[h] for h in range(len(s.v)))
+        W = torch.diag(transformation(keys, values))
+        rows = C[s.queries] + ((s.A.mean(0) @ W) * torch.relu(s.dA).mean(0)) @ read[s.keys]
+        if s.after is not None:
+            e = s.x + s.a
+            rows = rows + torch.diag(transformation(e, s.after - e)) @ rows
+        new[s.queries] = rows
+        states.append(new)
+    return states[-1][run.read]
+
+
+NAIVE = {
+    f.__name__: f for f in (weighted_norm, weighted_token_norm, grad_eclip, input_x_gradient, alti, token_tm)
+}
