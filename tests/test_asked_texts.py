@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from clipmapper.training.record_batches import RecordQuestions
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer
@@ -15,6 +14,7 @@ from clipmapper.data.tokens.cache import TokenStore
 from clipmapper.models import encoder as encoder_identity
 from clipmapper.models.encoder import weights_digest
 from clipmapper.models.tokens import tokenize
+from clipmapper.tasks.vqa.batches import QuestionBatches
 from clipmapper.training import asked_texts as module
 from clipmapper.training.asked_texts import asked_by_records, asked_texts
 from clipmapper.training.record_tokens import check_room
@@ -70,6 +70,6 @@ def test_nothing_is_looked_at_twice(tmp_path, monkeypatch):
     store = TokenStore(tmp_path / "cache")
     check_room(model.encoder, store, splits, "fast", texts=True)
     for name, some in splits.items():
-        RecordQuestions(model, some, VOCABULARY, name, store)
+        QuestionBatches(model, some, VOCABULARY, name, store)
     assert sorted(tokenized) == sorted(2 * ["what colour is the thing on the left?", "what is it?"])
     assert len(weighed) == 2  # of images, and of texts

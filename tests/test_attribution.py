@@ -9,9 +9,9 @@ from captum.metrics import sensitivity_max
 from support import families, tiny_models
 
 from clipmapper.errors import UserError
-from clipmapper.explaining import trace_answers
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.relevance import METHODS, Attribution, quantus_explainer, record
+from clipmapper.tasks.vqa.explain import trace_answers
 
 LENGTHS = (7, 4, 9, 6)
 ANSWERS = [1, 3, 0, 2]

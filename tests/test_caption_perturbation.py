@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from clipmapper.training.explanation_kinds import caption_scalars
 from support import caption_models, training_models
 
 from clipmapper.errors import UserError
@@ -15,15 +14,15 @@ from clipmapper.evaluation.captions.scores import score_captions
 from clipmapper.evaluation.localisation import image_localisation
 from clipmapper.evaluation.perturbation import FRACTIONS, ModalityRelevance, perturb
 from clipmapper.models.tokens import word_positions
-from clipmapper.settings.schema import CAPTION_SCORES as CONFIGURED
 from clipmapper.tasks.captioning import variants as caption_variants
 from clipmapper.tasks.captioning.decoding import Decoding
-from clipmapper.tasks.captioning.explain import explain_caption_methods
-from clipmapper.tasks.captioning.perturbation import ALL_SCORES, CaptionScorer, WordScorer
-from clipmapper.tasks.captioning.report import caption_report, curve_points
-from clipmapper.tasks.captioning.samples import choose_caption_samples, token_word_places
+from clipmapper.tasks.captioning.explain import explain_captions
+from clipmapper.tasks.captioning.perturbation import CaptionScorer, WordScorer
+from clipmapper.tasks.captioning.report import caption_report
+from clipmapper.tasks.captioning.samples import caption_samples, token_word_places
+from clipmapper.tasks.captioning.tables import caption_perturbation_tables, word_localisation_table
 from clipmapper.tasks.captioning.variants import kept_captions
-from clipmapper.training.tables import caption_perturbation_tables, console, word_localisation_table
+from clipmapper.training.tables import console
 
 METHODS = ("weighted", "gae", "random")
 GREEDY = Decoding("greedy", max_length=8)
@@ -47,7 +46,7 @@ def model(architecture, data):
 
 @pytest.fixture(scope="module")
 def samples(model, data):
-    return choose_caption_samples(model, data, 4, seed=1)
+    return caption_samples(model, data, 4, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +162,7 @@ def test_samples(model, data, samples):
                 ]
                 seen = np.isin(data.instances[number], [k + 1 for k in alike])
                 assert mask.any() and not (mask & ~seen).any()
-    again = choose_caption_samples(model, data, 4, seed=1)
+    again = caption_samples(model, data, 4, seed=1)
     assert again.ids == samples.ids and [k.text for k in again.known] == [k.text for k in samples.known]
 
 
@@ -179,7 +178,7 @@ def test_report_explains_the_model_s_captions(model, samples, report):
         pixels = samples.images[row : row + 1]
         for name in ("weighted", "gae"):
             explanation = report.explanations[name][row]
-            (expected,) = explain_caption_methods(model, pixels, [name], decoding=GREEDY)
+            (expected,) = explain_captions(model, pixels, [name], decoding=GREEDY)
             assert explanation.caption == expected.caption == model.caption(pixels, GREEDY)
             np.testing.assert_allclose(explanation.maps, expected.maps, rtol=1e-4, atol=1e-7)
             chosen = report.chosen[row]
@@ -199,7 +198,7 @@ def test_localisation_of_words(model, samples, report):
     """Recomputed from explanations of the known captions, one by one."""
     expected: dict[str, list[float]] = {}
     for row, known in enumerate(samples.known):
-        explanation = explain_caption_methods(model, samples.images[row], ["gae"], caption=known.text)[0]
+        explanation = explain_captions(model, samples.images[row], ["gae"], caption=known.text)[0]
         by_kind: dict[str, list[float]] = {}
         for place, (kind, mask) in known.words.items():
             scores = image_localisation(explanation.maps[place][None], mask[None])

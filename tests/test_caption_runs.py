@@ -11,7 +11,7 @@ from support.offline_run import OfflineRun
 
 from clipmapper import cli
 from clipmapper.commands.train import train
-from clipmapper.settings.schema import METHODS
+from clipmapper.relevance import METHODS
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
 
 # The methods that are cheap to tell apart; the others take the same way.

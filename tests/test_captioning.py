@@ -32,8 +32,8 @@ from clipmapper.settings import schema as config
 from clipmapper.tasks.captioning.batches import CaptionBatches, Stage, drawn_batches
 from clipmapper.tasks.captioning.build import build_captioner
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions
+from clipmapper.tasks.captioning.run import CaptionRun
 from clipmapper.tasks.captioning.self_critical import SelfCriticalModule
-from clipmapper.tasks.captioning.task import CaptionTask
 from clipmapper.tasks.captioning.tokens import caption_vocabulary
 from clipmapper.tasks.captioning.training import CaptionModule, JudgedCaption
 from clipmapper.tasks.captioning.truth import family_scores
@@ -177,7 +177,7 @@ def test_stages_of_training(architecture, settings):
         "training.twins=0.6",
         "training.wordings={listing: 0, places: 1, relations: 0, counts: 2}",
     )
-    task = CaptionTask(config, ScenesCaptions(80, 60, 1, 1, 1, seed=0))
+    task = CaptionRun(config, ScenesCaptions(80, 60, 1, 1, 1, seed=0))
     task.prepare(None, Path("nowhere"))
     asked = []
     for name in ("simple", "train"):

@@ -7,7 +7,7 @@ from support import caption_models, training_models
 
 from clipmapper.data.images import clip_input
 from clipmapper.relevance import METHODS
-from clipmapper.tasks.captioning.explain import explain_caption_methods
+from clipmapper.tasks.captioning.explain import explain_captions
 from clipmapper.tasks.captioning.trace import trace_caption, word_relevance
 
 GPT2 = {"path": None, "layers": 1, "width": 16, "heads": 2, "frozen": False}
@@ -59,7 +59,7 @@ def test_what_is_run_again_is_what_was_traced(architecture, picture, case, scala
 
 def test_occlusion_is_what_the_word_loses_without_a_patch(architecture, picture):
     model = caption_models.captioner(architecture).float()
-    found = explain_caption_methods(model, picture, ["occlusion", "legrad"], caption=CAPTION)[0]
+    found = explain_captions(model, picture, ["occlusion", "legrad"], caption=CAPTION)[0]
     pixels = clip_input(picture[None], model.encoder.clip.visual)
     text = model.tokenize(CAPTION)
     lost = torch.zeros(8, 9)

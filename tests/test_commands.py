@@ -14,9 +14,10 @@ from support import training_models
 from clipmapper import cli
 from clipmapper.data.world.questions import CHANCE
 from clipmapper.data.world.vqa import ScenesVQA
-from clipmapper.settings.schema import COMPARED_METHODS as METHODS
+from clipmapper.relevance import COMPARED as METHODS
 from clipmapper.tasks.vqa import report as explanation_report
-from clipmapper.training.tables import accuracy_table, console, files_table, perturbation_table
+from clipmapper.tasks.vqa.tables import accuracy_table, perturbation_table
+from clipmapper.training.tables import console, files_table
 
 SCORES = ("accuracy", "probability")
 PANELS = [(m, d) for m in ("image", "text") for d in ("positive", "negative")]

@@ -14,8 +14,8 @@ from torch import nn
 
 import clipmapper
 from clipmapper.errors import UserError
-from clipmapper.explaining import explain_methods, trace_answers
 from clipmapper.models.tokens import TokenizedText
+from clipmapper.tasks.vqa.explain import explain_answers, trace_answers
 
 QUESTION = "is the chartreuse ring left of the cross?"
 WORDS = ["is", "the", "chartreuse", "ring", "left", "of", "the", "cross", "?"]
@@ -94,7 +94,7 @@ def test_image_may_be_a_path_an_image_or_an_array(model, picture, tmp_path):
 
 
 def test_several_methods_at_once_are_each_on_its_own(model, picture):
-    together = explain_methods(model, picture, QUESTION, list(METHODS))
+    together = explain_answers(model, picture, QUESTION, list(METHODS))
     for explanation, method in zip(together, METHODS, strict=True):
         alone = clipmapper.explain(model, picture, QUESTION, method=method)
         assert explanation.method == method

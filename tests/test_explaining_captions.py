@@ -15,7 +15,7 @@ from clipmapper.models.tokens import word_positions
 from clipmapper.relevance import record
 from clipmapper.relevance.many_scalars import each_scalar
 from clipmapper.tasks.captioning.decoding import Decoding
-from clipmapper.tasks.captioning.explain import explain_caption_methods
+from clipmapper.tasks.captioning.explain import explain_captions
 from clipmapper.tasks.captioning.trace import trace_caption
 
 CAPTION = "a chartreuse ring, left of a small cross"
@@ -71,7 +71,7 @@ def separately(model, pixels, method, scalar):
 @pytest.mark.parametrize("scalar", ["logit", "log_probability"])
 def test_all_words_at_once_are_each_on_its_own(model, picture, scalar):
     pixels = pixels_of(model, picture)
-    together = explain_caption_methods(model, pixels, list(METHODS), caption=CAPTION, scalar=scalar)
+    together = explain_captions(model, pixels, list(METHODS), caption=CAPTION, scalar=scalar)
     for explanation, method in zip(together, METHODS, strict=True):
         maps, matrix = separately(model, pixels, method, scalar)
         assert (explanation.method, explanation.words, explanation.caption) == (method, WORDS, CAPTION)

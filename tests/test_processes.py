@@ -7,12 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from clipmapper.training.record_batches import (
-    CaptionRecords,
-    RecordCaptions,
-    RecordQuestions,
-    question_batches,
-)
 from PIL import Image
 from support import training_models
 
@@ -21,7 +15,8 @@ from clipmapper.commands.train import train
 from clipmapper.data.readers.manifest import manifest_data
 from clipmapper.data.records import Record
 from clipmapper.errors import UserError
-from clipmapper.tasks.captioning.batches import Stage, drawn_batches
+from clipmapper.tasks.captioning.batches import CaptionBatches, Stage, drawn_batches
+from clipmapper.tasks.vqa.batches import QuestionBatches, question_batches
 from clipmapper.tasks.vqa.model import build_clipmapper
 from clipmapper.training.processes import Share, batches_of
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
@@ -225,7 +220,7 @@ def test_shares_of_questions_are_the_step_and_the_split(architecture, manifest):
     data = manifest_data(str(manifest))
     encoder = {"architecture": architecture, "pretrained": None, "frozen": True}
     model = build_clipmapper(encoder, training_models.TINY_MAPPER, data.answers)
-    split = RecordQuestions(model, data.train, data.vocabulary, "train", None)
+    split = QuestionBatches(model, data.train, data.vocabulary, "train", None)
     batch_at = question_batches(split, batch_size=6, seed=3)
     for step in (0, 1, 2):  # the last goes over the end of an epoch
         whole = batch_at(step)
@@ -242,7 +237,7 @@ def test_shares_of_questions_are_the_step_and_the_split(architecture, manifest):
 
 
 def test_shares_of_captions_are_the_step():
-    class Drawn(RecordCaptions):
+    class Drawn(CaptionBatches):
         def __init__(self) -> None:
             told = [tuple(f"caption {n} of {image}" for n in range(9)) for image in range(7)]
             self.split = CaptionRecords(

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from clipmapper.training.record_batches import RecordCaptions, RecordQuestions
 from PIL import Image
 from support import caption_models, training_models
 from support.small_records import VOCABULARY, Stored, records_in
@@ -19,8 +18,10 @@ from clipmapper.data.tokens.cache import TokenStore
 from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.tokens import tokenize
-from clipmapper.tasks.captioning.task import CaptionTask
-from clipmapper.tasks.vqa.task import VQATask
+from clipmapper.tasks.captioning.batches import CaptionBatches
+from clipmapper.tasks.captioning.run import CaptionRun
+from clipmapper.tasks.vqa.batches import QuestionBatches
+from clipmapper.tasks.vqa.run import VQARun
 from clipmapper.training.encoder_tokens import token_store
 from clipmapper.training.processes import WHOLE
 from clipmapper.training.record_tokens import different_images
@@ -35,8 +36,8 @@ def model(tmp_path_factory):
 def test_questions_have_the_tokens_of_their_own_image_and_text(model, tmp_path, stored):
     records = records_in(tmp_path)
     store = TokenStore(tmp_path / "cache" if stored else None, "float32", batch_size=2)
-    cached = RecordQuestions(model, records, VOCABULARY, "train", store)
-    plain = RecordQuestions(model, records, VOCABULARY, "train", None)
+    cached = QuestionBatches(model, records, VOCABULARY, "train", store)
+    plain = QuestionBatches(model, records, VOCABULARY, "train", None)
     assert len(cached.cache.image_tokens) == 3  # each image once
     chosen = torch.tensor([4, 0, 5, 3])
     found, wanted = cached.batch(chosen), plain.batch(chosen)
@@ -59,7 +60,7 @@ def test_images_of_captions_have_their_own_tokens(tmp_path):
     model = caption_models.captioner(training_models.tiny_clip(tmp_path)).float()
     records = records_in(tmp_path)
     found, wanted = (
-        RecordCaptions(model, records, "train", store).batch([4, 0], ["a b", "c d e"])
+        CaptionBatches(model, records, "train", store).batch([4, 0], ["a b", "c d e"])
         for store in (TokenStore(None, "float32"), None)
     )
     assert "images" not in found and found["references"] == wanted["references"]
@@ -94,13 +95,13 @@ def test_files_are_known_by_their_content(model, tmp_path):
 
 def test_a_later_run_finds_the_tokens_and_other_images_do_not(model, tmp_path):
     records, store = records_in(tmp_path / "images"), TokenStore(tmp_path / "cache")
-    RecordQuestions(model, records, VOCABULARY, "train", store)
+    QuestionBatches(model, records, VOCABULARY, "train", store)
     kept = sorted(path.name for path in (tmp_path / "cache").glob("*-*"))
     assert len(kept) == 2
-    RecordQuestions(model, records, VOCABULARY, "train", store)
+    QuestionBatches(model, records, VOCABULARY, "train", store)
     assert sorted(path.name for path in (tmp_path / "cache").glob("*-*")) == kept
     Image.new("RGB", (64, 64), "red").save(tmp_path / "images" / "0.png")
-    changed = RecordQuestions(model, records, VOCABULARY, "train", store)
+    changed = QuestionBatches(model, records, VOCABULARY, "train", store)
     assert len(list((tmp_path / "cache").glob("images-*"))) == 2
     with torch.no_grad():
         wanted = model.encoder.image_tokens(changed.dataset[0][1][None])
@@ -149,7 +150,7 @@ def prepared(settings, folder: Path):
     return task
 
 
-TASKS = {"vqa": VQATask, "captioning": CaptionTask}
+TASKS = {"vqa": VQARun, "captioning": CaptionRun}
 
 
 @pytest.mark.parametrize("captions", [False, True])

@@ -10,8 +10,10 @@ from PIL import Image
 from clipmapper.data.answer_rule import vqa_soft_accuracy
 from clipmapper.data.answers import AnswerVocabulary, annotators, frequent_answers
 from clipmapper.data.images import as_pil
-from clipmapper.data.records import CaptionCollate, Record, RecordData, RecordDataset, VQACollate
+from clipmapper.data.records import Record, RecordData, RecordDataset
 from clipmapper.errors import UserError
+from clipmapper.tasks.captioning.batches import CaptionCollate
+from clipmapper.tasks.vqa.batches import VQACollate
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:

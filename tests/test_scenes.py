@@ -40,13 +40,13 @@ from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.mapper import MAPPERS
 from clipmapper.models.tokens import tokenize
-from clipmapper.tasks.vqa.batches import SplitBatches, training_batches
+from clipmapper.tasks.vqa.batches import QuestionBatches, drawn_batches
 from clipmapper.tasks.vqa.model import CLIPmapper, VQAHead
-from clipmapper.tasks.vqa.samples import choose_samples
+from clipmapper.tasks.vqa.samples import question_samples
 from clipmapper.training import contrastive
 from clipmapper.training.asked_texts import asked_texts
 from clipmapper.training.contrastive import ContrastiveScenes
-from clipmapper.training.encoder_tokens import ArrayImages, question_tokens
+from clipmapper.training.encoder_tokens import question_tokens
 
 unhurried = settings(deadline=None, max_examples=30)  # a busy machine is not a failure
 seeds, indices = st.integers(0, 2**32), st.integers(0, 10**6)
@@ -758,7 +758,7 @@ def test_contrastive_texts_are_true_and_nothing_held_out_is_shown(model, drawn):
 
 def test_samples_are_spread_over_the_families(model, data):
     split = data.validation
-    chosen = choose_samples(model, split, 3 * len(FAMILIES) + 2, seed=0)
+    chosen = question_samples(model, split, 3 * len(FAMILIES) + 2, seed=0)
     counts = Counter(chosen.families)
     assert (
         len(chosen) == 3 * len(FAMILIES) + 2
@@ -766,9 +766,9 @@ def test_samples_are_spread_over_the_families(model, data):
         and set(counts.values()) == {3, 4}
     )
     assert len(set(chosen.ids)) == len(chosen)
-    again, other = (choose_samples(model, split, len(chosen), seed=s) for s in (0, 1))
+    again, other = (question_samples(model, split, len(chosen), seed=s) for s in (0, 1))
     assert again.ids == chosen.ids and set(other.ids) != set(chosen.ids)
-    assert choose_samples(model, split, 9, seed=0).ids == chosen.ids[:9]  # more samples keep the first ones
+    assert question_samples(model, split, 9, seed=0).ids == chosen.ids[:9]  # more samples keep the first ones
     for k, number in enumerate(chosen.ids):
         question = split.questions[number]
         assert (chosen.questions[k], chosen.truths[k]) == (question.text, question.answer)
@@ -788,7 +788,7 @@ def test_a_sample_that_nobody_can_see_is_left_out(model, data):
     hidden = replace(data.validation, instances=data.validation.instances.copy())
     covered = set(range(0, len(hidden.images), 2))
     hidden.instances[sorted(covered)] = 0
-    chosen = choose_samples(model, hidden, 10**6, seed=0)
+    chosen = question_samples(model, hidden, 10**6, seed=0)
     assert len(chosen) == sum(image not in covered for image in hidden.image_of)
     assert not covered & {int(hidden.image_of[number]) for number in chosen.ids}
 
@@ -827,8 +827,8 @@ def test_cached_tokens_are_those_of_the_encoder(model, data):
 
 
 def test_batches_from_the_cache_give_the_same_logits(model, data):
-    cached = SplitBatches(model, data.simple, "simple", store=TokenStore())
-    fresh = SplitBatches(model, data.simple, "simple", store=None)
+    cached = QuestionBatches(model, data.simple, "simple", store=TokenStore())
+    fresh = QuestionBatches(model, data.simple, "simple", store=None)
     numbers = torch.tensor([3, 40, 11, 0])
     one, two = cached.batch(numbers), fresh.batch(numbers)
     assert torch.equal(one["targets"], two["targets"])
@@ -849,13 +849,13 @@ def test_what_training_asks(model, data):
     """First families first, families by their shares, and within them what only a size tells by its own."""
     asked = []
 
-    class Noted(SplitBatches):
+    class Noted(QuestionBatches):
         def batch(self, numbers):
             asked.extend((self.name, self.split.questions[int(n)]) for n in numbers)
             return {}
 
     simple, train = (Noted(model, getattr(data, name), name, None) for name in ("simple", "train"))
-    batch_at = training_batches(
+    batch_at = drawn_batches(
         simple,
         train,
         batch_size=400,

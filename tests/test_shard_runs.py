@@ -20,9 +20,9 @@ from clipmapper.data.records import RecordData
 from clipmapper.data.shards.data import ShardData
 from clipmapper.errors import UserError
 from clipmapper.settings.instances import built
-from clipmapper.tasks.captioning.task import CaptionTask
+from clipmapper.tasks.captioning.run import CaptionRun
 from clipmapper.tasks.captioning.training import CaptionModule
-from clipmapper.tasks.vqa.task import VQATask
+from clipmapper.tasks.vqa.run import VQARun
 from clipmapper.tasks.vqa.training import VQAModule
 from clipmapper.training.interruption import RunInterrupted
 from clipmapper.training.module import StepBatches
@@ -99,7 +99,7 @@ def test_a_run_that_is_resumed_sees_the_batches_that_it_would_have_seen(place, n
 
     def batches(first: int) -> list[dict]:
         data = built(vars(config.data))
-        task = (VQATask if name == "questions" else CaptionTask)(config, data)
+        task = (VQARun if name == "questions" else CaptionRun)(config, data)
         task.prepare(None, place)
         steps = StepBatches(task.batch_at, first, config.training.max_steps)
         return list(DataLoader(steps, batch_size=None, num_workers=2, multiprocessing_context="fork"))

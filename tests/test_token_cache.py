@@ -19,7 +19,7 @@ from clipmapper.data.tokens.file import TokenFile
 from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.training.asked_texts import asked_texts
-from clipmapper.training.encoder_tokens import ArrayImages, image_tokens, text_tokens
+from clipmapper.training.encoder_tokens import image_tokens, text_tokens
 
 ROWS, SHAPE, PART = 23, (3, 4), 5
 

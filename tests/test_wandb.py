@@ -14,7 +14,7 @@ from support.offline_run import OfflineRun, records
 from clipmapper.commands.train import train
 from clipmapper.data.world.questions import FAMILIES
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
-from clipmapper.settings.schema import COMPARED_METHODS as METHODS
+from clipmapper.relevance import COMPARED as METHODS
 from clipmapper.settings.schema import WandbLoggerConfig
 from clipmapper.training.loggers import logged_files, run_logger
 from clipmapper.training.run_folder import RESULTS
