@@ -57,7 +57,7 @@ def hf_ijepa():
 
 
 def hf_vit_mae():
-    """Of 9 patches 4 are kept, in random order; its stream is no grid."""
+    """ViT-MAE keeps 4 of 9 patches, in random order: its stream is no grid."""
     case = images("ViTMAEModel", "ViTMAEConfig", "layers", "attention", 5, state, mask_ratio=0.5)
     case.inputs["noise"] = torch.rand(2, 9, generator=torch.Generator().manual_seed(0))
     case.streams = {"kept patches": "image"}
@@ -439,7 +439,7 @@ POST_NORM = {  # streams whose norms come after the additions
 
 
 def check_projections(case, trace, name):
-    """What is added is the projection of what was mixed, and a norm behind is given x + a."""
+    """Check that the projection of what was mixed is what is added, and that a norm behind is given x + a."""
     given, handles = defaultdict(list), []
     for norm in {s.projection.norm for s in trace.attention if s.projection and s.projection.norm}:
         keep = lambda module, args: given[module].append(args[0])  # noqa: E731

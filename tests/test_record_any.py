@@ -191,7 +191,7 @@ def hf_mt5():
 
 
 def attentions_of_both(o):
-    """Of an encoder and a decoder, in the order in which they ran."""
+    """List the attentions of an encoder and a decoder in the order in which they ran."""
     decoders = [A for pair in zip(o.decoder_attentions, o.cross_attentions, strict=True) for A in pair]
     return [*o.encoder_attentions, *decoders]
 

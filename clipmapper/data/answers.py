@@ -64,7 +64,7 @@ class AnswerVocabulary:
 
 
 def answer_scores(answers: Sequence[str], rule: str) -> dict[str, float]:
-    """Of each different human answer, normalised, how right it is."""
+    """Score each different human answer, normalised: how right is it by this rule?"""
     counts = Counter(normalised(answer) for answer in answers)
     if len(answers) < FEW:
         return dict.fromkeys(counts, 1.0)
@@ -104,7 +104,7 @@ def answer_vocabulary(answers: Iterable[Sequence[str]], least: int, rule: str) -
 
 
 def counted_answers(of_question: Sequence[str]) -> list[str]:
-    """What the human answers to a question, at least one, count for among the answers of a data set.
+    """Return what a question's human answers (at least one) count for among the answers of a data set.
 
     The most frequent one, normalised (of several the one that was given first), as VQA's own
     ``multiple_choice_answer`` is made; with fewer than four human answers each of them.
@@ -144,7 +144,7 @@ class _Counted(NamedTuple):
 
 
 def vocabulary_of(table: RecordTable, least: int, rule: str) -> AnswerVocabulary:
-    """As :func:`clipmapper.data.answers.answer_vocabulary` of the records' answers."""
+    """Call :func:`answer_vocabulary` with the records' answers, counted in the columns."""
     names, numbers = _normalised(table)
     counts = np.zeros(len(names), np.int64)
     for found in _counted(table, numbers):

@@ -126,8 +126,8 @@ _ABSENT = -1
 
 
 def stamps(columns: Columns, images: Sequence[int]) -> np.ndarray:
-    """What each image is known by: a digest of its name, the size of its file and when that was written
-    (-1 for a file that is not there)."""
+    """Return the stamp that each image is known by: a digest of its name, the size of its file and when that
+    was written (-1 for a file that is not there)."""
     found = np.zeros(len(images), _DTYPE)
     table = b"" if columns.folder is None else columns.folder.name.encode()
     here = os.getcwd()

@@ -56,7 +56,7 @@ class PixelReader:
         return self.exact(record.pil())
 
     def exact(self, image: Image.Image) -> UInt8[Tensor, "3 height width"]:
-        """Of an upright RGB image, by Pillow."""
+        """Transform an upright RGB image by Pillow."""
         for step in self._pillow:
             image = step(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -69,7 +69,7 @@ class PixelReader:
 def normalised(
     pixels: UInt8[Tensor, "batch 3 height width"], visual: nn.Module
 ) -> Float[Tensor, "batch 3 height width"]:
-    """What ``visual`` (an ``open_clip`` image tower) is given, as its transform computes it."""
+    """Normalise pixels for ``visual`` (an ``open_clip`` image tower), as its transform computes it."""
     mean, std = (
         torch.tensor(v, device=pixels.device)[:, None, None] for v in (visual.image_mean, visual.image_std)
     )

@@ -1,4 +1,4 @@
-"""What a perturbation test gives: curves, areas, intervals, and files of them."""
+"""Results of a perturbation test: curves, areas, intervals, and files of them."""
 
 import os
 from collections.abc import Mapping, Sequence

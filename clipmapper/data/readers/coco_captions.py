@@ -68,7 +68,7 @@ def read_coco_captions(folder: Path, subset: str, notes: list[str] | None = None
 
 
 def _records(folder: Path, subset: str, notes: list[str]) -> Iterator[Record]:
-    """As :func:`read_coco_captions`; the first of them is there when all of the file is found right."""
+    """Yield the records of :func:`read_coco_captions`, the first when all of the file is found right."""
     file = _file(folder, subset)
     reading = Entries()
     images = captioned_images(file, f"COCO's captions of {subset}", reading)

@@ -43,7 +43,7 @@ class Annotations:
     def add(
         self, question: int, answers: Sequence[str], kind: str, usual: str | None, image: int | None
     ) -> bool:
-        """Whether the question was not there before."""
+        """Add a question; False if it was there before."""
         if question in self._rows:
             return False
         self._rows[question] = len(self._rows)

@@ -59,7 +59,7 @@ def _composed_activations() -> Iterator[tuple[type[nn.Module], Callable]]:
 
 @contextmanager
 def backward_rules(rules: str) -> Iterator[None]:
-    """What is computed inside is differentiated by these rules (one of ``RULES``).
+    """Differentiate what is computed inside by these rules (one of ``RULES``).
 
     ``libra``: LibraGrad (Mehri et al., CVPR 2025, arXiv 2411.16760): attention probabilities, the standard
     deviation of norms and the gate of GELU, SiLU and QuickGELU count as constants. Products of a gated MLP
