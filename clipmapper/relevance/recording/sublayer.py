@@ -51,8 +51,8 @@ class Projection:
 
 
 def projection_of(module: nn.Module, linear: str, scale: str | None, norm: str | None) -> Projection | None:
-    """Find the parts by the paths of a family's line; None where this version of the module has no such part, or its
-    weights can't be read (quantised ones)."""
+    """Find the parts by the paths of a family's line; None where this version of the module lacks one, or
+    its weights can't be read (quantised ones)."""
     try:
         found = [None if path is None else _at(module, path) for path in (linear, scale, norm)]
         return Projection(*found) if isinstance(found[0].weight, Tensor) else None
