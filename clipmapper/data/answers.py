@@ -94,15 +94,6 @@ def most_frequent(counts: Mapping[str, int], least: int) -> list[str]:
     return sorted(kept, key=lambda answer: (-counts[answer], answer))
 
 
-def answer_vocabulary(answers: Iterable[Sequence[str]], least: int, rule: str) -> AnswerVocabulary:
-    """The vocabulary of training questions, given all human answers of each.
-
-    What a question counts for: :func:`counted_answers`.
-    """
-    counted = [answer for of_question in answers for answer in counted_answers(of_question)]
-    return AnswerVocabulary(frequent_answers(counted, least), rule)
-
-
 def counted_answers(of_question: Sequence[str]) -> list[str]:
     """Return what a question's human answers (at least one) count for among the answers of a data set.
 
@@ -143,8 +134,8 @@ class _Counted(NamedTuple):
     weight: np.ndarray  # of each record: how often the table has it
 
 
-def vocabulary_of(table: RecordTable, least: int, rule: str) -> AnswerVocabulary:
-    """Call :func:`answer_vocabulary` with the records' answers, counted in the columns."""
+def answer_vocabulary(table: RecordTable, least: int, rule: str) -> AnswerVocabulary:
+    """Make the vocabulary of training questions: what counts (:func:`counted_answers`) often enough."""
     names, numbers = _normalised(table)
     counts = np.zeros(len(names), np.int64)
     for found in _counted(table, numbers):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clipmapper.relevance.backward.half import scaled_gradients
+from clipmapper.relevance.float16_gradients import scaled_gradients
 from clipmapper.relevance.trace import Attention, AttentionTrace, attention_probabilities
 
 _FORWARD = ("query", "key", "value", "mixed", "before", "added")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from clipmapper.errors import UserError
-from clipmapper.relevance.backward.half import Rescued, scaled_gradients
-from clipmapper.relevance.recording.sublayer import Projection
+from clipmapper.relevance.float16_gradients import Rescued, scaled_gradients
+from clipmapper.relevance.sublayer import Projection
 
 _NO_GRADIENT = (
     "so gradient methods can't explain this model; those without a gradient (rollout, raw_attention, "

@@ -118,7 +118,7 @@ class Columns:
         records, images = tables[RECORDS_FILE], tables[IMAGES_FILE]
         self.records = {name: Column(records, name) for name in RECORDS.names}
         self.images = {name: Column(images, name) for name in IMAGES.names}
-        self.count, self.image_count = records.num_rows, images.num_rows
+        self.count = records.num_rows
         self.texts = Column(tables[TEXTS_FILE], "text")
         self.prefixes = [unpacked(one) for one in tables[PREFIXES_FILE].column("text").to_pylist()]
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clipmapper.relevance.recording.gradient_cuts import GradientCuts, without_checkpointing
 from clipmapper.relevance.recording.step_by_step import softmax_noticed, without_weights
-from clipmapper.relevance.recording.sublayer import Sublayer
+from clipmapper.relevance.sublayer import Sublayer
 from clipmapper.relevance.trace import Attention, Edge, Entry, Node
 
 
