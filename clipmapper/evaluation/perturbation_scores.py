@@ -45,8 +45,7 @@ class AreaRow:
 class PerturbationScores:
     """Per-sample curves. Axis `directions` is (positive, negative); `fractions` are the shares removed.
 
-    `scores` names what was scored: see the scorers in :mod:`answer_perturbation` and
-    :mod:`caption_perturbation`.
+    `scores` names what was scored (:class:`~clipmapper.evaluation.perturbation.VariantScorer`).
     """
 
     methods: tuple[str, ...]

@@ -534,7 +534,7 @@ class AttentionTrace:
             return torch.arange(length, device=self.device).expand(batch, -1)
         places = torch.full((batch, length), -1, device=self.device)
         for join in self.steps:
-            # (Not where a stream only goes to its next version, see layers.py.)
+            # (Not where a stream only goes to its next version, as method.from_layer lets it.)
             if isinstance(join, Join) and join.output.stream == holder != join.parts[0].stream:
                 inner = [self._numbered(stream, part.stream) for part in join.parts]
                 tokens = join.gather(inner)

@@ -66,7 +66,7 @@ def backward_rules(rules: str) -> Iterator[None]:
     (SwiGLU) are left as they are.
     ``attn_lrp``: Achtibat et al. 2024 (arXiv 2402.05602) in the form gradient × input, where its rules for
     softmax (Taylor expansion) and linear layers (ε → 0) are those of the plain gradient.
-    ``lrp``: the rules of Chefer, Gur, Wolf 2021 (arXiv 2012.09838), see ``lrp_rules.py``.
+    ``lrp``: the rules of Chefer, Gur, Wolf 2021 (arXiv 2012.09838), see ``lrp.py``.
 
     Everything is restored on leaving, also after an exception. Raises ``ValueError`` for an unknown name, and
     ``UserError`` for ``lrp`` under autocast: it divides by sums that half precision rounds to 0.
