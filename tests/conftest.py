@@ -54,6 +54,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What the imports have left is there for good: the garbage collector need not look through it again."""
+    """Keep the garbage collector from what imports have left: that is there for good."""
     gc.collect()
     gc.freeze()

@@ -56,7 +56,7 @@ def test_attributes_belong_to_the_objects_that_the_words_speak_of(told):
 
 
 def test_one_thing_is_one_object_and_different_things_are_different_objects(told):
-    """ "a small red ring": the three words are about the same object, "a ... a ..." about different ones."""
+    """All words of "a small red ring" are about one object; "a ... a ..." is about two."""
     pattern = rf"(a|the) ((?:(?:{'|'.join(SIZES)}) )?(?:{'|'.join(COLOURS)}) (?:{'|'.join(SHAPES)}))"
     for _, caption in told:
         texts = " ".join(word.text for word in caption.words)

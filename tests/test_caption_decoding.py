@@ -90,7 +90,7 @@ def test_batched_equals_one_by_one(model, name):
 
 
 def next_log_probabilities(model: Captioner, image: torch.Tensor, words: tuple[int, ...]) -> torch.Tensor:
-    """Of one image's next token, by a whole forward of the model."""
+    """Return the log-probabilities of one image's next token, by a whole forward of the model."""
     ids = torch.tensor([[model.ends.start, *words]])
     valid = torch.ones_like(ids, dtype=torch.bool)
     logits = model.caption_logits(image[None], model.text_tokens(ids, valid), valid)[0, -1]

@@ -1,4 +1,4 @@
-"""What of the encoder is trained and how fast, adapters, and other image sizes."""
+"""Fine-tuning the encoder: trained blocks and their learning rates, adapters, and other image sizes."""
 
 import json
 from pathlib import Path

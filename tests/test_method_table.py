@@ -287,7 +287,7 @@ RELATIVE = ("token_tm", "token_tm_libra")  # an MLP behind the last attention on
 
 
 def expected(col, row, method):
-    """What naive code gives for a sample: per stream, or all tokens in one; None: no reference here."""
+    """Compute a sample's relevance by naive code: per stream, or all tokens in one; None: no reference."""
     rules = "libra" if method.endswith("_libra") else "plain"
     base = method.removesuffix("_libra")
     if base in NAIVE:

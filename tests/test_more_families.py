@@ -40,7 +40,7 @@ POST_NORM = {  # streams whose norms come after the additions
 
 
 def check_projections(case, trace, name):
-    """What is added is the projection of what was mixed, and a norm behind is given x + a."""
+    """Check that the projection of what was mixed is what is added, and that a norm behind is given x + a."""
     given, handles = defaultdict(list), []
     for norm in {s.projection.norm for s in trace.attention if s.projection and s.projection.norm}:
         keep = lambda module, args: given[module].append(args[0])  # noqa: E731

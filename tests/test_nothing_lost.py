@@ -51,7 +51,7 @@ def settings(common):
 
 @pytest.fixture(scope="module")
 def whole(settings) -> dict:
-    """What training ends with that nothing disturbed."""
+    """Return the checkpoint at the end of training that nothing has disturbed."""
     return checkpoint(train(settings("name=whole")))
 
 

@@ -17,7 +17,7 @@ from clipmapper.data.readers.flickr_captions import flickr_captions_data
 from clipmapper.data.readers.manifest import manifest_data
 from clipmapper.data.readers.official_files import coco_image
 from clipmapper.data.readers.results import official_accuracy, write_results
-from clipmapper.data.readers.vqa_v2 import annotations_file, read_vqa_v2, vqa_v2_data
+from clipmapper.data.readers.vqa_v2 import annotations_file, vqa_v2_data
 from clipmapper.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,13 +98,14 @@ def test_every_normalised_answer_of_real_questions():
 def test_real_questions_in_the_official_layout(tmp_path):
     found = SHARED / "vqa_v2_tiny_official_format" / "storage" / "fixtures" / "vqa_v2"
     for subset in ("train2014", "val2014"):
-        records = list(read_vqa_v2(found, subset))
+        records = list(QuestionFiles(found).records(subset))
         assert len({record.id for record in records}) == len(records) >= 3
         assert all(len(record.answers) == 10 for record in records)
         assert {record.family for record in records} <= {"yes/no", "number", "other"}
     record = records[0]
     assert (record.question, record.answers[:3]) == ("What color is the wall?", ("red", "red", "orange"))
-    assert len(read_vqa_v2(found, "test2015")) == len(read_vqa_v2(found, "test-dev2015")) > 3
+    tests = [list(QuestionFiles(found).records(subset)) for subset in ("test2015", "test-dev2015")]
+    assert len(tests[0]) == len(tests[1]) > 3
 
 
 # Captions
@@ -132,7 +133,7 @@ def test_real_captions_in_the_official_layout(tmp_path):
     place = tmp_path / "annotations" / "captions_val2017.json"
     place.parent.mkdir()
     place.write_bytes((found / "coco_captions_valid.json").read_bytes())
-    (record,) = read_coco_captions(tmp_path, "val2017")
+    (record,) = read_coco_captions(tmp_path, "val2017", [])
     assert record.id == 397133 and record.image.name == "000000397133.jpg"
     assert record.captions[0] == "Man in apron standing on front of oven with pans and bakeware"
 

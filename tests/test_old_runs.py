@@ -32,7 +32,7 @@ def unpacked(packed: Path, file: Path) -> Path:
 
 
 def told(kind: str, folder: Path) -> list:
-    """What the old checkpoint says about three scenes."""
+    """Ask the old checkpoint about three scenes."""
     model = clipmapper.load(unpacked(OLD / kind / "last.ckpt.xz", folder / "last.ckpt"))
     images, _ = render_all([draw_scene(1, "old runs", number) for number in range(len(QUESTIONS))])
     found = []

@@ -1,4 +1,4 @@
-"""What a command writes is tried before it reads, loads or trains anything."""
+"""Every command tries its outputs before it reads, loads or trains anything."""
 
 import importlib.util
 import os

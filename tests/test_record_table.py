@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from clipmapper.data.answers import AnswerVocabulary, answer_vocabulary, unknown_answers, vocabulary_of
+from clipmapper.data.answers import (
+    AnswerVocabulary,
+    answer_vocabulary,
+    counted_answers,
+    frequent_answers,
+    unknown_answers,
+)
 from clipmapper.data.readers.manifest import manifest_data
 from clipmapper.data.record import Record
 from clipmapper.data.tables import remembered
@@ -54,8 +60,9 @@ def test_a_table_is_the_list(some):
 @given(fields, st.integers(1, 3), st.sampled_from(["soft", "thirds", "three"]))
 def test_answers_are_counted_as_one_by_one(some, least, rule):
     some = records_of(some)
-    table, naive = as_table(some), answer_vocabulary((record.answers for record in some), least, rule)
-    assert vocabulary_of(table, least, rule).answers == naive.answers
+    table, counted = as_table(some), [answer for record in some for answer in counted_answers(record.answers)]
+    naive = AnswerVocabulary(frequent_answers(counted, least), rule)
+    assert answer_vocabulary(table, least, rule).answers == naive.answers
     for vocabulary in (naive, AnswerVocabulary(["yes", "2"], rule)):
         lost = sum(not vocabulary.targets(record.answers).any() for record in some)
         found = unknown_answers(table, vocabulary)

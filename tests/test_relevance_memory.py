@@ -1,4 +1,4 @@
-"""What recording keeps: nothing that grows with the square of the number of tokens, and not a twice."""
+"""Recording keeps nothing that grows with the square of the number of tokens, and ``a`` only once."""
 
 import pytest
 import torch

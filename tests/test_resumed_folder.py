@@ -167,7 +167,7 @@ def test_setting_that_names_nothing():
 
 @pytest.fixture
 def way_on(tmp_path, monkeypatch):
-    """Of a run with the settings that these folders are begun with."""
+    """The way on of a run with the settings that these folders are begun with."""
     config = training_models.train_settings(f"output={tmp_path}", "name=name")
     monkeypatch.setattr(
         sys.modules[__name__], "SETTINGS", {k: v for k, v in asdict(config).items() if k != "resume"}

@@ -1,4 +1,4 @@
-"""Bootstrap intervals: against scipy, coverage, pairing, and what is refused."""
+"""Bootstrap intervals: against scipy, coverage, and what is refused."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,6 @@ from clipmapper.evaluation.statistics import (
     Interval,
     bootstrap_interval,
     bootstrap_intervals,
-    paired_difference,
     trapezoid_area,
 )
 
@@ -66,20 +65,6 @@ def test_columns_are_the_single_intervals():
         assert interval.as_dict() == pytest.approx(alone.as_dict(), abs=1e-12)
 
 
-def test_pairing_cancels_what_both_share():
-    generator = np.random.default_rng(10)
-    difficulty = generator.normal(0, 5, 100)
-    a = difficulty + 0.3 + generator.normal(0, 0.1, 100)
-    b = difficulty + generator.normal(0, 0.1, 100)
-    difference = paired_difference(a, b)
-    assert 0.2 < difference.low < difference.mean < difference.high < 0.4
-    assert bootstrap_interval(a).low < bootstrap_interval(b).high  # unpaired, they could not be told apart
-    flipped = paired_difference(b, a)
-    assert (flipped.mean, flipped.low, flipped.high) == pytest.approx(
-        (-difference.mean, -difference.high, -difference.low)
-    )
-
-
 def test_seed_decides_and_level_widens():
     values = np.random.default_rng(11).normal(size=30)
     assert bootstrap_interval(values, seed=1) == bootstrap_interval(values, seed=1)
@@ -104,9 +89,6 @@ def test_refuses_what_has_no_answer():
         bootstrap_interval(np.ones(3), confidence=95.0)
     with pytest.raises(ValueError, match="resamples"):
         bootstrap_interval(np.ones(3), resamples=0)
-    # The shapes in the signature refuse it in the tests, the function's own check everywhere else.
-    with pytest.raises((ValueError, TypeError), match="samples"):
-        paired_difference(np.ones(3), np.ones(1))
 
 
 def test_trapezoid_area_by_hand():

@@ -72,7 +72,7 @@ def copy_of(module: nn.Module) -> dict:
 
 @pytest.fixture
 def compiled(monkeypatch):
-    """What is asked to be compiled, which is not done: torch.compile would come upon the checks of shapes
+    """Collects what is to be compiled without doing it: torch.compile would come upon the checks of shapes
     that tests put in."""
     parts = []
     monkeypatch.setattr(nn.Module, "compile", lambda part: parts.append(part))

@@ -1,6 +1,8 @@
 """Pictures: what is hot is drawn hot and in its place, texts stay on the page and off the pictures."""
 
 from html.parser import HTMLParser
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import matplotlib
 import numpy as np
@@ -15,9 +17,9 @@ from clipmapper.errors import UserError
 from clipmapper.visual.comparison import plot_method_comparison
 from clipmapper.visual.curves import line_style, plot_perturbation_curves
 from clipmapper.visual.explanation import plot_explanation
-from clipmapper.visual.files import figure_pixels, save_figure
+from clipmapper.visual.files import save_figure
 from clipmapper.visual.heatmap import DEFAULT_ALPHA, heatmap_overlay, relevance_at_pixels
-from clipmapper.visual.layout import Run, text_width, wrap
+from clipmapper.visual.layout import Run, house_style, text_width, wrap
 from clipmapper.visual.panels import check_mask
 from clipmapper.visual.words import share_of_maximum, word_colours, words_html
 
@@ -31,6 +33,11 @@ METHODS = [
 
 def grey_image(height: int, width: int) -> np.ndarray:
     return np.full((height, width, 3), 120, dtype=np.uint8)
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    with TemporaryDirectory() as folder, Image.open(save_figure(figure, Path(folder) / "it.png")) as picture:
+        return np.asarray(picture.convert("RGB"))
 
 
 def explanation(**changes) -> Figure:
@@ -293,7 +300,7 @@ def test_deciding_region_is_outlined_in_its_place():
     mask[6:18, 84:108] = True
     arguments = {"image": grey_image(60, 120), "relevance": np.zeros((6, 6))}
     without, with_mask = explanation(**arguments), explanation(**arguments, deciding_mask=mask)
-    plain, outlined = figure_pixels(without).astype(int), figure_pixels(with_mask).astype(int)
+    plain, outlined = pixels(without).astype(int), pixels(with_mask).astype(int)
     box = with_mask.axes[0].get_window_extent()
     top, bottom = round(outlined.shape[0] - box.y1), round(outlined.shape[0] - box.y0)
     changed = np.abs(outlined - plain).sum(axis=2)[top:bottom, round(box.x0) : round(box.x1)]
@@ -306,7 +313,7 @@ def test_deciding_region_is_outlined_in_its_place():
 
 def test_masks_at_the_edges_and_of_wrong_shape():
     for mask in (np.zeros((72, 72), dtype=bool), np.ones((72, 72), dtype=bool)):
-        figure_pixels(explanation(deciding_mask=mask))
+        pixels(explanation(deciding_mask=mask))
     with pytest.raises(ValueError, match="deciding_mask"):
         check_mask(grey_image(72, 72), np.zeros((72, 71), dtype=bool))
 
@@ -333,9 +340,9 @@ def test_comparison_needs_words_of_every_method():
 
 
 def test_figures_do_not_depend_on_the_users_style():
-    reference = figure_pixels(explanation())
+    reference = pixels(explanation())
     with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30, "axes.titlecolor": "red"}):
-        assert np.array_equal(figure_pixels(explanation()), reference)
+        assert np.array_equal(pixels(explanation()), reference)
 
 
 # --- curves
@@ -402,7 +409,10 @@ def test_saved_png_reads_back_and_is_deterministic(tmp_path):
     path = save_figure(explanation(), tmp_path / "new" / "folder" / "map.png")
     with Image.open(path) as picture:
         saved = np.asarray(picture.convert("RGB"))
-    assert np.array_equal(saved, figure_pixels(explanation()))
+    canvas = FigureCanvasAgg(explanation())
+    with house_style():
+        canvas.draw()
+    assert np.array_equal(saved, np.array(canvas.buffer_rgba())[..., :3])
     again = save_figure(explanation(), tmp_path / "again.png")
     assert again.read_bytes() == path.read_bytes()
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["map.png"]

@@ -1,4 +1,4 @@
-"""What a run leaves for W&B, read back from the file of the offline run; and the same numbers in CSV."""
+"""A run's numbers and media for W&B, read back from the file of the offline run; the same numbers in CSV."""
 
 import csv
 import json

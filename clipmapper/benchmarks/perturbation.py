@@ -1,4 +1,4 @@
-"""What the perturbation test costs, against its plain forwards and against the loop that masks."""
+"""Measure the time of a perturbation test against its plain forwards and against the loop that masks."""
 
 from argparse import ArgumentParser, Namespace
 from collections import Counter

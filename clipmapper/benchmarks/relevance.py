@@ -1,4 +1,4 @@
-"""What explanations cost: every method against one forward and one backward to the input image."""
+"""Measure the time and memory of every explanation method against one forward and backward to the image."""
 
 import multiprocessing
 from argparse import ArgumentParser, BooleanOptionalAction, Namespace
@@ -276,13 +276,13 @@ def plot(results: dict, path: Path) -> Path:
 
 
 def _expected_bytes(before: list[dict], model: str, way: str, batch: int) -> float:
-    """From smaller batches of the same."""
+    """Extrapolate the peak of memory from smaller batches of the same."""
     same = [r for r in before if r["model"] == model and r["way"] == way and "peak_bytes" in r]
     return same[-1]["peak_bytes"] * batch / same[-1]["batch"] if same else 0.0
 
 
 def _resident_growth(name: str, batch: int, way: str, device: str, precision: str) -> int:
-    """In a process of its own: an earlier peak would hide this one."""
+    """Measure the growth of memory in a process of its own: an earlier peak would hide this one."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_explain_once, (name, batch, way, device, precision, torch.get_num_threads()))

@@ -66,7 +66,7 @@ class Subject:
 
 
 class _Readout:
-    """Of an image tower, for methods that read out every layer."""
+    """Reads out every layer of an image tower, for the methods that need that."""
 
     def __init__(self, read: Callable[[Tensor], Tensor]) -> None:
         self.read = read
@@ -177,12 +177,12 @@ _SHIPPED = {
 
 
 def vit_b_32_mapper(kind: str = "dual_flow") -> CLIPmapper:
-    """In the paper's size."""
+    """Build a mapper of the paper's size."""
     return build_mapper(_B_32, _PAPER | {"mapper": kind, "depth": {"dual_flow": 3, "single_flow": 8}[kind]})
 
 
 def scenes_mapper() -> CLIPmapper:
-    """In the size of the built-in experiment, on the shipped CLIP."""
+    """Build a mapper of the built-in experiment's size, on the shipped CLIP."""
     settings = {"mapper": "dual_flow", "width": 128, "depth": 2, "heads": 8, "head_width": 256}
     return build_mapper(_SHIPPED, _PAPER | settings | {"image_position_embedding": True}, answers=40)
 

@@ -59,7 +59,7 @@ def measured(
 
 
 def machine(device: torch.device) -> dict:
-    """What the times depend on. ``load``: how many threads wanted to run, on average of the last minute."""
+    """Return what the times depend on. ``load``: threads that wanted to run, mean of the last minute."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": str(device),
@@ -141,7 +141,7 @@ def resident_bytes() -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """What may still be taken."""
+    """Return how much memory of the device (of the host, for a CPU) is still free."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info()[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

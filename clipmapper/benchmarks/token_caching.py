@@ -1,4 +1,4 @@
-"""What a token cache saves in a step of training, and what half precision costs."""
+"""Measure what a token cache saves in a step of training, and what half precision costs."""
 
 import tempfile
 from argparse import ArgumentParser, Namespace

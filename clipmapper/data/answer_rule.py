@@ -197,5 +197,5 @@ class VQASoftAccuracy(Metric):
 
 
 def _strip(answer: str) -> str:
-    """What the official scorer does to every answer, also where it processes nothing else."""
+    """Strip an answer as the official scorer does with every one, also where it processes nothing else."""
     return answer.replace("\n", " ").replace("\t", " ").strip()

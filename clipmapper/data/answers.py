@@ -65,7 +65,7 @@ class AnswerVocabulary:
 
 
 def answer_scores(answers: Sequence[str], rule: str) -> dict[str, float]:
-    """Of each different human answer, normalised, how right it is."""
+    """Score each different human answer, normalised: how right is it by this rule?"""
     counts = Counter(normalised(answer) for answer in answers)
     if len(answers) < FEW:
         return dict.fromkeys(counts, 1.0)
@@ -95,17 +95,8 @@ def most_frequent(counts: Mapping[str, int], least: int) -> list[str]:
     return sorted(kept, key=lambda answer: (-counts[answer], answer))
 
 
-def answer_vocabulary(answers: Iterable[Sequence[str]], least: int, rule: str) -> AnswerVocabulary:
-    """The vocabulary of training questions, given all human answers of each.
-
-    What a question counts for: :func:`counted_answers`.
-    """
-    counted = [answer for of_question in answers for answer in counted_answers(of_question)]
-    return AnswerVocabulary(frequent_answers(counted, least), rule)
-
-
 def counted_answers(of_question: Sequence[str]) -> list[str]:
-    """What the human answers to a question, at least one, count for among the answers of a data set.
+    """Return what a question's human answers (at least one) count for among the answers of a data set.
 
     The most frequent one, normalised (of several the one that was given first), as VQA's own
     ``multiple_choice_answer`` is made; with fewer than four human answers each of them.
@@ -144,8 +135,8 @@ class _Counted(NamedTuple):
     weight: np.ndarray  # of each record: how often the table has it
 
 
-def vocabulary_of(table: RecordTable, least: int, rule: str) -> AnswerVocabulary:
-    """As :func:`clipmapper.data.answers.answer_vocabulary` of the records' answers."""
+def answer_vocabulary(table: RecordTable, least: int, rule: str) -> AnswerVocabulary:
+    """Make the vocabulary of training questions: what counts (:func:`counted_answers`) often enough."""
     names, numbers = _normalised(table)
     counts = np.zeros(len(names), np.int64)
     for found in _counted(table, numbers):

@@ -14,7 +14,7 @@ INDEX = "file_digests.json"
 
 
 def content_digest(content: bytes | np.ndarray) -> str:
-    """Of bytes, or of an array with its type and shape."""
+    """Return a digest of bytes, or of an array together with its type and shape."""
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(content, np.ndarray):
         digest.update(f"{content.dtype} {content.shape};".encode())

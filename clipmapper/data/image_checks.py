@@ -70,8 +70,8 @@ def _bad(columns: Columns, images: np.ndarray, check: str) -> tuple[dict[int, tu
         notes.append(f"images: {_SAMPLE} of {len(images)} were opened before training (data.check=sample)")
         images = images[chosen]
     home = None if columns.folder is None else columns.folder.parent
-    stamps = stamps_of(columns, images.tolist())
-    unknown = np.flatnonzero(~known(home, stamps))
+    asked = stamps(columns, images.tolist())
+    unknown = np.flatnonzero(~known(home, asked))
     bad: dict[int, tuple[str, str]] = {}
     fine: list[int] = []
     try:
@@ -81,7 +81,7 @@ def _bad(columns: Columns, images: np.ndarray, check: str) -> tuple[dict[int, tu
             else:
                 bad[int(images[place])] = reason
     finally:  # also of a check that was stopped
-        remember(home, stamps[fine])
+        remember(home, asked[fine])
     return bad, notes
 
 
@@ -126,8 +126,8 @@ _ABSENT = -1
 
 
 def stamps_of(columns: Columns, images: Sequence[int]) -> np.ndarray:
-    """What each image is known by: a digest of its name, the size of its file and when that was written
-    (-1 for a file that is not there)."""
+    """Return the stamp that each image is known by: a digest of its name, the size of its file and when that
+    was written (-1 for a file that is not there)."""
     found = np.zeros(len(images), _DTYPE)
     table = b"" if columns.folder is None else columns.folder.name.encode()
     here = os.getcwd()

@@ -59,7 +59,7 @@ _BARE = {PNG: bare_png, JPEG: bare_jpeg}
 
 
 def ignore_bad_metadata() -> None:
-    """No warnings of Pillow's about EXIF and the like that it can't read; for this process and good.
+    """Suppress Pillow's warnings about EXIF and the like that it can't read; for this process and good.
 
     (Only a filter can do it: images are read by threads, for which ``catch_warnings`` is not made.)
     """
@@ -186,7 +186,7 @@ def clip_input(
 def seen_part(
     image: Image.Image, visual: nn.Module, fill: int | None = None
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """What ``visual`` (an ``open_clip`` image tower) sees of an upright image, at the image's own resolution.
+    """Cut out what ``visual`` (an ``open_clip`` image tower) sees of an upright image, at its own resolution.
 
     Its transform cuts the middle out of an image that is not square (CLIP), squashes it (SigLIP), or pads it.
     Patches lie on this picture as they lie on the tower's input, whatever the shapes. ``fill``: the colour of
@@ -217,8 +217,8 @@ def picture_of(
     pixels: Float[Tensor, "1 3 height width"],
     visual: nn.Module,
 ) -> UInt8[np.ndarray, "tall wide 3"]:
-    """What is shown of an explained image: :func:`seen_part`, or, of an image that was given
-    as a tensor, the ``pixels`` that ``visual`` reads."""
+    """Return the picture under an explanation: :func:`seen_part`, or, for an image given as a tensor, the
+    ``pixels`` that ``visual`` reads."""
     return displayed_image(pixels, visual) if isinstance(image, Tensor) else seen_part(as_pil(image), visual)
 
 

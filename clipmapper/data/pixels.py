@@ -60,7 +60,7 @@ class PixelReader:
         return torch.stack([self(record) for record in records])
 
     def exact(self, image: Image.Image) -> UInt8[Tensor, "3 height width"]:
-        """Of an upright RGB image, by Pillow."""
+        """Transform an upright RGB image by Pillow."""
         for step in self._pillow:
             image = step(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -1,4 +1,4 @@
-"""What is wrong with a data set: everything is found before anything is said."""
+"""Problems of a data set: everything is found before anything is said."""
 
 from collections import Counter
 from collections.abc import Sequence

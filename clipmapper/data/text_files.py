@@ -32,7 +32,7 @@ _HEAD = 1024
 
 
 def other_kind(head: bytes) -> str | None:
-    """What a file is that begins with ``head``, where that is a kind that is often taken for another one."""
+    """Name the kind of a file that begins with ``head``, if it is one that is often taken for another."""
     for start, kind in _STARTS.items():
         if head.startswith(start):
             return kind
@@ -131,7 +131,7 @@ class RepeatedKey(ValueError):
 
 
 def parsed_json(text: str) -> Any:
-    """As ``json.loads``. Raises :class:`RepeatedKey` besides."""
+    """Decode as ``json.loads``. Raises :class:`RepeatedKey` besides."""
     return DECODER.decode(text)
 
 

@@ -27,7 +27,7 @@ FRACTIONS = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.50, 0.75, 1.0)
 
 @runtime_checkable
 class VariantScorer(Protocol):
-    """What is known of a model and the samples of one chunk: scores of samples with some tokens removed."""
+    """Scores the samples of one chunk with some of their tokens removed: all that is known of the model."""
 
     names: tuple[str, ...]
 
@@ -50,8 +50,7 @@ class VariantScorer(Protocol):
 
 @dataclass(frozen=True)
 class ModalityRelevance:
-    """What one method says: relevance of every image patch and of every text token (padded as the text
-    is)."""
+    """One method's relevance of every image patch and of every text token (padded as the text is)."""
 
     image: Float[Tensor, "samples patches"]
     text: Float[Tensor, "samples tokens"]

@@ -1,4 +1,4 @@
-"""What a perturbation test gives: curves, areas, intervals, and files of them."""
+"""Results of a perturbation test: curves, areas, intervals, and files of them."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -45,8 +45,7 @@ class AreaRow:
 class PerturbationScores:
     """Per-sample curves. Axis `directions` is (positive, negative); `fractions` are the shares removed.
 
-    `scores` names what was scored: see the scorers in :mod:`answer_perturbation` and
-    :mod:`caption_perturbation`.
+    `scores` names what was scored (:class:`~clipmapper.evaluation.perturbation.VariantScorer`).
     """
 
     methods: tuple[str, ...]

@@ -80,24 +80,6 @@ def bootstrap_interval(
     return interval
 
 
-def paired_difference(
-    a: Float[np.ndarray, "samples"],
-    b: Float[np.ndarray, "samples"],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
-    """Interval of the mean of a − b, where entry i of both belongs to the same sample.
-
-    What the two share on a sample (an easy question, say) cancels before the bootstrap, so the interval is
-    narrower than the two separate ones suggest. Raises ValueError where the lengths differ.
-    """
-    if a.shape != b.shape:
-        raise ValueError(f"paired values must belong to the same samples: {len(a)} and {len(b)} given")
-    return bootstrap_interval(a - b, confidence=confidence, resamples=resamples, seed=seed)
-
-
 def trapezoid_area(
     curves: Float[np.ndarray, "*curves points"], at: Float[np.ndarray, "points"] | Sequence[float]
 ) -> Float[np.ndarray, "*curves"]:

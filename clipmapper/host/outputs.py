@@ -1,4 +1,4 @@
-"""What a command writes: tried before it does anything else, and then written whole or not at all."""
+"""Outputs of a command: tried before it does anything else, and then written whole or not at all."""
 
 import errno
 import os

@@ -33,9 +33,9 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def a_command() -> Iterator[None]:
-    """What a command's main does is done within: each of ``SIGNALS`` raises :class:`Stopped` in the main
-    thread, forked processes ignore them, and output that can't be printed is no reason to stop. A full disk
-    is one line and exit status 2.
+    """Guard all that a command's main does: each of ``SIGNALS`` raises :class:`Stopped` in the main thread,
+    forked processes ignore them, and output that can't be printed is no reason to stop. A full disk is one
+    line and exit status 2.
 
     Handlers that others have installed (submitit's, of SIGUSR2) stay, and so does ``nohup``.
     """

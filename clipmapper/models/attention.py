@@ -13,7 +13,7 @@ Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class KeysValues(NamedTuple):
-    """What a sub-layer reads of some tokens, computed once for queries that come one after another."""
+    """Keys and values of some tokens, computed once for queries that come one after another."""
 
     key: Float[Tensor, "batch heads keys channels"]
     value: Float[Tensor, "batch heads keys channels"]
@@ -73,7 +73,7 @@ class AttentionSublayer(nn.Module):
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def keys_values(self, context: Float[Tensor, "batch keys width"]) -> KeysValues:
-        """What ``forward`` makes of these tokens of another stream (or of earlier ones of its own)."""
+        """Compute keys and values as ``forward`` does, from another stream's or its own earlier tokens."""
         return self._keys_values(
             self.norm(context) if self.context_norm is None else self.context_norm(context)
         )

@@ -11,7 +11,6 @@ from textwrap import shorten
 
 import open_clip
 import torch
-from jaxtyping import Int
 from open_clip.model import resize_pos_embed, set_model_preprocess_cfg
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -175,14 +174,6 @@ def save_clip_weights(clip: nn.Module, path: Path, token_ids: Sequence[int], car
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not safetensors' own writing, whose errors do not tell a full disk from others.
     write_whole(path, save(state, metadata=dict(card)))
-
-
-def trained_token_ids(path: Path) -> Int[Tensor, "rows"] | None:
-    """The token ids that a checkpoint holds embeddings for, None when it holds all of them."""
-    if path.suffix != ".safetensors" or EMBEDDING_IDS not in _tensor_names(path):
-        return None
-    with safe_open(path, "pt") as tensors:
-        return tensors.get_tensor(EMBEDDING_IDS)
 
 
 def registered_name(architecture: str) -> str:

@@ -1,4 +1,4 @@
-"""What a checkpoint may say about its model: a closed list of keys, types and ranges.
+"""Checks of what a checkpoint says about its model: a closed list of keys, types and ranges.
 
 A checkpoint may come from anybody. Nothing that it says is imported, downloaded or opened: names of
 architectures are those that open_clip or timm bring along, and a configuration of one's own may name no
@@ -41,7 +41,7 @@ _NAME = re.compile(r"[\w.+ -]{1,200}")
 
 
 def _timm_name(value: object, where: str) -> None:
-    """Of a model that timm brings along, without the weights that a dot and a tag would stand for."""
+    """Check the name of a model that timm brings along; a dot and a tag would stand for weights: refused."""
     text(200)(value, where)
     if value not in timm.list_models():
         raise ValueError(f"{where}: {shown(value)} is no model of timm's own")
@@ -213,7 +213,7 @@ def _encoder(named: bool) -> Rule:
 
 
 def _no_names(config: object, where: str, named: bool) -> None:
-    """What would load from elsewhere gets a line of its own."""
+    """Refuse names that would be loaded from elsewhere, with a line of their own."""
     of_text = config.get("text_cfg") if isinstance(config, Mapping) else None
     for key in _NAMES if isinstance(of_text, Mapping) and not named else ():
         if of_text.get(key) is not None:
@@ -235,4 +235,4 @@ def _anything_of(description: object) -> dict:
 
 
 def _unread(value: object, where: str) -> None:
-    """Of a value that is checked elsewhere."""
+    """Accept any value: it is checked elsewhere."""

@@ -83,7 +83,7 @@ class ClipEncoder(nn.Module):
         return image_transform_v2(PreprocessCfg(**self.clip.visual.preprocess_cfg), is_train=False)
 
     def reader(self, decoding: str = "fast") -> PixelReader:
-        """What reads the photographs of records for these weights, as uint8."""
+        """Return a reader that prepares photographs of records for these weights, as uint8."""
         return PixelReader(self.clip.visual.preprocess_cfg, decoding)
 
     def load_image(self, image) -> Float[Tensor, "batch 3 height width"]:

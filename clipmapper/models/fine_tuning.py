@@ -14,7 +14,7 @@ _ADAPTED = (nn.Linear, nn.MultiheadAttention)
 
 
 def choose_trained(encoder: ClipEncoder, blocks: int | None, lora_rank: int | None) -> None:
-    """Of an encoder that is not frozen, train the last ``blocks`` of each tower (None: everything).
+    """Train the last ``blocks`` of each tower (None: everything) of an encoder that is not frozen.
 
     The norms behind the last block are trained with it. With ``lora_rank`` only low-rank adapters are (Hu et
     al. 2021, arXiv 2106.09685) in attention and MLP of these blocks, by ``peft``; W + BA with B = 0 at first.

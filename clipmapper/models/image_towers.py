@@ -19,7 +19,7 @@ from clipmapper.models.masking import ignored_keys_mask, select_tokens
 
 
 class ImageTower(nn.Module):
-    """What the encoder needs from an image tower.
+    """Base class of image towers: what the encoder needs from one.
 
     ``grid`` is (rows, columns) of patches, ``prefix_tokens`` how many tokens come before the patches (the
     class token and, in some towers, registers), ``width`` that of the final tokens.

@@ -23,7 +23,7 @@ _POSITION_SCALE = 0.25
 
 
 class Mapper(nn.Module):
-    """What both variants share: projections to the mapper's width, class token, position embeddings.
+    """Base class of both variants: projections to the mapper's width, class token, position embeddings.
 
     Parameters
     ----------

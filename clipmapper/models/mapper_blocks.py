@@ -67,7 +67,7 @@ class DualFlowBlock(nn.Module):
         return image + self.image_mlp(image)
 
     def image_keys_values(self, image: Float[Tensor, "batch image width"]) -> KeysValues:
-        """What words read of the image as it entered the block."""
+        """Compute the keys and values that words read of the image as it entered the block."""
         return self.text_cross.keys_values(image)
 
     def text_step(
@@ -106,7 +106,7 @@ class SingleFlowBlock(nn.Module):
         return self(image)
 
     def image_keys_values(self, image: Float[Tensor, "batch image width"]) -> KeysValues:
-        """What words read of the image as it entered the block."""
+        """Compute the keys and values that words read of the image as it entered the block."""
         return self.attention.keys_values(image)
 
     def text_step(

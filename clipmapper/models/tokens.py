@@ -1,4 +1,4 @@
-"""From sentences to token ids, and from scores of token pieces back to words."""
+"""Turn sentences into token ids, and scores of token pieces into those of words."""
 
 import hashlib
 import multiprocessing
@@ -153,7 +153,7 @@ def _word_starts(tokenizer, pieces: Sequence[int]) -> list[bool]:
 
 
 def _text(tokenizer, pieces: Sequence[int]) -> str:
-    """What the pieces of one word spell. Decoded together: a character may be spread over several."""
+    """Spell one word from its pieces. Decoded together: a character may be spread over several."""
     if not isinstance(tokenizer, SimpleTokenizer):
         return tokenizer.tokenizer.decode(list(pieces)).strip()
     spelled = "".join(tokenizer.decoder[piece] for piece in pieces).removesuffix("</w>")
@@ -180,7 +180,7 @@ class CutTexts:
         return self._count.value
 
     def add(self, text: str) -> bool:
-        """Whether it is the first of all."""
+        """Add a text; True if it is the first of all."""
         digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
         byte, bit = divmod(int.from_bytes(digest, "big") % _PLACES, 8)
         with self._count.get_lock():

@@ -19,7 +19,7 @@ class Unreadable(Exception):
 
 
 def read_torch_file(path: Path, *, mmap: bool = False) -> object:
-    """What ``torch.save`` wrote, without running pickled code, after its checksums have been compared.
+    """Read what ``torch.save`` wrote, without running pickled code, after comparing its checksums.
 
     torch itself compares none: a changed byte would be another weight. Files of torch before 1.6 have none;
     they are read as they are. ``mmap``: tensors are read from disk as they are asked for. Raises

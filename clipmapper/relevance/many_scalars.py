@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clipmapper.relevance.backward.half import scaled_gradients
+from clipmapper.relevance.float16_gradients import scaled_gradients
 from clipmapper.relevance.trace import Attention, AttentionTrace, attention_probabilities
 
 _FORWARD = ("query", "key", "value", "mixed", "before", "added")
@@ -67,7 +67,7 @@ def each_scalar(
     stream: str = "text",
     at_once: int = 16,
 ) -> Iterator[AttentionTrace]:
-    """From the trace of one sample with its graph (no backward yet), traces with a row for each scalar.
+    """Make, of one sample's trace with its graph (no backward yet), traces with a row for each scalar.
 
     Row i explains ``y[i]`` and reads token ``position[i]`` of the input ``stream``; ``identity[i]`` seeds
     what is random about it. What the forward computed is shared by all rows; only gradients are a row's own.

@@ -1,4 +1,4 @@
-"""What all explanation methods have in common: how they are called."""
+"""The way in which all explanation methods are called."""
 
 import functools
 import inspect

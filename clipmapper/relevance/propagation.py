@@ -125,7 +125,7 @@ def kernels_for(step: Attention, row: Float[Tensor, "batch rows queries"]) -> Mo
 
 @functools.cache
 def _kernels() -> ModuleType | None:
-    """Where torch came without Triton (Windows), or the GPU is none of NVIDIA's or too old: none."""
+    """Import the kernels; None without Triton (Windows), or where the GPU is none of NVIDIA's or too old."""
     if torch.version.cuda is None or torch.cuda.get_device_capability() < (8, 0):
         return None
     try:

@@ -179,7 +179,7 @@ def taken(tokens: Tensor, places: Int[Tensor, "batch _tokens"]) -> Tensor:
 def _substituted(
     trace: AttentionTrace, tokens: Mapping[str, Tensor], rows: Tensor | None = None
 ) -> Iterator[None]:
-    """Where each stream comes in, these tokens (of the samples ``rows``) take the place of its own."""
+    """Put these tokens (of the samples ``rows``) in the place of each stream's own, where it comes in."""
     with ExitStack() as stack:
         for stream, values in tokens.items():
             entry = trace.entries[stream]

@@ -1,4 +1,4 @@
-"""What every explanation method returns."""
+"""The relevance that every explanation method returns."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

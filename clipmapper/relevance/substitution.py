@@ -35,13 +35,13 @@ def random_matrix(seed: int) -> Matrix:
 
 
 def _distributed(rows: Float[Tensor, "*rows keys"]) -> Float[Tensor, "*rows keys"]:
-    """Each row divided by its sum; a query that may read nothing reads nothing."""
+    """Divide each row by its sum; a query that may read nothing reads nothing."""
     total = rows.sum(dim=-1, keepdim=True)
     return rows / total.masked_fill(total == 0, 1.0)
 
 
 def substitutes(seed: int) -> dict[str, Matrix]:
-    """What the attention-causality experiment puts in place of A."""
+    """Return the matrices that the attention-causality experiment puts in place of A."""
     return {
         "effective": effective_matrix,
         "efficient": efficient_matrix,
@@ -95,7 +95,7 @@ def substituted_attention(
 
 
 def names_of_calls(model: nn.Module, forward: Callable[[], object]) -> list[str]:
-    """Of every call of ``scaled_dot_product_attention`` in a forward: the path of the module that makes it.
+    """Return, for every call of ``scaled_dot_product_attention`` in a forward, the path of its module.
 
     Their order is that of the numbers that :func:`substituted_attention` counts by. A module that is called
     twice is named twice. Restored on leaving, also after an exception.

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from clipmapper.errors import UserError
-from clipmapper.relevance.backward.half import Rescued, scaled_gradients
-from clipmapper.relevance.recording.sublayer import Projection
+from clipmapper.relevance.float16_gradients import Rescued, scaled_gradients
+from clipmapper.relevance.sublayer import Projection
 
 _NO_GRADIENT = (
     "so gradient methods can't explain this model; those without a gradient (rollout, raw_attention, "
@@ -172,7 +172,7 @@ def attention_probabilities(
     causal: bool,
     scale: float | None,
 ) -> Float[Tensor, "batch heads queries keys"]:
-    """What ``scaled_dot_product_attention`` mixes values by, given the same arguments.
+    """Compute the A by which ``scaled_dot_product_attention`` mixes values, given the same arguments.
 
     A query that may read no key (padding on the left of a causal model) gets a row of zeros, as there.
     """
@@ -213,7 +213,7 @@ HALVES = (torch.float16, torch.bfloat16)
 
 
 def exact(tensor: Tensor) -> Tensor:
-    """As float32 where it is less: a softmax of bfloat16 scores would be off by parts in a hundred."""
+    """Convert to float32 what is less: a softmax of bfloat16 scores would be off by parts in a hundred."""
     return tensor.float() if tensor.dtype in HALVES else tensor
 
 
@@ -384,7 +384,7 @@ class AttentionTrace:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of relevance: the model's, but not less than float32."""
+        """The type of relevance: the model's, but not less than float32."""
         return torch.promote_types(self.attention[0].before.dtype, torch.float32)
 
     def padding_free(self, stream: str) -> Bool[Tensor, "batch tokens"]:
@@ -458,7 +458,7 @@ class AttentionTrace:
             made[step.output_node] = (step.name, added is not None)
 
     def _find_read(self) -> None:
-        """What y reads: the final tokens that its gradient reaches, all alike where they are several.
+        """Find what y reads: the final tokens that its gradient reaches, all alike where they are several.
 
         Raises ``UserError`` where it reaches none.
         """
@@ -534,7 +534,7 @@ class AttentionTrace:
             return torch.arange(length, device=self.device).expand(batch, -1)
         places = torch.full((batch, length), -1, device=self.device)
         for join in self.steps:
-            # (Not where a stream only goes to its next version, see layers.py.)
+            # (Not where a stream only goes to its next version, as method.from_layer lets it.)
             if isinstance(join, Join) and join.output.stream == holder != join.parts[0].stream:
                 inner = [self._numbered(stream, part.stream) for part in join.parts]
                 tokens = join.gather(inner)

@@ -1,4 +1,4 @@
-"""From a composed configuration to a checked dataclass, and from what went wrong to one line that says it."""
+"""Make a composed configuration a checked dataclass, and what went wrong one line that says it."""
 
 import json
 import math

@@ -11,7 +11,7 @@ from clipmapper.settings.old_names import name_today
 
 
 def built(settings: Mapping):
-    """What the ``_target_`` of a section stands for, called with the rest of the section.
+    """Call what the ``_target_`` of a section stands for with the rest of the section.
 
     For settings that the user gave on the command line or wrote in YAML, never for what a file says. Values
     are handed over as they are: Hydra would look for ``${…}`` and for more targets in them. Raises
@@ -35,7 +35,7 @@ def built(settings: Mapping):
 
 
 def named(target: str) -> Callable:
-    """What a ``_target_`` of the user's settings stands for, not yet called; raises as :func:`built`."""
+    """Return what a ``_target_`` of the user's settings stands for, not called; raises as :func:`built`."""
     try:
         return instantiate({"_target_": name_today(target), "_partial_": True})
     except InstantiationException as error:

@@ -59,7 +59,7 @@ def nearest_choice(value: str, choices: Collection[str]) -> str | None:
 
 
 def described(hint: Any) -> str:
-    """What a value of this type is, in words."""
+    """Say in words what a value of this type is."""
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(described(alternative) for alternative in get_args(hint))
     if get_origin(hint) is list:

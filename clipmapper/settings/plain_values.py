@@ -75,7 +75,7 @@ def list_of(rule: Rule, least: int = 0, most: int = 10_000_000) -> Rule:
 
 
 def either(first: Rule, second: Rule) -> Rule:
-    """What the first rule allows of numbers, or the second of lists."""
+    """Make a rule that is the second one for lists and the first one for anything else."""
 
     def check(value: object, where: str) -> None:
         (second if isinstance(value, list | tuple) else first)(value, where)

@@ -43,7 +43,7 @@ _HOW = {
 
 @runtime_checkable
 class Explained(Protocol):
-    """What is drawn: see :class:`clipmapper.tasks.captioning.explain.CaptionExplanation`."""
+    """The parts of an explained caption that are drawn: its words, their maps, probabilities and weights."""
 
     caption: str
     words: tuple[str, ...]

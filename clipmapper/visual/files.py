@@ -7,9 +7,6 @@ import unicodedata
 import uuid
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import UInt8
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from clipmapper.errors import UserError
@@ -41,14 +38,6 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
     return path
-
-
-def figure_pixels(figure: Figure) -> UInt8[np.ndarray, "height width 3"]:
-    """The figure as an RGB array, for loggers that take arrays."""
-    canvas = FigureCanvasAgg(figure)
-    with house_style():
-        canvas.draw()
-    return np.array(canvas.buffer_rgba())[..., :3]
 
 
 _DIGITS = 8  # of the digest: of 10,000 texts two are alike once in a hundred times, if their letters are too

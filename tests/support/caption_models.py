@@ -39,7 +39,7 @@ def captioner(
 
 @dataclass(frozen=True)
 class Split:
-    """What :class:`clipmapper.data.world.captioning.CaptionSplit` gives."""
+    """A split with the attributes of :class:`clipmapper.data.world.captioning.CaptionSplit`."""
 
     images: np.ndarray
     references: Sequence[Sequence[str]]

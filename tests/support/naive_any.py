@@ -111,7 +111,7 @@ def slow_attention(rules="plain"):
     softmax = F.softmax
 
     def step_by_step(scores, *args, **kwargs):
-        """Of models that compute attention step by step; some would do this part in float32."""
+        """Replaces the softmax of models that compute attention step by step; some would do it in float32."""
         kwargs.pop("dtype", None)
         seen.append(leaf(softmax(scores, *args, **kwargs)))
         return seen[-1]

@@ -102,7 +102,7 @@ class Reading:
 
 
 def read(text: str) -> Reading:
-    """What a question asks. Exactly one reading is possible, otherwise ValueError."""
+    """Read what a question asks. Exactly one reading is possible, otherwise ValueError."""
     found = []
     for family, patterns in _QUESTIONS.items():
         for pattern in patterns:

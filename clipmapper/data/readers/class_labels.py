@@ -8,8 +8,8 @@ Naming = Callable[[Any], Any]
 
 
 def naming(feature: object) -> Naming | None:
-    """What turns a value of this feature (as ``Features.to_dict`` writes it) into one with names; None where
-    it has no classes. A number without a name (−1 is a label that is not known) becomes None."""
+    """Return a function that turns a value of this feature (as ``Features.to_dict`` writes it) into one with
+    names; None where it has no classes. A number without a name (−1: the label is unknown) becomes None."""
     if isinstance(feature, Mapping) and feature.get("_type") == "ClassLabel":
         names = feature.get("names")
         return (lambda value: _name(names, value)) if isinstance(names, list) else None
@@ -24,7 +24,7 @@ def naming(feature: object) -> Naming | None:
 
 
 def namings(features: object) -> dict[str, Naming]:
-    """Of the columns that have classes."""
+    """Return the :func:`naming` of each column that has classes."""
     if not isinstance(features, Mapping):
         return {}
     return {name: found for name, of in features.items() if (found := naming(of)) is not None}
@@ -36,7 +36,7 @@ def named(row: Mapping, by: Mapping[str, Naming]) -> dict:
 
 
 def features_in_parquet(metadata: Mapping[bytes, bytes] | None) -> object:
-    """What ``datasets`` has written into a Parquet file's schema; None where it did not."""
+    """Return the features that ``datasets`` has written into a Parquet file's schema; None if it has not."""
     try:
         return json.loads((metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError):

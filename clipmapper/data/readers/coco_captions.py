@@ -44,7 +44,7 @@ def coco_captions_data(
         converted: list[str] = []
         if karpathy is not None and _file(root, f"train{year}").is_file():
             check_file(root / karpathy, _SPLIT_FILE)  # before the captions are read, which takes longer
-        official = {name: _records(root, f"{name}{year}", converted) for name in ("train", "val")}
+        official = {name: read_coco_captions(root, f"{name}{year}", converted) for name in ("train", "val")}
         if karpathy is None:
             splits = {"train": official["train"], "validation": official["val"]}
         else:
@@ -62,13 +62,11 @@ def coco_captions_data(
     return RecordData(readable, None, decoding=decoding, workers=workers, notes=[*notes, *found.notes])
 
 
-def read_coco_captions(folder: Path, subset: str, notes: list[str] | None = None) -> list[Record]:
-    """The images of ``subset`` with their captions, in the order of the file. ``notes`` is added to."""
-    return list(_records(folder, subset, [] if notes is None else notes))
+def read_coco_captions(folder: Path, subset: str, notes: list[str]) -> Iterator[Record]:
+    """Yield the images of ``subset`` with their captions, the first when all of the file is found right.
 
-
-def _records(folder: Path, subset: str, notes: list[str]) -> Iterator[Record]:
-    """As :func:`read_coco_captions`; the first of them is there when all of the file is found right."""
+    They come in the order of the file. ``notes`` is added to.
+    """
     file = _file(folder, subset)
     reading = Entries()
     images = captioned_images(file, f"COCO's captions of {subset}", reading)

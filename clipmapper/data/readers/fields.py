@@ -186,7 +186,7 @@ class Entries:
         stop_for(self.problems)
 
     def notes(self, path: Path | str) -> list[str]:
-        """What was converted, for the summary of the data."""
+        """List the conversions of values, for the summary of the data."""
         if not self.converted:
             return []
         counts = ", ".join(f"{what} ({count} times)" for what, count in self.converted.items())

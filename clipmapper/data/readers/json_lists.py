@@ -18,7 +18,7 @@ class NotAsExpected(ValueError):
 
 
 def entries_of(path: Path, key: str, what: str = "") -> Iterator[object]:
-    """Of the list under ``key`` of the object that a file holds; as ``json`` decodes them.
+    """Yield the entries of the list under ``key`` of the object that a file holds, as ``json`` decodes them.
 
     Raises ``UserError`` as :func:`~clipmapper.data.text_files.open_text` and for a key that is there twice;
     :class:`NotAsExpected` or another ``ValueError`` or ``RecursionError`` for anything else, at any entry.
@@ -48,14 +48,14 @@ class _Reading:
         self.decode = DECODER.raw_decode
 
     def names(self) -> Iterator[object]:
-        """Of an object; what each stands for is to be read before the next one."""
+        """Yield the names in an object; the value of each is to be read before the next one."""
         for _ in self._items("{", "}"):
             name = self.value()
             self._take(":")
             yield name
 
     def entries(self) -> Iterator[object]:
-        """Of a list."""
+        """Yield the entries of a list."""
         for _ in self._items("[", "]"):
             yield self.value()
 

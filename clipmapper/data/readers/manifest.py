@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from clipmapper.data.answers import unknown_answers, vocabulary_of
+from clipmapper.data.answers import answer_vocabulary, unknown_answers
 from clipmapper.data.image_checks import readable_only
 from clipmapper.data.problems import Problem, stop_for
 from clipmapper.data.readers.manifest_files import manifest_rows
@@ -132,7 +132,7 @@ def data_of(
     notes += shared_images(readable)
     vocabulary = None
     if not train[0].captions:
-        vocabulary = vocabulary_of(readable["train"], least_answers, targets)
+        vocabulary = answer_vocabulary(readable["train"], least_answers, targets)
         if len(vocabulary) < 2:
             what = f"{len(vocabulary)} that occur {least_answers} times (data.least_answers)"
             stop_for([Problem(where, "fewer than two different answers in train", what)])

@@ -129,7 +129,7 @@ def _csv(path: Path) -> Iterator[Row]:
 
 
 def _delimiter(first: str) -> str:
-    """Of a table whose first line is this: a comma, or what Excel writes in other countries, or a tab."""
+    """Guess the delimiter from a table's first line: comma, semicolon (Excel in other countries) or tab."""
     parted = {mark: len(next(csv.reader([first], delimiter=mark), [])) for mark in ",;\t"}
     return max(parted, key=lambda mark: parted[mark])
 

@@ -1,4 +1,4 @@
-"""What the files of several public data sets have in common."""
+"""Readings that the files of several public data sets have in common."""
 
 import os
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ def check_image(question: Mapping, said: int | None, reading: Entries) -> None:
 
 
 def captioned_images(path: Path, what: str, reading: Entries) -> list[tuple[Mapping, list[str]]]:
-    """Of a file as COCO's: each image's entry with its captions, in the order of the images.
+    """Read a file such as COCO's: each image's entry with its captions, in the order of the images.
 
     ``reading`` takes note of entries that are wrong, of images that are there twice, and of captions of an
     image that is not there. Raises ``UserError`` where the file is none of that kind.

@@ -1,4 +1,4 @@
-"""From a row of a manifest, or of a Hugging Face data set, to a record."""
+"""Make records of the rows of a manifest or of a Hugging Face data set."""
 
 import base64
 import binascii
@@ -119,7 +119,7 @@ class RowReader:
 
 
 def _all_given(row: Mapping) -> dict[str, object]:
-    """What the row says of each of the names, None where it says nothing."""
+    """Return the row's value under each of the names, None where it has none."""
     given = dict.fromkeys(_NAMES)
     for column, value in row.items():
         name = _NAME_OF.get(column)

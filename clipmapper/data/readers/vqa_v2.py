@@ -43,7 +43,7 @@ class Annotations:
     def add(
         self, question: int, answers: Sequence[str], kind: str, usual: str | None, image: int | None
     ) -> bool:
-        """Whether the question was not there before."""
+        """Add a question; False if it was there before."""
         if question in self._rows:
             return False
         self._rows[question] = len(self._rows)
@@ -123,7 +123,7 @@ def vqa_v2_data(
     ]
 
     def read(target: Path | None) -> Found:
-        reading, table = _Reading(root), TableBuilder(target)
+        reading, table = QuestionFiles(root), TableBuilder(target)
         for subset in wanted:
             table.extend(subset, reading.records(subset))
         usual = reading.usual_answers(with_answers)
@@ -154,11 +154,6 @@ def vqa_v2_data(
     )
 
 
-def read_vqa_v2(folder: Path, subset: str) -> list[Record]:
-    """The questions of one split, with all human answers where there are annotations."""
-    return list(_Reading(folder).records(subset))
-
-
 def questions_file(folder: Path, subset: str) -> Path:
     return folder / f"v2_OpenEnded_mscoco_{subset}_questions.json"
 
@@ -167,7 +162,7 @@ def annotations_file(folder: Path, subset: str) -> Path:
     return folder / f"v2_mscoco_{subset}_annotations.json"
 
 
-class _Reading:
+class QuestionFiles:
     """The files of one folder, each read once. ``notes``: what was converted or is not used. ``usual``: of
     each subset whose annotations were read (:class:`~clipmapper.data.readers.vqa_v2.Annotations`)."""
 
@@ -176,6 +171,7 @@ class _Reading:
         self.usual: dict[str, Counter[str]] = {}
 
     def records(self, subset: str) -> Iterator[Record]:
+        """Yield the questions of one split, with all human answers where there are annotations."""
         file = questions_file(self.folder, subset)
         reading, seen = Entries(), set()
         entries = reading.of_file(file, "questions", f"the questions of {subset}", _QUESTION)

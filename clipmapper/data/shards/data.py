@@ -204,7 +204,7 @@ def _share(shards: Sequence[ScannedShard], share: float, seed: int) -> float:
 
 
 def _told_apart(shards: Sequence[ScannedShard]) -> list[ScannedShard]:
-    """With ids that have the shard's name before them, where several shards have a key."""
+    """Put the shard's name before ids, where several shards have a key."""
     keys = np.concatenate([shard.keys() for shard in shards])
     if len(np.unique(keys)) == len(keys):
         return list(shards)

@@ -120,7 +120,7 @@ def webdataset(part: str = "") -> ModuleType:
 
 
 def as_sample(key: str, records: Sequence[Record]) -> dict:
-    """What ``webdataset`` writes of one image and its records."""
+    """Make the sample that ``webdataset`` writes for one image and its records."""
     content, suffix = _encoded(records[0])
     kept = [{name: getattr(r, name) for name in KEPT} for r in records]
     return {"__key__": key, suffix: content, "json": json.dumps(kept).encode()}

@@ -27,7 +27,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What ``shards.json`` says. ``answers``: None for captions. ``words``: of all captions."""
+    """The content of ``shards.json``. ``answers``: None for captions. ``words``: of all captions."""
 
     splits: Mapping[str, Sequence[Shard]]
     answers: Sequence[str] | None

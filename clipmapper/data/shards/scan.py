@@ -1,4 +1,4 @@
-"""Where in a tar file each sample is, found by one pass over its headers and remembered beside it."""
+"""Find each sample in a tar file by one pass over its headers, and remember where it is beside the file."""
 
 import contextlib
 import hashlib
@@ -108,7 +108,7 @@ class ScannedShard:
         return self._told()["words"]
 
     def problems(self) -> list[Problem]:
-        """What is no sample in it."""
+        """The members of the shard that are no samples."""
         return [Problem(*problem) for problem in self._told()["problems"]]
 
     def keys(self) -> np.ndarray:
@@ -145,7 +145,7 @@ class ScannedShard:
         return [r if r.image_id != str(image) else replace(r, image_id=file) for r in found]
 
     def _id(self, given: int | str, key: str) -> int | str:
-        """With the shard's name before it where it is the sample's key, and not the only one of its name."""
+        """Put the shard's name before an id that is the sample's key and not the only one of its name."""
         of_key = str(given) == key or str(given).startswith(f"{key}/")
         return f"{self.ids}{given}" if self.ids and of_key else given
 

@@ -88,19 +88,19 @@ class Column:
         return np.concatenate([as_numpy(part) for part in self.parts])
 
     def lists(self) -> Iterator[tuple[np.ndarray, pa.Array]]:
-        """Of each batch of a column of lists, where lists begin (one more than rows), and what is in them."""
+        """Yield each batch of a column of lists: where lists begin (one more than rows) and their values."""
         for part in self.parts:
             offsets = as_numpy(part.offsets)
             yield offsets - offsets[0], part.values[int(offsets[0]) : int(offsets[-1])]
 
     def lengths(self) -> np.ndarray:
-        """Of a column of lists."""
+        """Return the length of every list in a column of lists."""
         found = [np.diff(as_numpy(part.offsets)) for part in self.parts]
         return np.concatenate(found) if found else np.empty(0, np.int32)
 
 
 class Columns:
-    """What tables share: the four Arrow tables, of a ``folder`` or in memory.
+    """The four Arrow tables, of a ``folder`` or in memory, that all tables of one data set share.
 
     ``objects``: images that only Python knows. Travels to other processes by the folder's name.
     """
@@ -112,13 +112,13 @@ class Columns:
         records, images = tables[RECORDS_FILE], tables[IMAGES_FILE]
         self.records = {name: Column(records, name) for name in RECORDS.names}
         self.images = {name: Column(images, name) for name in IMAGES.names}
-        self.count, self.image_count = records.num_rows, images.num_rows
+        self.count = records.num_rows
         self.texts = Column(tables[TEXTS_FILE], "text")
         self.prefixes = [unpacked(one) for one in tables[PREFIXES_FILE].column("text").to_pylist()]
 
     @classmethod
     def mapped(cls, folder: Path, objects: Sequence = ()) -> "Columns":
-        """Of files that are mapped into memory, where all processes share them.
+        """Map the files of a folder into memory, where all processes share them.
 
         Raises ``ValueError`` or ``OSError`` for files that are not such.
         """

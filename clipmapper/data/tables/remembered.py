@@ -38,7 +38,7 @@ _PART = 1 << 20
 
 
 class Found(NamedTuple):
-    """What reading gave. ``notes``: lines about it that each run says. ``more``: kept besides, as JSON."""
+    """The outcome of reading. ``notes``: lines that each run says. ``more``: kept besides, as JSON."""
 
     columns: Columns
     splits: Mapping[str | None, RecordTable]
@@ -54,7 +54,7 @@ def remembered(
     read: Callable[[Path | None], Found],
     objects: Sequence = (),
 ) -> Found:
-    """What ``read`` gives, or gave when it was asked before.
+    """Call ``read``, or take what it gave before for the same files and settings.
 
     Parameters
     ----------
@@ -123,7 +123,7 @@ def _made(entry: Path, name: str, key: Mapping, read: Callable[[Path | None], Fo
 
 
 def _mapped(entry: Path, key: Mapping, objects: Sequence) -> tuple[Found | None, str | None]:
-    """What is kept there; or None, and what is wrong with it where there is something."""
+    """Open what is kept there; None if it can't be used, and what is wrong with it if anything is there."""
     if not entry.is_dir():
         return None, None
     try:

@@ -1,4 +1,4 @@
-"""What is looked at in a table of records as a whole."""
+"""Checks of a table of records as a whole."""
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ def table_of_whole(lines: FinishedTable, problems: Sequence[Problem], notes: Seq
 
 
 def shared_images(splits: Mapping[str, RecordTable]) -> list[str]:
-    """What is to be said of images of train that come in other splits as well."""
+    """Say how many images of other splits are in train too, a line for each split that has some."""
     images = {name: np.unique(some.images) for name, some in splits.items()}
     found = []
     for name in ("validation", "test"):
@@ -68,7 +68,7 @@ def _partly_split(splits: Mapping[str | None, RecordTable]) -> list[Problem]:
 
 
 def _families_of_captions(splits: Mapping[str | None, RecordTable]) -> list[Problem]:
-    """In a split an image is in one family, however many lines its captions have."""
+    """Check that an image is in one family of a split, however many lines its captions have."""
     found = []
     for some in splits.values():
         families, (first, image) = some.families, some.first_of_images()

@@ -76,17 +76,17 @@ class TokenStore:
         )
 
     def once(self, what: str, make: Callable[[], Mapping]) -> Mapping:
-        """What ``make`` gives, which is called the first time alone: to read all weights takes seconds."""
+        """Call ``make`` the first time only and return what it gave: to read all weights takes seconds."""
         if what not in self.identities:
             self.identities[what] = make()
         return self.identities[what]
 
     def bytes_of(self, shapes: Mapping[str, tuple[int, int, int]]) -> int:
-        """Of tokens of these shapes, (rows, tokens, width)."""
+        """Return the size of tokens of these shapes, (rows, tokens, width)."""
         return PRECISIONS[self.precision].itemsize * sum(map(prod, shapes.values()))
 
     def file(self, kind: str, key: Mapping, rows: int, shape: tuple[int, int]) -> TokenFile:
-        """Where :meth:`tokens` keeps them. Only for a store with a folder."""
+        """Return the file in which :meth:`tokens` keeps them. Only for a store with a folder."""
         assert self.folder is not None
         return TokenFile(self.folder, kind, key, rows, shape, PRECISIONS[self.precision], self.batch_size)
 
@@ -139,7 +139,7 @@ def _as_it_is(loaded: tuple[range, Any]) -> tuple[range, Any]:
 
 
 class _Loading(Dataset):
-    """In a worker: a part and what ``load`` gives of it."""
+    """Gives, in a worker, a part and what ``load`` makes of it."""
 
     def __init__(self, load: Load) -> None:
         self.load = load
@@ -196,7 +196,7 @@ def available_memory() -> int:
 
 
 def free_bytes(folder: Path) -> int:
-    """Of the disk on which a folder is or, where it is not there yet, will be."""
+    """Return the free space of the disk on which a folder is or will be."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent

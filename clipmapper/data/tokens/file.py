@@ -121,14 +121,14 @@ class TokenFile:
             os.replace(temporary, self.folder / _VERIFIED)
 
     def _marks(self) -> np.ndarray:
-        """Of each part its digest, a row of bytes."""
+        """Read each part's digest, a row of bytes."""
         kept = np.frombuffer((self.folder / _DONE).read_bytes(), np.uint8)
         if len(kept) != _DIGEST * len(self.parts):
             raise UserError(f"token cache {self.folder}: damaged ({_DONE} is not whole); delete this folder")
         return kept.reshape(-1, _DIGEST)
 
     def _done(self) -> np.ndarray:
-        """Of each part whether it is on the disk."""
+        """Return, for each part, whether it is on the disk."""
         return self._marks().any(axis=1)
 
     def build(
@@ -235,7 +235,7 @@ class TokenFile:
                 yield self.parts[number]
 
     def _let_go(self, lock: FileLock) -> None:
-        """Of a part that is marked as done: whoever makes the file of the lock anew will find the mark."""
+        """Release a finished part and delete its lock: who makes the file anew will find the mark."""
         with contextlib.suppress(OSError):
             os.unlink(lock.lock_file)
         lock.release()

@@ -20,7 +20,7 @@ Vector = tuple[Mapping[tuple[str, ...], float], tuple[float, ...], int]
 
 @dataclass(frozen=True, eq=False)
 class DocumentFrequencies:
-    """In how many of `images` images some reference has an n-gram."""
+    """Count in how many of `images` images some reference has an n-gram."""
 
     counts: Mapping[tuple[str, ...], int]
     images: int

@@ -21,7 +21,7 @@ _BORDER = "|||"
 
 
 def missing_for(score: str) -> str | None:
-    """What "meteor" or "spice" lacks on this machine, in one line; None where it can be computed.
+    """Say in one line what "meteor" or "spice" lacks on this machine; None where it can be computed.
 
     Raises ValueError for another score.
     """

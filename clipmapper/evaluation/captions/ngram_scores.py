@@ -40,7 +40,7 @@ def ngram_counts(words: tuple[str, ...]) -> tuple[Counter[tuple[str, ...]], int]
 def bleu_counts(
     predictions: Sequence[Words], references: Sequence[Sequence[Words]]
 ) -> Int64[np.ndarray, "samples 10"]:
-    """What BLEU is computed from: prediction length, reference length, n-grams correct, n-grams guessed.
+    """Count for BLEU: lengths of prediction and reference, n-grams that are correct, n-grams guessed.
 
     The reference length is that of the reference closest in length, the shorter of two equally close. A
     prediction's n-gram is correct as often as it occurs in the reference that has it most often.

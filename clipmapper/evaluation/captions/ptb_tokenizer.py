@@ -133,7 +133,7 @@ def _longest_match(text: str, place: int, end: int) -> tuple[str, int]:
 
 
 def _written(token: str) -> list[str]:
-    """What the tokenizer writes for a token: one word, or several for contractions without an apostrophe."""
+    """Write a token as the tokenizer does: one word, or several for contractions without an apostrophe."""
     token = token.lower()
     if token in _SPLIT_WORDS:
         return _SPLIT_WORDS[token].split()

@@ -39,7 +39,7 @@ def mean_weights(words: Sequence[str]) -> Float[np.ndarray, "words"]:
 def loss_weights(
     words: Sequence[str], score: Callable[[list[str]], Float[np.ndarray, "captions"]]
 ) -> Float[np.ndarray, "words"]:
-    """In proportion to what a caption's score loses when the word is left out; they sum to 1.
+    """Weigh words in proportion to what a caption's score loses without them; they sum to 1.
 
     ``score`` gives the scores of several captions of the same image: CIDEr against its references ("cider"),
     or CLIPScore ("clip"). A word without which the score is no lower has 0; where that is so of all words,

@@ -35,7 +35,7 @@ def quick_gelu_gate(x: Tensor) -> Tensor:
 
 
 def new_gelu_gate(x: Tensor) -> Tensor:
-    """Of GELU's approximation by tanh (GPT-2)."""
+    """Return the gate of GELU's approximation by tanh (GPT-2)."""
     return 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
 

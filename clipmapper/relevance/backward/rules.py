@@ -59,14 +59,14 @@ def _composed_activations() -> Iterator[tuple[type[nn.Module], Callable]]:
 
 @contextmanager
 def backward_rules(rules: str) -> Iterator[None]:
-    """What is computed inside is differentiated by these rules (one of ``RULES``).
+    """Differentiate what is computed inside by these rules (one of ``RULES``).
 
     ``libra``: LibraGrad (Mehri et al., CVPR 2025, arXiv 2411.16760): attention probabilities, the standard
     deviation of norms and the gate of GELU, SiLU and QuickGELU count as constants. Products of a gated MLP
     (SwiGLU) are left as they are.
     ``attn_lrp``: Achtibat et al. 2024 (arXiv 2402.05602) in the form gradient × input, where its rules for
     softmax (Taylor expansion) and linear layers (ε → 0) are those of the plain gradient.
-    ``lrp``: the rules of Chefer, Gur, Wolf 2021 (arXiv 2012.09838), see ``lrp_rules.py``.
+    ``lrp``: the rules of Chefer, Gur, Wolf 2021 (arXiv 2012.09838), see ``lrp.py``.
 
     Everything is restored on leaving, also after an exception. Raises ``ValueError`` for an unknown name, and
     ``UserError`` for ``lrp`` under autocast: it divides by sums that half precision rounds to 0.

@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: a row times Ā, in tiles that never leave the chip (Triton).
+"""Multiply a row by Ā on an NVIDIA GPU, in tiles that never leave the chip (Triton).
 
 ``row @ Ā`` with ``Ā = E_h relu(∇A ⊙ A)`` is what ``weighted`` and ``gae`` need of a sub-layer. The reference,
 :func:`clipmapper.relevance.propagation.rows_times`, writes A, ∇A and their product to memory and reads them
@@ -40,7 +40,7 @@ def can_multiply(step: Attention, row: Float[Tensor, "batch rows queries"]) -> b
 
 
 class RowSums(NamedTuple):
-    """Of every row of attention: log Σ_j exp(score), and Σ_j relu(∇A ⊙ A)."""
+    """Two sums of every row of attention: log Σ_j exp(score), and Σ_j relu(∇A ⊙ A)."""
 
     logarithms: Float[Tensor, "batch heads queries"]
     positive: Float[Tensor, "batch heads queries"]
@@ -50,7 +50,7 @@ class RowSums(NamedTuple):
 def row_times_positive_attention(
     step: Attention, row: Float[Tensor, "batch 1 queries"], normalise: bool
 ) -> tuple[Float[Tensor, "batch 1 keys"], Float[Tensor, "batch 1 queries"]]:
-    """As ``rows_times(positive_attention, step, row, normalise)``, where :func:`can_multiply` says so."""
+    """Compute ``rows_times(positive_attention, step, row, normalise)`` where :func:`can_multiply`."""
     sums = row_sums(step, row)
     moving, stuck = row, torch.zeros_like(row)
     if normalise:
@@ -80,7 +80,7 @@ def row_times(
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """With a last axis that is dense, as the kernels take it; of the others they are given the strides."""
+    """Make the last axis dense, as the kernels take it; they are given the strides of the others."""
     return tensor.detach() if tensor.stride(-1) == 1 else tensor.detach().contiguous()
 
 

@@ -1,4 +1,4 @@
-"""On an NVIDIA GPU: what ``weighted`` does to a row at one sub-layer, in four launches (Triton).
+"""Apply ``weighted`` to a row at one sub-layer on an NVIDIA GPU, in four launches (Triton).
 
 A row of N numbers is no work for a GPU, but each of the two dozen operations on it is a launch, and models of
 an everyday size wait for launches. Importance is summed in one, α and what moves are made in another; with
@@ -62,7 +62,7 @@ def mixed_row(
     *,
     by_token: bool,
 ) -> tuple[Float[Tensor, "batch 1 queries"], Float[Tensor, "batch 1 queries"]]:
-    """What of the row goes on to the keys, divided by the sums of Ā's rows, and what stays."""
+    """Split the row into what goes on to the keys, divided by the sums of Ā's rows, and what stays."""
     batch, heads, queries = sums.positive.shape
     out = torch.empty(2, *row.shape, device=row.device)
     with torch.cuda.device_of(row):

@@ -1,4 +1,4 @@
-"""Methods that look at attention and at nothing else: no gradient is needed."""
+"""Methods on attention alone, and ``random``, their control: none of them needs a gradient."""
 
 import torch
 from jaxtyping import Float

@@ -1,4 +1,4 @@
-"""What of an attention matrix has an effect: effective and efficient attention.
+"""Effective and efficient attention: the part of an attention matrix that has an effect.
 
 Two attention rows ``A_i`` and ``u`` with ``u V = A_i V`` give the same sub-layer output. With more keys than
 the width D of a head there are many such rows; each function here picks one. Where the values of the keys

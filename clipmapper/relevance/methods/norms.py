@@ -10,9 +10,9 @@ from clipmapper.errors import UserError
 from clipmapper.relevance.method import explanation, from_layer
 from clipmapper.relevance.methods.attention_only import last_attention
 from clipmapper.relevance.propagation import mean_attention, propagate
-from clipmapper.relevance.recording.sublayer import Projection, is_linear
 from clipmapper.relevance.rerun import again
 from clipmapper.relevance.result import Relevance, as_relevance
+from clipmapper.relevance.sublayer import Projection, is_linear
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node, exact_step
 
 _BLOCK = 16  # query rows whose contributions, keys × width each, are held at a time

@@ -39,7 +39,7 @@ def weighted(trace: AttentionTrace) -> Relevance:
 
 @explanation(gradient=True, layers=True)
 def weighted_token(trace: AttentionTrace) -> Relevance:
-    """As :func:`weighted` with one pair of weights per token: means over channels only.
+    """Accumulate as :func:`weighted` with one pair of weights per token: means over channels only.
 
     Present, commented out, in the released code of WRA.
     """
@@ -54,7 +54,7 @@ def weighted_half(trace: AttentionTrace) -> Relevance:
 
 @explanation(gradient=True, layers=True)
 def weighted_norm(trace: AttentionTrace) -> Relevance:
-    """As :func:`weighted` with norms for importance: ``s_pre = mean_i ‖x_i‖``, ``s_post = mean_i ‖a_i‖``.
+    """Accumulate as :func:`weighted`, but by norms: ``s_pre = mean_i ‖x_i‖``, ``s_post = mean_i ‖a_i‖``.
 
     After Kobayashi et al. 2020 (arXiv 2004.10102), who weigh attention by the norms of what it moves. Ours as
     a weighting of WRA. Needs ``trace.backward(y)`` (for Â alone).
@@ -64,12 +64,13 @@ def weighted_norm(trace: AttentionTrace) -> Relevance:
 
 @explanation(gradient=True, layers=True)
 def weighted_token_norm(trace: AttentionTrace) -> Relevance:
-    """As :func:`weighted_norm` with one pair of weights per token."""
+    """Accumulate as :func:`weighted_norm` with one pair of weights per token."""
     return _accumulate(trace, weighted_token_norm_rule(trace))
 
 
 def weighted_rule(trace: AttentionTrace) -> Rule:
-    """What :func:`weighted` does at one sub-layer, for :func:`clipmapper.relevance.propagation.propagate`."""
+    """Make the rule of :func:`weighted` at one sub-layer, for
+    :func:`clipmapper.relevance.propagation.propagate`."""
 
     def rule(step: Attention, row: Float[Tensor, "batch rows queries"]):
         if kernels_for(step, row) is not None:

@@ -1,4 +1,4 @@
-"""What happens in the attention sub-layers of a forward, seen from outside: no model is modified or copied.
+"""Record the attention sub-layers of a forward from outside: no model is modified or copied.
 
 A hook where a sub-layer's input is, a hook where what it adds is, and ``scaled_dot_product_attention``
 replaced for a while by itself with a memory. Every call of a sub-layer is recorded by itself, so that
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clipmapper.relevance.recording.gradient_cuts import GradientCuts, without_checkpointing
 from clipmapper.relevance.recording.step_by_step import softmax_noticed, without_weights
-from clipmapper.relevance.recording.sublayer import Sublayer
+from clipmapper.relevance.sublayer import Sublayer
 from clipmapper.relevance.trace import Attention, Edge, Entry, Node
 
 

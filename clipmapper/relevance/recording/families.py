@@ -7,7 +7,7 @@ is not in use. ``docs/recorder.md`` shows how to add one.
 from torch import nn
 
 from clipmapper.relevance.recording.families_of_transformers import TRANSFORMERS
-from clipmapper.relevance.recording.sublayer import Sublayer, pre_norm
+from clipmapper.relevance.sublayer import Sublayer, pre_norm
 
 _TIMM = {"streams": {"": "image"}, "projection": "attn.proj"}
 

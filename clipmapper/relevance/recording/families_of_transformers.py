@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from clipmapper.relevance.recording.sublayer import Sublayer, pre_norm
+from clipmapper.relevance.sublayer import Sublayer, pre_norm
 
 _TEXT, _IMAGE = {"": "text"}, {"": "image"}
 _OUT = {"projection": "output.dense", "post_norm": "output.LayerNorm"}  # of BERT and its descendants

@@ -1,4 +1,4 @@
-"""From a forward pass of a model that is neither modified nor copied to an :class:`AttentionTrace`."""
+"""Record a forward pass of a model, neither modified nor copied, as an :class:`AttentionTrace`."""
 
 import re
 from collections.abc import Iterator, Sequence

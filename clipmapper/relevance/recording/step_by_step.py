@@ -102,7 +102,7 @@ def _attend(module: nn.Module, tokens: Tensor, context: Tensor, mask: Tensor | N
 
 
 def _mixed(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Of all heads' queries, keys and values [batch, tokens, width]; the mask is added to the scores."""
+    """Mix values [batch, tokens, width] of all heads by fused attention; the mask is added to the scores."""
 
     def heads(t: Tensor) -> Tensor:
         return t.unflatten(-1, (-1, module.attention_head_size)).transpose(1, 2)

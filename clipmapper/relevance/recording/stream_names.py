@@ -1,4 +1,4 @@
-"""What the streams of a model are called, and the grid of its image patches."""
+"""Names of a model's streams, and the grid of its image patches."""
 
 import functools
 import re

@@ -1,4 +1,4 @@
-"""Which tokens an attention sub-layer reads and changes, found in the autograd graph of the forward.
+"""Find which tokens an attention sub-layer reads and changes, in the autograd graph of the forward.
 
 Between two attention sub-layers a token goes its own way (norms, MLPs): walking back from a sub-layer's
 input, the first recorded tensors met say in which state of which stream it is. Where streams are joined, or
@@ -28,7 +28,7 @@ _BLOCK = re.compile(r"(.*?)\b(\d+)\b(?!.*\b\d+\b)")
 
 
 def _list_of(name: str) -> tuple[str, int] | None:
-    """What is before the last number in a block's name, and that number."""
+    """Split a block's name into what is before its last number, and that number."""
     found = _BLOCK.match(name)
     return None if found is None else (found[1], int(found[2]))
 
@@ -250,7 +250,7 @@ class StreamGraph:
 
 
 def _where_tokens_come_from(tokens: Tensor, sources: Sequence[Edge], lengths: Sequence[int]) -> Tensor | None:
-    """For every token [batch, tokens]: which of the sources' tokens it is, counted through; -1 for none.
+    """Find which of the sources' tokens, counted through, every token [batch, tokens] is; -1 for none.
 
     None when a token is more than one of them, or one of them becomes several, or another sample's.
 

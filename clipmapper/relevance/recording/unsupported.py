@@ -69,7 +69,7 @@ _REASONS = (
 
 @functools.cache
 def why_refused(kind: type[nn.Module]) -> str | None:
-    """What attention of this class does that can't be recorded, None where nothing is known against it."""
+    """Say why attention of this class can't be recorded; None where nothing is known against it."""
     for ancestor in kind.__mro__:
         name = f"{ancestor.__module__}.{ancestor.__qualname__}"
         for pattern, why in _REASONS:

@@ -51,8 +51,8 @@ class Projection:
 
 
 def projection_of(module: nn.Module, linear: str, scale: str | None, norm: str | None) -> Projection | None:
-    """From the paths of a family's line; None where this version of the module has no such part, or its
-    weights can't be read (quantised ones)."""
+    """Find the parts by the paths of a family's line; None where this version of the module lacks one, or
+    its weights can't be read (quantised ones)."""
     try:
         found = [None if path is None else _at(module, path) for path in (linear, scale, norm)]
         return Projection(*found) if isinstance(found[0].weight, Tensor) else None
@@ -73,7 +73,7 @@ def is_linear(
     added: Float[Tensor, "batch queries width"],
     rounded: bool,
 ) -> bool:
-    """Is what is added really the projection of what was mixed (plus a bias)? Seen at two tokens.
+    """Whether what is added is the projection of what was mixed (plus a bias), as seen at two tokens.
 
     ``rounded``: the model computed with less than float32.
     """
