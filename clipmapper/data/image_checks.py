@@ -70,7 +70,7 @@ def _bad(columns: Columns, images: np.ndarray, check: str) -> tuple[dict[int, tu
         notes.append(f"images: {_SAMPLE} of {len(images)} were opened before training (data.check=sample)")
         images = images[chosen]
     home = None if columns.folder is None else columns.folder.parent
-    asked = stamps(columns, images.tolist())
+    asked = stamps_of(columns, images.tolist())
     unknown = np.flatnonzero(~known(home, asked))
     bad: dict[int, tuple[str, str]] = {}
     fine: list[int] = []

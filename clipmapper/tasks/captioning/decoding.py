@@ -7,13 +7,12 @@ from functools import partial
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from clipmapper.errors import UserError
 from clipmapper.models.tokens import TokenizedText, padding_id
-from clipmapper.tasks.captioning.model import Captioner
 from clipmapper.tasks.captioning.tokens import spell, with_ends
 
 # What only one way of decoding reads, and its value when it is not given.
@@ -133,15 +132,16 @@ class WrittenCaptions:
 
 @torch.no_grad()
 def write_captions(
-    captioner: Captioner,
+    captioner: nn.Module,
     image_tokens: Float[Tensor, "images image image_width"],
     decoding: Decoding,
     *,
     keep: Int[Tensor, "images kept"] | None = None,
     use_cache: bool = True,
 ) -> WrittenCaptions:
-    """Captions of images given by the encoder's ``image_tokens`` (``keep``: which patches these hold).
+    """Write captions of images given by the encoder's ``image_tokens`` (``keep``: which patches these hold).
 
+    ``captioner``: a :class:`~clipmapper.tasks.captioning.model.Captioner`.
     ``use_cache``: remember keys and values of the text tower, of the mapper's text and of the image; without
     it every word computes the mapper and the whole caption so far anew. The captions are the same.
     """
@@ -163,7 +163,7 @@ def write_captions(
     return _read(captioner, decoder.token_ids(ids[:, 1:]).tolist(), decoding.captions)
 
 
-def _read(captioner: Captioner, rows: Sequence[Sequence[int]], captions: int) -> WrittenCaptions:
+def _read(captioner: nn.Module, rows: Sequence[Sequence[int]], captions: int) -> WrittenCaptions:
     end, tokenizer = captioner.ends.end, captioner.tokenizer
     ended = [end in row for row in rows]
     words = [list(row[: row.index(end)]) if end in row else list(row) for row in rows]
@@ -188,7 +188,7 @@ class _Decoder(PreTrainedModel, GenerationMixin):
 
     def __init__(
         self,
-        captioner: Captioner,
+        captioner: nn.Module,
         image_tokens: Float[Tensor, "images image image_width"],
         keep: Int[Tensor, "images kept"] | None,
         decoding: Decoding,
@@ -251,7 +251,7 @@ class _Decoder(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=logits[:, None])
 
     def _from_the_start(
-        self, captioner: Captioner, ids: Int[Tensor, "rows tokens"]
+        self, captioner: nn.Module, ids: Int[Tensor, "rows tokens"]
     ) -> Float[Tensor, "rows scored"]:
         each = len(ids) // len(self.image_tokens)
         keep = None if self.keep is None else self.keep.repeat_interleave(each, 0)

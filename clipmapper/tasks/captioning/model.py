@@ -14,6 +14,7 @@ from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.mapper import Mapper
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.relevance.trace import AttentionTrace
+from clipmapper.tasks.captioning.decoding import Decoding, write_captions
 from clipmapper.tasks.captioning.head import Vocabulary
 from clipmapper.tasks.captioning.tokens import CaptionEnds, caption_ends, caption_tokens
 from clipmapper.tasks.recording import record_clipmapper
@@ -238,14 +239,12 @@ class Captioner(nn.Module):
         return self.head.known_scores(last) if known_only else self.head(last)
 
     @torch.no_grad()
-    def caption(self, image, decoding=None) -> str:
+    def caption(self, image, decoding: Decoding | None = None) -> str:
         """The caption of an image (a path, a PIL image, an array).
 
         ``decoding``: a :class:`clipmapper.tasks.captioning.decoding.Decoding`, by default a beam of
         five, and captions as long as there is room for. Of several captions the first is returned.
         """
-        from clipmapper.tasks.captioning.decoding import Decoding, write_captions
-
         was_training = self.training
         self.eval()
         try:
