@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from clipmapper import relevance
     from clipmapper.errors import UserError
-    from clipmapper.explaining import Explanation, explain
-    from clipmapper.models.build import load
+    from clipmapper.explaining import explain
     from clipmapper.tasks.captioning.explain import CaptionExplanation
     from clipmapper.tasks.captioning.model import Captioner
+    from clipmapper.tasks.registry import load
+    from clipmapper.tasks.vqa.explain import Explanation
     from clipmapper.tasks.vqa.model import CLIPmapper
 
 # Where each public name lives. They are imported when first asked for: `clipmapper --help` and a mistyped
@@ -23,10 +24,10 @@ _HOMES = {
     "CLIPmapper": "clipmapper.tasks.vqa.model",
     "CaptionExplanation": "clipmapper.tasks.captioning.explain",
     "Captioner": "clipmapper.tasks.captioning.model",
-    "Explanation": "clipmapper.explaining",
+    "Explanation": "clipmapper.tasks.vqa.explain",
     "UserError": "clipmapper.errors",
     "explain": "clipmapper.explaining",
-    "load": "clipmapper.models.build",
+    "load": "clipmapper.tasks.registry",
 }
 __version__ = "0.1.0"
 __all__ = [

@@ -19,21 +19,18 @@ from hydra.errors import HydraException
 from omegaconf import Container
 from omegaconf.errors import OmegaConfBaseException
 
+from clipmapper.commands.compose import data_settings
 from clipmapper.commands.mistakes import fail, mistakes_end_it
 from clipmapper.errors import UserError, visible
 from clipmapper.host.progress import print_on_own_line
 from clipmapper.host.stopping import a_command
 from clipmapper.settings.checks import check_overrides, checked, describe_failure
-from clipmapper.settings.compose import config_groups, data_settings, quoted
-from clipmapper.settings.schema import (
-    ExplainConfig,
-    PerturbConfig,
-    PretrainConfig,
-    Section,
-    TrainConfig,
-    register,
-)
+from clipmapper.settings.commands import ExplainConfig, PerturbConfig, PretrainConfig
+from clipmapper.settings.compose import config_groups, quoted
+from clipmapper.settings.schema import TrainConfig
+from clipmapper.settings.section import Section
 from clipmapper.shipped import shipped_root
+from clipmapper.tasks.registry import register_settings
 
 # Hydra's flags that are followed by a value.
 _TAKE_A_VALUE = {
@@ -161,7 +158,7 @@ def _composed(
         composing = True  # the next of a sweep
         return found  # a sweeper may look for the highest
 
-    register()
+    register_settings()
     # Hydra prints errors itself, on several lines and with exit status 1, unless told to let them through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     conf = shipped_root() / "conf"

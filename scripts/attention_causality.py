@@ -133,18 +133,18 @@ def _show(results: dict) -> None:
 
 
 def _clipmapper(options: Namespace) -> tuple[nn.Module, Forwards]:
-    from clipmapper.models.build import load
-    from clipmapper.settings.compose import data_settings
-    from clipmapper.tasks.captioning.model import Captioner
+
+    from clipmapper.commands.compose import data_settings
+    from clipmapper.tasks.registry import load, task_of
     from clipmapper.training.checkpoint_data import data_for
-    from clipmapper.training.explained_records import samples_of
 
     given = data_settings(options.data) if options.data else None
     model = load(options.checkpoint, architecture=options.architecture)
-    if isinstance(model, Captioner):
-        raise UserError(f"{options.checkpoint}: writes captions; predictions are counted of answers")
-    data = data_for(model, given, str(options.checkpoint))
-    samples = samples_of(model, data, "validation", options.samples, options.seed)
+    task = task_of(model)
+    if not hasattr(model, "answers"):
+        raise UserError(f"{options.checkpoint}: it {task.does}; predictions are counted of answers")
+    data = data_for(task, model, given, str(options.checkpoint))
+    samples = task.samples(model, data, "validation", options.samples, options.seed)
 
     def forward(rows: Tensor) -> Tensor:
         # Every token of the last block as well, as in a trace.

@@ -9,7 +9,7 @@ import training_models
 
 from clipmapper.data.world.captions import captions
 from clipmapper.data.world.scenes import Scene, draw_scene, render
-from clipmapper.models.build import build_captioner
+from clipmapper.tasks.captioning.build import build_captioner
 from clipmapper.tasks.captioning.model import Captioner
 
 SETTINGS = {

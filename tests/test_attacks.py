@@ -23,6 +23,7 @@ from PIL import Image
 
 import clipmapper
 from clipmapper import cli
+from clipmapper.commands.compose import data_settings
 from clipmapper.data.records import Record
 from clipmapper.errors import UserError, visible
 from clipmapper.evaluation.perturbation_run import run_in_chunks
@@ -30,10 +31,10 @@ from clipmapper.evaluation.perturbation_scores import PerturbationScores
 from clipmapper.host.outputs import file_name_problem
 from clipmapper.models.build import DESCRIPTION
 from clipmapper.models.clip_weights import build_clip, build_tokenizer
-from clipmapper.settings.compose import data_settings
+from clipmapper.settings.data import ScenesVQAConfig
 from clipmapper.settings.instances import built
 from clipmapper.settings.plain_values import section_of_numbers
-from clipmapper.settings.schema import ScenesVQAConfig, TrainConfig
+from clipmapper.settings.schema import TrainConfig
 from clipmapper.training.checkpoint import check_same_model, restore_checkpoint
 from clipmapper.training.interruption import SaveSteps
 from clipmapper.training.run_folder import CHECKPOINT, folder_to_resume

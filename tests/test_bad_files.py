@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from clipmapper import making_shards
 from clipmapper.benchmarks import command as benchmarks
+from clipmapper.commands import make_shards as making_shards
 
 pytestmark = pytest.mark.slow
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clipmapper import cli, making_shards
+from clipmapper import cli
+from clipmapper.commands import make_shards as making_shards
 
 pytestmark = pytest.mark.slow
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"

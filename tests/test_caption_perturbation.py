@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import training_models
+from clipmapper.training.explanation_kinds import caption_scalars
 
 from clipmapper.errors import UserError
 from clipmapper.evaluation.captions.cider import DocumentFrequencies
@@ -23,7 +24,6 @@ from clipmapper.tasks.captioning.perturbation import ALL_SCORES, CaptionScorer, 
 from clipmapper.tasks.captioning.report import caption_report, curve_points
 from clipmapper.tasks.captioning.samples import choose_caption_samples, token_word_places
 from clipmapper.tasks.captioning.variants import kept_captions
-from clipmapper.training.explanation_kinds import caption_scalars
 from clipmapper.training.tables import caption_perturbation_tables, console, word_localisation_table
 
 METHODS = ("weighted", "gae", "random")

@@ -10,8 +10,9 @@ from training_models import same_bits
 
 import clipmapper
 from clipmapper.errors import UserError
-from clipmapper.models.build import DESCRIPTION, build_captioner
+from clipmapper.models.build import DESCRIPTION
 from clipmapper.models.tokens import TokenizedText
+from clipmapper.tasks.captioning.build import build_captioner
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions
 from clipmapper.tasks.captioning.head import CaptionHead, TiedCaptionHead
 from clipmapper.tasks.captioning.model import caption_loss

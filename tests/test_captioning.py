@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 from training_models import same_bits
 
 import clipmapper
-from clipmapper import config
 from clipmapper.commands.train import train
 from clipmapper.data.records import Record
 from clipmapper.data.tokens.cache import TokenStore
@@ -29,8 +28,9 @@ from clipmapper.errors import UserError
 from clipmapper.evaluation.captions.cider import cider_d
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
 from clipmapper.evaluation.captions.scores import score_captions
-from clipmapper.models.build import build_captioner
+from clipmapper.settings import schema as config
 from clipmapper.tasks.captioning.batches import CaptionBatches, Stage, drawn_batches
+from clipmapper.tasks.captioning.build import build_captioner
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions
 from clipmapper.tasks.captioning.self_critical import SelfCriticalModule
 from clipmapper.tasks.captioning.task import CaptionTask

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from clipmapper.errors import UserError
-from clipmapper.models.build import DESCRIPTION, build_clipmapper, load
+from clipmapper.models.build import DESCRIPTION
 from clipmapper.models.clip_weights import (
     build_clip,
     build_tokenizer,
@@ -21,6 +21,8 @@ from clipmapper.models.clip_weights import (
     save_clip_weights,
     trained_token_ids,
 )
+from clipmapper.tasks.registry import load
+from clipmapper.tasks.vqa.model import build_clipmapper
 
 CONFIG = {
     "embed_dim": 8,

@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from clipmapper import cli, config
+from clipmapper import cli
 from clipmapper.errors import UserError
+from clipmapper.settings import schema as config
 from clipmapper.settings.compose import quoted
 from clipmapper.settings.instances import built
 from clipmapper.settings.keys import setting_named

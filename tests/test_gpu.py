@@ -16,9 +16,9 @@ from clipmapper.benchmarks import subjects
 from clipmapper.errors import UserError
 from clipmapper.evaluation.perturbation import ModalityRelevance, perturb
 from clipmapper.explaining import trace_answers
-from clipmapper.models.build import load
 from clipmapper.relevance import METHODS, propagation, record
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions
+from clipmapper.tasks.registry import load
 from clipmapper.tasks.vqa.report import AnswerScorer
 
 GPU = torch.device("cuda")

@@ -16,7 +16,7 @@ from training_models import same_bits
 
 from clipmapper.commands.train import train
 from clipmapper.errors import UserError
-from clipmapper.models.build import load
+from clipmapper.tasks.registry import load
 from clipmapper.tasks.vqa.training import VQAModule
 from clipmapper.training.checkpoint import previous_of, restore_checkpoint, write_checkpoint
 from clipmapper.training.interruption import RunInterrupted

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from training_models import ROOT
 
-from clipmapper import cli, making_shards
+from clipmapper import cli
 from clipmapper.benchmarks import command as benchmark
+from clipmapper.commands import make_shards as making_shards
 from clipmapper.errors import UserError
 from clipmapper.host.outputs import check_file, check_folder, write_whole
 

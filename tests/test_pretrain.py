@@ -16,7 +16,7 @@ from clipmapper.data.images import clip_input
 from clipmapper.data.world.scenes import draw_scene, render
 from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
-from clipmapper.settings.schema import PretrainConfig
+from clipmapper.settings.commands import PretrainConfig
 from clipmapper.training.contrastive import ContrastiveModule, ContrastiveScenes
 
 

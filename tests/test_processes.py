@@ -8,6 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import training_models
+from clipmapper.training.record_batches import (
+    CaptionRecords,
+    RecordCaptions,
+    RecordQuestions,
+    question_batches,
+)
 from PIL import Image
 
 from clipmapper.commands.make_shards import main as make_shards
@@ -15,15 +21,9 @@ from clipmapper.commands.train import train
 from clipmapper.data.readers.manifest import manifest_data
 from clipmapper.data.records import Record
 from clipmapper.errors import UserError
-from clipmapper.models.build import build_clipmapper
 from clipmapper.tasks.captioning.batches import Stage, drawn_batches
+from clipmapper.tasks.vqa.model import build_clipmapper
 from clipmapper.training.processes import Share, batches_of
-from clipmapper.training.record_batches import (
-    CaptionRecords,
-    RecordCaptions,
-    RecordQuestions,
-    question_batches,
-)
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
 
 COMMON = (

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from clipmapper import progress
+from clipmapper.host import progress
 from clipmapper.host.progress import ProgressLines, counted
 from clipmapper.training import progress as of_runs
 from clipmapper.training.launching import less_noise

@@ -15,6 +15,7 @@ from test_official_data import coco_folder, flickr_folder, vqa_v2_folder
 
 import clipmapper
 from clipmapper import cli
+from clipmapper.commands.compose import train_settings
 from clipmapper.commands.train import train
 from clipmapper.data.images import as_pil, seen_part
 from clipmapper.data.readers.conversion import Source, convert
@@ -22,7 +23,6 @@ from clipmapper.data.readers.huggingface import records_of
 from clipmapper.data.readers.results import official_accuracy
 from clipmapper.data.readers.vqa_v2 import annotations_file
 from clipmapper.evaluation.captions.scores import score_captions
-from clipmapper.settings.compose import train_settings
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
 
 SETTINGS = (

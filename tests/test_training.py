@@ -25,11 +25,11 @@ from clipmapper.commands.train import train
 from clipmapper.data.tokens.cache import TokenStore
 from clipmapper.data.world.questions import ANSWERS
 from clipmapper.errors import UserError
-from clipmapper.models.build import build_clipmapper
 from clipmapper.tasks.vqa import report as explanation_report
 from clipmapper.tasks.vqa import task as vqa_task
 from clipmapper.tasks.vqa.batches import scene_splits
 from clipmapper.tasks.vqa.blind import blind_accuracy
+from clipmapper.tasks.vqa.model import build_clipmapper
 from clipmapper.tasks.vqa.task import VALIDATION_SPLITS
 from clipmapper.tasks.vqa.training import VQAModule, answer_loss
 from clipmapper.training.interruption import RunInterrupted

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from clipmapper.data.world.questions import ANSWERS
 from clipmapper.data.world.vqa import ScenesVQA
-from clipmapper.models.build import build_clipmapper
 from clipmapper.settings.checks import checked
-from clipmapper.settings.schema import TrainConfig, register
-from clipmapper.tasks.vqa.model import CLIPmapper
+from clipmapper.settings.schema import TrainConfig
+from clipmapper.tasks.registry import register_settings
+from clipmapper.tasks.vqa.model import CLIPmapper, build_clipmapper
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 1800  # seconds for what takes seconds: the machine may be busy, but nothing waits for ever
@@ -93,7 +93,7 @@ def train_settings(*overrides: str) -> TrainConfig:
     """The settings of ``clipmapper train`` as the command line would compose them; a later one wins."""
     if "callbacks=none" in overrides:
         overrides = tuple(one for one in overrides if not one.startswith("callbacks."))
-    register()
+    register_settings()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return checked(compose("train", list(overrides)), TrainConfig)
 

@@ -12,11 +12,12 @@ from clipmapper.data.images import clip_input
 from clipmapper.data.world.captioning import ScenesCaptions
 from clipmapper.data.world.captions import aligned_captions
 from clipmapper.data.world.scenes import draw_scene, render
-from clipmapper.models.build import build_captioner, load
 from clipmapper.relevance import method_named
+from clipmapper.tasks.captioning.build import build_captioner
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions
-from clipmapper.tasks.captioning.explain import explain_caption_methods
+from clipmapper.tasks.captioning.explain import explain_captions
 from clipmapper.tasks.captioning.model import Captioner
+from clipmapper.tasks.registry import load
 
 # Built-in scenes on the shipped CLIP, and the paper's sizes. Weights do not matter for the time.
 MODELS = {
@@ -83,7 +84,7 @@ def explanation(options: Namespace) -> dict:
     text = model.tokenize(caption)
 
     def explain(**more):
-        return explain_caption_methods(model, images, [options.method], caption=caption, **more)[0]
+        return explain_captions(model, images, [options.method], caption=caption, **more)[0]
 
     words = len(explain().words)
 

@@ -8,11 +8,10 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
-from clipmapper.models.build import build_clipmapper
 from clipmapper.models.clip_weights import open_clip_log, registered_name
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.relevance import Again, AttentionTrace, Node, record
-from clipmapper.tasks.vqa.model import CLIPmapper
+from clipmapper.tasks.vqa.model import CLIPmapper, build_clipmapper
 
 _WORDS = 14  # tokens of a question, start and end included
 _ANSWERS = 3129  # of VQA v2

@@ -12,17 +12,16 @@ from clipmapper.benchmarks.captions import MODELS
 from clipmapper.benchmarks.timing import machine, measured
 from clipmapper.commands.explain import chosen_device
 from clipmapper.commands.mistakes import seed, whole
-from clipmapper.data.images import clip_input
 from clipmapper.data.tokens.cache import TokenCache, TokenStore
+from clipmapper.data.world.data import RenderedReader
 from clipmapper.data.world.questions import ANSWERS
 from clipmapper.data.world.vqa import ScenesVQA
 from clipmapper.errors import UserError
-from clipmapper.models.build import build_clipmapper, load
 from clipmapper.models.tokens import tokenize
-from clipmapper.tasks.vqa.model import CLIPmapper
+from clipmapper.tasks.registry import load
+from clipmapper.tasks.vqa.model import CLIPmapper, build_clipmapper
 from clipmapper.tasks.vqa.training import answer_loss
-from clipmapper.training.asked_texts import asked_texts
-from clipmapper.training.encoder_tokens import ArrayImages, question_tokens
+from clipmapper.training.record_tokens import record_question_tokens
 
 
 def caching_arguments(parser: ArgumentParser) -> None:
@@ -42,13 +41,11 @@ def caching(options: Namespace) -> dict:
     """
     device = chosen_device(options.device)
     model = _model(options).to(device).eval()
-    split = ScenesVQA(1, 1, options.scenes, 1, 1, options.seed).validation
-    source = ArrayImages(split.images, model.encoder.clip.visual)
-    questions, image_of = [q.text for q in split.questions], torch.from_numpy(split.image_of)
-    texts = asked_texts(model.encoder.tokenizer, questions, "validation")
+    data = ScenesVQA(1, 1, options.scenes, 1, 1, options.seed)
+    split, reader = data.validation, data.reader(model.encoder)
 
     def cache(store: TokenStore) -> TokenCache:
-        return question_tokens(model.encoder, store, source, texts, image_of, "validation")
+        return record_question_tokens(model.encoder, store, split, "validation", reader)
 
     memory, single = cache(TokenStore()), cache(TokenStore(precision="float32"))
     rng = np.random.default_rng(options.seed)
@@ -56,7 +53,7 @@ def caching(options: Namespace) -> dict:
     optimiser = torch.optim.AdamW(trained, lr=0.0)  # the time of a step, without going anywhere
 
     def step(tokens: TokenCache | None) -> None:
-        asked = torch.from_numpy(rng.integers(0, len(questions), options.batch_size))
+        asked = torch.from_numpy(rng.integers(0, len(split), options.batch_size))
         targets = torch.zeros(len(asked), len(model.answers), device=device)
         optimiser.zero_grad()
         answer_loss(_logits(model, split, tokens, asked, device), targets).backward()
@@ -85,7 +82,7 @@ def _half_precision(model: CLIPmapper, split, half: TokenCache, single: TokenCac
             logits[name].append(_logits(model, split, tokens, asked, device).cpu())
     found = {name: torch.cat(parts) for name, parts in logits.items()}
     given = {name: values.argmax(dim=1).tolist() for name, values in found.items()}
-    true = [q.answer for q in split.questions]
+    true = [record.answers[0] for record in split]
     return {
         "questions": len(true),
         "same_answer": float(np.mean(np.equal(given["half"], given["single"]))),
@@ -103,10 +100,10 @@ def _logits(model: CLIPmapper, split, tokens: TokenCache | None, asked: Tensor, 
         text = {name: value.to(device) for name, value in tokens.texts(asked).items()}
         images = tokens.images(asked).to(device)
     else:
-        encoder, rows = model.encoder, split.image_of[asked.numpy()]
-        asking = tokenize(encoder.tokenizer, [split.questions[int(n)].text for n in asked]).to(device)
+        encoder, records = model.encoder, [split[int(n)] for n in asked]
+        asking = tokenize(encoder.tokenizer, [record.question for record in records]).to(device)
         with torch.no_grad():
-            images = encoder.image_tokens(clip_input(split.images[rows], encoder.clip.visual).to(device))
+            images = encoder.image_tokens(RenderedReader(encoder.clip.visual).many(records).to(device))
             text = {"text_tokens": encoder.text_tokens(asking.ids, asking.valid), "text_valid": asking.valid}
     return model.answer_logits(images, text["text_tokens"], text["text_valid"])
 
@@ -115,7 +112,7 @@ def _model(options: Namespace) -> CLIPmapper:
     torch.manual_seed(options.seed)
     if options.checkpoint is not None:
         model = load(options.checkpoint)
-        if not isinstance(model, CLIPmapper):
+        if model.task != CLIPmapper.task:
             raise UserError(f"--checkpoint={options.checkpoint}: not a model that answers questions")
         return model
     encoder, sizes = MODELS[options.model]

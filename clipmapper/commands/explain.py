@@ -5,19 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.text import Text
 
 from clipmapper.errors import UserError
-from clipmapper.explaining import Explanation, explain_methods
 from clipmapper.host.outputs import check_folder
-from clipmapper.models.build import load
-from clipmapper.settings.schema import COMPARED_METHODS, ExplainConfig, device_problem
-from clipmapper.tasks.captioning.explain import CaptionExplanation, explain_caption_methods
-from clipmapper.tasks.captioning.model import Captioner
-from clipmapper.tasks.vqa.model import CLIPmapper
+from clipmapper.relevance import COMPARED
+from clipmapper.settings.commands import ExplainConfig, device_problem
+from clipmapper.tasks.registry import load, task_of
+from clipmapper.training.explained import Explanation
 from clipmapper.training.tables import console, files_table
 from clipmapper.visual.comparison import plot_method_comparison
 from clipmapper.visual.files import picture_name, save_figure
+
+_ASKED = ("question", "answer", "caption", "word", "word_weights")  # settings that some tasks have
 
 
 def chosen_device(name: str) -> torch.device:
@@ -38,75 +37,36 @@ def explain_file(config: ExplainConfig) -> list[Path]:
     """Answer or caption, explain, write the pictures; returns their paths."""
     check_folder(Path(config.output), f"output={config.output}")
     model = load(config.checkpoint, chosen_device(config.device), config.architecture)
-    methods = [config.method, *(m for m in COMPARED_METHODS if config.compare and m != config.method)]
-    explain = _explain_caption if isinstance(model, Captioner) else _explain_answer
-    return explain(model, config, methods)
-
-
-def _explain_answer(model: CLIPmapper, config: ExplainConfig, methods: Sequence[str]) -> list[Path]:
-    if config.caption is not None or config.word is not None:
-        raise UserError("caption and word: this checkpoint answers questions, it writes no captions")
-    if config.question is None:
-        raise UserError("question: no value; this checkpoint answers questions, give one as question=…")
-    explanations = explain_methods(model, config.image, config.question, methods, config.answer)
+    task = task_of(model)
+    given = {name: value for name in _ASKED if (value := getattr(config, name)) is not None}
+    for name in given:
+        if name not in task.explain_settings:
+            raise UserError(
+                f"{name}: this checkpoint {task.does}; it takes {', '.join(task.explain_settings)}"
+            )
+    methods = [config.method, *(m for m in COMPARED if config.compare and m != config.method)]
+    explanations = task.explain(model, config.image, methods=methods, **given)
     first = explanations[0]
-    stem = picture_name(Path(config.image).stem, config.question, apart=_file_and(config, config.answer))
-    files = _pictures(config, stem, explanations, question=first.question, answer=first.answer)
+    # Images of one name may be in several folders.
+    apart = "\0".join([os.path.abspath(config.image), *(f"{name}={given[name]}" for name in sorted(given))])
+    stem = picture_name(Path(config.image).stem, *first.names, apart=apart)
+    files = _pictures(config, stem, explanations)
     out = console()
-    out.print(f"question: {config.question}")
-    what = "explained answer" if config.answer is not None else "answer"
-    out.print(f"{what}:", Text(first.answer, style="bold"), f"(probability {first.score:.3f})")
-    words = "  ".join(f"{word} {score:.3f}" for word, score in first.words)
-    out.print(f"relevance of words ({first.method}): {words}")
+    for line in first.lines():
+        out.print(*line)
     out.print(files_table(files))
     return list(files.values())
 
 
-def _explain_caption(model: Captioner, config: ExplainConfig, methods: Sequence[str]) -> list[Path]:
-    if config.question is not None or config.answer is not None:
-        raise UserError("question and answer: this checkpoint writes captions; give caption=… or none")
-    word = config.word
-    explanations = explain_caption_methods(
-        model,
-        config.image,
-        methods,
-        caption=config.caption,
-        word=int(word) if word is not None and word.lstrip("-").isdigit() else word,
-        word_weights=config.word_weights,
-    )
-    first = explanations[0]
-    named = [Path(config.image).stem, first.caption, *([word] if word else [])]
-    stem = picture_name(*named, apart=_file_and(config, config.word_weights))
-    files = _pictures(config, stem, explanations, question=first.caption)
-    out = console()
-    what = "explained caption" if config.caption is not None else "caption"
-    out.print(f"{what}:", Text(first.caption, style="bold"))
-    told = zip(first.explained, first.probabilities, strict=True)
-    words = "  ".join(f"{first.words[place]} {probability:.2f}" for place, probability in told)
-    out.print(f"probability of words: {words}")
-    out.print(files_table(files))
-    return list(files.values())
-
-
-def _pictures(
-    config: ExplainConfig,
-    stem: str,
-    explanations: Sequence[Explanation | CaptionExplanation],
-    *,
-    question: str,
-    answer: str | None = None,
-) -> dict[str, Path]:
+def _pictures(config: ExplainConfig, stem: str, explanations: Sequence[Explanation]) -> dict[str, Path]:
     first, folder = explanations[0], Path(config.output)
     files = {first.method: first.plot(folder / f"{stem}_{first.method}.png")}
     if config.compare:
-        words = {e.method: e.words if isinstance(e, Explanation) else [] for e in explanations}
         figure = plot_method_comparison(
-            first.image, {e.method: e.patches for e in explanations}, words, question=question, answer=answer
+            first.image,
+            {its.method: its.patches for its in explanations},
+            {its.method: list(its.word_scores) for its in explanations},
+            **first.header,
         )
         files["methods"] = save_figure(figure, folder / f"{stem}_methods.png")
     return files
-
-
-def _file_and(config: ExplainConfig, more: str | None) -> str:
-    """What tells pictures apart beside their texts: images of one name may be in several folders."""
-    return "\0".join([os.path.abspath(config.image), more or ""])

@@ -5,14 +5,12 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from clipmapper.commands.compose import data_settings
 from clipmapper.commands.mistakes import Arguments, mistakes_end_it, seed, some_path, whole
-from clipmapper.data.records import RecordData
 from clipmapper.data.shards.files import webdataset, write_shards
-from clipmapper.errors import UserError
 from clipmapper.host.outputs import check_folder
 from clipmapper.host.progress import progress
 from clipmapper.host.stopping import a_command
-from clipmapper.settings.compose import data_settings
 from clipmapper.settings.instances import built
 
 
@@ -32,7 +30,7 @@ def _make(options: Namespace) -> None:
     try:
         webdataset()
         check_folder(options.folder, str(options.folder))
-        data = _data(options.settings)
+        data = built(asdict(data_settings(options.settings)))
         images = sum(len({r.image_id for r in records}) for records in data.splits.values())
         with progress("images written to shards", images) as advance:
             written = write_shards(
@@ -51,12 +49,3 @@ def _make(options: Namespace) -> None:
         counts = f"{sum(s.images for s in shards)} images, {sum(s.records for s in shards)} records"
         print(f"{split}: {counts} in {len(shards)} shards")
     print(options.folder)
-
-
-def _data(settings: Sequence[str]) -> RecordData:
-    data = built(asdict(data_settings(settings)))
-    if not isinstance(data, RecordData):
-        raise UserError(
-            "data: the built-in scenes are drawn anew whenever they are needed; choose another data set"
-        )
-    return data

@@ -14,7 +14,7 @@ from clipmapper.host.outputs import NO_ROOM, check_file, check_folder
 from clipmapper.host.stopping import forks_ignore_signals
 from clipmapper.models.clip_weights import save_clip_weights
 from clipmapper.models.encoder import ClipEncoder
-from clipmapper.settings.schema import PretrainConfig
+from clipmapper.settings.commands import PretrainConfig
 from clipmapper.training.checkpoint import DurableCheckpointIO, check_same_model, restore_checkpoint
 from clipmapper.training.contrastive import ContrastiveModule, contrastive_loader, retrieval_score
 from clipmapper.training.endings import killed_worker

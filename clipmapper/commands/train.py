@@ -1,7 +1,7 @@
 """The run behind ``scripts/train.py``: train, validate, explain, and say what came out."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -10,19 +10,18 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from torch import nn
 from torch.utils.data import DataLoader
 
 from clipmapper.data.records import RecordData
 from clipmapper.host.outputs import check_folder
 from clipmapper.host.stopping import forks_ignore_signals
-from clipmapper.models.build import load
 from clipmapper.models.clip_weights import names_tokenizer
 from clipmapper.models.fine_tuning import merge_adapters
 from clipmapper.models.tokens import cut_texts_said_once
-from clipmapper.settings.instances import built, named
+from clipmapper.settings.instances import built
 from clipmapper.settings.schema import TrainConfig
-from clipmapper.tasks.captioning.model import Captioner
-from clipmapper.tasks.vqa.model import CLIPmapper
+from clipmapper.tasks.registry import load, task_named
 from clipmapper.training.checkpoint import check_same_model, previous_of, restore_checkpoint, steps_of
 from clipmapper.training.checkpoint_data import data_description
 from clipmapper.training.endings import Unfinished, ending, give_up
@@ -43,7 +42,7 @@ from clipmapper.training.run_folder import (
     write_json,
 )
 from clipmapper.training.tables import console, files_table
-from clipmapper.training.task import Task
+from clipmapper.training.task import TaskRun
 from clipmapper.training.trainer import build_trainer, steps_between_validations
 
 
@@ -94,8 +93,10 @@ def _train(
     lightning.seed_everything(config.seed, verbose=False)
     described = None if data else data_description(config.data)
     data = data or built(asdict(config.data))
-    task: Task = named(config.training._target_)(config, data)
-    model = task.model
+    task = task_named(config.training.task)
+    task.check_data(data, f"training={task.name}")
+    run_of = task.run(config, data)
+    model = run_of.model
     if described:  # an object of the caller's can't be found again from a checkpoint
         model.description["data"] = described
     out = console()
@@ -109,16 +110,19 @@ def _train(
     else:
         done = steps_of(folder / CHECKPOINT)
         out.print(f"Resuming {folder} after step {done} of {config.training.max_steps}")
-    for line in _data_lines(data):
+    for line in data.summary():
         out.print(line)
 
     model.to(device)
-    task.prepare(explainer, folder)
-    for line in task.validated.lines():
+    if explainer is not None:
+        samples = task.samples(model, data, "validation", explainer.samples, explainer.seed)
+        explainer.prepare(task, samples, folder / "pictures")
+    run_of.prepare(folder)
+    for line in run_of.validated.lines():
         out.print(line)
     with run_logger(config.logger, folder, config.name) if is_main() else nullcontext(False) as logger:
         with less_noise():
-            trainer = _fit(config, task, explainer, logger, folder, resumed is not None)
+            trainer = _fit(config, run_of, explainer, logger, folder, resumed is not None)
             trainer.save_checkpoint(folder / CHECKPOINT)
         run.companions.end()
         if not is_main():
@@ -128,23 +132,23 @@ def _train(
         model.to(device)
 
         with torch.compiler.set_stance("force_eager"):
-            found = task.results(trainer, folder)
+            found = run_of.results(trainer, folder)
         results: dict = {"name": config.name, "settings": settings, **found}
-        scored = f"{task.validation_splits[0]}/{task.objective}"
+        scored = f"{run_of.validation_splits[0]}/{run_of.objective}"
         results["objective"] = {"name": scored, "value": float(trainer.callback_metrics[scored])}
-        if task.validated.counts:
-            results["validated"] = task.validated.numbers()
+        if run_of.validated.counts:
+            results["validated"] = run_of.validated.numbers()
         files = {"checkpoint": folder / CHECKPOINT, "results": folder / RESULTS}
-        for table in task.tables(found):
+        for table in run_of.tables(found):
             out.print(table)
-        for line in task.validated.lines():
+        for line in run_of.validated.lines():
             out.print(line)
         if explainer is not None and explainer.report is not None:
             results["explanations"] = explainer.report.numbers(explainer.confidence, explainer.seed)
-            for table in explainer.kind.tables(results["explanations"]):
+            for table in explainer.report.tables(results["explanations"]):
                 out.print(table)
             files |= {"heat maps": folder / "pictures", "methods": folder / "pictures" / "methods.png"}
-            files["perturbation curves"] = folder / "pictures" / explainer.kind.curves
+            files["perturbation curves"] = folder / "pictures" / explainer.report.curves
     files |= logged_files(logger, folder)
     results["files"] = {what: str(path) for what, path in files.items()}
     results["seconds"] = round(time.monotonic() - began, 1)
@@ -175,7 +179,7 @@ def _check_outputs(config: TrainConfig, resumed: Path | None) -> None:
 
 def _fit(
     config: TrainConfig,
-    task: Task,
+    task: TaskRun,
     explainer: Callback | None,
     logger: Logger | bool,
     folder: Path,
@@ -230,7 +234,7 @@ def _fit(
     return trainer
 
 
-def _make_plain(model: CLIPmapper | Captioner, checkpoint: Path, architecture: str, sharded: bool) -> None:
+def _make_plain(model: nn.Module, checkpoint: Path, architecture: str, sharded: bool) -> None:
     """A trained model as :func:`clipmapper.load` gives it: whole, without adapters."""
     if not sharded or this_share().of == 1:
         merge_adapters(model.encoder)
@@ -238,14 +242,3 @@ def _make_plain(model: CLIPmapper | Captioner, checkpoint: Path, architecture: s
     own = architecture if names_tokenizer(architecture) else None
     for name, part in load(checkpoint, architecture=own).named_children():
         setattr(model, name, part)
-
-
-def _data_lines(data) -> Iterator[str]:
-    """What the data are; the built-in scenes are rendered here."""
-    if isinstance(data, RecordData):
-        yield from data.summary()
-        return
-    began = time.monotonic()
-    images = sum(len(getattr(data, name).images) for name in data.sizes)
-    rendering = time.monotonic() - began
-    yield f"{images} scenes rendered in {rendering:.0f} s ({images / rendering:.0f} images/s)"

@@ -15,7 +15,8 @@ from clipmapper.data.answer_rule import (
     normalise_answer,
     vqa_soft_accuracy,
 )
-from clipmapper.data.tables.columns import ROWS, RecordTable, as_numpy, unpacked
+from clipmapper.data.tables.base import unpacked
+from clipmapper.data.tables.columns import ROWS, RecordTable, as_numpy
 
 FEW = 4  # with fewer human answers than this no prediction could reach 1 by the official rule
 

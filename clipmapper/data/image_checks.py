@@ -125,7 +125,7 @@ _DIGEST = 16
 _ABSENT = -1
 
 
-def stamps(columns: Columns, images: Sequence[int]) -> np.ndarray:
+def stamps_of(columns: Columns, images: Sequence[int]) -> np.ndarray:
     """What each image is known by: a digest of its name, the size of its file and when that was written
     (-1 for a file that is not there)."""
     found = np.zeros(len(images), _DTYPE)

@@ -183,11 +183,14 @@ def clip_input(
     return (pixels.float() / 255 - mean) / std
 
 
-def seen_part(image: Image.Image, visual: nn.Module) -> UInt8[np.ndarray, "height width 3"]:
+def seen_part(
+    image: Image.Image, visual: nn.Module, fill: int | None = None
+) -> UInt8[np.ndarray, "height width 3"]:
     """What ``visual`` (an ``open_clip`` image tower) sees of an upright image, at the image's own resolution.
 
     Its transform cuts the middle out of an image that is not square (CLIP), squashes it (SigLIP), or pads it.
-    Patches lie on this picture as they lie on the tower's input, whatever the shapes.
+    Patches lie on this picture as they lie on the tower's input, whatever the shapes. ``fill``: the colour of
+    what is padded; None: the transform's own.
     """
     side = visual.image_size
     rows, columns = side if isinstance(side, tuple) else (side, side)
@@ -201,7 +204,7 @@ def seen_part(image: Image.Image, visual: nn.Module) -> UInt8[np.ndarray, "heigh
     scale = min(scales) if mode == "shortest" else max(scales)
     seen_width, seen_height = round(scale * columns), round(scale * rows)
     left, top = round((width - seen_width) / 2), round((height - seen_height) / 2)
-    fill = visual.preprocess_cfg["fill_color"]
+    fill = visual.preprocess_cfg["fill_color"] if fill is None else fill
     canvas = Image.new(
         "RGB", (seen_width, seen_height), (fill,) * 3 if isinstance(fill, int) else tuple(fill)
     )

@@ -1,20 +1,20 @@
 """A record's photograph as the pixels that an image tower reads, by the fast way or by open_clip's own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Num, UInt8
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import ToTensor
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, resize
 
-from clipmapper.data.records import Record, StoredImage
+from clipmapper.data.record import Record, StoredImage
 
 DECODING = ("fast", "exact")
 _ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
@@ -55,6 +55,10 @@ class PixelReader:
                 return self._fitted(decoded)
         return self.exact(record.pil())
 
+    def many(self, records: Sequence[Record]) -> UInt8[Tensor, "records 3 height width"]:
+        """The images of several records."""
+        return torch.stack([self(record) for record in records])
+
     def exact(self, image: Image.Image) -> UInt8[Tensor, "3 height width"]:
         """Of an upright RGB image, by Pillow."""
         for step in self._pillow:
@@ -67,9 +71,12 @@ class PixelReader:
 
 
 def normalised(
-    pixels: UInt8[Tensor, "batch 3 height width"], visual: nn.Module
+    pixels: Num[Tensor, "batch 3 height width"], visual: nn.Module
 ) -> Float[Tensor, "batch 3 height width"]:
-    """What ``visual`` (an ``open_clip`` image tower) is given, as its transform computes it."""
+    """The input of ``visual`` (an ``open_clip`` image tower), as its transform computes it: from uint8, or as
+    it is where it is normalised already."""
+    if pixels.is_floating_point():
+        return pixels
     mean, std = (
         torch.tensor(v, device=pixels.device)[:, None, None] for v in (visual.image_mean, visual.image_std)
     )

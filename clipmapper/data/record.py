@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 from PIL import Image
 
 from clipmapper.data.images import as_pil
+from clipmapper.data.truth import Truth
 from clipmapper.errors import UserError
 
 OTHER = "other"  # the family of a question whose data set has no answer types
@@ -35,6 +36,7 @@ class Record:
         reported by.
     captions : for captioning, what people wrote.
     source : file and line, for messages.
+    truth : what decides the answer, where the data set knows it.
     """
 
     id: int | str
@@ -45,6 +47,7 @@ class Record:
     family: str = OTHER
     captions: tuple[str, ...] = ()
     source: str = ""
+    truth: Truth | None = None
 
     def pil(self) -> Image.Image:
         """The image in RGB, turned upright by its EXIF orientation. Raises ``UserError`` with the source."""

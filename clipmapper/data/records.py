@@ -3,35 +3,32 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-import torch
 from jaxtyping import UInt8
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from clipmapper.data.answers import ACCURACIES, AnswerVocabulary, annotators
+from clipmapper.data.answers import ACCURACIES, AnswerVocabulary
+from clipmapper.data.pixels import PixelReader
 from clipmapper.data.record import OTHER, Record, StoredImage
+from clipmapper.data.tables.base import Records
 from clipmapper.data.tables.builder import tables_of
-from clipmapper.data.tables.columns import RecordTable
 from clipmapper.errors import UserError
 
 __all__ = [
     "OTHER",
-    "CaptionCollate",
     "Item",
     "Record",
     "RecordData",
     "RecordDataset",
     "StoredImage",
-    "VQACollate",
-    "check_task",
 ]
 
 
 class RecordDataset(Dataset):
     """Records with their images as the encoder reads them.
 
-    ``reader``: a :class:`clipmapper.data.pixels.PixelReader`. An item is (record, pixels); a list of them
-    goes into :class:`VQACollate` or :class:`CaptionCollate`. Raises ``UserError`` for an unreadable image.
+    ``reader``: a :class:`clipmapper.data.pixels.PixelReader`. An item is (record, pixels). Raises
+    ``UserError`` for an unreadable image.
     """
 
     def __init__(
@@ -50,53 +47,6 @@ class RecordDataset(Dataset):
 Item = tuple[Record, UInt8[Tensor, "3 height width"]]
 
 
-class VQACollate:
-    """A batch of questions, as :class:`clipmapper.tasks.vqa.training.VQAModule` documents it.
-
-    ``tokenize``: texts → :class:`~clipmapper.models.tokens.TokenizedText`. The batch also has ``ids``.
-    """
-
-    def __init__(self, tokenize: Callable[[Sequence[str]], object], vocabulary: AnswerVocabulary) -> None:
-        self.tokenize, self.vocabulary = tokenize, vocabulary
-
-    def __call__(self, items: Sequence[Item]) -> dict:
-        batch = self.without_images([record for record, _ in items])
-        return batch | {"images": torch.stack([pixels for _, pixels in items])}
-
-    def without_images(self, records: Sequence[Record]) -> dict:
-        """Everything but ``images``."""
-        return {
-            "text": self.tokenize([record.question for record in records]),
-            "targets": torch.stack([self.vocabulary.targets(record.answers) for record in records]),
-            "answers": [annotators(record.answers) for record in records],
-            "families": [record.family for record in records],
-            "ids": [record.id for record in records],
-        }
-
-
-class CaptionCollate:
-    """A batch of images with one caption each, as :class:`clipmapper.tasks.captioning.training.CaptionModule`
-    documents it.
-
-    ``tokenize``: captions → :class:`~clipmapper.models.tokens.TokenizedText`. The batch also has ``ids``.
-    """
-
-    def __init__(self, tokenize: Callable[[Sequence[str]], object]) -> None:
-        self.tokenize = tokenize
-
-    def __call__(self, items: Sequence[Item], captions: Sequence[str]) -> dict:
-        batch = self.without_images([record for record, _ in items], captions)
-        return batch | {"images": torch.stack([pixels for _, pixels in items])}
-
-    def without_images(self, records: Sequence[Record], captions: Sequence[str]) -> dict:
-        """Everything but ``images``."""
-        return {
-            "text": self.tokenize(captions),
-            "references": [list(record.captions) for record in records],
-            "ids": [record.id for record in records],
-        }
-
-
 class RecordData:
     """A data set of records that training can take: what ``data._target_`` builds.
 
@@ -109,7 +59,16 @@ class RecordData:
     decoding : how photographs are read, one of :data:`clipmapper.data.pixels.DECODING`.
     workers : processes that decode images, 0 for none.
     notes : lines that the run prints about the data (images left out, answers unknown to the vocabulary).
+
+    ``validation_splits`` are scored in every validation, at most ``labelled_at_most`` records in a batch.
+    ``chance``: accuracy of guessing in each family, where it is known. ``stream``: None, or, of data whose
+    training records have no numbers, what gives them in an order drawn by a seed.
     """
+
+    validation_splits: tuple[str, ...] = ("validation",)
+    labelled_at_most = 128  # photographs: of 224 x 224 pixels they take 77 MB
+    chance: Mapping[str, float] = {}
+    stream = None
 
     def __init__(
         self,
@@ -129,22 +88,27 @@ class RecordData:
         self.notes = list(notes)
 
     @property
-    def task(self) -> str:
-        """ "vqa" or "captioning"."""
-        return "captioning" if self.vocabulary is None else "vqa"
+    def kind(self) -> str:
+        """ "questions" or "captions": what every record has."""
+        return "captions" if self.vocabulary is None else "questions"
 
-    def split(self, name: str) -> RecordTable:
+    def reader(self, encoder: nn.Module) -> Callable[[Record], Tensor]:
+        """Reads the images of records for the image tower of a
+        :class:`~clipmapper.models.encoder.ClipEncoder`; its ``many`` those of several."""
+        return PixelReader(encoder.clip.visual.preprocess_cfg, self.decoding)
+
+    def split(self, name: str) -> Records:
         """Raises ``UserError`` for a split that is not there."""
         if name not in self.splits:
             raise UserError(f"split={name}: the data has {', '.join(self.splits)}")
         return self.splits[name]
 
     @property
-    def train(self) -> RecordTable:
+    def train(self) -> Records:
         return self.splits["train"]
 
     @property
-    def validation(self) -> RecordTable:
+    def validation(self) -> Records:
         return self.splits["validation"]
 
     @property
@@ -165,20 +129,8 @@ class RecordData:
         lines = []
         for name, records in self.splits.items():
             images = len(np.unique(records.images))
-            if self.vocabulary is None:
-                what = f"{records.lengths('captions').sum()} captions"
-            else:
-                what = f"{len(records)} questions"
-            lines.append(f"{name}: {images} images, {what}")
+            count = len(records) if self.kind == "questions" else records.lengths("captions").sum()
+            lines.append(f"{name}: {images} images, {count} {self.kind}")
         if self.vocabulary is not None:
             lines.append(f"{len(self.answers)} answers")
         return lines + self.notes
-
-
-def check_task(data: RecordData, task: str) -> None:
-    """Raise ``UserError`` where training is for the other task than the data."""
-    if data.task != task:
-        has, lacks, choose = ("captions", "questions", "experiment=caption_manifest, or training=captioning "
-            "with a captioner as model") if data.task == "captioning" else ("questions", "captions",
-            "training=vqa and a model that answers")  # fmt: skip
-        raise UserError(f"data: it has {has} and no {lacks}, but training is for {task}; choose {choose}")

@@ -6,7 +6,8 @@ tokenizer and no weights of a hub or of a folder, unless the user names the same
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import open_clip
@@ -26,13 +27,11 @@ from clipmapper.settings.plain_values import (
     text,
     whole,
 )
-from clipmapper.tasks.captioning.gpt2 import GPT2_SECTION
-from clipmapper.tasks.captioning.gpt2_decoder import DECODERS
 
-_LAYERS, _WIDTH, _HEADS = whole(1, 512), whole(1, 65_536), whole(1, 1024)
+LAYERS, WIDTH, HEADS = whole(1, 512), whole(1, 65_536), whole(1, 1024)
 _LENGTH, _VOCABULARY = whole(1, 1_048_576), whole(1, 10_000_000)
 _SIDE = either(whole(1, 16_384), list_of(whole(1, 16_384), 2, 2))  # pixels
-_RATIO, _DROPOUT, _ID = number(0.001, 64), number(0, 1), whole(-1, 10_000_000)
+_RATIO, _DROPOUT, ID = number(0.001, 64), number(0, 1), whole(-1, 10_000_000)
 # As installed: whatever else open_clip is told of while the program runs comes from files.
 _BROUGHT_ALONG = frozenset(
     file.stem for file in (Path(open_clip.__file__).parent / "model_configs").glob("*.json")
@@ -52,8 +51,8 @@ def _timm_name(value: object, where: str) -> None:
 _NAMES = ("hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs", "tokenizer_mode")
 
 _BLOCKS = {  # of either tower of open_clip
-    "width": _WIDTH,
-    "layers": _LAYERS,
+    "width": WIDTH,
+    "layers": LAYERS,
     "mlp_ratio": _RATIO,
     "ls_init_value": absent_or(number(-1e3, 1e3)),
     "act_kwargs": absent_or(section({}, {"approximate": one_of("none", "tanh")})),
@@ -69,13 +68,13 @@ _VISION = section(
     {},
     _BLOCKS
     | {
-        "head_width": _WIDTH,
+        "head_width": WIDTH,
         "patch_size": absent_or(_SIDE),
         "image_size": _SIDE,
         "patch_dropout": _DROPOUT,
         "attentional_pool": one_of(True, False, "parallel", "cascade"),
         "attn_pooler_queries": whole(1, 65_536),
-        "attn_pooler_heads": _HEADS,
+        "attn_pooler_heads": HEADS,
         "no_ln_pre": flag,
         "pos_embed_type": one_of("learnable"),
         "pool_type": one_of("tok", "avg", "none"),
@@ -89,12 +88,12 @@ _VISION = section(
     },
 )
 _TEXT_KEYS = _BLOCKS | {
-    "heads": _HEADS,
+    "heads": HEADS,
     "context_length": _LENGTH,
     "vocab_size": _VOCABULARY,
     "embed_cls": flag,
-    "pad_id": _ID,
-    "eos_id": _ID,
+    "pad_id": ID,
+    "eos_id": ID,
     "no_causal_mask": flag,
     "pool_type": one_of("argmax", "eos", "first", "last", "none"),
     "proj_type": one_of("linear", "none"),
@@ -102,7 +101,7 @@ _TEXT_KEYS = _BLOCKS | {
 }
 _TEXT = section({}, _TEXT_KEYS)
 _ARCHITECTURE = {
-    "embed_dim": _WIDTH,
+    "embed_dim": WIDTH,
     "vision_cfg": _VISION,
     "text_cfg": _TEXT,
 }
@@ -114,7 +113,7 @@ _OF_ARCHITECTURE = {
     "nonscalar_logit_scale": flag,
     "multimodal_cfg": section(
         {},
-        _TEXT_KEYS | {"dim_head": _WIDTH, "n_queries": whole(1, 65_536), "attn_pooler_heads": _HEADS},
+        _TEXT_KEYS | {"dim_head": WIDTH, "n_queries": whole(1, 65_536), "attn_pooler_heads": HEADS},
     ),
 }
 _NAMED = {  # where the user names the same file
@@ -141,61 +140,54 @@ _PREPROCESS = section(
 # Of the settings that describe how images are prepared, what the architecture does not say.
 PREPROCESS = ("mean", "std", "interpolation", "resize_mode")
 
-_MAPPER = {
+MAPPER = {
     "mapper": one_of(*MAPPERS),
-    "width": _WIDTH,
-    "depth": _LAYERS,
-    "heads": _HEADS,
+    "width": WIDTH,
+    "depth": LAYERS,
+    "heads": HEADS,
     "mlp_ratio": _RATIO,
     "image_position_embedding": flag,
 }
-_MODELS = {
-    "vqa": section(_MAPPER | {"head_width": _WIDTH}),
-    "captioning": section(
-        _MAPPER
-        | {"tied_head": flag, "text_embedding_only": flag, "vocabulary": one_of("tokenizer", "data")},
-        {
-            "decoder": one_of(None, *DECODERS),  # older checkpoints do not say
-            "gpt2": section(
-                {"path": absent_or(text(10_000)), "layers": _LAYERS, "width": _WIDTH, "heads": _HEADS,
-                 "frozen": flag}
-            ),
-        },
-    ),
-}  # fmt: skip
-
 _CHOICES = {
     "image_size": absent_or(whole(1, 16_384)),
-    "trained_blocks": absent_or(_LAYERS),
+    "trained_blocks": absent_or(LAYERS),
     "lora_rank": absent_or(whole(1, 4096)),
     "preprocess": _PREPROCESS,
 }
-_TASKS = {
-    "vqa": {"answers": list_of(text(10_000), 1)},
-    "captioning": {"tokens": absent_or(list_of(_ID, 1)), "gpt2": GPT2_SECTION},
-}
 
 
-def check_description(description: object, tensors: int, named: bool = False) -> None:
+@dataclass(frozen=True)
+class ModelRules:
+    """What a checkpoint of a task may say.
+
+    ``model``: of the section on its model. ``needed``, ``optional``: of other keys.
+    ``check``: whether they go together; raises ``ValueError`` with one line. ``layers``: that stand in them
+    and not in the model's ``depth``.
+    """
+
+    model: Rule
+    needed: Mapping[str, Rule] = field(default_factory=dict)
+    optional: Mapping[str, Rule] = field(default_factory=dict)
+    check: Callable[[Mapping], None] = lambda description: None
+    layers: Callable[[Mapping], int] = lambda description: 0
+
+
+def check_task(description: object, names: Sequence[str]) -> None:
+    """Raise ``ValueError`` with one line where a description does not say which of these tasks it is of."""
+    section({"task": one_of(*names)}, _anything_of(description))(description, "its description")
+
+
+def check_description(description: Mapping, rules: ModelRules, tensors: int, named: bool = False) -> None:
     """Raise ``ValueError`` with one line for a description that is not one of :func:`build.describe`.
 
-    ``tensors``: how many the checkpoint has; there is no layer without one. ``named``: the user has given the
-    same architecture, so that it may name a tokenizer.
+    ``rules``: of its task. ``tensors``: how many the checkpoint has; there is no layer without one.
+    ``named``: the user has given the same architecture, so that it may name a tokenizer.
     """
-    section({"task": one_of(*_TASKS)}, _anything_of(description))(description, "its description")
-    task = description["task"]
-    needed = {"task": one_of(task), "encoder": _encoder(named), "model": _MODELS[task]}
-    optional = {"tokenizer": text(10_000), "data": _unread} | _TASKS[task]
+    needed = {"task": text(1000), "encoder": _encoder(named), "model": rules.model, **rules.needed}
+    optional = {"tokenizer": text(10_000), "data": _unread, **rules.optional}
     section(needed, optional)(description, "its description")
-    if task == "vqa" and "answers" not in description:
-        raise ValueError("its description: has no answers")
-    model = description["model"]
-    if task == "captioning":
-        if model.get("decoder") is not None and ("gpt2" not in description or "gpt2" not in model):
-            raise ValueError(f"its description: has no gpt2, the decoder {model['decoder']} of model.decoder")
-        if model["vocabulary"] == "data" and description.get("tokens") is None:
-            raise ValueError("its description: has no tokens, the vocabulary of its data")
-    layers = sum(_layers(description))
+    rules.check(description)
+    layers = sum(_layers(description)) + rules.layers(description)
     if layers > tensors:
         raise ValueError(f"its description: has {layers} layers, but the file has {tensors} tensors")
 
@@ -236,7 +228,6 @@ def _layers(description: Mapping) -> Iterator[int]:
     for part in ("vision_cfg", "text_cfg", "multimodal_cfg"):
         yield config.get(part, {}).get("layers", 0)
     yield description["model"]["depth"]
-    yield description.get("gpt2", {}).get("config", {}).get("n_layer", 0)
 
 
 def _anything_of(description: object) -> dict:

@@ -68,6 +68,19 @@ METHODS = {
 }
 
 
+# What is compared unless told otherwise, as in conf/callbacks/relevance.yaml.
+COMPARED = (
+    "weighted",
+    "weighted_token",
+    "weighted_half",
+    "gae",
+    "rollout",
+    "raw_attention",
+    "grad_cam",
+    "random",
+)
+
+
 def method_named(name: str):
     """The method of that name. Raises ``UserError`` naming those that there are."""
     if name not in METHODS:
@@ -76,6 +89,7 @@ def method_named(name: str):
 
 
 __all__ = [
+    "COMPARED",
     "METHODS",
     "Again",
     "Attention",

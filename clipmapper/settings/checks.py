@@ -3,9 +3,9 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -19,8 +19,10 @@ from omegaconf.errors import (
 )
 
 from clipmapper.errors import UserError
+from clipmapper.settings.data import DataConfig
 from clipmapper.settings.keys import described, nearest_choice, section_of, setting_named, unknown_setting
-from clipmapper.settings.schema import DataConfig, Section, TrainConfig
+from clipmapper.settings.schema import TrainConfig
+from clipmapper.settings.section import Section, is_text
 
 _LONGEST_LIST = 300  # letters of what is allowed in one line
 _Schema = TypeVar("_Schema", bound=Section)
@@ -122,13 +124,15 @@ def _check_keys(node: Container, prefix: str, schema: type[Section]) -> None:
 
 
 def _check_values(section: Section, prefix: str) -> None:
+    hints = get_type_hints(type(section))
     for declared in fields(section):
         value = getattr(section, declared.name)
         if is_dataclass(value):
             _check_values(value, f"{prefix}{declared.name}.")
             continue
         for entry in value if isinstance(value, list) else [value]:
-            problem = None if entry is None else _limit_problem(entry, **declared.metadata)
+            limits = {**declared.metadata, "text": is_text(declared, hints[declared.name])}
+            problem = None if entry is None else _limit_problem(entry, **limits)
             if problem:
                 raise UserError(f"{prefix}{declared.name}: {problem}")
     for key, problem in section.problems():
@@ -142,13 +146,14 @@ def _limit_problem(
     maximum: int | float | None = None,
     above: int | float | None = None,
     below: int | float | None = None,
-    choices: Sequence[str] = (),
+    choices: Sequence[str] | Callable[[], Sequence[str]] = (),
     text: bool = False,
 ) -> str | None:
     if text and isinstance(value, str) and not value.strip():
         return "is empty"
     if text and isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
         return "is not UTF-8 text"
+    choices = choices() if callable(choices) else choices
     if choices and value not in choices:
         return _not_one_of(value, choices)
     if isinstance(value, float) and not math.isfinite(value):

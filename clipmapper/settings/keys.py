@@ -6,7 +6,7 @@ from dataclasses import Field, fields
 from difflib import SequenceMatcher
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from clipmapper.settings.schema import Section
+from clipmapper.settings.section import Section
 
 
 def setting_named(key: str, schema: type[Section]) -> tuple[Field, Any] | None:

@@ -5,6 +5,9 @@ They are compared, never imported: only today's names lead anywhere.
 
 from typing import TypeVar
 
+# Settings that there are no more; their section says as much.
+GONE = frozenset({"training._target_"})
+
 _Value = TypeVar("_Value")
 
 # Every ``_target_`` that was ever in ``conf/`` and is no more.
@@ -21,8 +24,6 @@ _TARGETS = {
         "clipmapper.data.readers.flickr_captions.flickr_captions_data"
     ),
     "clipmapper.data.shard_data.ShardData": "clipmapper.data.shards.data.ShardData",
-    "clipmapper.training.vqa_task.VQATask": "clipmapper.tasks.vqa.task.VQATask",
-    "clipmapper.training.caption_task.CaptionTask": "clipmapper.tasks.captioning.task.CaptionTask",
     "clipmapper.training.relevance_callback.RelevanceCallback": (
         "clipmapper.training.callback.RelevanceCallback"
     ),

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from clipmapper.data.tables.columns import RecordTable, unpacked
+from clipmapper.data.tables.base import Records, unpacked
 from clipmapper.host.progress import progress
 from clipmapper.models.tokens import padding_id, tokenize
 
@@ -74,7 +74,7 @@ def asked_texts(tokenizer, texts: Sequence[str], name: str) -> AskedTexts:
     return _tokenized(tokenizer, different, len(different), torch.tensor([place[t] for t in texts]), name)
 
 
-def asked_by_records(tokenizer, table: RecordTable, name: str) -> AskedTexts:
+def asked_by_records(tokenizer, table: Records, name: str) -> AskedTexts:
     """:func:`asked_texts` of a table of questions."""
     different, number_of = table.different_questions()
     parts = (different[start : start + _TOGETHER] for start in range(0, len(different), _TOGETHER))

@@ -5,18 +5,16 @@ from pathlib import Path
 
 import lightning
 import torch
-from lightning.pytorch.loggers import WandbLogger
 
 from clipmapper.host.progress import progress
 from clipmapper.relevance import method_named
-from clipmapper.tasks.captioning.report import CaptionReport
-from clipmapper.tasks.captioning.samples import ExplainedCaptions
-from clipmapper.tasks.vqa.report import ExplanationReport
-from clipmapper.tasks.vqa.samples import ExplainedSamples
-from clipmapper.training.explanation_kinds import ExplanationKind, explanation_kind
+from clipmapper.training.explained import Report, Samples
 from clipmapper.training.interruption import GracefulInterrupt
+from clipmapper.training.loggers import log_pictures, log_table
 from clipmapper.training.processes import from_all, is_main, this_share
-from clipmapper.training.shared_explanations import part_of, together
+from clipmapper.training.task import Task
+
+_CHUNK = 50  # samples that are settled together: what a trace of them keeps takes no more memory than a step
 
 
 class _Told(Exception):
@@ -53,21 +51,13 @@ class RelevanceCallback(lightning.Callback):
         self.every_n_validations, self.samples, self.pictures = every_n_validations, samples, pictures
         self.batch_size, self.confidence, self.seed = batch_size, confidence, seed
         self.validations = 0
-        self.report: ExplanationReport | CaptionReport | None = None
+        self.report: Report | None = None
         self.written: list[Path] = []
-        self._explained: ExplainedSamples | ExplainedCaptions | None = None
-        self._folder: Path | None = None
+        self._prepared: tuple[Task, Samples, Path] | None = None
 
-    def prepare(self, samples: ExplainedSamples | ExplainedCaptions, folder: Path) -> None:
-        """Say which questions or captions are explained and where pictures go, before ``fit``."""
-        self._explained, self._folder = samples, folder
-
-    @property
-    def kind(self) -> ExplanationKind:
-        """Explanations of answers or of captions, as the samples are."""
-        if self._explained is None:
-            raise ValueError("call RelevanceCallback.prepare(samples, folder) before fit")
-        return explanation_kind(self._explained)
+    def prepare(self, task: Task, samples: Samples, folder: Path) -> None:
+        """Say which samples are explained, as samples of what, and where pictures go, before ``fit``."""
+        self._prepared = task, samples, folder
 
     def state_dict(self) -> dict[str, int]:
         """So that a resumed run explains at the same validations as an uninterrupted one."""
@@ -80,12 +70,14 @@ class RelevanceCallback(lightning.Callback):
         self.validations += 1
         if self.validations % self.every_n_validations and trainer.global_step < trainer.max_steps:
             return
-        kind = self.kind
-        mine = part_of(self._explained, this_share())
+        if self._prepared is None:
+            raise ValueError("call RelevanceCallback.prepare(task, samples, folder) before fit")
+        task, samples, folder = self._prepared
+        mine = samples.part(this_share())
         stopping = next((one for one in trainer.callbacks if isinstance(one, GracefulInterrupt)), None)
         report, stopped = None, False
         try:
-            report = None if mine is None else self._explain(module.model, mine, stopping)
+            report = None if mine is None else self._explain(task, module.model, mine, stopping)
         except _Told:
             stopped = True
         told = from_all((report, stopped))
@@ -94,22 +86,23 @@ class RelevanceCallback(lightning.Callback):
         reports = [part for part, _ in told if part is not None]
         if not is_main():
             return
-        self.report = together(self._explained, reports) if len(reports) > 1 else reports[0]
-        self.written = kind.write(self.report, self._folder, count=self.pictures, confidence=self.confidence)
-        scalars = kind.scalars(self.report)
+        self.report = reports[0] if len(reports) == 1 else type(reports[0]).together(samples, reports)
+        self.written = self.report.write(folder, count=self.pictures, confidence=self.confidence)
         for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=trainer.global_step)
-            if isinstance(logger, WandbLogger):
-                kind.log(logger, self.report, self._folder, step=trainer.global_step)
+            logger.log_metrics(self.report.scalars(), step=trainer.global_step)
+        log_table(trainer.loggers, "explanations", self.report.rows(folder), trainer.global_step)
+        whole = [path for path in self.written if not path.name.startswith("explanation_")]
+        log_pictures(trainer.loggers, {f"pictures/{path.stem}": path for path in whole}, trainer.global_step)
 
     def _explain(
         self,
+        task: Task,
         model: torch.nn.Module,
-        samples: ExplainedSamples | ExplainedCaptions,
+        samples: Samples,
         stopping: GracefulInterrupt | None,
-    ) -> ExplanationReport | CaptionReport:
+    ) -> Report:
         """Raises ``_Told`` where the run is to be stopped."""
-        total = self.kind.points(len(samples), len(self.methods))
+        total = samples.points(len(self.methods))
         # Recording turns gradients on inside; under inference mode (Lightning's default) it could not.
         with (
             torch.inference_mode(False),
@@ -121,11 +114,11 @@ class RelevanceCallback(lightning.Callback):
                 if stopping is not None and stopping.told():
                     raise _Told
 
-            return self.kind.report(
+            return task.report(
                 model,
                 samples,
                 self.methods,
-                chunk=50,
+                chunk=_CHUNK,
                 batch_size=self.batch_size,
                 seed=self.seed,
                 progress=told,

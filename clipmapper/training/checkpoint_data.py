@@ -2,20 +2,23 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
+from typing import get_type_hints
+
+from torch import nn
 
 from clipmapper.data.records import RecordData
 from clipmapper.data.world.captioning import ScenesCaptions
 from clipmapper.data.world.vqa import ScenesVQA
 from clipmapper.errors import UserError
+from clipmapper.settings.data import DataConfig, ScenesCaptionsConfig, ScenesVQAConfig
 from clipmapper.settings.instances import built
 from clipmapper.settings.old_names import name_today
 from clipmapper.settings.plain_values import section_of_numbers, shown
-from clipmapper.settings.schema import DataConfig, ScenesCaptionsConfig, ScenesVQAConfig
-from clipmapper.tasks.captioning.model import Captioner
-from clipmapper.tasks.vqa.model import CLIPmapper
+from clipmapper.settings.section import is_text
+from clipmapper.training.task import Task
 
 # The world that is drawn from a seed: to rebuild it takes nothing but numbers.
-_WORLDS: Mapping[str, tuple[type[DataConfig], Callable[..., ScenesVQA | ScenesCaptions]]] = {
+_WORLDS: Mapping[str, tuple[type[DataConfig], Callable[..., RecordData]]] = {
     "scenes": (ScenesVQAConfig, ScenesVQA),
     "scenes_captions": (ScenesCaptionsConfig, ScenesCaptions),
 }
@@ -44,23 +47,17 @@ def data_description(config: DataConfig) -> dict:
     return {"name": name, "settings": settings}
 
 
-def data_for(model: CLIPmapper | Captioner, given: DataConfig | None, checkpoint: str):
+def data_for(task: Task, model: nn.Module, given: DataConfig | None, checkpoint: str) -> RecordData:
     """The data to explain a model on: those that the user gives, or the built-in world of its training.
 
-    Raises ``UserError`` where neither is known, and for data of the other task. ``checkpoint``: its path.
+    Raises ``UserError`` where neither is known, and for data of another kind. ``checkpoint``: its path.
     """
-    captioner = isinstance(model, Captioner)
     data = _world(model.description.get("data"), checkpoint) if given is None else built(asdict(given))
-    captions = data.task == "captioning" if isinstance(data, RecordData) else isinstance(data, ScenesCaptions)
-    if captions != captioner:
-        does, has = ("writes captions", "questions") if captioner else ("answers questions", "captions")
-        raise UserError(
-            f"checkpoint={checkpoint}: it {does}, but these data have {has}; choose others with data=…"
-        )
+    task.check_data(data, f"checkpoint={checkpoint}")
     return data
 
 
-def _world(described: object, checkpoint: str) -> ScenesVQA | ScenesCaptions:
+def _world(described: object, checkpoint: str) -> RecordData:
     name, settings = _name_and_settings(described)
     if name not in _WORLDS:
         was = "it does not say which data it was trained on" if name is None else _trained_on(name, settings)
@@ -99,7 +96,10 @@ def _trained_on(name: str, settings: object) -> str:
 def _told(settings: object) -> Iterator[str]:
     """Paths and the like, by which the user will know the data again."""
     texts = {
-        one.name for schema in _schemas(DataConfig) for one in fields(schema) if one.metadata.get("text")
+        one.name
+        for schema in _schemas(DataConfig)
+        for one in fields(schema)
+        if is_text(one, get_type_hints(schema)[one.name])
     }
     for key in sorted(texts):
         value = settings.get(key) if isinstance(settings, Mapping) else None

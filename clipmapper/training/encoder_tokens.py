@@ -1,16 +1,12 @@
 """Tokens of a data set's images and texts from a frozen encoder, computed once."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from clipmapper.data.content import content_digest
-from clipmapper.data.images import clip_input
 from clipmapper.data.tokens.cache import TextTokens, TokenCache, TokenStore
 from clipmapper.host.progress import progress
 from clipmapper.models.encoder import ClipEncoder, image_identity, text_identity
@@ -34,26 +30,6 @@ class ImageSource(Protocol):
 
     def digest(self) -> str:
         """Of the images' content, in their order."""
-
-
-@dataclass(frozen=True)
-class ArrayImages:
-    """Square images in memory. ``visual``: the image tower (of open_clip) that will read them."""
-
-    images: UInt8[np.ndarray, "images side side 3"]
-    visual: nn.Module
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def load(self, rows: Sequence[int]) -> Float[Tensor, "images 3 height width"]:
-        return clip_input(self.images[rows[0] : rows[-1] + 1], self.visual)
-
-    def pixels(self, loaded: Tensor) -> Tensor:
-        return loaded
-
-    def digest(self) -> str:
-        return content_digest(self.images)
 
 
 def token_store(config: TrainConfig, encoder: ClipEncoder, *, texts: bool) -> TokenStore | None:

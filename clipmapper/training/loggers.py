@@ -5,13 +5,14 @@ import os
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import wandb
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from clipmapper.errors import UserError
 from clipmapper.settings.schema import LoggerConfig
@@ -118,3 +119,43 @@ def _finish(run: wandb.Run, exit_code: int) -> None:
             wandb.teardown()
     except (Exception, SystemExit) as error:  # teardown exits where the service has ended with an error
         warnings.warn(f"W&B: the run could not be finished: {error!r}", stacklevel=3)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in a table: a file, or UInt8[height, width, 3]."""
+
+    source: Path | np.ndarray
+
+
+@dataclass(frozen=True)
+class Html:
+    """A text with colours in a table."""
+
+    text: str
+
+
+def log_table(loggers: Sequence[Logger], name: str, rows: Sequence[Mapping], step: int) -> None:
+    """Rows (column → number, text, :class:`Picture` or :class:`Html`) to the loggers that take tables."""
+    for logger in loggers:
+        if rows and isinstance(logger, WandbLogger):
+            table = wandb.Table(columns=list(rows[0]))
+            for row in rows:
+                table.add_data(*map(_as_media, row.values()))
+            logger.experiment.log({name: table, "trainer/global_step": step})
+
+
+def log_pictures(loggers: Sequence[Logger], pictures: Mapping[str, Path], step: int) -> None:
+    """Pictures to the loggers that take some."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            found = {name: wandb.Image(str(path)) for name, path in pictures.items()}
+            logger.experiment.log(found | {"trainer/global_step": step})
+
+
+def _as_media(value: object) -> object:
+    if isinstance(value, Html):
+        return wandb.Html(value.text)
+    if isinstance(value, Picture):
+        return wandb.Image(str(value.source) if isinstance(value.source, Path) else value.source)
+    return value

@@ -125,16 +125,15 @@ class StepBatches(IterableDataset):
 class Labelled(IterableDataset):
     """A share of a split in order, in batches with what validation needs: ``split.labelled``'s."""
 
-    def __init__(self, split, batch_size: int = 500, share: Share = WHOLE) -> None:
-        self.split, self.batch_size, self.share = split, batch_size, share
+    def __init__(self, split, share: Share = WHOLE) -> None:
+        self.split, self.share = split, share
 
     def batches(self) -> int:
         """How many there are."""
-        most = getattr(self.split, "labelled_at_most", self.batch_size)
-        return batch_count(len(self.split.split), min(self.batch_size, most), self.share)
+        return batch_count(len(self.split.records), self.split.labelled_at_most, self.share)
 
     def __iter__(self) -> Iterator[dict]:
-        return self.split.labelled(self.batch_size, self.share)
+        return self.split.labelled(share=self.share)
 
 
 def adamw(

@@ -4,15 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Num
 from torch import Tensor
 
 from clipmapper.data.content import content_digest, file_digests, joint_digest
-from clipmapper.data.pixels import PixelReader
 from clipmapper.data.records import Record, StoredImage
 from clipmapper.data.tables.builder import as_table
 from clipmapper.data.tokens.cache import TokenCache, TokenStore
@@ -24,6 +23,20 @@ from clipmapper.training.encoder_tokens import image_tokens, question_tokens
 from clipmapper.training.token_room import check_tokens
 
 
+@runtime_checkable
+class Reader(Protocol):
+    """Reads the images of records: :class:`clipmapper.data.pixels.PixelReader`, or that of a data set.
+
+    ``fast``: whether they may differ a little from those that ``open_clip``'s transform gives.
+    """
+
+    fast: bool
+
+    def __call__(self, record: Record) -> Tensor: ...
+
+    def many(self, records: Sequence[Record]) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class RecordImages:
     """The different images of some records, an :class:`~clipmapper.training.encoder_tokens.ImageSource`.
@@ -32,14 +45,14 @@ class RecordImages:
     """
 
     records: Sequence[Record]
-    reader: PixelReader
+    reader: Reader
     index: Path | None
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def load(self, rows: Sequence[int]) -> UInt8[Tensor, "images 3 height width"]:
-        return torch.stack([self.reader(self.records[row]) for row in rows])
+    def load(self, rows: Sequence[int]) -> Num[Tensor, "images 3 height width"]:
+        return self.reader.many([self.records[row] for row in rows])
 
     def pixels(self, loaded: Tensor) -> Tensor:
         return loaded
@@ -67,7 +80,7 @@ class RecordImages:
 
 
 def different_images(
-    records: Sequence[Record], reader: PixelReader, index: Path | None
+    records: Sequence[Record], reader: Reader, index: Path | None
 ) -> tuple[RecordImages, Int[Tensor, "records"]]:
     """The images of records, in the order in which they first come, and which of them each record has."""
     table = as_table(records)
@@ -76,7 +89,7 @@ def different_images(
 
 
 def record_question_tokens(
-    encoder: ClipEncoder, store: TokenStore, records: Sequence[Record], name: str, reader: PixelReader
+    encoder: ClipEncoder, store: TokenStore, records: Sequence[Record], name: str, reader: Reader
 ) -> TokenCache:
     """Tokens of the images and texts of questions. ``name``: of the split."""
     images, image_of, texts = _looked_at(encoder, store, records, name, reader, texts=True)
@@ -84,7 +97,7 @@ def record_question_tokens(
 
 
 def record_image_tokens(
-    encoder: ClipEncoder, store: TokenStore, records: Sequence[Record], name: str, reader: PixelReader
+    encoder: ClipEncoder, store: TokenStore, records: Sequence[Record], name: str, reader: Reader
 ) -> tuple[Float[Tensor, "images tokens width"], Int[Tensor, "records"]]:
     """Tokens of images, and which of them each record has, with a progress bar."""
     images, image_of, _ = _looked_at(encoder, store, records, name, reader, texts=False)
@@ -97,18 +110,18 @@ def check_room(
     encoder: ClipEncoder,
     store: TokenStore,
     splits: Mapping[str, Sequence[Record]],
-    decoding: str,
+    reader: Reader,
     *,
     texts: bool,
 ) -> None:
     """:func:`~clipmapper.training.token_room.check_tokens` of records. ``splits``: name → records.
-    ``decoding``: of the data.
+    ``reader``: of the data.
 
     ``texts``: whether those of the questions are kept as well.
     """
     whole = {}
     for name, records in splits.items():
-        found = _looked_at(encoder, store, records, name, encoder.reader(decoding), texts=texts)
+        found = _looked_at(encoder, store, records, name, reader, texts=texts)
         store.sources[name] = (records, found)
         whole[name] = (found.images, found.texts)
     check_tokens(encoder, store, whole)
@@ -125,7 +138,7 @@ def _looked_at(
     store: TokenStore,
     records: Sequence[Record],
     name: str,
-    reader: PixelReader,
+    reader: Reader,
     *,
     texts: bool,
 ) -> _LookedAt:

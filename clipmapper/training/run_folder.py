@@ -15,7 +15,7 @@ import yaml
 
 from clipmapper.errors import UserError, visible
 from clipmapper.host.outputs import write_whole
-from clipmapper.settings.old_names import name_today
+from clipmapper.settings.old_names import GONE, name_today
 from clipmapper.training.checkpoint import previous_of, steps_of
 from clipmapper.training.processes import this_share
 
@@ -96,7 +96,7 @@ def folder_to_resume(output: str, name: str, settings: Mapping, resume: bool | s
         raise UserError(f"{said}: {which} is finished; {way_on}{'' if others else ' without it'}")
     before, now = _flat(_settings_of(folder, said)), _flat(settings)
     before = {key: value for key, value in _BEFORE.items() if key in now} | {
-        key: name_today(value) for key, value in before.items()
+        key: name_today(value) for key, value in before.items() if key not in GONE
     }
     missing = object()  # None is a value: callbacks=none turns a section into one
     changed = [

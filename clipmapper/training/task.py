@@ -1,20 +1,24 @@
-"""What a task (answering questions, writing captions) adds to a run; the rest, run.py, is shared."""
+"""The base classes of tasks: of what a task is, and of a task that is trained on some data."""
 
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar, runtime_checkable
 
 import lightning
 import numpy as np
-from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 from torch import nn
 
+from clipmapper.data.records import RecordData
+from clipmapper.data.tables.base import Records
+from clipmapper.errors import UserError
+from clipmapper.models.description import ModelRules
 from clipmapper.settings.schema import TrainConfig
+from clipmapper.training.explained import Explanation, Report, Samples
 from clipmapper.training.module import TaskModule
-from clipmapper.training.processes import Share
+from clipmapper.training.processes import Share, this_share
 
 
 @runtime_checkable
@@ -63,51 +67,134 @@ class ValidationSubset:
         return {name: {"samples": drawn, "of": count} for name, (drawn, count) in self.counts.items()}
 
 
-class Task(ABC):
-    """``training._target_`` names the class, which is called with the run's settings and its data.
+class TaskRun(ABC):
+    """A task on the run's data: what a run needs of it; the rest, :mod:`clipmapper.commands.train`, is
+    shared.
 
     ``model``: on the settings' device when ``prepare`` is called. ``validation_splits``: names of the splits
     that are scored; ``<first of them>/loss`` is among what the module logs, and so is
     ``<first of them>/<objective>``, what a sweep looks for the highest of. ``validated``: how much of each is
-    scored.
+    scored. ``batch_at(step, share)``: a share of the training batch of a step, the same whenever it is asked
+    for; the shares of a step together are its batch, whatever their number, and ``ids`` names the samples.
     """
 
     model: nn.Module
-    validation_splits: Sequence[str]
-    validated: ValidationSubset
     objective: str
-    workers: int = 0  # processes that make batches
+    batch_at: Callable[[int, Share], dict]
 
-    @abstractmethod
-    def __init__(self, config: TrainConfig, data) -> None:
+    def __init__(self, config: TrainConfig, data: RecordData) -> None:
         """Check the settings against the data and build the model (``UserError`` where they do not fit)."""
+        self.config, self.data = config, data
+        self.validation_splits, self.workers = data.validation_splits, data.workers
+        self.validated = ValidationSubset(config.training.validation_samples, config.seed)
+        if data.stream is not None:
+            check_readers(data, config.trainer.accumulate_grad_batches)
+
+    def scored_splits(self) -> dict[str, Records]:
+        """The splits that have numbers; of those for validation, what is scored."""
+        return {
+            name: self.validated.of(name, records) if name in self.validation_splits else records
+            for name, records in self.data.splits.items()
+        }
 
     @abstractmethod
-    def prepare(self, explainer: Callback | None, folder: Path) -> None:
-        """Everything before the first step. ``explainer``: the callback of the settings."""
+    def prepare(self, folder: Path) -> None:
+        """Everything before the first step. ``folder``: of the run."""
 
     @abstractmethod
     def module(self) -> TaskModule:
-        """What Lightning trains."""
-
-    @abstractmethod
-    def batch_at(self, step: int, share: Share) -> dict:
-        """A share of the training batch of a step, the same whenever it is asked for.
-
-        The shares of a step together are its batch, whatever their number. ``ids`` names the samples.
-        """
+        """The module that Lightning trains."""
 
     @abstractmethod
     def labelled(self, split: str):
-        """What has ``labelled(batch_size, share)``: a share of a validation split in order, in batches.
-
-        As :func:`~clipmapper.training.processes.batches_of` shares it out.
-        """
+        """An object with ``labelled(batch_size, share)``, a share of a validation split in order, in batches
+        (as :func:`~clipmapper.training.processes.batches_of` shares it out), ``records`` and
+        ``labelled_at_most``, how many there are in a batch."""
 
     @abstractmethod
     def results(self, trainer: lightning.Trainer, folder: Path) -> dict:
-        """What came out, for ``results.json``, behind the last validation."""
+        """The results for ``results.json``, behind the last validation."""
 
     @abstractmethod
     def tables(self, results: Mapping) -> list[Table]:
         """``results`` to be printed."""
+
+
+class Task(ABC):
+    """A kind of work that a two-stage model is trained for and explained at: all that differs between tasks.
+
+    Attributes
+    ----------
+    name : in settings and checkpoints, and of ``model.task``.
+    does : in messages, as in "this model answers questions".
+    records : "questions" or "captions", of which the records of its data must have one.
+    explain_settings, perturb_settings : the settings of ``clipmapper explain`` and ``clipmapper perturb`` that
+        are for this task and not for all; they come to :meth:`explain` and :meth:`report` where given.
+    """
+
+    name: str
+    does: str
+    records: str
+    explain_settings: tuple[str, ...] = ()
+    perturb_settings: tuple[str, ...] = ()
+
+    @abstractmethod
+    def rules(self) -> ModelRules:
+        """What a checkpoint of this task may say of its model."""
+
+    @abstractmethod
+    def build(self, encoder: Mapping, description: Mapping) -> nn.Module:
+        """The model of a checked description, without weights. ``encoder``: of
+        :func:`clipmapper.models.build.build_encoder`."""
+
+    @abstractmethod
+    def run(self, config: TrainConfig, data: RecordData) -> TaskRun:
+        """Training with these settings on these data."""
+
+    @abstractmethod
+    def samples(self, model: nn.Module, data: RecordData, split: str, count: int, seed: int) -> Samples:
+        """``count`` samples of a split, drawn by ``seed``, to be explained.
+
+        Raises ``UserError`` for a split that the data does not have, or that has nothing to explain.
+        """
+
+    @abstractmethod
+    def report(
+        self,
+        model: nn.Module,
+        samples: Samples,
+        methods: Sequence[str],
+        *,
+        chunk: int,
+        batch_size: int,
+        seed: int,
+        folder: Path | None = None,
+        key: str = "",
+        progress: Callable[[int], None] | None = None,
+        **settings,
+    ) -> Report:
+        """Explain every sample by every method, remove tokens in that order, compare with the truth.
+
+        ``chunk`` samples are settled together; ``batch_size`` is the most perturbed variants in one forward.
+        With ``folder`` finished chunks are kept there and taken up again when ``key`` is the same.
+        ``progress`` is told of points of curves (:meth:`Samples.points`).
+        """
+
+    @abstractmethod
+    def explain(self, model: nn.Module, image, methods: Sequence[str], **settings) -> list[Explanation]:
+        """Explain what the model says about one image, by several methods on the same forward and backward."""
+
+    def check_settings(self, **settings) -> None:
+        """Raise ``UserError`` where the settings of :meth:`report` can't be, before anything is read."""
+
+    def check_data(self, data: RecordData, where: str) -> None:
+        """Raise ``UserError`` where these records are not what the task is about. ``where``: who asks."""
+        if data.kind != self.records:
+            raise UserError(
+                f"{where}: it {self.does}, but these data have {data.kind}; choose others with data=…"
+            )
+
+
+def check_readers(data: RecordData, accumulated: int) -> None:
+    """Raise ``UserError`` where a stream has fewer shards than readers, before training."""
+    data.stream(0).check_readers(this_share().of * accumulated * max(data.workers, 1))

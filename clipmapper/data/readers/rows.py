@@ -15,6 +15,7 @@ from clipmapper.data.readers.fields import is_list_as_text, shown, written_numbe
 from clipmapper.data.record import OTHER, Record, StoredImage
 from clipmapper.data.tables.builder import TableBuilder
 from clipmapper.data.text_files import is_text
+from clipmapper.data.truth import MaskFile
 
 # What a column may be called.
 _NAMES = {
@@ -26,6 +27,7 @@ _NAMES = {
     "captions": ("captions", "caption"),
     "family": ("family", "answer_type"),
     "split": ("split",),
+    "mask": ("mask",),
 }
 _NAME_OF = {column: name for name, columns in _NAMES.items() for column in columns}
 _SPLITS = {
@@ -104,6 +106,7 @@ class RowReader:
             family=family,
             captions=captions,
             source=source,
+            truth=None if given["mask"] is None else MaskFile(_mask(given["mask"], self.folder)),
         )
 
     def _alike(self, answers: list[str]) -> list[str]:
@@ -183,6 +186,13 @@ def _path(value: str, folder: Path) -> tuple[Path, str]:
             raise Mistake("a path of Windows", f"{shown(text)}; make it relative to data.images")
         path = Path(os.path.normpath(folder / text.replace("\\", "/")))
     return path, str(path)
+
+
+def _mask(value: object, folder: Path) -> Path:
+    path, _ = _path(_text("mask", value), folder)
+    if not path.is_file():
+        raise Mistake("no such mask", f"mask={shown(str(path))}: no such file")
+    return path
 
 
 def _texts(name: str, value: object) -> list[str]:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from clipmapper.data.problems import Problem
 from clipmapper.data.record import Record
+from clipmapper.data.tables.base import Records, packed
 from clipmapper.data.tables.columns import (
     BYTES_FILE,
     IMAGES_FILE,
@@ -23,7 +24,6 @@ from clipmapper.data.tables.columns import (
     Columns,
     RecordTable,
     StoredBytes,
-    packed,
 )
 
 _DIGITS = "0123456789"
@@ -72,6 +72,7 @@ class TableBuilder:
             self._text(record.family),
             self._prefixes.setdefault(prefix, len(self._prefixes)),
             number,
+            None if record.truth is None else packed(str(record.truth.path)),
         ))  # fmt: skip
         self._latest_ids.append(hash((split, record.id)))
         if len(self._latest_ids) == ROWS:
@@ -167,9 +168,9 @@ def splits_of(columns: Columns, names: Sequence[str | None]) -> dict[str | None,
     return {name: RecordTable(columns, np.flatnonzero(rows == n)) for n, name in enumerate(names)}
 
 
-def as_table(records: Iterable[Record]) -> RecordTable:
-    """Records as a table in memory."""
-    if isinstance(records, RecordTable):
+def as_table(records: Iterable[Record]) -> Records:
+    """Records as a table in memory, if they are not in columns already."""
+    if isinstance(records, Records):
         return records
     builder = TableBuilder()
     builder.extend(None, records)

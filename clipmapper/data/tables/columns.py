@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from clipmapper.data.record import Record, StoredImage
+from clipmapper.data.tables.base import Records, unpacked
+from clipmapper.data.truth import MaskFile
 from clipmapper.errors import UserError
 
 ROWS = 1 << 14  # of every batch of an Arrow file but its last
 
-# Texts are bytes, because a Python string may hold half a surrogate pair (JSON's "\ud800", a file's name).
 RECORDS = pa.schema([
     ("split", pa.int8()),
     ("id_number", pa.int64()),
@@ -28,6 +29,7 @@ RECORDS = pa.schema([
     ("family", pa.int32()),
     ("prefix", pa.int32()),  # of the source: a row of the prefixes, with the number behind it
     ("number", pa.int64()),
+    ("mask", pa.large_binary()),  # the path of a MaskFile
 ])  # fmt: skip
 # ``size``: of an image in the file of bytes; IN_FILE: a file; IN_OBJECT: the object of number ``offset``.
 IMAGES = pa.schema([
@@ -42,14 +44,6 @@ RECORDS_FILE, IMAGES_FILE, TEXTS_FILE, PREFIXES_FILE, BYTES_FILE = (
     "records.arrow", "images.arrow", "texts.arrow", "prefixes.arrow", "image_bytes"
 )  # fmt: skip
 TABLES = {RECORDS_FILE: RECORDS, IMAGES_FILE: IMAGES, TEXTS_FILE: TEXTS, PREFIXES_FILE: TEXTS}
-
-
-def packed(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
-
-
-def unpacked(text: bytes) -> str:
-    return text.decode("utf-8", "surrogatepass")
 
 
 def as_numpy(numbers: pa.Array) -> np.ndarray:
@@ -179,6 +173,10 @@ class Columns:
     def captions(self, row: int) -> tuple[str, ...]:
         return tuple(map(unpacked, self.records["captions"][row]))
 
+    def truth(self, row: int) -> MaskFile | None:
+        path = self.records["mask"][row]
+        return None if path is None else MaskFile(Path(unpacked(path)))
+
     def record(self, row: int) -> Record:
         image = self.records["image"][row]
         return Record(
@@ -190,6 +188,7 @@ class Columns:
             family=self.text(self.records["family"][row]),
             captions=self.captions(row),
             source=self.source(row),
+            truth=self.truth(row),
         )
 
     @cached_property
@@ -208,10 +207,10 @@ class Columns:
         return self.records["split"].numbers()
 
 
-class RecordTable(Sequence[Record]):
+class RecordTable(Records):
     """Some rows of :class:`Columns`, in an order. A slice is such a table as well; nothing is copied.
 
-    ``rows``: int32[records]. Equal to a list of equal records.
+    ``rows``: int32[records].
     """
 
     def __init__(self, columns: Columns, rows: np.ndarray | None = None) -> None:
@@ -225,13 +224,6 @@ class RecordTable(Sequence[Record]):
         if isinstance(place, slice):
             return RecordTable(self.columns, self.rows[place])
         return self.columns.record(int(self.rows[place]))
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Sequence) or isinstance(other, str):
-            return NotImplemented
-        return len(self) == len(other) and all(mine == its for mine, its in zip(self, other, strict=True))
-
-    __hash__ = None
 
     def take(self, places: np.ndarray) -> "RecordTable":
         """The records at these places (numbers, or a flag for each)."""
@@ -247,14 +239,8 @@ class RecordTable(Sequence[Record]):
         """A number for each record's family: int32[records]; :meth:`Columns.text` has its name."""
         return self.columns.family_of[self.rows]
 
-    def family_counts(self) -> dict[str, int]:
-        """How many records of each family there are, in alphabetical order."""
-        counts = np.bincount(self.families)
-        return {self.columns.text(number): int(counts[number]) for number in self.family_numbers()}
-
-    def family_numbers(self) -> list[int]:
-        """The numbers of the families there are, in the alphabetical order of their names."""
-        return sorted(np.unique(self.families).tolist(), key=self.columns.text)
+    def family_name(self, number: int) -> str:
+        return self.columns.text(number)
 
     def lengths(self, name: str) -> np.ndarray:
         """How many ``answers`` or ``captions`` each record has: int32[records]."""
@@ -269,15 +255,6 @@ class RecordTable(Sequence[Record]):
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order))
         return asked.dictionary.take(pa.array(order)), rank[as_numpy(asked.indices)]
-
-    def first_of_images(self) -> tuple[np.ndarray, np.ndarray]:
-        """Places of the first record of each image, in order, and the place among them of every record's
-        image: int64[images] and int64[records]."""
-        _, first, inverse = np.unique(self.images, return_index=True, return_inverse=True)
-        order = np.argsort(first)
-        rank = np.empty_like(order)
-        rank[order] = np.arange(len(order))
-        return first[order], rank[inverse]
 
     def captions(self) -> Iterator[tuple[str, ...]]:
         """The captions of every record."""

@@ -32,7 +32,7 @@ from clipmapper.data.tables.columns import (
 )
 
 FOLDER = ".clipmapper"
-_FORMAT = 1  # to be raised with every change of what is read or written
+_FORMAT = 2  # to be raised with every change of what is read or written
 _ENTRY = "table.json"
 _PART = 1 << 20
 

@@ -1,69 +1,64 @@
 """Captions of built-in scenes as a data set for captioning."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from jaxtyping import UInt8
 
+from clipmapper.data.record import Record
+from clipmapper.data.tables.base import RecordList
 from clipmapper.data.world.caption_truth import CaptionTruth, caption_truth
-from clipmapper.data.world.captions import caption_words, captions, describe, draw_caption
-from clipmapper.data.world.scenes import MAX_OBJECTS, Scene, draw_scene, render_all
+from clipmapper.data.world.captions import (
+    AlignedCaption,
+    aligned_captions,
+    caption_words,
+    captions,
+    describe,
+    draw_caption,
+)
+from clipmapper.data.world.data import World
+from clipmapper.data.world.scenes import Scene
 
 
-@dataclass(frozen=True)
-class CaptionSplit:
-    """Images, and several captions of each, which scores compare with.
+@dataclass(frozen=True, slots=True)
+class SceneTruth:
+    """A scene, of which everything is known: what can be said of it, and whether what is said is so."""
 
-    ``scenes`` and ``instances`` hold the truth about what is where, for data that knows it.
-    """
+    scene: Scene
+    instances: UInt8[np.ndarray, "height width"]
 
-    images: UInt8[np.ndarray, "images height width 3"]
-    references: Sequence[Sequence[str]]
-    scenes: Sequence[Scene]
-    instances: UInt8[np.ndarray, "images height width"]
+    @property
+    def words(self) -> None:
+        return None
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def mask(self) -> None:
+        return None
 
-    def take(self, places: np.ndarray) -> "CaptionSplit":
-        """The images at these places."""
-        references, scenes = ([one[p] for p in places.tolist()] for one in (self.references, self.scenes))
-        return CaptionSplit(self.images[places], references, scenes, self.instances[places])
-
-    @cached_property
-    def with_twins(self) -> list[int]:
-        """Numbers of the images in which two objects look alike: in all but their place."""
-        return [
-            number
-            for number, scene in enumerate(self.scenes)
-            if len({describe(item) for item in scene.objects}) < len(scene.objects)
-        ]
+    @property
+    def has_twins(self) -> bool:
+        """Whether two objects look alike: in all but their place."""
+        return len({describe(item) for item in self.scene.objects}) < len(self.scene.objects)
 
     def draw(
-        self,
-        image: int,
-        rng: random.Random,
-        shares: Mapping[str, float] | None = None,
-        left_to_right: bool = False,
+        self, rng: random.Random, shares: Mapping[str, float] | None = None, left_to_right: bool = False
     ) -> str:
         """A caption to train on, in a wording of its own each time (see :func:`draw_aligned_caption`)."""
-        return draw_caption(self.scenes[image], rng, shares, left_to_right)
+        return draw_caption(self.scene, rng, shares, left_to_right)
 
-    def truth(self, image: int, caption: str) -> CaptionTruth:
-        """Any caption of that image, held against what is to be seen there."""
-        return caption_truth(caption, self.scenes[image])
+    def judge(self, caption: str) -> CaptionTruth:
+        """Any caption of the image, held against what is to be seen there."""
+        return caption_truth(caption, self.scene)
+
+    def aligned(self, count: int) -> list[AlignedCaption]:
+        """So many true captions whose words know what they speak of."""
+        return aligned_captions(self.scene, count)
 
 
-class ScenesCaptions:
-    """The splits of the built-in world, with captions. Splits never share a scene.
-
-    Parameters: number of scenes of each split. ``simple_scenes`` have one or two objects and are for the
-    first part of training. ``held_out_scenes`` are about colour–shape combinations that
-    training never sees. ``references``: captions of an image that scores compare with.
-    """
+class ScenesCaptions(World):
+    """``references``: captions of an image that scores compare with. Otherwise as
+    :class:`~clipmapper.data.world.data.World`."""
 
     def __init__(
         self,
@@ -74,30 +69,8 @@ class ScenesCaptions:
         references: int,
         seed: int,
     ) -> None:
-        self.sizes = {
-            "train": train_scenes,
-            "simple": simple_scenes,
-            "validation": validation_scenes,
-            "held_out": held_out_scenes,
-        }
         self.references = references
-        self.seed = seed
-
-    @cached_property
-    def train(self) -> CaptionSplit:
-        return self._split("train")
-
-    @cached_property
-    def simple(self) -> CaptionSplit:
-        return self._split("simple")
-
-    @cached_property
-    def validation(self) -> CaptionSplit:
-        return self._split("validation")
-
-    @cached_property
-    def held_out(self) -> CaptionSplit:
-        return self._split("held_out")
+        super().__init__((train_scenes, simple_scenes, validation_scenes, held_out_scenes), seed, None)
 
     @staticmethod
     def wordings() -> list[str]:
@@ -108,12 +81,14 @@ class ScenesCaptions:
         """
         return [text for word in caption_words() for text in (word, f"a {word}", f"a, {word}: {word}")]
 
-    def _split(self, name: str) -> CaptionSplit:
-        held_out = name == "held_out"
-        objects = (1, 2) if name == "simple" else (1, MAX_OBJECTS)
-        scenes = [
-            draw_scene(self.seed, name, index, objects=objects, held_out=held_out)
-            for index in range(self.sizes[name])
-        ]
-        images, instances = render_all(scenes)
-        return CaptionSplit(images, [captions(scene, self.references) for scene in scenes], scenes, instances)
+    def records(self, name: str, scenes: list[Scene]) -> RecordList:
+        return RecordList([
+            Record(
+                id=f"{name}/{number}",
+                image=image,
+                image_id=f"{name}/{number}",
+                captions=tuple(captions(scene, self.references)),
+                truth=SceneTruth(scene, instances),
+            )
+            for number, (scene, image, instances) in enumerate(zip(scenes, *self.rendered(scenes), strict=True))
+        ])  # fmt: skip

@@ -1,58 +1,49 @@
 """Questions about built-in scenes as a data set for visual question answering."""
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from clipmapper.data.answers import AnswerVocabulary
+from clipmapper.data.record import Record
+from clipmapper.data.tables.base import RecordList
+from clipmapper.data.world.data import World
 from clipmapper.data.world.questions import ANSWERS, CHANCE, FAMILIES, SceneQuestion, balanced_questions
-from clipmapper.data.world.scenes import MAX_OBJECTS, draw_scene, render_all
+from clipmapper.data.world.scenes import MAX_OBJECTS, Scene
+
+_PEOPLE = 10  # annotators who agree: the official accuracy is then 1 or 0
 
 
-@dataclass(frozen=True)
-class VQASplit:
-    """Images and the questions about them; ``image_of`` gives the image of every question.
+@dataclass(frozen=True, slots=True)
+class QuestionTruth:
+    """The objects and the words that decide the answer to a question about a scene."""
 
-    ``masks`` and ``deciding_words`` hold the truth about what decides each answer, for data that knows it.
-    """
+    question: SceneQuestion
+    instances: UInt8[np.ndarray, "height width"]
 
-    images: UInt8[np.ndarray, "images height width 3"]
-    questions: Sequence[SceneQuestion]
-    image_of: np.ndarray
-    instances: UInt8[np.ndarray, "images height width"]
+    @property
+    def words(self) -> tuple[str, ...]:
+        return self.question.deciding_words
 
-    def __len__(self) -> int:
-        return len(self.questions)
+    @property
+    def told_by_size(self) -> bool:
+        """Whether only its size tells the object that is asked about from another."""
+        return self.question.told_by_size
 
-    def family_counts(self) -> dict[str, int]:
-        """How many questions of each family there are."""
-        return dict(Counter(question.family for question in self.questions))
-
-    def take(self, places: np.ndarray) -> "VQASplit":
-        """The questions at these places, with all images."""
-        asked = [self.questions[place] for place in places.tolist()]
-        return replace(self, questions=asked, image_of=self.image_of[places])
-
-    def mask(self, question: int) -> Bool[np.ndarray, "height width"]:
-        """The visible pixels of the objects that decide the answer."""
-        deciding = [k + 1 for k in self.questions[question].deciding_objects]
-        return np.isin(self.instances[self.image_of[question]], deciding)
+    def mask(self) -> Bool[np.ndarray, "height width"]:
+        """The visible pixels of the objects that decide."""
+        return np.isin(self.instances, [k + 1 for k in self.question.deciding_objects])
 
 
-class ScenesVQA:
-    """The splits of the built-in world. Splits never share a scene, and every split is balanced.
+class ScenesVQA(World):
+    """Every split is balanced. Parameters besides those of :class:`~clipmapper.data.world.data.World`:
 
-    Parameters: number of scenes of each split. ``simple_scenes`` have one or two objects and are for the
-    first part of training; ``held_out_scenes`` are about colour–shape combinations that training never sees.
     ``train_questions``: how many of a family at most about one scene that is trained on (elsewhere one). What
     differs between two questions about the same scene ("is A left or right of B", and of B and A) is only
     their words, so they can't be learnt by heart from the image.
     """
 
-    answers = ANSWERS
     families = FAMILIES
     chance = CHANCE
 
@@ -66,41 +57,31 @@ class ScenesVQA:
         seed: int,
     ) -> None:
         self.train_questions = train_questions
-        self.sizes = {
-            "train": train_scenes,
-            "simple": simple_scenes,
-            "validation": validation_scenes,
-            "held_out": held_out_scenes,
-        }
-        self.seed = seed
+        sizes = (train_scenes, simple_scenes, validation_scenes, held_out_scenes)
+        super().__init__(sizes, seed, AnswerVocabulary(ANSWERS))
 
-    @cached_property
-    def train(self) -> VQASplit:
-        return self._split("train")
-
-    @cached_property
-    def simple(self) -> VQASplit:
-        return self._split("simple")
-
-    @cached_property
-    def validation(self) -> VQASplit:
-        return self._split("validation")
-
-    @cached_property
-    def held_out(self) -> VQASplit:
-        return self._split("held_out")
-
-    def _split(self, name: str) -> VQASplit:
-        held_out = name == "held_out"
-        objects = (1, 2) if name == "simple" else (1, MAX_OBJECTS)
-        scenes = [
-            draw_scene(self.seed, name, i, objects=objects, held_out=held_out)
-            for i in range(self.sizes[name])
-        ]
-        per_family = self.train_questions if name in ("train", "simple") else 1
-        asked = list(
-            balanced_questions(scenes, self.seed, per_family=per_family, held_out=held_out, most=objects[1])
+    def records(self, name: str, scenes: list[Scene]) -> RecordList:
+        asked = balanced_questions(
+            scenes,
+            self.seed,
+            per_family=self.train_questions if name in ("train", "simple") else 1,
+            held_out=name == "held_out",
+            most=2 if name == "simple" else MAX_OBJECTS,
         )
-        image_of = np.repeat(np.arange(len(scenes)), [len(a) for a in asked])
-        images, instances = render_all(scenes)
-        return VQASplit(images, [q for questions in asked for q in questions], image_of, instances)
+        records: list[Record] = []
+        for number, (questions, image, instances) in enumerate(
+            zip(asked, *self.rendered(scenes), strict=True)
+        ):
+            for question in questions:
+                records.append(
+                    Record(
+                        id=f"{name}/{len(records)}",
+                        image=image,
+                        image_id=f"{name}/{number}",
+                        question=question.text,
+                        answers=(question.answer,) * _PEOPLE,
+                        family=question.family,
+                        truth=QuestionTruth(question, instances),
+                    )
+                )
+        return RecordList(records)

@@ -1,65 +1,131 @@
-"""Batches of caption data, from cached image tokens or from pixels."""
+"""Batches of images with captions: of records in memory or in tables, and of records that come as a stream."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from clipmapper.data.images import clip_input
+from clipmapper.data.records import Item, Record, RecordData, RecordDataset
+from clipmapper.data.tables.base import Records
 from clipmapper.data.tokens.cache import TokenStore
-from clipmapper.data.world.captioning import CaptionSplit
-from clipmapper.host.progress import progress
 from clipmapper.tasks.captioning.model import Captioner
-from clipmapper.training.encoder_tokens import ArrayImages, image_tokens
-from clipmapper.training.processes import WHOLE, Share, batches_of
-from clipmapper.training.record_batches import RecordCaptions
+from clipmapper.tasks.captioning.tokens import caption_tokens
+from clipmapper.training.looked_at import whole_picture
+from clipmapper.training.order import in_order
+from clipmapper.training.processes import WHOLE, Share
+from clipmapper.training.record_tokens import record_image_tokens
+from clipmapper.training.streamed import ReadableItems, shard_batches
+
+
+class CaptionCollate:
+    """A batch of images with one caption each, as
+    :class:`clipmapper.tasks.captioning.training.CaptionModule` documents it.
+
+    ``tokenize``: captions → :class:`~clipmapper.models.tokens.TokenizedText`.
+    """
+
+    def __init__(self, tokenize: Callable[[Sequence[str]], object]) -> None:
+        self.tokenize = tokenize
+
+    def __call__(self, items: Sequence[Item], captions: Sequence[str]) -> dict:
+        batch = self.without_images([record for record, _ in items], captions)
+        return batch | {"images": torch.stack([pixels for _, pixels in items])}
+
+    def without_images(self, records: Sequence[Record], captions: Sequence[str]) -> dict:
+        """Everything but ``images``."""
+        return {
+            "text": self.tokenize(captions),
+            "references": [list(record.captions) for record in records],
+            "ids": [record.id for record in records],
+        }
+
+
+class References(Sequence[Sequence[str]]):
+    """The captions of records, read when they are asked for."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, number: int) -> Sequence[str]:
+        return self.records[number].captions
 
 
 class CaptionBatches:
-    """Batches of one split. With a ``store`` the image tower runs once over it, otherwise in every step.
+    """Batches of one split of ``data``, of which ``records`` are taken.
 
-    Captions are never cached: each time they are others.
+    With a ``store`` the image tower runs once over the split, otherwise in every step. Captions are never
+    cached: each time they may be others. ``name``: of the split.
     """
 
-    def __init__(self, model: Captioner, split: CaptionSplit, name: str, store: TokenStore | None) -> None:
-        self.model, self.split, self.name = model, split, name
+    def __init__(
+        self, model: Captioner, data: RecordData, name: str, records: Records, store: TokenStore | None
+    ) -> None:
+        self.records, self.labelled_at_most = records, data.labelled_at_most
+        reader = data.reader(model.encoder)
+        self.dataset = RecordDataset(records, reader)
+        self.collate = CaptionCollate(partial(caption_tokens, model.tokenizer, model.ends))
         self.image_tokens: Tensor | None = None
         if store is not None:
-            images = ArrayImages(split.images, model.encoder.clip.visual)
-            with progress(f"CLIP tokens, {name} split", len(images)) as advance:
-                self.image_tokens = image_tokens(model.encoder, store, images, advance)
+            self.image_tokens, self.image_of = record_image_tokens(
+                model.encoder, store, records, name, reader
+            )
+
+    @property
+    def references(self) -> Sequence[Sequence[str]]:
+        return References(self.records)
 
     def batch(self, images: Sequence[int], captions: Sequence[str]) -> dict:
-        """A batch of these images and their captions, as many of each (see :class:`CaptionModule`)."""
-        batch: dict = {
-            "text": self.model.tokenize(captions),
-            "references": [self.split.references[image] for image in images],
-            "ids": [f"{self.name}/{image}" for image in images],
-        }
+        """A batch of these images and their captions, as many of each."""
         if self.image_tokens is not None:
-            batch["image_tokens"] = self.image_tokens[torch.tensor(images)].float()
-        else:
-            batch["images"] = self._pixels(self.split.images[list(images)])
-        return batch
+            batch = self.collate.without_images([self.records[number] for number in images], captions)
+            return batch | {"image_tokens": self.image_tokens[self.image_of[list(images)]].float()}
+        return self.collate([self.dataset[number] for number in images], captions)
 
-    def labelled(self, batch_size: int, share: Share = WHOLE) -> Iterator[dict]:
-        """A share of all images in order, with their numbers; the caption is the first reference."""
-        for rows in batches_of(len(self.split), batch_size, share):
-            numbers = list(rows)
-            captions = [self.split.references[number][0] for number in numbers]
-            yield self.batch(numbers, captions) | {"numbers": numbers}
+    def labelled(self, batch_size: int | None = None, share: Share = WHOLE) -> Iterator[dict]:
+        """A share of all images in order, with their numbers; the caption is the first."""
+        size = min(batch_size or self.labelled_at_most, self.labelled_at_most)
+        for rows in in_order(len(self.records), size, share):
+            captions = [self.records[number].captions[0] for number in rows]
+            yield self.batch(rows, captions) | {"numbers": list(rows)}
 
     def picture(self, image: int) -> UInt8[np.ndarray, "height width 3"]:
         """An image to be looked at."""
-        return self.split.images[image]
+        return whole_picture(self.records[image])
 
-    def _pixels(self, images: np.ndarray) -> Tensor:
-        return clip_input(images, self.model.encoder.clip.visual)
+
+class StreamedCaptions:
+    """Batches of training images that come as a stream. ``folder``: of the run."""
+
+    def __init__(self, model: Captioner, data: RecordData, seed: int, folder: Path) -> None:
+        self.data, self.seed = data, seed
+        self.items = ReadableItems(data.reader(model.encoder), data.on_bad_image, folder)
+        self.collate = CaptionCollate(partial(caption_tokens, model.tokenizer, model.ends))
+
+    @cached_property
+    def references(self) -> Sequence[Sequence[str]]:
+        """All of them, for what needs every caption (scst): the stream is read through once."""
+        return References(self.data.every_training_record())
+
+    def batches(self, batch_size: int, captions: int) -> Callable[[int, Share], dict]:
+        """A share of the training batch of every step: each image with ``captions`` newly drawn captions."""
+
+        def batch_of(items: Sequence[Item], step: int) -> dict:
+            drawn = []
+            for record, _ in items:
+                rng = random.Random(f"captions/{self.seed}/{step}/{record.id}")
+                drawn += [rng.choice(record.captions) for _ in range(captions)]
+            return self.collate(items, drawn)
+
+        return shard_batches(self.data.stream(self.seed), self.items, batch_of, batch_size)
 
 
 # Steps whose images are drawn together, then put in batches by the length of their captions: with 8, a batch
@@ -83,7 +149,7 @@ class Stage:
     often, often_share : numbers of images that are drawn besides, and for which share of all.
     """
 
-    split: CaptionBatches | RecordCaptions
+    split: CaptionBatches
     draw: Callable[[int, random.Random], str]
     until: int | None = None
     often: Sequence[int] = ()
@@ -92,7 +158,7 @@ class Stage:
     def images(self, numbers: range, seed: int, rng: random.Random) -> list[int]:
         """Images for the places ``numbers`` of an endless row of epochs: every image once an epoch, but for
         those in whose place another is drawn."""
-        count = len(self.split.split)
+        count = len(self.split.records)
         found = [_order(seed, number // count, count)[number % count] for number in numbers]
         if not self.often or not self.often_share:
             return found

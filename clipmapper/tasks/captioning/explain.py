@@ -1,4 +1,4 @@
-"""What ``clipmapper.explain`` does with a captioner: a caption, and for each of its words why it is there."""
+"""Why a captioner writes what it writes: a caption, and for each of its words why it is there."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from rich.text import Text
 
 from clipmapper.data.images import picture_of
 from clipmapper.errors import UserError
@@ -18,6 +19,8 @@ from clipmapper.models.tokens import tokenize
 from clipmapper.tasks.captioning.decoding import Decoding
 from clipmapper.tasks.captioning.model import Captioner
 from clipmapper.tasks.captioning.trace import TracedCaption, trace_caption, word_relevance
+from clipmapper.visual.caption_strip import plot_caption_strip
+from clipmapper.visual.files import save_figure
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class CaptionExplanation:
     word_weights : where the weights come from, "mean", "cider" or "clip".
     image : UInt8[height, width, 3], what the model saw of the image, at its own resolution.
     method : name of the explanation method.
+    called : "caption", or "explained caption" where it need not be the model's.
     """
 
     caption: str
@@ -48,6 +52,7 @@ class CaptionExplanation:
     word_weights: str
     image: UInt8[np.ndarray, "height width 3"]
     method: str
+    called: str = "caption"
 
     @property
     def patches(self) -> Float[np.ndarray, "rows columns"]:
@@ -59,20 +64,39 @@ class CaptionExplanation:
         before = self.explained[row]
         return list(zip(self.words[:before], self.word_matrix[row, :before].tolist(), strict=True))
 
+    @property
+    def word_scores(self) -> list[tuple[str, float]]:
+        """None: a caption has a strip of maps of its own, a map a word."""
+        return []
+
+    @property
+    def header(self) -> dict[str, str | None]:
+        return {"question": self.caption, "answer": None}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        one = len(self.words) > len(self.explained) == 1
+        return (self.caption, *([self.words[self.explained[0]]] if one else []))
+
+    def lines(self) -> list[tuple[str | Text, ...]]:
+        told = zip(self.explained, self.probabilities, strict=True)
+        words = "  ".join(f"{self.words[place]} {probability:.2f}" for place, probability in told)
+        return [
+            (f"{self.called}:", Text(self.caption, style="bold")),
+            (f"probability of words: {words}",),
+        ]
+
     def plot(self, path: str | Path) -> Path:
         """Write a picture: a heat map a word (punctuation left out), and the map of the whole caption.
 
         Returns the path.
         """
-        from clipmapper.visual.caption_strip import plot_caption_strip
-        from clipmapper.visual.files import save_figure
-
         figure = plot_caption_strip(self)
         save_figure(figure, Path(path))
         return Path(path)
 
 
-def explain_caption_methods(
+def explain_captions(
     model: Captioner,
     image,
     methods: Sequence[str],
@@ -85,7 +109,8 @@ def explain_caption_methods(
     references: Sequence[str] | None = None,
     frequencies: DocumentFrequencies | None = None,
 ) -> list[CaptionExplanation]:
-    """Several methods on the same forward; arguments and errors as in :func:`clipmapper.explain`."""
+    """Several methods on the same forward; arguments and errors as in
+    :meth:`clipmapper.tasks.captioning.task.Captioning.explain`."""
     if word_weights not in WORD_WEIGHTS:
         raise UserError(f"word_weights={word_weights!r}: must be one of {', '.join(WORD_WEIGHTS)}")
     if word_weights == "cider" and not (references and frequencies):
@@ -120,6 +145,7 @@ def explain_caption_methods(
             word_weights=word_weights,
             image=seen,
             method=name,
+            called="caption" if caption is None else "explained caption",
         )
         for name in methods
     ]

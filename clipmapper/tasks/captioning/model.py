@@ -56,6 +56,7 @@ class Captioner(nn.Module):
         self.text_embedding_only = text_embedding_only
         self._ends = ends
 
+    task = "captioning"
     only = "only_text"
 
     # Which attention sub-layers (by the names that a trace has for them) end in what the head reads.

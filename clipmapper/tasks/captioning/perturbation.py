@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from clipmapper.evaluation.captions.cider import DocumentFrequencies
-from clipmapper.evaluation.captions.scores import JAVA_FREE, check_scores, score_captions
+from clipmapper.evaluation.captions.scores import check_scores, score_captions
+from clipmapper.evaluation.score_names import LOG_PROBABILITY, WORD_PROBABILITY
 
-LOG_PROBABILITY, WORD_PROBABILITY = "log_probability", "word_probability"
 CAPTION_SCORES = (LOG_PROBABILITY, "bleu_4", "cider")
 
 
@@ -108,10 +108,6 @@ class WordScorer:
         told = _finite(self._caption_kept(torch.from_numpy(sample), image_keep, False)[0])
         of_word = [float(told[row, self._words[number]].sum()) for row, number in enumerate(sample.tolist())]
         return np.exp(np.array(of_word))[:, None]
-
-
-# Named here for those who choose: all that captions can be scored by, Java's scores included.
-ALL_SCORES = (LOG_PROBABILITY, *JAVA_FREE, "meteor", "spice")
 
 
 def _whole(

@@ -1,29 +1,22 @@
-"""Pictures and W&B tables of an explanation report on captions."""
+"""Pictures of an explanation report on captions."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import wandb
-from lightning.pytorch.loggers import WandbLogger
 
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS
-from clipmapper.tasks.captioning.report import CaptionReport
+from clipmapper.evaluation.score_names import SCORES
+from clipmapper.training.explained import Report
+from clipmapper.training.loggers import Html, Picture
 from clipmapper.visual.caption_strip import plot_caption_strip
 from clipmapper.visual.comparison import plot_method_comparison
 from clipmapper.visual.curves import plot_perturbation_curves
 from clipmapper.visual.files import save_figure
 from clipmapper.visual.words import words_html
 
-_LABELS = {
-    "log_probability": "log-probability of the caption (nats)",
-    "word_probability": "probability of the word",
-    "cider": "CIDEr-D",
-    **{f"bleu_{n}": f"BLEU-{n} of single captions" for n in range(1, 5)},
-}
 
-
-def write_pictures(report: CaptionReport, folder: Path, *, count: int, confidence: float) -> list[Path]:
+def write_pictures(report: Report, folder: Path, *, count: int, confidence: float) -> list[Path]:
     """Strips of the first ``count`` images, one comparison of methods, and the perturbation curves."""
     written = []
     first = next(iter(report.explanations.values()))
@@ -42,30 +35,27 @@ def write_pictures(report: CaptionReport, folder: Path, *, count: int, confidenc
     return written
 
 
-def log_tables(logger: WandbLogger, report: CaptionReport, folder: Path, *, step: int) -> None:
-    """The pictures that :func:`write_pictures` left in ``folder``, and a table of samples, to W&B."""
-    explained = next(iter(report.explanations.values()))
-    table = wandb.Table(columns=["image", "word by word", "caption", "references", "curves"])
+def sample_rows(report: Report, folder: Path) -> list[dict]:
+    """A row for each strip that :func:`write_pictures` left in ``folder``."""
+    explained, rows = next(iter(report.explanations.values())), []
     for path in sorted(folder.glob("explanation_*_caption.png")):
         number = int(path.stem.split("_")[1])
         curves = folder / "curves" / f"{path.stem}.png"
         save_figure(_sample_curves(report, number), curves)
         its = explained[number]
-        table.add_data(
-            wandb.Image(its.image),
-            wandb.Image(str(path)),
-            wandb.Html(words_html(list(zip(its.words, its.weights.tolist(), strict=True)))),
-            "\n".join(report.samples.references[number]),
-            wandb.Image(str(curves)),
+        rows.append(
+            {
+                "image": Picture(its.image),
+                "word by word": Picture(path),
+                "caption": Html(words_html(list(zip(its.words, its.weights.tolist(), strict=True)))),
+                "references": "\n".join(report.samples.references[number]),
+                "curves": Picture(curves),
+            }
         )
-    logged = {"explanations": table, "trainer/global_step": step}
-    for path in [folder / "methods.png", *sorted(folder.glob("perturbation_*.png"))]:
-        if path.exists():
-            logged[f"pictures/{path.stem}"] = wandb.Image(str(path))
-    logger.experiment.log(logged)
+    return rows
 
 
-def _curves(report: CaptionReport, score: str, confidence: float):
+def _curves(report: Report, score: str, confidence: float):
     word = score in report.word_scores.scores
     scores = report.word_scores if word else report.caption_scores
     what = "one word a caption, by its map" if word else "by the caption's map"
@@ -73,7 +63,7 @@ def _curves(report: CaptionReport, score: str, confidence: float):
     return plot_perturbation_curves(
         scores.curves(score, confidence=confidence),
         scores.fractions.tolist(),
-        ylabel=_LABELS.get(score, score),
+        ylabel=SCORES[score].axis,
         areas={
             f"image/{direction}": {m: float(areas[j, k]) for k, m in enumerate(scores.methods)}
             for j, direction in enumerate(DIRECTIONS)
@@ -82,7 +72,7 @@ def _curves(report: CaptionReport, score: str, confidence: float):
     )
 
 
-def _sample_curves(report: CaptionReport, number: int):
+def _sample_curves(report: Report, number: int):
     """The curves of one sample (an interval of one sample is the sample itself)."""
     scores = report.caption_scores
     values: Sequence = scores.values[0][0]
@@ -90,5 +80,5 @@ def _sample_curves(report: CaptionReport, number: int):
     for j, direction in enumerate(DIRECTIONS):
         lines = {m: np.asarray(values[j, k, number]) for k, m in enumerate(scores.methods)}
         curves[f"image/{direction}"] = {m: (line, line, line) for m, line in lines.items()}
-    label = _LABELS.get(scores.scores[0], scores.scores[0])
+    label = SCORES[scores.scores[0]].axis
     return plot_perturbation_curves(curves, scores.fractions.tolist(), ylabel=label)

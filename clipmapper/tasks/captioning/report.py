@@ -6,28 +6,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.table import Table
 
 from clipmapper.evaluation.captions.cider import CiderD
 from clipmapper.evaluation.captions.word_weights import is_stop_word
 from clipmapper.evaluation.localisation import Localisation, image_localisation
 from clipmapper.evaluation.numbers import localisation_numbers, perturbation_numbers
-from clipmapper.evaluation.perturbation import FRACTIONS, ModalityRelevance, perturb
+from clipmapper.evaluation.perturbation import ModalityRelevance, perturb
 from clipmapper.evaluation.perturbation_run import run_in_chunks
-from clipmapper.evaluation.perturbation_scores import DIRECTIONS, PerturbationScores
+from clipmapper.evaluation.perturbation_scores import PerturbationScores
 from clipmapper.models.tokens import TokenizedText, padding_id
+from clipmapper.tasks.captioning import pictures
 from clipmapper.tasks.captioning.decoding import Decoding
 from clipmapper.tasks.captioning.explain import CaptionExplanation, caption_word_weights
 from clipmapper.tasks.captioning.model import Captioner
 from clipmapper.tasks.captioning.perturbation import CAPTION_SCORES, CaptionScorer, WordScorer
-from clipmapper.tasks.captioning.samples import ExplainedCaptions
+from clipmapper.tasks.captioning.samples import TESTS, CaptionSamples
+from clipmapper.tasks.captioning.tables import caption_perturbation_tables, word_localisation_table
 from clipmapper.tasks.captioning.trace import TracedCaption, trace_caption, word_relevance
 from clipmapper.tasks.captioning.variants import kept_captions
+from clipmapper.training.explained import Report, joined, joined_localisation
 
-_TESTS = ("caption", "word")  # what is perturbed: by the caption's map, by one word's map
+# Two streams of random numbers of one seed have nothing in common if a number of its own goes with each.
+_WORDS = 0x30
 
 
 @dataclass(frozen=True)
-class CaptionReport:
+class CaptionReport(Report):
     """Everything that is known about the methods on some captions.
 
     ``explanations``: of each method, of the model's own caption of every image. ``chosen``: in each caption,
@@ -36,35 +41,62 @@ class CaptionReport:
     has such words, the mean over them.
     """
 
-    samples: ExplainedCaptions
+    samples: CaptionSamples
     explanations: Mapping[str, Sequence[CaptionExplanation]]
     chosen: Sequence[int]
     caption_scores: PerturbationScores
     word_scores: PerturbationScores
     localisation: Mapping[str, Mapping[str, Localisation]]
 
+    curves = "perturbation_log_probability.png"
+
     def numbers(self, confidence: float, seed: int) -> dict:
-        """All results by name, for ``results.json``: areas, paired differences, localisation."""
         parts = (self.caption_scores, self.word_scores)
         return {
             "samples": len(self.samples),
             "confidence": confidence,
             "perturbation": {
                 name: perturbation_numbers(scores, confidence, seed)["image"]
-                for name, scores in zip(_TESTS, parts, strict=True)
+                for name, scores in zip(TESTS, parts, strict=True)
             },
             "localisation": localisation_numbers(self.localisation, confidence, seed),
         }
 
+    def scalars(self) -> dict[str, float]:
+        scalars = {}
+        for name, scores in zip(TESTS, (self.caption_scores, self.word_scores), strict=True):
+            for row in scores.summary():
+                scalars[f"perturbation/{name}/{row.direction}/{row.method}/{row.score}"] = row.area.mean
+        return scalars | self.localisation_scalars()
 
-def curve_points(samples: int, methods: int) -> int:
-    """What ``progress`` of :func:`caption_report` adds up to."""
-    return len(_TESTS) * samples * methods * len(DIRECTIONS) * len(FRACTIONS)
+    @staticmethod
+    def tables(numbers: Mapping) -> list[Table]:
+        return [*caption_perturbation_tables(numbers), *filter(None, [word_localisation_table(numbers)])]
+
+    def write(self, folder: Path, *, count: int, confidence: float) -> list[Path]:
+        return pictures.write_pictures(self, folder, count=count, confidence=confidence)
+
+    def rows(self, folder: Path) -> list[dict]:
+        return pictures.sample_rows(self, folder)
+
+    @classmethod
+    def together(cls, samples: CaptionSamples, reports: Sequence["CaptionReport"]) -> "CaptionReport":
+        return cls(
+            samples=samples,
+            explanations={
+                method: joined([report.explanations[method] for report in reports])
+                for method in reports[0].explanations
+            },
+            chosen=joined([report.chosen for report in reports]),
+            caption_scores=PerturbationScores.concatenate([r.caption_scores for r in reports]),
+            word_scores=PerturbationScores.concatenate([r.word_scores for r in reports]),
+            localisation=joined_localisation(reports),
+        )
 
 
 def caption_report(
     model: Captioner,
-    samples: ExplainedCaptions,
+    samples: CaptionSamples,
     methods: Sequence[str],
     *,
     chunk: int,
@@ -81,7 +113,7 @@ def caption_report(
     maps of true captions' words against what they speak of.
 
     ``decoding``: how captions are written, whole and perturbed (default: greedy). Arguments otherwise as of
-    :func:`clipmapper.tasks.vqa.report.explanation_report`.
+    :meth:`clipmapper.training.task.Task.report`.
     """
     decoding = decoding or Decoding("greedy")
     was_training = model.training
@@ -142,9 +174,11 @@ def caption_report(
                 folder=None if folder is None else folder / name,
                 key=key,
             )
-            for name in _TESTS
+            for name in TESTS
         }
-        localisation = {} if samples.known is None else _localised(model, samples, methods, seed)
+        localisation = _localised(model, samples, methods, seed)
+        for method, own in _localised_by_masks(samples, explanations).items():
+            localisation[method] |= own
     finally:
         model.train(was_training)
     return CaptionReport(samples, explanations, chosen, parts["caption"], parts["word"], localisation)
@@ -153,7 +187,7 @@ def caption_report(
 def _explained(
     model: Captioner,
     traced: TracedCaption,
-    samples: ExplainedCaptions,
+    samples: CaptionSamples,
     row: int,
     methods: Sequence[str],
     *,
@@ -187,7 +221,7 @@ def _chosen_word(words: Sequence[str], seed: int, sample: int) -> int:
     """One word of a caption at random, no stop-word where there are others: one curve an image, so that
     images, which are what intervals are over, count alike."""
     places = [place for place, word in enumerate(words) if not is_stop_word(word)] or list(range(len(words)))
-    return int(np.random.default_rng((seed, sample, 0x30)).choice(places))
+    return int(np.random.default_rng((seed, sample, _WORDS)).choice(places))
 
 
 def _together(texts: Sequence[TokenizedText], padding: int) -> TokenizedText:
@@ -198,12 +232,12 @@ def _together(texts: Sequence[TokenizedText], padding: int) -> TokenizedText:
 
 
 def _localised(
-    model: Captioner, samples: ExplainedCaptions, methods: Sequence[str], seed: int
+    model: Captioner, samples: CaptionSamples, methods: Sequence[str], seed: int
 ) -> dict[str, dict[str, Localisation]]:
     """Of the words of true captions that speak of something to be seen."""
     gathered: dict[str, dict[str, list[Localisation]]] = {method: {} for method in methods}
     for row, known in enumerate(samples.known):
-        if not known.words:
+        if known is None or not known.words:
             continue
         pixels = samples.images[row : row + 1].to(model.device)
         traced = trace_caption(model, pixels, known.text)
@@ -222,6 +256,22 @@ def _localised(
             for kind, entries in sorted(by_kind.items())
         }
         for method, by_kind in gathered.items()
+    }
+
+
+def _localised_by_masks(
+    samples: CaptionSamples, explanations: Mapping[str, Sequence[CaptionExplanation]]
+) -> dict[str, dict[str, Localisation]]:
+    """The map of the whole caption against the pixels that it should speak of, where these are known."""
+    rows = [row for row, mask in enumerate(samples.masks) if mask is not None and mask.any()]
+    if not rows:
+        return {}
+    masks = np.stack([samples.masks[row] for row in rows])
+    return {
+        method: {
+            "caption": image_localisation(np.maximum(np.stack([its[row].patches for row in rows]), 0), masks)
+        }
+        for method, its in explanations.items()
     }
 
 

@@ -9,12 +9,20 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from clipmapper.data.content import content_digest, joint_digest
-from clipmapper.data.images import clip_input
-from clipmapper.data.world.captions import WORD_KINDS, AlignedCaption, aligned_captions
+from clipmapper.data.records import RecordData
+from clipmapper.data.world.captions import WORD_KINDS, AlignedCaption
 from clipmapper.evaluation.captions.cider import DocumentFrequencies
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
+from clipmapper.evaluation.perturbation import FRACTIONS
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS
 from clipmapper.models.tokens import word_positions
 from clipmapper.tasks.captioning.model import Captioner
+from clipmapper.training.explained import Samples
+from clipmapper.training.looked_at import looked_at, mask_of
+
+# Two streams of random numbers of one seed have nothing in common if a number of its own goes with each.
+_DRAWING = 0xCA
+TESTS = ("caption", "word")  # what is perturbed: by the caption's map, by one word's map
 
 
 @dataclass(frozen=True)
@@ -30,51 +38,61 @@ class KnownCaption:
 
 
 @dataclass(frozen=True)
-class ExplainedCaptions:
-    """Images whose captions are to be explained, in a fixed order.
+class CaptionSamples(Samples):
+    """Images whose captions are to be explained.
 
-    ``frequencies``: CIDEr's, of all images of the split. ``known``: a true caption of each image whose words
-    know what they speak of, None for data that does not.
+    ``frequencies``: CIDEr's, of all images of the split. ``known``: a true caption of an image whose words
+    know what they speak of, None where there is none. ``masks``: the pixels that captions of an image speak
+    of, None where that is not known.
     """
+
+    of_all = ("frequencies",)
 
     ids: Sequence[int]
     pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]
     images: Float[Tensor, "samples 3 model_height model_width"]
     references: Sequence[Sequence[str]]
     frequencies: DocumentFrequencies
-    known: Sequence[KnownCaption] | None
-
-    def __len__(self) -> int:
-        return len(self.ids)
+    known: Sequence[KnownCaption | None]
+    masks: Sequence[Bool[np.ndarray, "_ _"] | None]
 
     def digest(self) -> str:
-        """Another one for other samples: of what their scores depend on."""
-        known = [] if self.known is None else [caption.text for caption in self.known]
+        known = [caption.text for caption in self.known if caption is not None]
         counts = self.frequencies.counts
         of_split = [self.frequencies.images, len(counts), sum(counts.values())]
         texts = json.dumps([self.ids, self.references, known, of_split])
         return joint_digest([content_digest(self.images.cpu().numpy()), content_digest(texts.encode())])
 
+    def points(self, methods: int) -> int:
+        return len(TESTS) * len(self) * methods * len(DIRECTIONS) * len(FRACTIONS)
 
-def choose_caption_samples(model: Captioner, split, count: int, seed: int) -> ExplainedCaptions:
-    """``count`` images of a split of captions (as :class:`clipmapper.data.world.captioning.CaptionSplit`)."""
-    rng = np.random.default_rng((seed, 0xCA))
-    chosen = [int(number) for number in rng.permutation(len(split.images))[:count]]
-    known = None
-    if getattr(split, "scenes", None) is not None:
-        known = []
-        for number in chosen:
-            told = aligned_captions(split.scenes[number], len(split.references[number]))
-            known.append(_known(model, told[rng.integers(len(told))], split.instances[number]))
-    pictures = split.images[chosen]
-    references = [[ptb_tokenise(caption) for caption in captions] for captions in split.references]
-    return ExplainedCaptions(
+
+def caption_samples(model: Captioner, data: RecordData, split: str, count: int, seed: int) -> CaptionSamples:
+    """``count`` images of a split, drawn by ``seed``."""
+    records = data.split(split)
+    rng = np.random.default_rng((seed, _DRAWING))
+    chosen = [int(number) for number in rng.permutation(len(records))[:count]]
+    told = [records[number] for number in chosen]
+    known: list[KnownCaption | None] = []
+    for record in told:
+        aligned = getattr(record.truth, "aligned", None)
+        if aligned is None:
+            known.append(None)
+            continue
+        captions = aligned(len(record.captions))
+        known.append(_known(model, captions[rng.integers(len(captions))], record.truth.instances))
+    visual = model.encoder.clip.visual
+    pictures, images = looked_at(told, data.reader(model.encoder), visual)
+    return CaptionSamples(
         ids=chosen,
-        pictures=list(pictures),
-        images=clip_input(pictures, model.encoder.clip.visual),
-        references=[list(split.references[number]) for number in chosen],
-        frequencies=DocumentFrequencies.of(references),
+        pictures=pictures,
+        images=images,
+        references=[list(record.captions) for record in told],
+        frequencies=DocumentFrequencies.of(
+            [[ptb_tokenise(caption) for caption in captions] for captions in records.captions()]
+        ),
         known=known,
+        masks=[mask_of(record, visual) for record in told],
     )
 
 

@@ -1,21 +1,12 @@
 """What came out of captioning: shares of true captions and statements, tables, and samples for W&B."""
 
-from collections.abc import Callable, Mapping, Sequence
-
-import numpy as np
-import wandb
-from jaxtyping import UInt8
-from lightning.pytorch.loggers import WandbLogger
-from rich.table import Table
+from collections.abc import Sequence
 
 from clipmapper.data.records import Record
 from clipmapper.data.world.caption_truth import KINDS
 from clipmapper.data.world.captions import WORDINGS
 from clipmapper.evaluation.captions.scores import score_captions
 from clipmapper.tasks.captioning.training import SCORES, JudgedCaption
-
-_NAMES = {"cider": "CIDEr-D", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L"}
-_WAYS = {"greedy": "greedy captions", "drawn": "drawn captions (nucleus, 0.9)"}
 
 
 def truth_numbers(captions: Sequence[JudgedCaption]) -> dict:
@@ -75,71 +66,6 @@ def sample_rows(captions: Sequence[JudgedCaption], references: Sequence[Sequence
         }
         for one in captions
     ]
-
-
-def log_samples(
-    logger: WandbLogger,
-    rows: Sequence[Mapping],
-    picture: Callable[[int], UInt8[np.ndarray, "height width 3"]],
-    step: int,
-) -> None:
-    """A table of images and their captions to W&B. ``picture``: number of the image → to be looked at."""
-    table = wandb.Table(columns=list(rows[0]))
-    for row in rows:
-        table.add_data(*({**row, "image": wandb.Image(picture(row["image"]))}.values()))
-    logger.experiment.log({"captions": table, "trainer/global_step": step})
-
-
-def score_table(splits: Mapping[str, Mapping]) -> Table:
-    """Scores of greedy captions, a row a split; ``splits`` as in results.json."""
-    table = Table(title="Greedy captions", title_justify="left")
-    table.add_column("split")
-    known = [key for key in ("correct", "complete") if any(key in row["greedy"] for row in splits.values())]
-    shares_named = [f"{key} %" for key in known]
-    for column in ("captions", *shares_named, *(_NAMES[score] for score in SCORES), "loss"):
-        table.add_column(column, justify="right")
-    for split, row in splits.items():
-        found = (row["greedy"].get(key) for key in known)
-        shares = ["" if share is None else f"{100 * share:.1f}" for share in found]
-        name = {"held_out": "held-out combinations"}.get(split, split)
-        counted = str(row["greedy"]["captions"])
-        table.add_row(name, counted, *shares, *_score_cells(row), f"{row['loss']:.3f}")
-    return table
-
-
-def family_table(row: Mapping) -> Table:
-    """Scores of greedy captions, a row a family; ``row``: of a split, as in results.json."""
-    table = Table(title="Greedy captions by family, validation", title_justify="left")
-    table.add_column("family")
-    for column in ("captions", *(_NAMES[score] for score in SCORES)):
-        table.add_column(column, justify="right")
-    for family, found in row["families"].items():
-        table.add_row(family, str(found["captions"]), *_score_cells(found))
-    table.add_row("overall", str(row["greedy"]["captions"]), *_score_cells(row), style="bold")
-    return table
-
-
-def truth_table(row: Mapping) -> Table:
-    """What of the captions of a split holds, by kind of statement and by wording."""
-    table = Table(title="True statements and true captions, validation", title_justify="left")
-    table.add_column("of")
-    for way in _WAYS.values():
-        table.add_column(way, justify="right")
-        table.add_column("true %", justify="right")
-    for group, key in (("statements", "said"), ("wordings", "captions")):
-        for name in row["greedy"][group]:
-            cells = []
-            for way in _WAYS:
-                entry = row[way][group][name]
-                share = entry.get("hold", entry.get("correct"))
-                cells += [str(entry[key]), "" if share is None else f"{100 * share:.1f}"]
-            label = f"statements: {name}" if group == "statements" else f"captions: {name}"
-            table.add_row(label, *cells)
-    return table
-
-
-def _score_cells(scores: Mapping) -> list[str]:
-    return [f"{scores[score] * (1 if score == 'cider' else 100):.2f}" for score in SCORES]
 
 
 def _share(flags: Sequence[bool]) -> float | None:

@@ -1,79 +1,122 @@
-"""Batches of the built-in VQA data, from cached tokens or from pixels."""
+"""Batches of questions about images: of records in memory or in tables, and of records that come as a stream."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from itertools import count
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clipmapper.data.images import clip_input
+from clipmapper.data.answers import AnswerVocabulary, annotators
+from clipmapper.data.records import Item, Record, RecordData, RecordDataset
+from clipmapper.data.tables.base import Records
 from clipmapper.data.tokens.cache import TokenCache, TokenStore
-from clipmapper.data.world.vqa import VQASplit
 from clipmapper.models.tokens import tokenize
 from clipmapper.tasks.vqa.model import CLIPmapper
-from clipmapper.training.asked_texts import AskedTexts, asked_texts
-from clipmapper.training.encoder_tokens import ArrayImages, question_tokens
-from clipmapper.training.processes import WHOLE, Share, batches_of
-from clipmapper.training.token_room import check_tokens
+from clipmapper.training.order import epochs, in_order
+from clipmapper.training.processes import WHOLE, Share
+from clipmapper.training.record_tokens import record_question_tokens
+from clipmapper.training.streamed import ReadableItems, shard_batches
+
+_KINDS_OF_ANSWERS = 4096  # whose targets are remembered: unanimous answers make up much of a data set
 
 
-class SplitBatches:
-    """Batches of one split.
+class VQACollate:
+    """A batch of questions, as :class:`clipmapper.tasks.vqa.training.VQAModule` documents it.
 
-    With a ``store`` the encoder runs once over the split, otherwise in every step. ``texts``: the questions'
-    token ids, where they are there already.
+    ``tokenize``: texts → :class:`~clipmapper.models.tokens.TokenizedText`.
+    """
+
+    def __init__(self, tokenize: Callable[[Sequence[str]], object], vocabulary: AnswerVocabulary) -> None:
+        self.tokenize = tokenize
+        self._targets = lru_cache(_KINDS_OF_ANSWERS)(vocabulary.targets)
+
+    def __call__(self, items: Sequence[Item]) -> dict:
+        batch = self.without_images([record for record, _ in items])
+        return batch | {"images": torch.stack([pixels for _, pixels in items])}
+
+    def without_images(self, records: Sequence[Record]) -> dict:
+        """Everything but ``images``."""
+        return {"text": self.tokenize([record.question for record in records])} | self.without_inputs(records)
+
+    def without_inputs(self, records: Sequence[Record]) -> dict:
+        """Everything but ``images`` and ``text``."""
+        return {
+            "targets": torch.stack([self._targets(record.answers) for record in records]),
+            "answers": [annotators(record.answers) for record in records],
+            "families": [record.family for record in records],
+            "ids": [record.id for record in records],
+        }
+
+
+class QuestionBatches:
+    """Batches of one split of ``data``, of which ``records`` are taken.
+
+    With a ``store`` the encoder runs once over the split, otherwise in every step, and images are decoded
+    whenever they are asked for. ``name``: of the split.
     """
 
     def __init__(
-        self,
-        model: CLIPmapper,
-        split: VQASplit,
-        name: str,
-        store: TokenStore | None,
-        texts: AskedTexts | None = None,
+        self, model: CLIPmapper, data: RecordData, name: str, records: Records, store: TokenStore | None
     ) -> None:
-        self.model, self.split, self.name = model, split, name
-        index = {answer: i for i, answer in enumerate(model.answers)}
-        self.answer = torch.tensor([index[q.answer] for q in split.questions])
+        self.records, self.labelled_at_most = records, data.labelled_at_most
+        reader = data.reader(model.encoder)
+        self.dataset = RecordDataset(records, reader)
+        self.collate = VQACollate(partial(tokenize, model.encoder.tokenizer), data.vocabulary)
         self.cache: TokenCache | None = None
         if store is not None:
-            images = ArrayImages(split.images, model.encoder.clip.visual)
-            texts, image_of = texts or _asked(model, split, name), torch.from_numpy(split.image_of)
-            self.cache = question_tokens(model.encoder, store, images, texts, image_of, name)
+            self.cache = record_question_tokens(model.encoder, store, records, name, reader)
 
     def batch(self, questions: Tensor) -> dict:
-        """A training batch of these questions (see :class:`clipmapper.tasks.vqa.training.VQAModule`)."""
-        batch = self.questions_only(questions)
+        """A batch of these questions."""
         if self.cache is not None:
-            batch["image_tokens"] = self.cache.images(questions)
-        else:
-            images = self.split.images[self.split.image_of[questions.numpy()]]
-            batch["images"] = clip_input(images, self.model.encoder.clip.visual)
-        return batch
+            return self.questions_only(questions) | {"image_tokens": self.cache.images(questions)}
+        return self.collate([self.dataset[int(number)] for number in questions])
 
     def questions_only(self, questions: Tensor) -> dict:
         """The same batch without its images."""
-        targets = torch.zeros(len(questions), len(self.model.answers))
-        targets[torch.arange(len(questions)), self.answer[questions]] = 1.0
-        batch = {"targets": targets, "ids": [f"{self.name}/{int(q)}" for q in questions]}
-        if self.cache is not None:
-            return batch | self.cache.texts(questions)
-        texts = [self.split.questions[int(q)].text for q in questions]
-        return batch | {"text": tokenize(self.model.encoder.tokenizer, texts)}
+        records = [self.records[int(number)] for number in questions]
+        if self.cache is None:
+            return self.collate.without_images(records)
+        return self.collate.without_inputs(records) | self.cache.texts(questions)
 
-    def labelled(self, batch_size: int, share: Share = WHOLE) -> Iterator[dict]:
-        """A share of all questions in order, with what validation needs."""
-        for rows in batches_of(len(self.split), batch_size, share):
-            numbers = torch.tensor(rows)
-            asked = [self.split.questions[int(n)] for n in numbers]
-            # Ten annotators who agree: the official accuracy is then 1 or 0.
-            extra = {"answers": [[q.answer] * 10 for q in asked], "families": [q.family for q in asked]}
-            yield self.batch(numbers) | extra
+    def labelled(self, batch_size: int | None = None, share: Share = WHOLE) -> Iterator[dict]:
+        """A share of all questions in order, in batches of at most ``labelled_at_most``."""
+        size = min(batch_size or self.labelled_at_most, self.labelled_at_most)
+        for rows in in_order(len(self.records), size, share):
+            yield self.batch(torch.tensor(rows))
 
 
-def training_batches(
-    simple: SplitBatches,
-    full: SplitBatches,
+class StreamedQuestions:
+    """Batches of training questions that come as a stream. ``folder``: of the run."""
+
+    def __init__(self, model: CLIPmapper, data: RecordData, seed: int, folder: Path) -> None:
+        self.records = range(data.train_records)
+        self.stream, self.seen = data.stream(seed), count()
+        self.asked = data.stream(seed + 1)  # for what reads beside training: its place is its own
+        self.items = ReadableItems(data.reader(model.encoder), data.on_bad_image, folder)
+        self.collate = VQACollate(partial(tokenize, model.encoder.tokenizer), data.vocabulary)
+
+    def batches(self, batch_size: int) -> Callable[[int, Share], dict]:
+        """A share of the training batch of every step."""
+        return shard_batches(self.stream, self.items, lambda items, step: self.collate(items), batch_size)
+
+    def questions_only(self, questions: Tensor) -> dict:
+        """As many of the next questions without their images: those of a stream have no numbers."""
+        return self.collate.without_images(self.asked.batch(next(self.seen), len(questions)))
+
+
+def question_batches(split: QuestionBatches, *, batch_size: int, seed: int) -> Callable[[int, Share], dict]:
+    """A share of the training batch of every step: every question once an epoch."""
+    numbers_at = epochs(len(split.records), batch_size, seed)
+    return lambda step, share=WHOLE: split.batch(torch.tensor(share.rows(numbers_at(step))))
+
+
+def drawn_batches(
+    simple: QuestionBatches,
+    full: QuestionBatches,
     *,
     batch_size: int,
     simple_steps: int,
@@ -89,11 +132,11 @@ def training_batches(
     ``told_by_size``: within a family that has such, the share of questions about one of two objects that only
     their size tells apart.
     """
-    numbers = {split.name: _numbers_by_family(split) for split in (simple, full)}
+    numbers = {id(split): _numbers_by_family(split.records) for split in (simple, full)}
 
     def batch_at(step: int, share: Share = WHOLE) -> dict:
         source = simple if step < simple_steps else full
-        of_family = numbers[source.name]
+        of_family = numbers[id(source)]
         asked = [f for f in first_families if f in of_family] if step < first_steps else []
         asked = asked or list(of_family)
         weights = np.array([shares[family] for family in asked])
@@ -112,30 +155,9 @@ def training_batches(
     return batch_at
 
 
-def _numbers_by_family(split: SplitBatches) -> dict[str, tuple[list[int], list[int]]]:
-    """Of every family the questions that a size does not tell, and those that it tells."""
+def _numbers_by_family(records: Records) -> dict[str, tuple[list[int], list[int]]]:
+    """The questions of every family that a size does not tell, and those that it tells."""
     found: dict[str, tuple[list[int], list[int]]] = {}
-    for number, question in enumerate(split.split.questions):
-        found.setdefault(question.family, ([], []))[question.told_by_size].append(number)
+    for number, record in enumerate(records):
+        found.setdefault(record.family, ([], []))[record.truth.told_by_size].append(number)
     return found
-
-
-def scene_splits(
-    model: CLIPmapper, splits: Mapping[str, VQASplit], store: TokenStore | None
-) -> dict[str, SplitBatches]:
-    asked: dict[str, AskedTexts] = {}
-    if store is not None:
-        asked = {name: _asked(model, split, name) for name, split in splits.items()}
-        check_tokens(
-            model.encoder,
-            store,
-            {
-                name: (ArrayImages(split.images, model.encoder.clip.visual), asked[name])
-                for name, split in splits.items()
-            },
-        )
-    return {name: SplitBatches(model, split, name, store, asked.get(name)) for name, split in splits.items()}
-
-
-def _asked(model: CLIPmapper, split: VQASplit, name: str) -> AskedTexts:
-    return asked_texts(model.encoder.tokenizer, [question.text for question in split.questions], name)

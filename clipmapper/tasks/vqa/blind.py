@@ -6,20 +6,17 @@ import torch
 from torch import Tensor
 
 from clipmapper.data.answer_rule import vqa_soft_accuracy
-from clipmapper.models.build import build_mapper_and_head
-from clipmapper.tasks.vqa.batches import SplitBatches
-from clipmapper.tasks.vqa.model import CLIPmapper
+from clipmapper.tasks.vqa.batches import QuestionBatches, StreamedQuestions
+from clipmapper.tasks.vqa.model import CLIPmapper, build_mapper_and_head
 from clipmapper.tasks.vqa.training import answer_loss
 from clipmapper.training.module import adamw, warmup_cosine
-from clipmapper.training.record_batches import RecordQuestions
-from clipmapper.training.streamed_batches import StreamedQuestions
 
 
 def blind_accuracy(
     model: CLIPmapper,
     settings: Mapping,
-    train: SplitBatches | RecordQuestions | StreamedQuestions,
-    validation: SplitBatches | RecordQuestions,
+    train: QuestionBatches | StreamedQuestions,
+    validation: QuestionBatches,
     *,
     steps: int,
     batch_size: int,
@@ -53,7 +50,7 @@ def blind_accuracy(
         return blind.answer_logits(nothing, tokens, valid, keep=keep)
 
     for _ in range(steps):
-        numbers = torch.randint(len(train.split), (batch_size,), generator=generator)
+        numbers = torch.randint(len(train.records), (batch_size,), generator=generator)
         batch = train.questions_only(numbers)
         optimiser.zero_grad()
         answer_loss(logits(batch), batch["targets"].to(model.device)).backward()
@@ -61,14 +58,12 @@ def blind_accuracy(
         schedule.step()
     right: dict[str, list[float]] = {"overall": []}
     with torch.no_grad():
-        for start in range(0, len(validation.split), batch_size):
-            numbers = torch.arange(start, min(start + batch_size, len(validation.split)))
+        for start in range(0, len(validation.records), batch_size):
+            numbers = torch.arange(start, min(start + batch_size, len(validation.records)))
             batch = validation.questions_only(numbers)
-            for number, found in zip(numbers.tolist(), logits(batch).argmax(dim=1).tolist(), strict=True):
-                people = batch["answers"][number - start] if "answers" in batch else None
-                # Where all ten people agree anyway, the target is the accuracy.
-                target = float(batch["targets"][number - start, found])
-                hit = target if people is None else score(model.answers[found], people)
-                right.setdefault(validation.split.questions[number].family, []).append(hit)
+            found = logits(batch).argmax(dim=1).tolist()
+            for family, people, answer in zip(batch["families"], batch["answers"], found, strict=True):
+                hit = score(model.answers[answer], people)
+                right.setdefault(family, []).append(hit)
                 right["overall"].append(hit)
     return {family: sum(scores) / len(scores) for family, scores in right.items()}

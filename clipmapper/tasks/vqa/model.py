@@ -1,7 +1,7 @@
 """CLIPmapper for visual question answering: encoder, mapper and head in one module."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
+from clipmapper.models.build import build_encoder, build_mapper, describe
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.mapper import Mapper
 from clipmapper.models.tokens import TokenizedText, padding_id, tokenize
@@ -38,6 +39,7 @@ class CLIPmapper(nn.Module):
     ``answers``: the answer vocabulary, in the order of the logits.
     """
 
+    task = "vqa"
     text_embedding_only = False
     only = "only_class_token"
 
@@ -196,3 +198,21 @@ class CLIPmapper(nn.Module):
         finally:
             self.train(was_training)
         return self.answers[int(logits.argmax())]
+
+
+def build_clipmapper(encoder: Mapping, model: Mapping, answers: Sequence[str]) -> CLIPmapper:
+    """A CLIPmapper with a pretrained encoder and a new mapper and head.
+
+    ``encoder``: as for :func:`build_encoder`. ``model``: mapper ("dual_flow" or "single_flow"), width,
+    depth, heads, mlp_ratio, image_position_embedding, head_width.
+    """
+    stage_1 = build_encoder(encoder)
+    mapper, head = build_mapper_and_head(stage_1, model, len(answers))
+    built = CLIPmapper(stage_1, mapper, head, answers)
+    built.description = describe("vqa", stage_1, encoder, model, answers=list(answers))
+    return built
+
+
+def build_mapper_and_head(encoder: ClipEncoder, model: Mapping, answers: int) -> tuple[Mapper, VQAHead]:
+    """Stage 2 with new weights, for the settings of :func:`build_clipmapper`."""
+    return build_mapper(encoder, model), VQAHead(model["width"], model["head_width"], answers)

@@ -1,12 +1,14 @@
-"""Pictures and W&B tables of an explanation report."""
+"""Pictures of an explanation report on answers."""
 
 from pathlib import Path
 
 import numpy as np
-import wandb
-from lightning.pytorch.loggers import WandbLogger
 
-from clipmapper.tasks.vqa.report import ExplanationReport
+from clipmapper.data.truth import resized
+from clipmapper.evaluation.score_names import SCORES
+from clipmapper.tasks.vqa.perturbation import AnswerScorer
+from clipmapper.training.explained import Report
+from clipmapper.training.loggers import Html, Picture
 from clipmapper.visual.comparison import plot_method_comparison
 from clipmapper.visual.curves import plot_perturbation_curves
 from clipmapper.visual.explanation import plot_explanation
@@ -14,10 +16,9 @@ from clipmapper.visual.files import readable_part, save_figure
 from clipmapper.visual.words import words_html
 
 _NAME = 120  # bytes of a file's name that are a family's
-_LABEL = {"accuracy": "soft accuracy", "probability": "probability of the predicted answer"}
 
 
-def write_pictures(report: ExplanationReport, folder: Path, *, count: int, confidence: float) -> list[Path]:
+def write_pictures(report: Report, folder: Path, *, count: int, confidence: float) -> list[Path]:
     """Heat maps of the first ``count`` samples, one comparison of methods, and the perturbation curves."""
     written = []
     first = next(iter(report.relevance))
@@ -32,41 +33,37 @@ def write_pictures(report: ExplanationReport, folder: Path, *, count: int, confi
         path = folder / "methods.png"
         save_figure(_comparison(report, 0), path)
         written.append(path)
-    for score in _LABEL:
+    for score in AnswerScorer.names:
         path = folder / f"perturbation_{score}.png"
         save_figure(_curves(report, score, confidence), path)
         written.append(path)
     return written
 
 
-def log_tables(logger: WandbLogger, report: ExplanationReport, folder: Path, *, step: int) -> None:
-    """The pictures that :func:`write_pictures` left in ``folder``, and a table of samples, to W&B."""
+def sample_rows(report: Report, folder: Path) -> list[dict]:
+    """A row for each heat map that :func:`write_pictures` left in ``folder``."""
     method = next(iter(report.relevance))
-    columns = ["image", "heat map", "question", "family", "answer", "truth", "probability", "curves"]
-    table = wandb.Table(columns=columns)
-    samples = report.samples
+    samples, rows = report.samples, []
     for path in sorted(folder.glob("explanation_*.png")):
         number = int(path.stem.split("_")[1])
         curves = folder / "curves" / f"{path.stem}.png"
         save_figure(_sample_curves(report, number), curves)
-        table.add_data(
-            wandb.Image(samples.pictures[number]),
-            wandb.Image(str(path)),
-            wandb.Html(words_html(report.relevance[method].words[number])),
-            samples.families[number],
-            report.predictions[number],
-            samples.truths[number],
-            report.probabilities[number],
-            wandb.Image(str(curves)),
+        rows.append(
+            {
+                "image": Picture(samples.pictures[number]),
+                "heat map": Picture(path),
+                "question": Html(words_html(report.relevance[method].words[number])),
+                "family": samples.families[number],
+                "answer": report.predictions[number],
+                "truth": samples.truths[number],
+                "probability": report.probabilities[number],
+                "curves": Picture(curves),
+            }
         )
-    logged = {"explanations": table, "trainer/global_step": step}
-    for name in ("methods", "perturbation_accuracy", "perturbation_probability"):
-        if (folder / f"{name}.png").exists():
-            logged[f"pictures/{name}"] = wandb.Image(str(folder / f"{name}.png"))
-    logger.experiment.log(logged)
+    return rows
 
 
-def _explanation(report: ExplanationReport, number: int, method: str):
+def _explanation(report: Report, number: int, method: str):
     samples, found = report.samples, report.relevance[method]
     return plot_explanation(
         samples.pictures[number],
@@ -77,11 +74,11 @@ def _explanation(report: ExplanationReport, number: int, method: str):
         score=report.probabilities[number],
         method=method,
         truth=samples.truths[number],
-        deciding_mask=None if samples.masks is None else samples.masks[number],
+        deciding_mask=_mask(report, number),
     )
 
 
-def _comparison(report: ExplanationReport, number: int):
+def _comparison(report: Report, number: int):
     samples = report.samples
     return plot_method_comparison(
         samples.pictures[number],
@@ -90,11 +87,16 @@ def _comparison(report: ExplanationReport, number: int):
         question=samples.questions[number],
         answer=report.predictions[number],
         truth=samples.truths[number],
-        deciding_mask=None if samples.masks is None else samples.masks[number],
+        deciding_mask=_mask(report, number),
     )
 
 
-def _curves(report: ExplanationReport, score: str, confidence: float):
+def _mask(report: Report, number: int) -> np.ndarray | None:
+    mask, picture = report.samples.masks[number], report.samples.pictures[number]
+    return None if mask is None else resized(mask, picture.shape[:2])
+
+
+def _curves(report: Report, score: str, confidence: float):
     scores = report.perturbation
     areas = scores.areas(score).mean(axis=-1)
     table = {
@@ -105,13 +107,13 @@ def _curves(report: ExplanationReport, score: str, confidence: float):
     return plot_perturbation_curves(
         scores.curves(score, confidence=confidence),
         scores.fractions.tolist(),
-        ylabel=_LABEL[score],
+        ylabel=SCORES[score].axis,
         areas=table,
         title=f"Perturbation test, {len(report.samples)} questions",
     )
 
 
-def _sample_curves(report: ExplanationReport, number: int):
+def _sample_curves(report: Report, number: int):
     """The probability curves of one sample (an interval of one sample is the sample itself)."""
     scores = report.perturbation
     values = scores.score("probability")
@@ -120,4 +122,4 @@ def _sample_curves(report: ExplanationReport, number: int):
         for j, direction in enumerate(("positive", "negative")):
             lines = {m: np.asarray(values[i, j, k, number]) for k, m in enumerate(scores.methods)}
             curves[f"{modality}/{direction}"] = {m: (line, line, line) for m, line in lines.items()}
-    return plot_perturbation_curves(curves, scores.fractions.tolist(), ylabel=_LABEL["probability"])
+    return plot_perturbation_curves(curves, scores.fractions.tolist(), ylabel=SCORES["probability"].axis)

@@ -1,25 +1,28 @@
-"""Score explanation methods on a set of samples: relevance, perturbation and localisation in one go."""
+"""Score explanation methods on questions: relevance, perturbation and localisation in one go."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Float
+from rich.table import Table
 
 from clipmapper.evaluation.localisation import Localisation, image_localisation, word_localisation
 from clipmapper.evaluation.numbers import localisation_numbers, perturbation_numbers
 from clipmapper.evaluation.perturbation import ModalityRelevance, perturb
 from clipmapper.evaluation.perturbation_run import run_in_chunks
 from clipmapper.evaluation.perturbation_scores import PerturbationScores
-from clipmapper.explaining import trace_answers
 from clipmapper.models.tokens import word_positions
 from clipmapper.relevance import method_named
+from clipmapper.tasks.vqa import pictures
+from clipmapper.tasks.vqa.explain import trace_answers
 from clipmapper.tasks.vqa.model import CLIPmapper
-from clipmapper.tasks.vqa.samples import ExplainedSamples
+from clipmapper.tasks.vqa.perturbation import AnswerScorer
+from clipmapper.tasks.vqa.samples import QuestionSamples
+from clipmapper.tasks.vqa.tables import localisation_table, perturbation_table
+from clipmapper.training.explained import Report, joined, joined_localisation
 
 
 @dataclass(frozen=True)
@@ -32,18 +35,19 @@ class MethodRelevance:
 
 
 @dataclass(frozen=True)
-class ExplanationReport:
-    """Everything that is known about the methods on some samples."""
+class AnswerReport(Report):
+    """On answers. ``localisation``: method → "image" | "text", of the questions of which that is known."""
 
-    samples: ExplainedSamples
+    samples: QuestionSamples
     predictions: Sequence[str]
     probabilities: Sequence[float]
     relevance: Mapping[str, MethodRelevance]
     perturbation: PerturbationScores
-    localisation: Mapping[str, Mapping[str, Localisation]]  # method → "image" | "text"
+    localisation: Mapping[str, Mapping[str, Localisation]]
+
+    curves = "perturbation_accuracy.png"
 
     def numbers(self, confidence: float, seed: int) -> dict:
-        """All results by name, for ``results.json``: areas, paired differences, localisation."""
         return {
             "samples": len(self.samples),
             "confidence": confidence,
@@ -51,10 +55,46 @@ class ExplanationReport:
             "localisation": localisation_numbers(self.localisation, confidence, seed),
         }
 
+    def scalars(self) -> dict[str, float]:
+        scalars = {}
+        for row in self.perturbation.summary():
+            name = f"perturbation/{row.modality}/{row.direction}/{row.method}"
+            scalars[name if row.score == "accuracy" else f"{name}/probability"] = row.area.mean
+        return scalars | self.localisation_scalars()
 
-def explanation_report(
+    @staticmethod
+    def tables(numbers: Mapping) -> list[Table]:
+        tables = [perturbation_table(numbers), perturbation_table(numbers, "probability")]
+        return [*tables, *filter(None, [localisation_table(numbers)])]
+
+    def write(self, folder: Path, *, count: int, confidence: float) -> list[Path]:
+        return pictures.write_pictures(self, folder, count=count, confidence=confidence)
+
+    def rows(self, folder: Path) -> list[dict]:
+        return pictures.sample_rows(self, folder)
+
+    @classmethod
+    def together(cls, samples: QuestionSamples, reports: Sequence["AnswerReport"]) -> "AnswerReport":
+        return cls(
+            samples=samples,
+            predictions=joined([report.predictions for report in reports]),
+            probabilities=joined([report.probabilities for report in reports]),
+            relevance={
+                method: MethodRelevance(
+                    np.concatenate([report.relevance[method].patches for report in reports]),
+                    np.concatenate([report.relevance[method].tokens for report in reports]),
+                    joined([report.relevance[method].words for report in reports]),
+                )
+                for method in reports[0].relevance
+            },
+            perturbation=PerturbationScores.concatenate([report.perturbation for report in reports]),
+            localisation=joined_localisation(reports),
+        )
+
+
+def answer_report(
     model: CLIPmapper,
-    samples: ExplainedSamples,
+    samples: QuestionSamples,
     methods: Sequence[str],
     *,
     chunk: int,
@@ -63,12 +103,8 @@ def explanation_report(
     folder: Path | None = None,
     key: str = "",
     progress: Callable[[int], None] | None = None,
-) -> ExplanationReport:
-    """Explain every sample by every method, remove tokens in that order, compare with the truth.
-
-    ``chunk`` samples are traced together; ``batch_size`` is the most perturbed variants in one forward.
-    With ``folder`` finished chunks are kept there and taken up again when ``key`` is the same.
-    """
+) -> AnswerReport:
+    """See :meth:`clipmapper.training.task.Task.report`."""
     was_training = model.training
     model.eval()
     try:
@@ -111,7 +147,7 @@ def explanation_report(
     relevance = {m: MethodRelevance(patches[m], tokens[m], _word_scores(words, tokens[m])) for m in methods}
     explained = logits.argmax(dim=1)
     probability = logits.softmax(dim=1).gather(1, explained[:, None])[:, 0]
-    return ExplanationReport(
+    return AnswerReport(
         samples=samples,
         predictions=[model.answers[i] for i in explained.tolist()],
         probabilities=probability.tolist(),
@@ -122,7 +158,7 @@ def explanation_report(
 
 
 def _relevance(
-    model: CLIPmapper, samples: ExplainedSamples, positions: range, methods: Sequence[str], seed: int
+    model: CLIPmapper, samples: QuestionSamples, positions: range, methods: Sequence[str], seed: int
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], torch.Tensor]:
     index = torch.tensor(list(positions))
     traced = trace_answers(
@@ -141,7 +177,7 @@ def _relevance(
     return patches, tokens, traced.logits.float().cpu()
 
 
-def _words(model: CLIPmapper, samples: ExplainedSamples) -> list[list[tuple[str, list[int]]]]:
+def _words(model: CLIPmapper, samples: QuestionSamples) -> list[list[tuple[str, list[int]]]]:
     text, tokenizer = samples.text, model.encoder.tokenizer
     return [word_positions(tokenizer, text.ids[i], text.removable[i]) for i in range(len(samples))]
 
@@ -155,80 +191,21 @@ def _word_scores(
     ]
 
 
-def _localise(samples: ExplainedSamples, relevance: MethodRelevance) -> dict[str, Localisation]:
+def _localise(samples: QuestionSamples, relevance: MethodRelevance) -> dict[str, Localisation]:
     found = {}
-    if samples.masks is not None:
-        found["image"] = image_localisation(relevance.patches.astype(np.float64), samples.masks)
-    if samples.deciding is not None:
-        longest = max(len(words) for words in relevance.words)
-        scores = np.zeros((len(samples), longest))
-        deciding, valid = (np.zeros((len(samples), longest), dtype=bool) for _ in range(2))
-        for row, (words, truth) in enumerate(zip(relevance.words, samples.deciding, strict=True)):
-            scores[row, : len(words)] = [score for _, score in words]
-            deciding[row, : len(words)] = truth
-            valid[row, : len(words)] = True
+    seen = [row for row, mask in enumerate(samples.masks) if mask is not None]
+    if seen:
+        masks = np.stack([samples.masks[row] for row in seen])
+        found["image"] = image_localisation(relevance.patches[seen].astype(np.float64), masks)
+    known = [row for row, words in enumerate(samples.deciding) if words is not None]
+    if known:
+        longest = max(len(relevance.words[row]) for row in known)
+        scores = np.zeros((len(known), longest))
+        deciding, valid = (np.zeros((len(known), longest), dtype=bool) for _ in range(2))
+        for place, row in enumerate(known):
+            words = relevance.words[row]
+            scores[place, : len(words)] = [score for _, score in words]
+            deciding[place, : len(words)] = samples.deciding[row]
+            valid[place, : len(words)] = True
         found["text"] = word_localisation(scores, deciding, valid)
     return found
-
-
-ScoreKept: TypeAlias = Callable[
-    [
-        Int[Tensor, "variants"],
-        Int[Tensor, "variants kept_patches"] | None,
-        Int[Tensor, "variants kept_tokens"] | None,
-    ],
-    Float[Tensor, "variants answers"],
-]
-"""`score_kept(sample, image_keep, text_keep)` → logits. `sample` are positions in the current chunk.
-
-`image_keep` holds the patches kept (0 … P−1, ascending; the class token is always kept and not listed),
-`text_keep` the text tokens kept *including* start and end tokens, ascending, filled up with −1 at the end.
-None means that nothing of that modality is removed. The indices are on the CPU; the logits may be anywhere.
-"""
-
-
-class AnswerScorer:
-    """A :class:`clipmapper.evaluation.perturbation.VariantScorer` of answers.
-
-    "accuracy" is the soft accuracy of the answer given after removal, `targets[i, a]` for answer a of sample
-    i; "probability" the softmax over answers of the answer that the *unperturbed* model gave.
-    """
-
-    names = ("accuracy", "probability")
-
-    def __init__(self, score_kept: ScoreKept, targets: Float[Tensor, "samples answers"]) -> None:
-        self.score_kept = score_kept
-        self.targets = targets
-        self.original = torch.empty(len(targets), dtype=torch.int64)  # what the unperturbed model answers
-
-    def unperturbed(self, batch_size: int) -> Float[np.ndarray, "samples scores"]:
-        """Scores of the untouched samples; notes their answers, which `score` then explains."""
-        scores = []
-        for sample in np.split(
-            np.arange(len(self.targets)), range(batch_size, len(self.targets), batch_size)
-        ):
-            logits = self._logits(sample, None, None)
-            self.original[sample] = logits.argmax(dim=1).cpu()
-            scores.append(self._score(sample, logits))
-        return np.concatenate(scores)
-
-    def score(
-        self, sample: Int[np.ndarray, "variants"], image_keep: Tensor | None, text_keep: Tensor | None
-    ) -> Float[np.ndarray, "variants scores"]:
-        return self._score(sample, self._logits(sample, image_keep, text_keep))
-
-    def _logits(
-        self, sample: Int[np.ndarray, "variants"], image_keep: Tensor | None, text_keep: Tensor | None
-    ) -> Float[Tensor, "variants answers"]:
-        logits = self.score_kept(torch.from_numpy(sample), image_keep, text_keep)
-        if logits.shape != (len(sample), self.targets.shape[1]) or not logits.isfinite().all():
-            raise ValueError(f"score_kept must give finite logits [variants, answers]: {tuple(logits.shape)}")
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))  # no softmax in half precision
-
-    def _score(
-        self, sample: Int[np.ndarray, "variants"], logits: Float[Tensor, "variants answers"]
-    ) -> Float[np.ndarray, "variants scores"]:
-        accuracy = self.targets[torch.from_numpy(sample), logits.argmax(dim=1).cpu()]
-        explained = self.original[sample].to(logits.device)
-        probability = logits.softmax(dim=1).gather(1, explained[:, None])[:, 0].cpu()
-        return np.stack([accuracy.double().numpy(), probability.double().numpy()], axis=1)

@@ -1,28 +1,39 @@
 """Which questions are explained, and what is known about them."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
+from clipmapper.data.answers import AnswerVocabulary, normalised
 from clipmapper.data.content import content_digest, joint_digest
-from clipmapper.data.images import clip_input
-from clipmapper.data.world.vqa import VQASplit
+from clipmapper.data.record import Record
+from clipmapper.data.records import RecordData
+from clipmapper.data.tables.base import Records
+from clipmapper.errors import UserError
+from clipmapper.evaluation.perturbation import FRACTIONS
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
 from clipmapper.models.tokens import TokenizedText, tokenize, word_positions
 from clipmapper.tasks.vqa.model import CLIPmapper
+from clipmapper.training.explained import Samples
+from clipmapper.training.looked_at import looked_at, mask_of
+
+# Two streams of random numbers of one seed have nothing in common if a number of its own goes with each.
+_DRAWING = 0xE8
 
 
 @dataclass(frozen=True)
-class ExplainedSamples:
-    """Questions to be explained, in a fixed order.
+class QuestionSamples(Samples):
+    """Questions to be explained.
 
-    ``masks`` (pixels that decide the answer) and ``deciding`` (words that do, per word of the question) are
-    None for data that does not know them. ``pictures`` are what the model sees, as a reader is to see it;
-    ``targets`` are the soft accuracies of every answer.
+    ``pictures`` are what the model sees, as a reader is to see it; ``targets`` are the soft accuracies of
+    every answer. ``masks`` (pixels that decide the answer) and ``deciding`` (words that do, per word of the
+    question) have None for a question of which that is not known.
     """
 
     ids: Sequence[int]
@@ -33,14 +44,10 @@ class ExplainedSamples:
     truths: Sequence[str]
     families: Sequence[str]
     targets: Float[Tensor, "samples answers"]
-    masks: Bool[np.ndarray, "samples height width"] | None
-    deciding: Sequence[Sequence[bool]] | None
-
-    def __len__(self) -> int:
-        return len(self.questions)
+    masks: Sequence[Bool[np.ndarray, "_ _"] | None]
+    deciding: Sequence[Sequence[bool] | None]
 
     def digest(self) -> str:
-        """Another one for other samples: of what their scores depend on."""
         return joint_digest(
             [
                 content_digest(self.images.cpu().numpy()),
@@ -49,46 +56,82 @@ class ExplainedSamples:
             ]
         )
 
+    def points(self, methods: int) -> int:
+        return len(self) * methods * len(MODALITIES) * len(DIRECTIONS) * len(FRACTIONS)
 
-def choose_samples(model: CLIPmapper, split: VQASplit, count: int, seed: int) -> ExplainedSamples:
+    def note(self) -> str | None:
+        """A line about questions none of whose answers the model can give."""
+        found = int((self.targets.sum(1) == 0).sum())
+        if found == len(self):
+            raise UserError(
+                f"data: none of the answers to these {found} questions is one that the model can give, such "
+                f"as {self.truths[0]!r}; choose the data that it was trained on, or like them"
+            )
+        if not found:
+            return None
+        return (
+            f"{found} of {len(self)} questions have no answer that the model can give: none is right for them"
+        )
+
+
+def question_samples(
+    model: CLIPmapper, data: RecordData, split: str, count: int, seed: int
+) -> QuestionSamples:
     """``count`` questions of a split, the families in equal shares, drawn by ``seed``.
 
-    Questions whose deciding objects are hidden completely behind others are left out.
+    Scores are of the answers that the model can give, which need not be those of the data. Questions whose
+    deciding pixels cannot be seen are left out.
     """
-    rng = np.random.default_rng((seed, 0xE8))
-    by_family: dict[str, list[int]] = {}
-    for number in rng.permutation(len(split)):
-        by_family.setdefault(split.questions[number].family, []).append(int(number))
-    chosen: list[int] = []
-    queues = [by_family[family] for family in sorted(by_family)]
-    while len(chosen) < count and any(queues):
-        for queue in queues:
-            while queue and not split.mask(queue[0]).any():
-                queue.pop(0)
-            if queue and len(chosen) < count:
-                chosen.append(queue.pop(0))
-    asked = [split.questions[number] for number in chosen]
-    pictures = split.images[split.image_of[chosen]]
-    index = {answer: i for i, answer in enumerate(model.answers)}
-    targets = torch.zeros(len(asked), len(model.answers))
-    for row, question in enumerate(asked):
-        if question.answer in index:  # of a model that was trained on other data not all are
-            targets[row, index[question.answer]] = 1.0
+    records = data.split(split)
+    if not records.lengths("answers").any():
+        raise UserError(f"split={split}: its questions have no answers")
+    visual = model.encoder.clip.visual
+    chosen = _chosen(records, visual, count, seed)
+    if not chosen:
+        raise UserError(f"split={split}: the deciding pixels of none of its questions can be seen (mask)")
+    asked = [records[number] for number in chosen]
+    pictures, images = looked_at(asked, data.reader(model.encoder), visual)
+    vocabulary = AnswerVocabulary(model.answers, data.vocabulary.rule)
     tokenizer = model.encoder.tokenizer
-    text = tokenize(tokenizer, [q.text for q in asked])
-    deciding = []
-    for row, question in enumerate(asked):
+    text = tokenize(tokenizer, [record.question for record in asked])
+    deciding: list[list[bool] | None] = []
+    for row, record in enumerate(asked):
+        if record.truth is None or record.truth.words is None:
+            deciding.append(None)
+            continue
         words = word_positions(tokenizer, text.ids[row], text.removable[row])
-        deciding.append([word in question.deciding_words for word, _ in words])
-    return ExplainedSamples(
+        deciding.append([word in record.truth.words for word, _ in words])
+    return QuestionSamples(
         ids=chosen,
-        pictures=list(pictures),
-        images=clip_input(pictures, model.encoder.clip.visual),
+        pictures=pictures,
+        images=images,
         text=text,
-        questions=[q.text for q in asked],
-        truths=[q.answer for q in asked],
-        families=[q.family for q in asked],
-        targets=targets,
-        masks=np.stack([split.mask(number) for number in chosen]),
+        questions=[record.question for record in asked],
+        truths=[Counter(map(normalised, record.answers)).most_common(1)[0][0] for record in asked],
+        families=[record.family for record in asked],
+        targets=torch.stack([vocabulary.targets(record.answers) for record in asked]),
+        masks=[mask_of(record, visual) for record in asked],
         deciding=deciding,
     )
+
+
+def _chosen(records: Records, visual: nn.Module, count: int, seed: int) -> list[int]:
+    """The families take turns, in alphabetical order."""
+    order = np.random.default_rng((seed, _DRAWING)).permutation(len(records))
+    order = order[records.lengths("answers")[order] > 0]
+    queues = [iter(order[records.families[order] == number].tolist()) for number in records.family_numbers()]
+    chosen: list[int] = []
+    while queues and len(chosen) < count:
+        left = []
+        for queue in queues:
+            found = next((number for number in queue if _can_be_seen(records[number], visual)), None)
+            if found is not None and len(chosen) < count:
+                chosen.append(found)
+                left.append(queue)
+        queues = left
+    return chosen
+
+
+def _can_be_seen(record: Record, visual: nn.Module) -> bool:
+    mask = mask_of(record, visual)
+    return mask is None or bool(mask.any())

@@ -1,0 +1,113 @@
+"""A trained model from a checkpoint that may be anybody's."""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from open_clip.model import set_model_preprocess_cfg
+from torch import nn
+
+from clipmapper.errors import UserError
+from clipmapper.models.build import DESCRIPTION
+from clipmapper.models.clip_weights import architecture_config
+from clipmapper.models.description import ModelRules, check_description, check_task
+from clipmapper.models.fine_tuning import merge_adapters
+from clipmapper.models.weight_files import (
+    Unreadable,
+    check_finite,
+    check_sizes,
+    check_tensors,
+    read_torch_file,
+)
+
+
+@runtime_checkable
+class Buildable(Protocol):
+    """The part of a task that loading needs: :class:`clipmapper.training.task.Task`."""
+
+    def rules(self) -> ModelRules: ...
+
+    def build(self, encoder: Mapping, description: Mapping) -> nn.Module: ...
+
+
+def load_checkpoint(
+    path: str | Path,
+    task_named: Callable[[str], Buildable],
+    names: Sequence[str],
+    device: str | torch.device = "cpu",
+    architecture: str | None = None,
+) -> nn.Module:
+    """A trained model from a checkpoint.
+
+    ``names``: the tasks that a checkpoint may be of, whose rules and builders ``task_named`` gives.
+
+    Otherwise as :func:`clipmapper.tasks.registry.load`, which calls it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint={path}: no such file")
+    try:
+        checkpoint = read_torch_file(path)
+        if not isinstance(checkpoint, dict) or not {DESCRIPTION, "state_dict"} <= set(checkpoint):
+            raise Unreadable("it holds no model")
+        description, state = checkpoint[DESCRIPTION], checkpoint["state_dict"]
+        if not isinstance(state, dict):
+            raise Unreadable("it holds no model")
+        state = {
+            str(name).removeprefix("model."): value
+            for name, value in state.items()
+            if str(name).startswith("model.")
+        }
+        check_tensors(state, path.stat().st_size)
+        check_finite(state)
+        check_task(description, names)
+        task = task_named(description["task"])
+        check_description(description, task.rules(), len(state), named=architecture is not None)
+        if architecture is not None:
+            _check_architecture(description["encoder"], architecture)
+        # Without room for a number: a description may ask for more than there is memory.
+        with torch.device("meta"):
+            check_sizes(_empty(task, description).state_dict(), state)
+        model = _empty(task, description)
+        model.load_state_dict(state)
+    except Unreadable as error:
+        raise UserError(f"checkpoint={path}: not a readable checkpoint of clipmapper ({error})") from error
+    except UserError as error:
+        raise UserError(f"checkpoint={path}: {error}") from error
+    # What a file that was tampered with raises depends on where its numbers do not go together.
+    except Exception as error:
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"checkpoint={path}: not a readable checkpoint of clipmapper ({line})") from error
+    merge_adapters(model.encoder)
+    return model.to(device).eval()
+
+
+def _check_architecture(encoder: Mapping, architecture: str) -> None:
+    """Raise ``UserError`` where the user names another architecture than the checkpoint has."""
+    own = architecture_config(architecture) if architecture.endswith(".json") else None
+    if own != encoder["config"] or (own is None and architecture != encoder["architecture"]):
+        raise UserError(f"architecture={architecture}: not the one that the model was trained with")
+
+
+def _empty(task: Buildable, description: Mapping) -> nn.Module:
+    """The model of a checked description, without its weights."""
+    encoder = dict(description["encoder"])
+    config = encoder.pop("config")
+    with tempfile.TemporaryDirectory() as folder:
+        if config is not None:
+            # open_clip takes a configuration of one's own only from a file, and names it after the file.
+            file = Path(folder) / Path(encoder["architecture"]).name
+            file.write_text(json.dumps(config))
+            encoder["architecture"] = str(file)
+        model = task.build(encoder | {"pretrained": None}, description)
+        if "preprocess" in encoder:
+            visual = model.encoder.clip.visual
+            set_model_preprocess_cfg(model.encoder.clip, visual.preprocess_cfg | encoder["preprocess"])
+        if config is not None and torch.get_default_device().type != "meta":
+            _ = model.encoder.tokenizer  # which is read by the file, while it is there
+    model.encoder.architecture = description["encoder"]["architecture"]
+    model.description = dict(description)
+    return model

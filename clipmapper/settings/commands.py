@@ -1,0 +1,108 @@
+# ruff: noqa: RUF009 (setting() is dataclasses.field)
+"""The settings of the commands that do not train CLIPmapper."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from clipmapper.settings.data import DataConfig
+from clipmapper.settings.section import SEED_LIMIT, Section, explanation_methods, list_problems, setting
+
+
+@dataclass
+class ExplainConfig(Section):
+    """``clipmapper explain``.
+
+    ``architecture``: see :func:`clipmapper.tasks.registry.load`.
+
+    Of a model that answers questions: ``question``, and ``answer``, the one to explain (null: the predicted).
+    Of a captioner: ``caption``, the one to explain (null: the one that it writes), ``word``, one word of it
+    alone (null: all), and ``word_weights``.
+    """
+
+    checkpoint: str = setting()
+    architecture: str | None = setting()
+    image: str = setting()
+    question: str | None = setting()
+    method: str = setting(choices=explanation_methods)
+    answer: str | None = setting()
+    caption: str | None = setting()
+    word: str | None = setting()
+    word_weights: str = setting(choices=("mean", "clip"))
+    output: str = setting()
+    compare: bool = setting()
+    device: str = setting()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from _device_problems(self.device)
+
+
+@dataclass
+class PerturbConfig(Section):
+    """``clipmapper perturb``. ``chunk``: how many samples are settled between two savings.
+
+    ``data``: what is explained; null: the built-in world that the checkpoint was trained on.
+    ``word_weights`` and ``caption_scores`` are for captioners, and null otherwise.
+    """
+
+    checkpoint: str = setting()
+    architecture: str | None = setting()
+    data: DataConfig | None = setting()
+    methods: list[str] = setting(choices=explanation_methods)
+    samples: int = setting(minimum=1)
+    split: str = setting(choices=("validation", "held_out", "train", "test"))
+    word_weights: str | None = setting(choices=("mean", "cider", "clip"))
+    caption_scores: list[str] | None = setting()
+    output: str = setting()
+    resume: bool = setting()
+    batch_size: int = setting(minimum=1)
+    chunk: int = setting(minimum=1)
+    confidence: float = setting(above=0, below=1)
+    seed: int = setting(minimum=0, maximum=SEED_LIMIT)
+    device: str = setting()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from list_problems("methods", self.methods)
+        if self.caption_scores is not None:
+            yield from list_problems("caption_scores", self.caption_scores)
+        yield from _device_problems(self.device)
+
+
+@dataclass
+class PretrainConfig(Section):
+    """``clipmapper pretrain_clip``. ``pretrained``: weights to go on from, null for random ones."""
+
+    architecture: str = setting()
+    pretrained: str | None = setting()
+    output: str = setting()
+    seed: int = setting(minimum=0, maximum=SEED_LIMIT)
+    max_steps: int = setting(minimum=1)
+    batch_size: int = setting(minimum=1)
+    variants: int = setting(minimum=1)
+    caption_weight: float = setting(minimum=0)
+    precision: str = setting(choices=("32-true", "bf16-mixed"))
+    learning_rate: float = setting(above=0)
+    weight_decay: float = setting(minimum=0)
+    warmup_steps: int = setting(minimum=0)
+    workers: int = setting(minimum=0)
+    checkpoint_every: int = setting(minimum=1)
+    resume: bool = setting()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.batch_size % self.variants:
+            yield (
+                "batch_size",
+                f"{self.batch_size} is no multiple of the {self.variants} variants of a scene",
+            )
+
+
+def device_problem(device: str) -> str | None:
+    """Why this is not the name of a device; None if it is."""
+    if re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
+        return None
+    return f"{device!r} is not one of auto, cpu, cuda, cuda:0 (and so on), mps"
+
+
+def _device_problems(device: str) -> Iterator[tuple[str, str]]:
+    if problem := device_problem(device):
+        yield "device", problem

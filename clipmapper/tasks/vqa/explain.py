@@ -1,0 +1,159 @@
+"""Why a model answers what it answers: one image, one question, one picture."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from rich.text import Text
+from torch import Tensor
+
+from clipmapper.data.images import picture_of
+from clipmapper.models.tokens import TokenizedText, merge_words
+from clipmapper.relevance import Again, Attention, AttentionTrace, Relevance, method_named, record
+from clipmapper.tasks.vqa.model import CLIPmapper
+from clipmapper.visual.explanation import plot_explanation
+from clipmapper.visual.files import save_figure
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a model answers what it answers.
+
+    Attributes
+    ----------
+    question, answer, score : the question, the explained answer and its probability (softmax over answers).
+    patches : Float[rows, columns], relevance of the image patches.
+    words : (word, relevance) in the order of the question; sub-word pieces are summed.
+    image : UInt8[height, width, 3], what the model saw of the image, at the image's own resolution.
+    method : name of the explanation method.
+    called : "answer", or "explained answer" where it need not be the model's.
+    """
+
+    question: str
+    answer: str
+    score: float
+    patches: Float[np.ndarray, "rows columns"]
+    words: list[tuple[str, float]]
+    image: UInt8[np.ndarray, "height width 3"]
+    method: str
+    called: str = "answer"
+
+    @property
+    def word_scores(self) -> list[tuple[str, float]]:
+        return self.words
+
+    @property
+    def header(self) -> dict[str, str | None]:
+        return {"question": self.question, "answer": self.answer}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.question,)
+
+    def lines(self) -> list[tuple[str | Text, ...]]:
+        words = "  ".join(f"{word} {score:.3f}" for word, score in self.words)
+        return [
+            (f"question: {self.question}",),
+            (f"{self.called}:", Text(self.answer, style="bold"), f"(probability {self.score:.3f})"),
+            (f"relevance of words ({self.method}): {words}",),
+        ]
+
+    def plot(self, path: str | Path) -> Path:
+        """Write a picture: heat map over the image, words coloured by relevance. Returns the path."""
+        figure = plot_explanation(
+            self.image,
+            self.patches,
+            self.words,
+            question=self.question,
+            answer=self.answer,
+            score=self.score,
+            method=self.method,
+        )
+        save_figure(figure, Path(path))
+        return Path(path)
+
+
+@dataclass(frozen=True)
+class TracedAnswers:
+    """A trace of a batch and what was explained in it."""
+
+    trace: AttentionTrace
+    logits: Float[Tensor, "batch answers"]
+    explained: list[int]  # position of the explained answer, per sample
+
+
+def explain_answers(
+    model: CLIPmapper, image, question: str, methods: Sequence[str], answer: str | None = None
+) -> list[Explanation]:
+    """Several methods on the same forward and backward."""
+    functions = [method_named(name) for name in methods]
+    target = None if answer is None else [model.answer_index(answer)]
+    text = model.tokenize(question)
+    pixels = model.load_image(image)
+    traced = trace_answers(model, pixels, text, target)
+    chosen = traced.explained[0]
+    seen = picture_of(image, pixels, model.encoder.clip.visual)
+    score = float(traced.logits[0].softmax(dim=0)[chosen])
+    called = "answer" if answer is None else "explained answer"
+    explanations = []
+    for name, function in zip(methods, functions, strict=True):
+        relevance: Relevance = function(traced.trace)
+        scores = relevance.text[0, : text.ids.shape[1]].float()
+        words = merge_words(model.encoder.tokenizer, text.ids[0], text.removable[0], scores)
+        patches = relevance.image[0].float().cpu().numpy()
+        explanations.append(
+            Explanation(question, model.answers[chosen], score, patches, words, seen, name, called)
+        )
+    return explanations
+
+
+def trace_answers(
+    model: CLIPmapper,
+    images: Float[Tensor, "batch 3 height width"],
+    text: TokenizedText,
+    answers: Sequence[int] | None = None,
+    samples: Sequence[int] | None = None,
+) -> TracedAnswers:
+    """One recorded forward and one backward of the logit of each sample's answer (default: the predicted).
+
+    The explained scalar is the pre-softmax logit (WRA). The model is left as it was.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with record(model, samples) as trace:
+            logits = model(images, text, only_class_token=False)
+            explained = logits.argmax(dim=1).tolist() if answers is None else list(answers)
+            # Inside, because here gradients are on whatever the caller has set.
+            chosen = logits[torch.arange(len(logits)), torch.tensor(explained, device=logits.device)]
+        trace.backward(chosen)
+    finally:
+        model.train(was_training)
+    trace.again = answers_again(model, images, text, explained)
+    return TracedAnswers(trace, logits.detach(), explained)
+
+
+def answers_again(
+    model: CLIPmapper,
+    images: Float[Tensor, "batch 3 height width"],
+    text: TokenizedText,
+    answers: Sequence[int],
+) -> Again:
+    """The forward that explains these answers, for the methods that make it more than once."""
+    chosen = torch.tensor(answers, device=images.device)
+
+    class Head:
+        def applies(self, step: Attention) -> bool:
+            return step.name.startswith("mapper")
+
+        def __call__(self, pooled: Float[Tensor, "batch width"]) -> Float[Tensor, "batch"]:
+            return model.head(pooled).gather(1, chosen[:, None])[:, 0]
+
+    def forward(rows: Int[Tensor, "variants"]) -> Float[Tensor, "variants"]:
+        logits = model(images[rows], text[rows], only_class_token=False)
+        return logits.gather(1, chosen[rows][:, None])[:, 0]
+
+    return Again(model, forward, Head())
