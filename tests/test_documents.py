@@ -39,6 +39,13 @@ def test_named_files_exist(page):
     assert [file for file in sorted(named) if not any(path.endswith(f"/{file}") for path in there)] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_imports_can_be_made(page):
+    for code in blocks(page.read_text(encoding="utf-8"), "python"):
+        for line in re.findall(r"^(?:from|import) clipmapper.*$", code, flags=re.MULTILINE):
+            exec(line, {})
+
+
 def test_the_readme_stays_short():
     assert len(README.splitlines()) <= 180
 
