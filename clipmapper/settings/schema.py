@@ -9,6 +9,7 @@ class for each, which the group's file names in its defaults list; ``_target_`` 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -493,6 +494,32 @@ class CSVLoggerConfig(LoggerConfig):
 
 
 @dataclass
+class TensorBoardLoggerConfig(LoggerConfig):
+    """``lightning.pytorch.loggers.TensorBoardLogger`` needs nothing but the folder either."""
+
+
+@dataclass
+class MLflowLoggerConfig(LoggerConfig):
+    """Parameters of :class:`clipmapper.training.mlflow_runs.MLflowRun`; the run gives folder and name."""
+
+    experiment_name: str = setting(text=True)
+    tracking_uri: str | None = setting(text=True)
+
+
+@dataclass
+class OtherLoggerConfig(LoggerConfig):
+    """Any other logger of Lightning's kind. ``options``: what ``_target_`` is called with, besides the folder
+    where it takes one (``save_dir`` or ``root_dir``)."""
+
+    options: dict[str, Any] = setting()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for key, value in self.options.items():
+            if not _is_plain(value):
+                yield f"options.{key}", f"{value} can't be written to the run's settings"
+
+
+@dataclass
 class CallbacksConfig(Section):
     """What happens at validation; itself it stands for nothing (``callbacks=none``)."""
 
@@ -672,6 +699,15 @@ def _list_problems(key: str, values: list[str]) -> Iterator[tuple[str, str]]:
         yield key, f"{twice[0]!r} is listed twice"
 
 
+def _is_plain(value: Any) -> bool:
+    """Whether JSON and YAML have it: numbers that are finite, text, and lists and dictionaries of them."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int) or (isinstance(value, float) and isfinite(value))
+
+
 def device_problem(device: str) -> str | None:
     """Why this is not the name of a device; None if it is."""
     if re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
@@ -708,6 +744,9 @@ def register() -> None:
         "scenes_caption_training_schema": ScenesCaptionTrainingConfig,
         "wandb_logger_schema": WandbLoggerConfig,
         "csv_logger_schema": CSVLoggerConfig,
+        "tensorboard_logger_schema": TensorBoardLoggerConfig,
+        "mlflow_logger_schema": MLflowLoggerConfig,
+        "other_logger_schema": OtherLoggerConfig,
         "no_callbacks_schema": CallbacksConfig,
         "relevance_callback_schema": RelevanceCallbackConfig,
     }

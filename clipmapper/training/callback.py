@@ -1,11 +1,11 @@
 """Explanations while training: maps, perturbation areas and localisation at validation time."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import lightning
 import torch
-from lightning.pytorch.loggers import WandbLogger
 
 from clipmapper.host.progress import progress
 from clipmapper.relevance import method_named
@@ -15,6 +15,7 @@ from clipmapper.tasks.vqa.report import ExplanationReport
 from clipmapper.tasks.vqa.samples import ExplainedSamples
 from clipmapper.training.explanation_kinds import ExplanationKind, explanation_kind
 from clipmapper.training.interruption import GracefulInterrupt
+from clipmapper.training.loggers import log_media
 from clipmapper.training.processes import from_all, is_main, this_share
 from clipmapper.training.shared_explanations import part_of, together
 
@@ -28,9 +29,10 @@ class RelevanceCallback(lightning.Callback):
     every n validations.
 
     Scalars such as ``perturbation/image/positive/weighted`` (area of the soft accuracy) go to every logger,
-    pictures to ``folder/pictures``, and to W&B also a table with image, heat map, coloured question, answer,
-    truth and curves (of captions: image, strip of maps, caption, references and curves). Training goes on as
-    if the callback had not been there: no gradient, mode, flag or random state that it uses is touched.
+    pictures to ``folder/pictures``, and to loggers that take them also a table with image, heat map, coloured
+    question, answer, truth and curves (of captions: image, strip of maps, caption, references and curves).
+    Training goes on as if the callback had not been there: no gradient, mode, flag or random state that it
+    uses is touched.
     Of several processes each explains its part; the main one has the report of all, and writes.
 
     Parameters: ``methods`` by name (``UserError`` for an unknown one), ``pictures`` how many samples are
@@ -99,8 +101,7 @@ class RelevanceCallback(lightning.Callback):
         scalars = kind.scalars(self.report)
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
-            if isinstance(logger, WandbLogger):
-                kind.log(logger, self.report, self._folder, step=trainer.global_step)
+        log_media(trainer.loggers, partial(kind.media, self.report, self._folder), step=trainer.global_step)
 
     def _explain(
         self,

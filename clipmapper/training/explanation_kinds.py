@@ -16,6 +16,7 @@ from clipmapper.tasks.captioning.samples import ExplainedCaptions
 from clipmapper.tasks.vqa import pictures
 from clipmapper.tasks.vqa.report import ExplanationReport, explanation_report
 from clipmapper.tasks.vqa.samples import ExplainedSamples
+from clipmapper.training.media import Media
 from clipmapper.training.tables import (
     caption_perturbation_tables,
     localisation_table,
@@ -27,14 +28,14 @@ from clipmapper.training.tables import (
 @dataclass(frozen=True)
 class ExplanationKind:
     """``report(model, samples, methods, ...)``, ``points(samples, methods)`` that its progress adds up to,
-    ``scalars(report)`` worth a curve over training, ``write(report, folder, ...)`` pictures, ``log(logger,
-    report, folder, ...)`` them to W&B, ``tables(numbers)``, and which picture of ``curves`` says most."""
+    ``scalars(report)`` worth a curve over training, ``write(report, folder, ...)`` pictures, ``media(report,
+    folder)`` for loggers that show more, ``tables(numbers)``, and which picture of ``curves`` says most."""
 
     report: Callable[..., ExplanationReport | CaptionReport]
     points: Callable[[int, int], int]
     scalars: Callable[..., dict[str, float]]
     write: Callable[..., list[Path]]
-    log: Callable[..., None]
+    media: Callable[..., Media]
     tables: Callable[[Mapping], Sequence[Table]]
     curves: str
 
@@ -89,7 +90,7 @@ ANSWERS = ExplanationKind(
     _answer_points,
     answer_scalars,
     pictures.write_pictures,
-    pictures.log_tables,
+    pictures.report_media,
     _answer_tables,
     "perturbation_accuracy.png",
 )
@@ -98,7 +99,7 @@ CAPTIONS = ExplanationKind(
     curve_points,
     caption_scalars,
     caption_pictures.write_pictures,
-    caption_pictures.log_tables,
+    caption_pictures.report_media,
     _caption_tables,
     "perturbation_log_probability.png",
 )

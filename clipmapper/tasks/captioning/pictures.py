@@ -1,14 +1,13 @@
-"""Pictures and W&B tables of an explanation report on captions."""
+"""Pictures and tables of an explanation report on captions."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import wandb
-from lightning.pytorch.loggers import WandbLogger
 
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS
 from clipmapper.tasks.captioning.report import CaptionReport
+from clipmapper.training.media import Html, Media, MediaTable, Picture
 from clipmapper.visual.caption_strip import plot_caption_strip
 from clipmapper.visual.comparison import plot_method_comparison
 from clipmapper.visual.curves import plot_perturbation_curves
@@ -42,27 +41,29 @@ def write_pictures(report: CaptionReport, folder: Path, *, count: int, confidenc
     return written
 
 
-def log_tables(logger: WandbLogger, report: CaptionReport, folder: Path, *, step: int) -> None:
-    """The pictures that :func:`write_pictures` left in ``folder``, and a table of samples, to W&B."""
+def report_media(report: CaptionReport, folder: Path) -> Media:
+    """The pictures that :func:`write_pictures` left in ``folder``, and a table of samples."""
     explained = next(iter(report.explanations.values()))
-    table = wandb.Table(columns=["image", "word by word", "caption", "references", "curves"])
+    columns = ["image", "word by word", "caption", "references", "curves"]
+    rows = []
     for path in sorted(folder.glob("explanation_*_caption.png")):
         number = int(path.stem.split("_")[1])
         curves = folder / "curves" / f"{path.stem}.png"
         save_figure(_sample_curves(report, number), curves)
         its = explained[number]
-        table.add_data(
-            wandb.Image(its.image),
-            wandb.Image(str(path)),
-            wandb.Html(words_html(list(zip(its.words, its.weights.tolist(), strict=True)))),
+        cells = (
+            Picture(its.image),
+            Picture(path),
+            Html(words_html(list(zip(its.words, its.weights.tolist(), strict=True)))),
             "\n".join(report.samples.references[number]),
-            wandb.Image(str(curves)),
+            Picture(curves),
         )
-    logged = {"explanations": table, "trainer/global_step": step}
+        rows.append(dict(zip(columns, cells, strict=True)))
+    media: dict[str, Picture | MediaTable] = {"explanations": MediaTable(columns, rows)}
     for path in [folder / "methods.png", *sorted(folder.glob("perturbation_*.png"))]:
         if path.exists():
-            logged[f"pictures/{path.stem}"] = wandb.Image(str(path))
-    logger.experiment.log(logged)
+            media[f"pictures/{path.stem}"] = Picture(path)
+    return media
 
 
 def _curves(report: CaptionReport, score: str, confidence: float):

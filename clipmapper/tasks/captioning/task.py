@@ -7,7 +7,6 @@ from pathlib import Path
 
 import lightning
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from rich.table import Table
 
 from clipmapper.data.readers.results import write_captions_file
@@ -28,7 +27,7 @@ from clipmapper.tasks.captioning.training import SCORES, CaptionModule, JudgedCa
 from clipmapper.tasks.captioning.truth import (
     family_scores,
     family_table,
-    log_samples,
+    sample_media,
     sample_rows,
     score_table,
     truth_numbers,
@@ -37,6 +36,7 @@ from clipmapper.tasks.captioning.truth import (
 from clipmapper.training.callback import RelevanceCallback
 from clipmapper.training.encoder_tokens import ArrayImages, token_store
 from clipmapper.training.explained_records import samples_of
+from clipmapper.training.loggers import log_media
 from clipmapper.training.processes import Share
 from clipmapper.training.record_batches import RecordCaptions
 from clipmapper.training.record_tokens import check_room
@@ -184,8 +184,8 @@ class CaptionTask(Task):
         rows = sample_rows(
             written["validation"][: self.config.training.logged_captions], batches.split.references
         )
-        if rows and isinstance(trainer.logger, WandbLogger):
-            log_samples(trainer.logger, rows, batches.picture, trainer.global_step)
+        if rows:
+            log_media(trainer.loggers, partial(sample_media, rows, batches.picture), step=trainer.global_step)
         if known:
             return {"captions": splits, "samples": rows}
         for line in left_out_lines(folder):

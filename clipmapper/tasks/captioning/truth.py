@@ -1,11 +1,9 @@
-"""What came out of captioning: shares of true captions and statements, tables, and samples for W&B."""
+"""What came out of captioning: shares of true captions and statements, tables, and samples to be logged."""
 
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import wandb
 from jaxtyping import UInt8
-from lightning.pytorch.loggers import WandbLogger
 from rich.table import Table
 
 from clipmapper.data.records import Record
@@ -13,6 +11,7 @@ from clipmapper.data.world.caption_truth import KINDS
 from clipmapper.data.world.captions import WORDINGS
 from clipmapper.evaluation.captions.scores import score_captions
 from clipmapper.tasks.captioning.training import SCORES, JudgedCaption
+from clipmapper.training.media import Media, MediaTable, Picture
 
 _NAMES = {"cider": "CIDEr-D", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L"}
 _WAYS = {"greedy": "greedy captions", "drawn": "drawn captions (nucleus, 0.9)"}
@@ -77,17 +76,12 @@ def sample_rows(captions: Sequence[JudgedCaption], references: Sequence[Sequence
     ]
 
 
-def log_samples(
-    logger: WandbLogger,
-    rows: Sequence[Mapping],
-    picture: Callable[[int], UInt8[np.ndarray, "height width 3"]],
-    step: int,
-) -> None:
-    """A table of images and their captions to W&B. ``picture``: number of the image → to be looked at."""
-    table = wandb.Table(columns=list(rows[0]))
-    for row in rows:
-        table.add_data(*({**row, "image": wandb.Image(picture(row["image"]))}.values()))
-    logger.experiment.log({"captions": table, "trainer/global_step": step})
+def sample_media(
+    rows: Sequence[Mapping], picture: Callable[[int], UInt8[np.ndarray, "height width 3"]]
+) -> Media:
+    """A table of images and their captions. ``picture``: number of the image → to be looked at."""
+    shown = [{**row, "image": Picture(picture(row["image"]))} for row in rows]
+    return {"captions": MediaTable(list(rows[0]), shown)}
 
 
 def score_table(splits: Mapping[str, Mapping]) -> Table:

@@ -1,12 +1,11 @@
-"""Pictures and W&B tables of an explanation report."""
+"""Pictures and tables of an explanation report."""
 
 from pathlib import Path
 
 import numpy as np
-import wandb
-from lightning.pytorch.loggers import WandbLogger
 
 from clipmapper.tasks.vqa.report import ExplanationReport
+from clipmapper.training.media import Html, Media, MediaTable, Picture
 from clipmapper.visual.comparison import plot_method_comparison
 from clipmapper.visual.curves import plot_perturbation_curves
 from clipmapper.visual.explanation import plot_explanation
@@ -39,31 +38,32 @@ def write_pictures(report: ExplanationReport, folder: Path, *, count: int, confi
     return written
 
 
-def log_tables(logger: WandbLogger, report: ExplanationReport, folder: Path, *, step: int) -> None:
-    """The pictures that :func:`write_pictures` left in ``folder``, and a table of samples, to W&B."""
+def report_media(report: ExplanationReport, folder: Path) -> Media:
+    """The pictures that :func:`write_pictures` left in ``folder``, and a table of samples."""
     method = next(iter(report.relevance))
     columns = ["image", "heat map", "question", "family", "answer", "truth", "probability", "curves"]
-    table = wandb.Table(columns=columns)
+    rows = []
     samples = report.samples
     for path in sorted(folder.glob("explanation_*.png")):
         number = int(path.stem.split("_")[1])
         curves = folder / "curves" / f"{path.stem}.png"
         save_figure(_sample_curves(report, number), curves)
-        table.add_data(
-            wandb.Image(samples.pictures[number]),
-            wandb.Image(str(path)),
-            wandb.Html(words_html(report.relevance[method].words[number])),
+        cells = (
+            Picture(samples.pictures[number]),
+            Picture(path),
+            Html(words_html(report.relevance[method].words[number])),
             samples.families[number],
             report.predictions[number],
             samples.truths[number],
             report.probabilities[number],
-            wandb.Image(str(curves)),
+            Picture(curves),
         )
-    logged = {"explanations": table, "trainer/global_step": step}
+        rows.append(dict(zip(columns, cells, strict=True)))
+    media: dict[str, Picture | MediaTable] = {"explanations": MediaTable(columns, rows)}
     for name in ("methods", "perturbation_accuracy", "perturbation_probability"):
         if (folder / f"{name}.png").exists():
-            logged[f"pictures/{name}"] = wandb.Image(str(folder / f"{name}.png"))
-    logger.experiment.log(logged)
+            media[f"pictures/{name}"] = Picture(folder / f"{name}.png")
+    return media
 
 
 def _explanation(report: ExplanationReport, number: int, method: str):
