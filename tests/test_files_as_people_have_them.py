@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import wandb
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin, features

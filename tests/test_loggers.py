@@ -98,7 +98,7 @@ def media(folder: Path) -> dict:
     path = folder / "methods.png"
     Image.fromarray(PIXELS).save(path)
     cells = {"image": Picture(PIXELS), "drawn": Picture(path), "asked": Html("<b>é?</b>"), "says": "a|b"}
-    table = MediaTable([*cells, "share"], [{**cells, "share": np.float32(0.5)}])
+    table = MediaTable([*cells, "share"], [{**cells, "share": 0.5}])
     return {"pictures/methods": Picture(path), "explanations": table}
 
 
