@@ -131,7 +131,7 @@ def test_tensorboard_has_numbers_pictures_and_words(tmp_path):
     assert text == "| says | share |\n| --- | --- |\n| a\\|b | 0.5 |"
 
 
-@pytest.mark.parametrize("place", ["run", "a run #1 é %20"])
+@pytest.mark.parametrize("place", ["run", "a run #1 é"])
 def test_mlflow_has_numbers_pictures_and_tables(tmp_path, place):
     pytest.importorskip("mlflow")
     pytest.importorskip("alembic")
@@ -187,7 +187,10 @@ def test_mlflow_that_does_not_begin_is_one_line(tmp_path):
     ):
         pass
     assert "\n" not in str(told.value)
-    with pytest.raises(UserError, match="question mark"), run_logger(MLFLOW, tmp_path / "what?", "small"):
+    with (
+        pytest.raises(UserError, match="its database can't be in .*what"),
+        run_logger(MLFLOW, tmp_path / "what?", "small"),
+    ):
         pass
     server = MLflowLoggerConfig(
         _target_=MLFLOW._target_, experiment_name="trials", tracking_uri="http://127.0.0.1:9"

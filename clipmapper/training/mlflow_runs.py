@@ -30,8 +30,9 @@ class MLflowRun(MLFlowLogger):
         self._folder = None if tracking_uri else Path(save_dir).absolute()
         artifacts = None
         if self._folder:
-            if "?" in str(self._folder):  # there an address of a database ends, silently
-                raise UserError(f"logger=mlflow: its database can't be in {self._folder} (a question mark)")
+            # Of an address of a database: where it ends, and what releases of SQLAlchemy read differently.
+            if odd := {"?", "%"} & set(str(self._folder)):
+                raise UserError(f"logger=mlflow: its database can't be in {self._folder} ({min(odd)!r})")
             self._folder.mkdir(parents=True, exist_ok=True)
             tracking_uri = f"sqlite:///{self._folder / 'mlflow.db'}"
             artifacts = (self._folder / "artifacts").as_uri()
