@@ -265,8 +265,8 @@ def test_target_of_training_is_a_task(run, choice):
         (["logger=csv", "+logger.mode=online"], "logger.mode", "the logger that is chosen"),
         (["logger=other"], "logger._target_", "no value"),
         (["logger=other", "logger._target_=a.B", "logger.options=3"], "logger.options", "{key: value}"),
-        (["logger=other", "logger._target_=a.B", "+logger.options.x=.inf"], "logger.options.x", "inf"),
-        (["logger=csv", "+logger.options.x=3"], "logger.options.x", "the logger that is chosen"),
+        (["logger=other", "logger._target_=a.B", "+logger.options.x=inf"], "logger.options.x", "inf"),
+        (["logger=csv", "+logger.options.x=3"], "logger.options", "the logger that is chosen"),
         (["callbacks=none", "callbacks.samples=3"], "callbacks.samples", "the callbacks that is chosen"),
         (["hydra.job.nmae=x"], "hydra.job.nmae", "no such setting"),
         # groups

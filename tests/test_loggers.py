@@ -188,7 +188,7 @@ def test_mlflow_that_does_not_begin_is_one_line(tmp_path):
         pass
     assert "\n" not in str(told.value)
     with (
-        pytest.raises(UserError, match="its database can't be in .*what"),
+        pytest.raises(UserError, match=r"its database can't be in .*what"),
         run_logger(MLFLOW, tmp_path / "what?", "small"),
     ):
         pass
