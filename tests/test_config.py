@@ -186,7 +186,7 @@ def test_groups_have_one_class_per_implementation(run):
 
 
 def test_options_of_another_logger_are_the_users(run):
-    options = ("logger.options={tags: [a, b], deep: {x: 1}}", "+logger.options.rate=0.5")
+    options = ("+logger.options={tags: [a, b], deep: {x: 1}}", "+logger.options.rate=0.5")
     given = run.config("train", "logger=other", "logger._target_=my.Logger", *options)
     assert type(given.logger) is config.OtherLoggerConfig and given.logger._target_ == "my.Logger"
     assert given.logger.options == {"tags": ["a", "b"], "deep": {"x": 1}, "rate": 0.5}
@@ -265,6 +265,11 @@ def test_target_of_training_is_a_task(run, choice):
         (["logger=csv", "+logger.mode=online"], "logger.mode", "the logger that is chosen"),
         (["logger=other"], "logger._target_", "no value"),
         (["logger=other", "logger._target_=a.B", "logger.options=3"], "logger.options", "{key: value}"),
+        (
+            ["logger=other", "logger._target_=a.B", "logger.options.x=3"],
+            "logger.options.x",
+            "+logger.options.x=…",
+        ),
         (["logger=other", "logger._target_=a.B", "+logger.options.x=inf"], "logger.options.x", "inf"),
         (["logger=csv", "+logger.options.x=3"], "logger.options", "the logger that is chosen"),
         (["callbacks=none", "callbacks.samples=3"], "callbacks.samples", "the callbacks that is chosen"),

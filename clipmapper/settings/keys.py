@@ -46,6 +46,8 @@ def unknown_setting(key: str, schema: type[Section], groups: Collection[str] = (
     known = {*_keys(schema), *groups}
     if key in known:
         return f"{key}: not a setting of the {key.partition('.')[0]} that is chosen"
+    if setting_named(key, schema):  # in a dictionary of the user's, which Hydra adds to with a plus alone
+        return f"{key}: a new entry; give it as +{key}=…"
     near = _nearest(key, known)
     if near:
         return f"{key}: there is no such setting; did you mean {' or '.join(near)}?"
