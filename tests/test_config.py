@@ -50,6 +50,8 @@ def with_what_belongs_to_it(choice: str) -> list[str]:
     group, _, name = choice.partition("=")
     if choice in ("data=manifest", "data=huggingface", "data=shards", "experiment=caption_manifest"):
         return [choice, "data.path=my"]
+    if choice == "logger=other":
+        return [choice, "logger._target_=lightning.pytorch.loggers.CometLogger"]
     if choice == "training=vqa":
         return ["data=manifest", "data.path=my", choice]
     if choice == "training=captioning":
@@ -183,6 +185,13 @@ def test_groups_have_one_class_per_implementation(run):
     assert type(run.config("train", "logger=csv").logger) is config.CSVLoggerConfig
 
 
+def test_options_of_another_logger_are_the_users(run):
+    options = ("+logger.options={tags: [a, b], deep: {x: 1}}", "+logger.options.rate=0.5")
+    given = run.config("train", "logger=other", "logger._target_=my.Logger", *options)
+    assert type(given.logger) is config.OtherLoggerConfig and given.logger._target_ == "my.Logger"
+    assert given.logger.options == {"tags": ["a", "b"], "deep": {"x": 1}, "rate": 0.5}
+
+
 def test_values_have_their_types(run):
     given = run.config(
         "train", "training.learning_rate=1", "encoder.pretrained=null", "trainer.devices=2", "resume=yes"
@@ -254,15 +263,28 @@ def test_target_of_training_is_a_task(run, choice):
         (["training.max_steps.zzz=3"], "training.max_steps.zzz", "no such setting"),
         (["logger=csv", "logger.mode=online"], "logger.mode", "the logger that is chosen"),
         (["logger=csv", "+logger.mode=online"], "logger.mode", "the logger that is chosen"),
+        (["logger=other"], "logger._target_", "no value"),
+        (["logger=other", "logger._target_=a.B", "logger.options=3"], "logger.options", "{key: value}"),
+        (
+            ["logger=other", "logger._target_=a.B", "logger.options.x=3"],
+            "logger.options.x",
+            "+logger.options.x=…",
+        ),
+        (["logger=other", "logger._target_=a.B", "+logger.options.x=inf"], "logger.options.x", "inf"),
+        (["logger=csv", "+logger.options.x=3"], "logger.options", "the logger that is chosen"),
         (["callbacks=none", "callbacks.samples=3"], "callbacks.samples", "the callbacks that is chosen"),
         (["hydra.job.nmae=x"], "hydra.job.nmae", "no such setting"),
         # groups
-        (["logger=wanbd"], "logger", "'wanbd' is not one of csv, wandb; did you mean wandb?"),
+        (
+            ["logger=wanbd"],
+            "logger",
+            "'wanbd' is not one of csv, mlflow, other, tensorboard, wandb; did you mean wandb?",
+        ),
         (["loger=wandb"], "loger", "did you mean logger?"),
         (["+loger=wandb"], "loger", "did you mean logger?"),
         (["experimnt=vqa_scenes"], "experimnt", "did you mean experiment?"),
         (["experiment=vqa_scene"], "experiment", "did you mean vqa_scenes?"),
-        (["logger=null"], "logger", "csv, wandb"),
+        (["logger=null"], "logger", "csv, mlflow, other, tensorboard, wandb"),
         (["model=3"], "model", "paper_dual_flow"),
         (["~logger"], "~logger", "cannot be deleted"),
         # values of a wrong type

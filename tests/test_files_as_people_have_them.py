@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import wandb
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin, features
@@ -33,9 +34,10 @@ from clipmapper.data.readers.rows import decoded_base64, looks_like_base64
 from clipmapper.data.readers.vqa_v2 import vqa_v2_data
 from clipmapper.data.records import Record, RecordData
 from clipmapper.errors import UserError, UserErrors
+from clipmapper.host import servers as hosts
 from clipmapper.models.tokens import cut_texts_said_once, warn_of_cut
 from clipmapper.settings.schema import WandbLoggerConfig
-from clipmapper.training import loggers as run_logger
+from clipmapper.training.loggers import check_logger
 from clipmapper.visual.files import picture_name, readable_part
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -798,17 +800,17 @@ def test_online_without_a_key_or_a_network_is_one_line(tmp_path, monkeypatch, ad
     monkeypatch.setenv("WANDB_BASE_URL", served(servers[address]) if address in servers else address)
     if key is not None:
         monkeypatch.setenv("WANDB_API_KEY", key)
-    monkeypatch.setattr(run_logger, "_PATIENCE", 0.3 if address == "silent" else 5.0)
+    monkeypatch.setattr(hosts, "PATIENCE", 0.3 if address == "silent" else 5.0)
     settings = WandbLoggerConfig(
         _target_="lightning.pytorch.loggers.WandbLogger", project="of the test", mode="online"
     )
     try:
         if says is None:
-            run_logger.check_logger(settings)
+            check_logger(settings)
             return
-        (line,) = told(lambda: run_logger.check_logger(settings))
+        (line,) = told(lambda: check_logger(settings))
     finally:
-        run_logger.wandb.teardown()
+        wandb.teardown()
     assert line.startswith("logger.mode=online: ") and says in line and "logger.mode=offline" in line
 
 

@@ -17,7 +17,7 @@ from clipmapper.data.readers.flickr_captions import flickr_captions_data
 from clipmapper.data.readers.manifest import manifest_data
 from clipmapper.data.readers.official_files import coco_image
 from clipmapper.data.readers.results import official_accuracy, write_results
-from clipmapper.data.readers.vqa_v2 import annotations_file, vqa_v2_data
+from clipmapper.data.readers.vqa_v2 import QuestionFiles, annotations_file, vqa_v2_data
 from clipmapper.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

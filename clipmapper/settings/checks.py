@@ -119,7 +119,9 @@ def _check_keys(node: Container, prefix: str, schema: type[Section]) -> None:
     for key in node:
         if key not in known:
             raise UserError(unknown_setting(f"{prefix}{key}", schema))
-        if not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
+        if OmegaConf.is_missing(node, key) or not isinstance(node[key], DictConfig):
+            continue
+        if is_dataclass(OmegaConf.get_type(node[key])):  # the others are dictionaries of the user's
             _check_keys(node[key], f"{prefix}{key}.", schema)
 
 

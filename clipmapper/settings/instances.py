@@ -2,6 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -18,6 +20,14 @@ def built(settings: Mapping):
     ``UserError`` for a target that is not there, that Hydra holds dangerous, or that does not take these
     settings.
     """
+    try:
+        return prepared(settings)()
+    except InstantiationException as error:  # of what it gives Hydra may think as of the target
+        raise _refused(settings["_target_"], error) from error
+
+
+def prepared(settings: Mapping) -> Callable[[], Any]:
+    """What :func:`built` calls, with all that it is called with; raises as that."""
     values = dict(settings)
     target = named(values.pop("_target_"))
     try:
@@ -28,10 +38,7 @@ def built(settings: Mapping):
         ) from error
     except ValueError:  # of something built in that does not say what it takes
         pass
-    try:
-        return target(**values)
-    except InstantiationException as error:  # of what it gives Hydra may think as of the target
-        raise _refused(settings["_target_"], error) from error
+    return partial(target, **values)
 
 
 def named(target: str) -> Callable:

@@ -23,6 +23,8 @@ def setting_named(key: str, schema: type[Section]) -> tuple[Field, Any] | None:
         hint = get_type_hints(section)[name]
         if not rest:
             return declared, get_args(hint)[0] if index else hint
+        if get_origin(hint) is dict:  # whose keys are the user's own
+            return declared, get_args(hint)[1]
         nested = section_of(hint)
         if nested and (found := setting_named(rest, nested)):
             return found
@@ -44,6 +46,8 @@ def unknown_setting(key: str, schema: type[Section], groups: Collection[str] = (
     known = {*_keys(schema), *groups}
     if key in known:
         return f"{key}: not a setting of the {key.partition('.')[0]} that is chosen"
+    if setting_named(key, schema):  # in a dictionary of the user's, which Hydra adds to with a plus alone
+        return f"{key}: a new entry; give it as +{key}=…"
     near = _nearest(key, known)
     if near:
         return f"{key}: there is no such setting; did you mean {' or '.join(near)}?"
@@ -64,6 +68,8 @@ def described(hint: Any) -> str:
         return " or ".join(described(alternative) for alternative in get_args(hint))
     if get_origin(hint) is list:
         return "a list, which is written [a,b]"
+    if get_origin(hint) is dict:
+        return "a dictionary, which is written {key: value}"
     if section_of(hint):
         return "a section of settings"
     names = {int: "an int", float: "a number", bool: "true or false", str: "a text", type(None): "null"}

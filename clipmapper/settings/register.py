@@ -21,6 +21,9 @@ SCHEMAS = {
     "flickr_captions_schema": data.FlickrCaptionsConfig,
     "wandb_logger_schema": schema.WandbLoggerConfig,
     "csv_logger_schema": schema.CSVLoggerConfig,
+    "tensorboard_logger_schema": schema.TensorBoardLoggerConfig,
+    "mlflow_logger_schema": schema.MLflowLoggerConfig,
+    "other_logger_schema": schema.OtherLoggerConfig,
     "no_callbacks_schema": schema.CallbacksConfig,
     "relevance_callback_schema": schema.RelevanceCallbackConfig,
 }

@@ -9,6 +9,7 @@ class for each, which the group's file names in its defaults list; ``_target_`` 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -128,6 +129,32 @@ class CSVLoggerConfig(LoggerConfig):
 
 
 @dataclass
+class TensorBoardLoggerConfig(LoggerConfig):
+    """``lightning.pytorch.loggers.TensorBoardLogger`` needs nothing but the folder either."""
+
+
+@dataclass
+class MLflowLoggerConfig(LoggerConfig):
+    """Parameters of :class:`clipmapper.training.mlflow_runs.MLflowRun`; the run gives folder and name."""
+
+    experiment_name: str = setting()
+    tracking_uri: str | None = setting()
+
+
+@dataclass
+class OtherLoggerConfig(LoggerConfig):
+    """Any other logger of Lightning's kind. ``options``: what ``_target_`` is called with, besides the folder
+    where it takes one (``save_dir`` or ``root_dir``)."""
+
+    options: dict[str, Any] = setting()
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for key, value in self.options.items():
+            if not _is_plain(value):
+                yield f"options.{key}", f"{value} can't be written to the run's settings"
+
+
+@dataclass
 class CallbacksConfig(Section):
     """What happens at validation; itself it stands for nothing (``callbacks=none``)."""
 
@@ -212,3 +239,12 @@ class TrainConfig(Section):
         if self.training.world is not None and self.training.world != self.data.world:
             which = f"{task}_scenes" if self.data.world else task
             yield "training", f"not the one for these data; choose training={which}"
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON and YAML have it: numbers that are finite, text, and lists and dictionaries of them."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(entry) for key, entry in value.items())
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, str | int) or (isinstance(value, float) and isfinite(value))

@@ -1,6 +1,7 @@
 """Explanations while training: maps, perturbation areas and localisation at validation time."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import lightning
@@ -10,7 +11,7 @@ from clipmapper.host.progress import progress
 from clipmapper.relevance import method_named
 from clipmapper.training.explained import Report, Samples
 from clipmapper.training.interruption import GracefulInterrupt
-from clipmapper.training.loggers import log_pictures, log_table
+from clipmapper.training.loggers import log_media
 from clipmapper.training.processes import from_all, is_main, this_share
 from clipmapper.training.task import Task
 
@@ -26,9 +27,10 @@ class RelevanceCallback(lightning.Callback):
     every n validations.
 
     Scalars such as ``perturbation/image/positive/weighted`` (area of the soft accuracy) go to every logger,
-    pictures to ``folder/pictures``, and to W&B also a table with image, heat map, coloured question, answer,
-    truth and curves (of captions: image, strip of maps, caption, references and curves). Training goes on as
-    if the callback had not been there: no gradient, mode, flag or random state that it uses is touched.
+    pictures to ``folder/pictures``, and to loggers that take them also a table with image, heat map, coloured
+    question, answer, truth and curves (of captions: image, strip of maps, caption, references and curves).
+    Training goes on as if the callback had not been there: no gradient, mode, flag or random state that it
+    uses is touched.
     Of several processes each explains its part; the main one has the report of all, and writes.
 
     Parameters: ``methods`` by name (``UserError`` for an unknown one), ``pictures`` how many samples are
@@ -90,9 +92,7 @@ class RelevanceCallback(lightning.Callback):
         self.written = self.report.write(folder, count=self.pictures, confidence=self.confidence)
         for logger in trainer.loggers:
             logger.log_metrics(self.report.scalars(), step=trainer.global_step)
-        log_table(trainer.loggers, "explanations", self.report.rows(folder), trainer.global_step)
-        whole = [path for path in self.written if not path.name.startswith("explanation_")]
-        log_pictures(trainer.loggers, {f"pictures/{path.stem}": path for path in whole}, trainer.global_step)
+        log_media(trainer.loggers, partial(self.report.media, folder), step=trainer.global_step)
 
     def _explain(
         self,

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from clipmapper.evaluation.localisation import Localisation
 from clipmapper.evaluation.numbers import LOCALISATION_SCORES
+from clipmapper.training.media import Media
 from clipmapper.training.processes import Share
 
 
@@ -108,8 +109,9 @@ class Report(ABC):
         """Heat maps of the first ``count`` samples, one comparison of methods, and the curves."""
 
     @abstractmethod
-    def rows(self, folder: Path) -> list[dict]:
-        """A row for each sample whose heat map :meth:`write` has left in ``folder``, for a logger's table."""
+    def media(self, folder: Path) -> Media:
+        """The pictures that :meth:`write` has left in ``folder``, and a table of the samples that are drawn,
+        for loggers that take them."""
 
     @classmethod
     @abstractmethod

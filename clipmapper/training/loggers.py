@@ -1,161 +1,185 @@
-"""What a run logs to, Weights & Biases or CSV, complete before the run says where it is."""
+"""What a run logs to: the Lightning logger that the settings name, and never another one.
 
-import http.client
-import os
-import urllib.error
-import urllib.request
+Numbers go there by Lightning's own ``log_metrics``. Pictures and tables go through :func:`log_media`, to the
+loggers that take them; with the others they stay in the run's folder.
+"""
+
+import importlib.util
+import inspect
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import wandb
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from clipmapper.errors import UserError
+from clipmapper.host.servers import check_answer
+from clipmapper.settings.instances import named, prepared
 from clipmapper.settings.schema import LoggerConfig
-from clipmapper.training.run_folder import RESULTS
+from clipmapper.training.media import Html, Media, MediaTable, Picture, pictures_in
+from clipmapper.training.mlflow_runs import media_to_mlflow
+from clipmapper.training.wandb_runs import check_wandb, media_to_wandb, wandb_files, wandb_logger
 
-_PATIENCE = 10.0  # seconds for W&B's server to answer, before anything else is done
-_INSTEAD = "logger.mode=offline needs neither: `wandb sync` uploads the run later"
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known of a logger: where in the run's folder it writes and what the results call that, which
+    of several packages it needs and the extra of pip that has it, and what the run gives it besides."""
+
+    folder: str
+    named: str
+    packages: Sequence[str] = ()
+    extra: str = ""
+    given: Mapping[str, str] = field(default_factory=dict)
+    file: str = ""
+
+
+_KNOWN: dict[type[Logger], _Known] = {
+    CSVLogger: _Known("csv", "metrics", given={"name": ""}, file="metrics.csv"),
+    TensorBoardLogger: _Known(
+        "tensorboard", "TensorBoard", ("tensorboard", "tensorboardX"), "tensorboard", {"name": ""}
+    ),
+    MLFlowLogger: _Known("mlflow", "MLflow", ("mlflow",), "mlflow"),
+}
+_OTHER = _Known("logs", "logs")
+# What loggers of Lightning call the folder that they write to.
+_FOLDERS = ("save_dir", "root_dir", "offline_directory")
 
 
 def check_logger(settings: LoggerConfig) -> None:
-    """Raise ``UserError`` where W&B is to be used online without a key, or does not answer.
+    """Raise ``UserError`` for a logger that can't be used: none of Lightning's kind, a package that is
+    missing, settings that it does not take, a server that does not answer.
 
     To be called before data are read.
     """
-    options = asdict(settings)
-    if options.get("mode") != "online":
+    target, options = _parts(settings)
+    if isinstance(target, type) and not issubclass(target, Logger):
+        raise _no_logger(settings)
+    if _is(target, WandbLogger):
+        check_wandb(options)
         return
-    address = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
-    try:
-        address = wandb.setup().settings.base_url
-        key = os.environ.get("WANDB_API_KEY") or wandb.Api(timeout=int(_PATIENCE)).api_key
-    except wandb.Error:
-        key = None
-    except ValueError as error:  # pydantic's, of what the environment or a settings file says
-        what = " ".join(str(error).split("\n    For further")[0].split())
-        raise UserError(f"logger.mode=online: W&B's settings can't be used ({what}). {_INSTEAD}") from error
-    if not key:
-        what = f"no API key for {address}; give one by `wandb login`"
-        raise UserError(f"logger.mode=online: {what}. {_INSTEAD}")
-    try:
-        with urllib.request.urlopen(address, timeout=_PATIENCE):
-            pass
-    except urllib.error.HTTPError:  # an answer all the same
-        pass
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = " ".join(str(getattr(error, "reason", None) or error).split())
+    packages = _known(target).packages
+    if packages and not any(map(importlib.util.find_spec, packages)):
         raise UserError(
-            f"logger.mode=online: no answer from {address} within {_PATIENCE:.0f} s ({reason}). {_INSTEAD}"
-        ) from error
+            f"logger._target_={settings._target_}: needs {packages[0]}: "
+            f"pip install 'clipmapper[{_known(target).extra}]'"
+        )
+    _prepared(settings, Path(), "")
+    server = str(options.get("tracking_uri"))
+    if _is(target, MLFlowLogger) and server.startswith(("http://", "https://")):
+        check_answer(server, "logger.tracking_uri", "null writes to the run's folder")
 
 
 @contextmanager
-def run_logger(settings: LoggerConfig, folder: Path, name: str) -> Iterator[WandbLogger | CSVLogger]:
+def run_logger(settings: LoggerConfig, folder: Path, name: str) -> Iterator[Logger]:
     """The logger of a run in ``folder``; however the block ends, what was logged is on disk behind it."""
-    options = asdict(settings)
-    if not options.pop("_target_").endswith("WandbLogger"):
-        yield CSVLogger(save_dir=folder, name="csv", **options)
+    target, options = _parts(settings)
+    if _is(target, WandbLogger):
+        with wandb_logger(target, options, folder, name) as logger:
+            yield logger
         return
-    run = _started(
-        **options,
-        # Absolute: the file of the run is written by a process that may have another working directory (that
-        # of the program which started W&B's service first, as `wandb agent` does for the runs it starts).
-        dir=os.path.abspath(folder),
-        name=name,
-        reinit="create_new",  # a run of the calling program, should there be one, is left alone
-        # Offline runs stay silent: wandb's own lines about syncing would stand between our tables, the last
-        # of which has the folder. Online, wandb says where the run is.
-        settings=wandb.Settings(silent=options["mode"] == "offline", init_timeout=60),
-    )
     try:
-        yield WandbLogger(experiment=run)
+        logger = _prepared(settings, folder, name)()
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"logger._target_={settings._target_}: {reason}") from error
+    if not isinstance(logger, Logger):
+        raise _no_logger(settings)
+    try:
+        yield logger
     except BaseException:
-        _finish(run, exit_code=1)
+        _finish(logger, "failed")
         raise
-    _finish(run, exit_code=0)
+    _finish(logger, "success")
 
 
-def _started(mode: str, **options) -> wandb.Run:
-    try:
-        return wandb.init(mode=mode, **options)
-    # A key that is not known or no key at all, a server that stopped answering.
-    except (wandb.Error, ValueError) as error:
-        reason = " ".join(str(error).split())[:200].replace(
-            "<no message>", "it gave no reason; is the key right?"
-        )
-        raise UserError(f"logger.mode={mode}: W&B did not start the run ({reason}). {_INSTEAD}") from error
+def logged_files(logger: Logger, folder: Path) -> dict[str, Path]:
+    """What the logger of a finished run has left on this disk, by what it is called in the results.
 
-
-def logged_files(logger: WandbLogger | CSVLogger, folder: Path) -> dict[str, Path]:
-    """What the logger of a finished run has left in ``folder``, by what it is called in the results.
-
-    Warns of an offline run without its file; there is nothing to name then.
+    Warns where one that writes to the run's folder has left nothing; there is nothing to name then.
     """
-    if isinstance(logger, CSVLogger):
-        return {"metrics": Path(logger.log_dir) / "metrics.csv"}
-    directory = folder / Path(logger.experiment.dir).parent.relative_to(os.path.abspath(folder))
-    if logger.experiment.offline and not any(directory.glob("run-*.wandb")):
-        warnings.warn(
-            f"W&B has not written its offline run: there is no run-*.wandb in {directory}. "
-            f"The results are in {folder / RESULTS} all the same.",
-            stacklevel=2,
-        )
+    if isinstance(logger, WandbLogger):
+        return wandb_files(logger, folder)
+    known = _known(type(logger))
+    where = logger.log_dir or logger.save_dir
+    if where is None:  # it is on a server
         return {}
-    return {"W&B run": directory}
+    left = Path(where) / known.file
+    if left.is_file() or (left.is_dir() and any(left.iterdir())):
+        return {known.named: left}
+    if known is not _OTHER:
+        warnings.warn(f"{type(logger).__name__} has not written {left}.", stacklevel=2)
+    return {}
 
 
-def _finish(run: wandb.Run, exit_code: int) -> None:
-    """End the run and wait for its file. What goes wrong here is no reason to lose a training's results."""
+def log_media(loggers: Sequence[Logger], media: Callable[[], Media], *, step: int) -> None:
+    """Give pictures and tables to the loggers that take them; they are made where there is one."""
+    takers = [
+        (logger, take)
+        for logger in loggers
+        for kind, take in (
+            (WandbLogger, media_to_wandb),
+            (TensorBoardLogger, _media_to_tensorboard),
+            (MLFlowLogger, media_to_mlflow),
+        )
+        if isinstance(logger, kind)
+    ]
+    made = media() if takers else {}
+    for logger, take in takers:
+        take(logger, made, step)
+
+
+def _media_to_tensorboard(logger: TensorBoardLogger, media: Media, step: int) -> None:
+    """Pictures, and of a table its words and numbers too, as Markdown."""
+    for name, picture in pictures_in(media):
+        logger.experiment.add_image(name, picture.pixels(), step, dataformats="HWC")
+    for name, table in media.items():
+        if isinstance(table, MediaTable) and table.rows:
+            columns = [c for c in table.columns if not isinstance(table.rows[0][c], Picture | Html)]
+            lines = [columns, ["---"] * len(columns), *([row[c] for c in columns] for row in table.rows)]
+            cells = ([" ".join(str(cell).replace("|", "\\|").split()) for cell in line] for line in lines)
+            logger.experiment.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
+
+
+def _parts(settings: LoggerConfig) -> tuple[Callable[..., Logger], dict[str, Any]]:
+    """What the settings name, and what they give it."""
+    options = asdict(settings)
+    del options["_target_"]
+    options |= options.pop("options", {})
+    return named(settings._target_).func, options
+
+
+def _prepared(settings: LoggerConfig, folder: Path, name: str) -> Callable[[], Logger]:
+    """The logger of a run, to be called, with those of folder and name that it takes and the user leaves."""
+    target, options = _parts(settings)
+    known = _known(target)
+    given = {**dict.fromkeys(_FOLDERS, folder / known.folder), "run_name": name, **known.given}
     try:
-        run.finish(exit_code)
-        # The service only begins to close the file when finish returns: until it has ended, the last records
-        # may be missing. It is needed no more, unless the calling program has a run of its own.
-        if wandb.run is None:
-            wandb.teardown()
-    except (Exception, SystemExit) as error:  # teardown exits where the service has ended with an error
-        warnings.warn(f"W&B: the run could not be finished: {error!r}", stacklevel=3)
+        takes = inspect.signature(target).parameters
+    except ValueError:  # of something built in that does not say what it takes
+        takes = {}
+    given = {key: value for key, value in given.items() if key in takes}
+    return prepared({"_target_": settings._target_, **given, **options})
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A picture in a table: a file, or UInt8[height, width, 3]."""
-
-    source: Path | np.ndarray
+def _known(target: Callable) -> _Known:
+    return next((known for kind, known in _KNOWN.items() if _is(target, kind)), _OTHER)
 
 
-@dataclass(frozen=True)
-class Html:
-    """A text with colours in a table."""
-
-    text: str
+def _is(target: Callable, kind: type[Logger]) -> bool:
+    return isinstance(target, type) and issubclass(target, kind)
 
 
-def log_table(loggers: Sequence[Logger], name: str, rows: Sequence[Mapping], step: int) -> None:
-    """Rows (column → number, text, :class:`Picture` or :class:`Html`) to the loggers that take tables."""
-    for logger in loggers:
-        if rows and isinstance(logger, WandbLogger):
-            table = wandb.Table(columns=list(rows[0]))
-            for row in rows:
-                table.add_data(*map(_as_media, row.values()))
-            logger.experiment.log({name: table, "trainer/global_step": step})
+def _no_logger(settings: LoggerConfig) -> UserError:
+    return UserError(f"logger._target_={settings._target_}: not a subclass of Lightning's Logger")
 
 
-def log_pictures(loggers: Sequence[Logger], pictures: Mapping[str, Path], step: int) -> None:
-    """Pictures to the loggers that take some."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            found = {name: wandb.Image(str(path)) for name, path in pictures.items()}
-            logger.experiment.log(found | {"trainer/global_step": step})
-
-
-def _as_media(value: object) -> object:
-    if isinstance(value, Html):
-        return wandb.Html(value.text)
-    if isinstance(value, Picture):
-        return wandb.Image(str(value.source) if isinstance(value.source, Path) else value.source)
-    return value
+def _finish(logger: Logger, status: str) -> None:
+    """Write what is left. What goes wrong here is no reason to lose a training's results."""
+    try:
+        logger.finalize(status)
+    except Exception as error:
+        warnings.warn(f"{type(logger).__name__} could not be finished: {error!r}", stacklevel=3)

@@ -8,7 +8,7 @@ import numpy as np
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS
 from clipmapper.evaluation.score_names import SCORES
 from clipmapper.training.explained import Report
-from clipmapper.training.loggers import Html, Picture
+from clipmapper.training.media import Html, Media, MediaTable, Picture
 from clipmapper.visual.caption_strip import plot_caption_strip
 from clipmapper.visual.comparison import plot_method_comparison
 from clipmapper.visual.curves import plot_perturbation_curves
@@ -35,24 +35,29 @@ def write_pictures(report: Report, folder: Path, *, count: int, confidence: floa
     return written
 
 
-def sample_rows(report: Report, folder: Path) -> list[dict]:
-    """A row for each strip that :func:`write_pictures` left in ``folder``."""
-    explained, rows = next(iter(report.explanations.values())), []
+def report_media(report: Report, folder: Path) -> Media:
+    """The pictures that :func:`write_pictures` left in ``folder``, and a table of samples."""
+    explained = next(iter(report.explanations.values()))
+    columns = ["image", "word by word", "caption", "references", "curves"]
+    rows = []
     for path in sorted(folder.glob("explanation_*_caption.png")):
         number = int(path.stem.split("_")[1])
         curves = folder / "curves" / f"{path.stem}.png"
         save_figure(_sample_curves(report, number), curves)
         its = explained[number]
-        rows.append(
-            {
-                "image": Picture(its.image),
-                "word by word": Picture(path),
-                "caption": Html(words_html(list(zip(its.words, its.weights.tolist(), strict=True)))),
-                "references": "\n".join(report.samples.references[number]),
-                "curves": Picture(curves),
-            }
+        cells = (
+            Picture(its.image),
+            Picture(path),
+            Html(words_html(list(zip(its.words, its.weights.tolist(), strict=True)))),
+            "\n".join(report.samples.references[number]),
+            Picture(curves),
         )
-    return rows
+        rows.append(dict(zip(columns, cells, strict=True)))
+    media: dict[str, Picture | MediaTable] = {"explanations": MediaTable(columns, rows)}
+    for path in [folder / "methods.png", *sorted(folder.glob("perturbation_*.png"))]:
+        if path.exists():
+            media[f"pictures/{path.stem}"] = Picture(path)
+    return media
 
 
 def _curves(report: Report, score: str, confidence: float):

@@ -26,6 +26,7 @@ from clipmapper.tasks.captioning.tables import caption_perturbation_tables, word
 from clipmapper.tasks.captioning.trace import TracedCaption, trace_caption, word_relevance
 from clipmapper.tasks.captioning.variants import kept_captions
 from clipmapper.training.explained import Report, joined, joined_localisation
+from clipmapper.training.media import Media
 
 # Two streams of random numbers of one seed have nothing in common if a number of its own goes with each.
 _WORDS = 0x30
@@ -76,8 +77,8 @@ class CaptionReport(Report):
     def write(self, folder: Path, *, count: int, confidence: float) -> list[Path]:
         return pictures.write_pictures(self, folder, count=count, confidence=confidence)
 
-    def rows(self, folder: Path) -> list[dict]:
-        return pictures.sample_rows(self, folder)
+    def media(self, folder: Path) -> Media:
+        return pictures.report_media(self, folder)
 
     @classmethod
     def together(cls, samples: CaptionSamples, reports: Sequence["CaptionReport"]) -> "CaptionReport":

@@ -1,8 +1,9 @@
 """Training on captions, as :mod:`clipmapper.commands.train` wants it of a task."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import lightning
@@ -27,7 +28,8 @@ from clipmapper.tasks.captioning.tables import family_table, score_table, truth_
 from clipmapper.tasks.captioning.training import SCORES, CaptionModule, JudgedCaption
 from clipmapper.tasks.captioning.truth import family_scores, sample_rows, truth_numbers
 from clipmapper.training.encoder_tokens import token_store
-from clipmapper.training.loggers import Picture, log_table
+from clipmapper.training.loggers import log_media
+from clipmapper.training.media import Media, MediaTable, Picture
 from clipmapper.training.record_tokens import check_room
 from clipmapper.training.streamed import left_out_lines
 from clipmapper.training.tables import console
@@ -140,8 +142,8 @@ class CaptionRun(TaskRun):
             splits["validation"]["drawn"] = truth_numbers(self._drawn("validation"))
         batches = self.splits["validation"]
         rows = sample_rows(written["validation"][: self.config.training.logged_captions], batches.references)
-        shown = [{**row, "image": Picture(batches.picture(row["image"]))} for row in rows]
-        log_table(trainer.loggers, "captions", shown, trainer.global_step)
+        if rows:
+            log_media(trainer.loggers, partial(_media, rows, batches), step=trainer.global_step)
         for line in left_out_lines(folder):
             console().print(line, markup=False, soft_wrap=True)
         if families := family_scores(written["validation"], batches.records):
@@ -168,6 +170,12 @@ class CaptionRun(TaskRun):
             captions = self._module.write(self._module.image_tokens(batch), drawing)
             found += self._module.judged(split, batch["numbers"], captions)
         return found
+
+
+def _media(rows: Sequence[Mapping], batches: CaptionBatches) -> Media:
+    """A table of images and their captions."""
+    shown = [{**row, "image": Picture(batches.picture(row["image"]))} for row in rows]
+    return {"captions": MediaTable(list(rows[0]), shown)}
 
 
 def _one_of(records: Records) -> Callable[[int, random.Random], str]:

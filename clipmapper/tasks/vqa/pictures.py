@@ -8,7 +8,7 @@ from clipmapper.data.truth import resized
 from clipmapper.evaluation.score_names import SCORES
 from clipmapper.tasks.vqa.perturbation import AnswerScorer
 from clipmapper.training.explained import Report
-from clipmapper.training.loggers import Html, Picture
+from clipmapper.training.media import Html, Media, MediaTable, Picture
 from clipmapper.visual.comparison import plot_method_comparison
 from clipmapper.visual.curves import plot_perturbation_curves
 from clipmapper.visual.explanation import plot_explanation
@@ -40,27 +40,32 @@ def write_pictures(report: Report, folder: Path, *, count: int, confidence: floa
     return written
 
 
-def sample_rows(report: Report, folder: Path) -> list[dict]:
-    """A row for each heat map that :func:`write_pictures` left in ``folder``."""
+def report_media(report: Report, folder: Path) -> Media:
+    """The pictures that :func:`write_pictures` left in ``folder``, and a table of samples."""
     method = next(iter(report.relevance))
-    samples, rows = report.samples, []
+    columns = ["image", "heat map", "question", "family", "answer", "truth", "probability", "curves"]
+    rows = []
+    samples = report.samples
     for path in sorted(folder.glob("explanation_*.png")):
         number = int(path.stem.split("_")[1])
         curves = folder / "curves" / f"{path.stem}.png"
         save_figure(_sample_curves(report, number), curves)
-        rows.append(
-            {
-                "image": Picture(samples.pictures[number]),
-                "heat map": Picture(path),
-                "question": Html(words_html(report.relevance[method].words[number])),
-                "family": samples.families[number],
-                "answer": report.predictions[number],
-                "truth": samples.truths[number],
-                "probability": report.probabilities[number],
-                "curves": Picture(curves),
-            }
+        cells = (
+            Picture(samples.pictures[number]),
+            Picture(path),
+            Html(words_html(report.relevance[method].words[number])),
+            samples.families[number],
+            report.predictions[number],
+            samples.truths[number],
+            report.probabilities[number],
+            Picture(curves),
         )
-    return rows
+        rows.append(dict(zip(columns, cells, strict=True)))
+    media: dict[str, Picture | MediaTable] = {"explanations": MediaTable(columns, rows)}
+    for name in ("methods", "perturbation_accuracy", "perturbation_probability"):
+        if (folder / f"{name}.png").exists():
+            media[f"pictures/{name}"] = Picture(folder / f"{name}.png")
+    return media
 
 
 def _explanation(report: Report, number: int, method: str):

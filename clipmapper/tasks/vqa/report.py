@@ -23,6 +23,7 @@ from clipmapper.tasks.vqa.perturbation import AnswerScorer
 from clipmapper.tasks.vqa.samples import QuestionSamples
 from clipmapper.tasks.vqa.tables import localisation_table, perturbation_table
 from clipmapper.training.explained import Report, joined, joined_localisation
+from clipmapper.training.media import Media
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class AnswerReport(Report):
     def write(self, folder: Path, *, count: int, confidence: float) -> list[Path]:
         return pictures.write_pictures(self, folder, count=count, confidence=confidence)
 
-    def rows(self, folder: Path) -> list[dict]:
-        return pictures.sample_rows(self, folder)
+    def media(self, folder: Path) -> Media:
+        return pictures.report_media(self, folder)
 
     @classmethod
     def together(cls, samples: QuestionSamples, reports: Sequence["AnswerReport"]) -> "AnswerReport":
