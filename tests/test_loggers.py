@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import training_models
 from lightning.pytorch.loggers import Logger
 from PIL import Image
-from test_wandb import OfflineRun
+from support import training_models
+from support.offline_run import OfflineRun
 
 from clipmapper.commands.train import train
 from clipmapper.errors import UserError

@@ -23,8 +23,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from support import scene_checker
 from support.scene_checker import COLOURS, SHAPES, SIZES, Unclear, caption_is_true
+from support.scene_splits import questions as questions_of
 
 from clipmapper.data.images import as_pil, clip_input
+from clipmapper.data.records import RecordData
+from clipmapper.data.tables.base import RecordList
 from clipmapper.data.tokens.cache import TokenStore
 from clipmapper.data.world.captions import captions
 from clipmapper.data.world.questions import (
@@ -44,9 +47,8 @@ from clipmapper.tasks.vqa.batches import QuestionBatches, drawn_batches
 from clipmapper.tasks.vqa.model import CLIPmapper, VQAHead
 from clipmapper.tasks.vqa.samples import question_samples
 from clipmapper.training import contrastive
-from clipmapper.training.asked_texts import asked_texts
 from clipmapper.training.contrastive import ContrastiveScenes
-from clipmapper.training.encoder_tokens import question_tokens
+from clipmapper.training.record_tokens import record_question_tokens
 
 unhurried = settings(deadline=None, max_examples=30)  # a busy machine is not a failure
 seeds, indices = st.integers(0, 2**32), st.integers(0, 10**6)
@@ -604,7 +606,7 @@ def test_the_checker_by_hand():
 
 def test_a_split_holds_the_scenes_and_questions_it_promises(data):
     for name in SPLITS:
-        split, some = getattr(data, name), scenes_of(data, name)
+        split, some = questions_of(data, name), scenes_of(data, name)
         rendered = render(some)
         assert (split.images == rendered.images).all() and (split.instances == rendered.instances).all()
         assert len(split) == len(split.questions) == len(split.image_of) > 3 * len(some)
@@ -618,7 +620,7 @@ def test_a_split_holds_the_scenes_and_questions_it_promises(data):
 
 
 def test_splits_share_no_scene(data):
-    images = [image.tobytes() for name in SPLITS for image in getattr(data, name).images]
+    images = [image.tobytes() for name in SPLITS for image in questions_of(data, name).images]
     objects = [scene.objects for name in SPLITS for scene in scenes_of(data, name)]
     assert len(set(images)) == len(set(objects)) == sum(data.sizes.values()) == 200
 
@@ -626,14 +628,14 @@ def test_splits_share_no_scene(data):
 def test_splits_are_the_same_for_the_same_seed(data):
     again, other = ScenesVQA(60, 40, 50, 50, 2, seed=3), ScenesVQA(60, 40, 50, 50, 2, seed=4)
     for name in ("simple", "held_out"):
-        assert getattr(again, name).questions == getattr(data, name).questions
-        assert (getattr(again, name).images == getattr(data, name).images).all()
-        assert (getattr(other, name).images != getattr(data, name).images).any()
+        assert questions_of(again, name).questions == questions_of(data, name).questions
+        assert (questions_of(again, name).images == questions_of(data, name).images).all()
+        assert (questions_of(other, name).images != questions_of(data, name).images).any()
 
 
 def test_held_out_combinations_are_in_no_other_split(data, asked, scenes):
     for name in ("train", "simple", "validation"):
-        some, split = scenes_of(data, name), getattr(data, name)
+        some, split = scenes_of(data, name), questions_of(data, name)
         assert not any(forbidden(scene.objects) for scene in some)
         for image, question in zip(split.image_of, split.questions, strict=True):
             assert not scene_checker.combinations(question.text, some[image].objects) & HELD_OUT
@@ -645,7 +647,7 @@ def test_held_out_combinations_are_in_no_other_split(data, asked, scenes):
 
 def test_every_held_out_question_is_about_one(data, asked_held_out):
     some = scenes_of(data, "held_out")
-    split = data.held_out
+    split = questions_of(data, "held_out")
     every = [(q, some[k].objects) for q, k in zip(split.questions, split.image_of, strict=True)]
     for question, items in [*every, *asked_held_out]:
         assert scene_checker.combinations(question.text, items) & HELD_OUT
@@ -757,8 +759,8 @@ def test_contrastive_texts_are_true_and_nothing_held_out_is_shown(model, drawn):
 
 
 def test_samples_are_spread_over_the_families(model, data):
-    split = data.validation
-    chosen = question_samples(model, split, 3 * len(FAMILIES) + 2, seed=0)
+    split = questions_of(data, "validation")
+    chosen = question_samples(model, data, "validation", 3 * len(FAMILIES) + 2, seed=0)
     counts = Counter(chosen.families)
     assert (
         len(chosen) == 3 * len(FAMILIES) + 2
@@ -766,9 +768,11 @@ def test_samples_are_spread_over_the_families(model, data):
         and set(counts.values()) == {3, 4}
     )
     assert len(set(chosen.ids)) == len(chosen)
-    again, other = (question_samples(model, split, len(chosen), seed=s) for s in (0, 1))
+    again, other = (question_samples(model, data, "validation", len(chosen), seed=s) for s in (0, 1))
     assert again.ids == chosen.ids and set(other.ids) != set(chosen.ids)
-    assert question_samples(model, split, 9, seed=0).ids == chosen.ids[:9]  # more samples keep the first ones
+    assert (
+        question_samples(model, data, "validation", 9, seed=0).ids == chosen.ids[:9]
+    )  # more samples keep the first ones
     for k, number in enumerate(chosen.ids):
         question = split.questions[number]
         assert (chosen.questions[k], chosen.truths[k]) == (question.text, question.answer)
@@ -785,27 +789,28 @@ def test_samples_are_spread_over_the_families(model, data):
 
 
 def test_a_sample_that_nobody_can_see_is_left_out(model, data):
-    hidden = replace(data.validation, instances=data.validation.instances.copy())
-    covered = set(range(0, len(hidden.images), 2))
-    hidden.instances[sorted(covered)] = 0
-    chosen = question_samples(model, hidden, 10**6, seed=0)
-    assert len(chosen) == sum(image not in covered for image in hidden.image_of)
-    assert not covered & {int(hidden.image_of[number]) for number in chosen.ids}
+    split, covered = questions_of(data, "validation"), set(range(0, 50, 2))
+    records = [
+        replace(record, truth=replace(record.truth, instances=np.zeros_like(record.truth.instances)))
+        if image in covered
+        else record
+        for record, image in zip(data.validation, split.image_of.tolist(), strict=True)
+    ]
+    hidden = RecordData({}, data.vocabulary)
+    hidden.splits, hidden.reader = {"validation": RecordList(records)}, data.reader
+    chosen = question_samples(model, hidden, "validation", 10**6, seed=0)
+    assert len(chosen) == sum(image not in covered for image in split.image_of)
+    assert not covered & {int(split.image_of[number]) for number in chosen.ids}
 
 
 # ---------------------------------------------------------------- cached tokens
 
 
 def test_cached_tokens_are_those_of_the_encoder(model, data):
-    split, encoder = data.simple, model.encoder
+    split, encoder = questions_of(data, "simple"), model.encoder
     texts = [q.text for q in split.questions]
-    cache = question_tokens(
-        encoder,
-        TokenStore(batch_size=7),
-        ArrayImages(split.images, encoder.clip.visual),
-        asked_texts(encoder.tokenizer, texts, "simple"),
-        torch.from_numpy(split.image_of),
-        "simple",
+    cache = record_question_tokens(
+        encoder, TokenStore(batch_size=7), data.split("simple"), "simple", data.reader(encoder)
     )
     assert cache.image_tokens.dtype == cache.tokens.dtype == torch.float16
     assert len(cache.tokens) == len(set(texts))
@@ -827,22 +832,21 @@ def test_cached_tokens_are_those_of_the_encoder(model, data):
 
 
 def test_batches_from_the_cache_give_the_same_logits(model, data):
-    cached = QuestionBatches(model, data.simple, "simple", store=TokenStore())
-    fresh = QuestionBatches(model, data.simple, "simple", store=None)
+    records = data.split("simple")
+    cached = QuestionBatches(model, data, "simple", records, TokenStore())
+    fresh = QuestionBatches(model, data, "simple", records, None)
     numbers = torch.tensor([3, 40, 11, 0])
     one, two = cached.batch(numbers), fresh.batch(numbers)
     assert torch.equal(one["targets"], two["targets"])
     assert [ANSWERS[int(k)] for k in one["targets"].argmax(1)] == [
-        data.simple.questions[int(n)].answer for n in numbers
+        records[int(n)].answers[0] for n in numbers
     ]
     torch.testing.assert_close(
         one["image_tokens"], model.encoder.image_tokens(two["images"]), atol=2e-3, rtol=1e-3
     )
     labelled = list(fresh.labelled(64))
-    assert [f for batch in labelled for f in batch["families"]] == [q.family for q in data.simple.questions]
-    assert [a for batch in labelled for a in batch["answers"]] == [
-        [q.answer] * 10 for q in data.simple.questions
-    ]
+    assert [f for batch in labelled for f in batch["families"]] == [record.family for record in records]
+    assert [a for batch in labelled for a in batch["answers"]] == [list(record.answers) for record in records]
 
 
 def test_what_training_asks(model, data):
@@ -850,11 +854,15 @@ def test_what_training_asks(model, data):
     asked = []
 
     class Noted(QuestionBatches):
+        def __init__(self, name):
+            super().__init__(model, data, name, data.split(name), None)
+            self.name = name
+
         def batch(self, numbers):
-            asked.extend((self.name, self.split.questions[int(n)]) for n in numbers)
+            asked.extend((self.name, self.records[int(n)].truth.question) for n in numbers)
             return {}
 
-    simple, train = (Noted(model, getattr(data, name), name, None) for name in ("simple", "train"))
+    simple, train = map(Noted, ("simple", "train"))
     batch_at = drawn_batches(
         simple,
         train,
