@@ -118,7 +118,7 @@ def image_of(record):
 def images_of(split):
     """The different images, in the order of their scenes."""
     first, _ = split.first_of_images()
-    return np.stack([split[place].image.pixels for place in first])
+    return np.stack([split[place].image.pixels for place in first.tolist()])
 
 
 def looks(item):

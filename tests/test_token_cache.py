@@ -288,7 +288,7 @@ def cached(encoder: ClipEncoder, folder: Path, pixels: np.ndarray, texts=TEXTS) 
     try:
         store = TokenStore(folder, batch_size=4)
         records = [Record(n, RenderedImage(image), str(n)) for n, image in enumerate(pixels)]
-        source = RecordImages(records, RenderedReader(encoder.clip.visual), None)
+        source = RecordImages(records, RenderedReader(encoder.clip.visual), folder)
         image_tokens(encoder, store, source, lambda done: None)
         images = sum(encoded)
         text_tokens(encoder, store, asked_texts(encoder.tokenizer, texts, "train"), lambda done: None)
