@@ -8,7 +8,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from support import training_models
 from support.small_records import VOCABULARY, records_in
 
-from clipmapper.data.record import Record
+from clipmapper.data.records import Record, RecordData
 from clipmapper.data.tables.builder import as_table
 from clipmapper.data.tokens.cache import TokenStore
 from clipmapper.models import encoder as encoder_identity
@@ -55,6 +55,7 @@ def test_nothing_is_looked_at_twice(tmp_path, monkeypatch):
     """Neither texts nor weights: not by the check of room and then again for the tokens."""
     model = training_models.tiny_model(training_models.tiny_clip(tmp_path)).eval()
     records, tokenized, weighed = records_in(tmp_path / "images"), [], []
+    data = RecordData({"train": records, "validation": records}, VOCABULARY)
 
     def counting(tokenizer, texts):
         tokenized.extend(texts)
@@ -66,10 +67,9 @@ def test_nothing_is_looked_at_twice(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "tokenize", counting)
     monkeypatch.setattr(encoder_identity, "weights_digest", weighing)
-    splits = {"train": as_table(records), "validation": as_table(records)}
     store = TokenStore(tmp_path / "cache")
-    check_room(model.encoder, store, splits, "fast", texts=True)
-    for name, some in splits.items():
-        QuestionBatches(model, some, VOCABULARY, name, store)
+    check_room(model.encoder, store, data.splits, data.reader(model.encoder), texts=True)
+    for name, some in data.splits.items():
+        QuestionBatches(model, data, name, some, store)
     assert sorted(tokenized) == sorted(2 * ["what colour is the thing on the left?", "what is it?"])
     assert len(weighed) == 2  # of images, and of texts

@@ -220,7 +220,7 @@ def test_shares_of_questions_are_the_step_and_the_split(architecture, manifest):
     data = manifest_data(str(manifest))
     encoder = {"architecture": architecture, "pretrained": None, "frozen": True}
     model = build_clipmapper(encoder, training_models.TINY_MAPPER, data.answers)
-    split = QuestionBatches(model, data.train, data.vocabulary, "train", None)
+    split = QuestionBatches(model, data, "train", data.train, None)
     batch_at = question_batches(split, batch_size=6, seed=3)
     for step in (0, 1, 2):  # the last goes over the end of an epoch
         whole = batch_at(step)
@@ -240,15 +240,16 @@ def test_shares_of_captions_are_the_step():
     class Drawn(CaptionBatches):
         def __init__(self) -> None:
             told = [tuple(f"caption {n} of {image}" for n in range(9)) for image in range(7)]
-            self.split = CaptionRecords(
-                [Record(image, b"", str(image), captions=some) for image, some in enumerate(told)]
-            )
+            self.records = [Record(image, b"", str(image), captions=some) for image, some in enumerate(told)]
+
+        def draw(self, image, rng):
+            return rng.choice(self.records[image].captions)
 
         def batch(self, images, captions):
             return {"ids": images, "captions": captions}
 
     split = Drawn()
-    batch_at = drawn_batches([Stage(split, split.split.draw)], batch_size=4, captions=2, seed=0)
+    batch_at = drawn_batches([Stage(split, split.draw)], batch_size=4, captions=2, seed=0)
     whole, parts = batch_at(5), [batch_at(5, Share(index, 2)) for index in range(2)]
     pairs = list(zip(whole["captions"][::2], whole["captions"][1::2], strict=True))
     for index, part in enumerate(parts):

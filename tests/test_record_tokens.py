@@ -12,7 +12,7 @@ from support import caption_models, training_models
 from support.small_records import VOCABULARY, Stored, records_in
 
 from clipmapper.data.readers.manifest import manifest_data
-from clipmapper.data.records import Record
+from clipmapper.data.records import Record, RecordData
 from clipmapper.data.tokens import cache as token_cache
 from clipmapper.data.tokens.cache import TokenStore
 from clipmapper.errors import UserError
@@ -32,12 +32,17 @@ def model(tmp_path_factory):
     return training_models.tiny_model(training_models.tiny_clip(tmp_path_factory.mktemp("clip"))).eval()
 
 
+def asked_in(folder: Path) -> RecordData:
+    records = records_in(folder)
+    return RecordData({"train": records, "validation": records}, VOCABULARY)
+
+
 @pytest.mark.parametrize("stored", [False, True])
 def test_questions_have_the_tokens_of_their_own_image_and_text(model, tmp_path, stored):
-    records = records_in(tmp_path)
+    data = asked_in(tmp_path)
     store = TokenStore(tmp_path / "cache" if stored else None, "float32", batch_size=2)
-    cached = QuestionBatches(model, records, VOCABULARY, "train", store)
-    plain = QuestionBatches(model, records, VOCABULARY, "train", None)
+    cached = QuestionBatches(model, data, "train", data.train, store)
+    plain = QuestionBatches(model, data, "train", data.train, None)
     assert len(cached.cache.image_tokens) == 3  # each image once
     chosen = torch.tensor([4, 0, 5, 3])
     found, wanted = cached.batch(chosen), plain.batch(chosen)
@@ -59,8 +64,9 @@ def test_questions_have_the_tokens_of_their_own_image_and_text(model, tmp_path, 
 def test_images_of_captions_have_their_own_tokens(tmp_path):
     model = caption_models.captioner(training_models.tiny_clip(tmp_path)).float()
     records = records_in(tmp_path)
+    data = RecordData({"train": records, "validation": records}, None)
     found, wanted = (
-        CaptionBatches(model, records, "train", store).batch([4, 0], ["a b", "c d e"])
+        CaptionBatches(model, data, "train", data.train, store).batch([4, 0], ["a b", "c d e"])
         for store in (TokenStore(None, "float32"), None)
     )
     assert "images" not in found and found["references"] == wanted["references"]
@@ -94,14 +100,14 @@ def test_files_are_known_by_their_content(model, tmp_path):
 
 
 def test_a_later_run_finds_the_tokens_and_other_images_do_not(model, tmp_path):
-    records, store = records_in(tmp_path / "images"), TokenStore(tmp_path / "cache")
-    QuestionBatches(model, records, VOCABULARY, "train", store)
+    data, store = asked_in(tmp_path / "images"), TokenStore(tmp_path / "cache")
+    QuestionBatches(model, data, "train", data.train, store)
     kept = sorted(path.name for path in (tmp_path / "cache").glob("*-*"))
     assert len(kept) == 2
-    QuestionBatches(model, records, VOCABULARY, "train", store)
+    QuestionBatches(model, data, "train", data.train, store)
     assert sorted(path.name for path in (tmp_path / "cache").glob("*-*")) == kept
     Image.new("RGB", (64, 64), "red").save(tmp_path / "images" / "0.png")
-    changed = QuestionBatches(model, records, VOCABULARY, "train", store)
+    changed = QuestionBatches(model, data, "train", data.train, store)
     assert len(list((tmp_path / "cache").glob("images-*"))) == 2
     with torch.no_grad():
         wanted = model.encoder.image_tokens(changed.dataset[0][1][None])
@@ -145,12 +151,12 @@ def manifests(tmp_path_factory):
 def prepared(settings, folder: Path):
     data = manifest_data(str(settings.data.path))
     torch.manual_seed(0)
-    task = TASKS[data.task](settings, data)
-    task.prepare(None, folder)
+    task = TASKS[data.kind](settings, data)
+    task.prepare(folder)
     return task
 
 
-TASKS = {"vqa": VQARun, "captioning": CaptionRun}
+TASKS = {"questions": VQARun, "captions": CaptionRun}
 
 
 @pytest.mark.parametrize("captions", [False, True])

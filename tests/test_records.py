@@ -127,13 +127,13 @@ def test_a_batch_of_captions():
 def test_data_says_what_it_is():
     records = [Record(i, b"", f"i{i // 2}", "q?", ("yes",), "b" if i else "a") for i in range(4)]
     data = RecordData({"train": records, "validation": records[:2]}, AnswerVocabulary(["yes"]), notes=["n"])
-    assert data.task == "vqa" and data.families == ("a", "b") and data.answers == ("yes",)
+    assert data.kind == "questions" and data.families == ("a", "b") and data.answers == ("yes",)
     assert data.summary() == [
         "train: 2 images, 4 questions", "validation: 1 images, 2 questions", "1 answers", "n"
     ]  # fmt: skip
     told = [Record(1, b"", "a", captions=("x", "y"))]
     captions = RecordData({"train": told, "validation": [Record(2, b"", "b", captions=("z",))]}, None)
-    assert captions.task == "captioning" and list(captions.wordings()) == ["x", "y", "z"]
+    assert captions.kind == "captions" and list(captions.wordings()) == ["x", "y", "z"]
     assert captions.summary()[0] == "train: 1 images, 2 captions"
 
 

@@ -5,6 +5,7 @@ Questions and captions are judged by ``scene_checker``, which knows only their t
 
 import colorsys
 import contextlib
+import copy
 import gc
 import itertools
 import json
@@ -26,7 +27,6 @@ from support.scene_checker import COLOURS, SHAPES, SIZES, Unclear, caption_is_tr
 from support.scene_splits import questions as questions_of
 
 from clipmapper.data.images import as_pil, clip_input
-from clipmapper.data.records import RecordData
 from clipmapper.data.tables.base import RecordList
 from clipmapper.data.tokens.cache import TokenStore
 from clipmapper.data.world.captions import captions
@@ -48,7 +48,8 @@ from clipmapper.tasks.vqa.model import CLIPmapper, VQAHead
 from clipmapper.tasks.vqa.samples import question_samples
 from clipmapper.training import contrastive
 from clipmapper.training.contrastive import ContrastiveScenes
-from clipmapper.training.record_tokens import record_question_tokens
+from clipmapper.training.encoder_tokens import question_tokens
+from clipmapper.training.record_tokens import different_images
 
 unhurried = settings(deadline=None, max_examples=30)  # a busy machine is not a failure
 seeds, indices = st.integers(0, 2**32), st.integers(0, 10**6)
@@ -102,6 +103,22 @@ def scenes_of(data, name):
         draw_scene(data.seed, name, i, objects=objects, held_out=name == "held_out")
         for i in range(data.sizes[name])
     ]
+
+
+def questions_of(split):
+    """What the world has asked, each held by the truth of its record."""
+    return [record.truth.question for record in split]
+
+
+def image_of(record):
+    """The number of its scene."""
+    return int(record.image_id.split("/")[1])
+
+
+def images_of(split):
+    """The different images, in the order of their scenes."""
+    first, _ = split.first_of_images()
+    return np.stack([split[place].image.pixels for place in first.tolist()])
 
 
 def looks(item):
@@ -606,21 +623,24 @@ def test_the_checker_by_hand():
 
 def test_a_split_holds_the_scenes_and_questions_it_promises(data):
     for name in SPLITS:
-        split, some = questions_of(data, name), scenes_of(data, name)
+        split, some = data.splits[name], scenes_of(data, name)
         rendered = render(some)
-        assert (split.images == rendered.images).all() and (split.instances == rendered.instances).all()
-        assert len(split) == len(split.questions) == len(split.image_of) > 3 * len(some)
+        assert (images_of(split) == rendered.images).all() and len(split) > 3 * len(some)
         assert max(len(scene.objects) for scene in some) == (2 if name == "simple" else 4)
-        for number, question in enumerate(split.questions):
-            image = int(split.image_of[number])
+        for record, question in zip(split, questions_of(split), strict=True):
+            image = image_of(record)
+            assert (record.question, set(record.answers)) == (question.text, {question.answer})
+            assert record.family == question.family and record.truth.words == question.deciding_words
+            assert (record.image.pixels == rendered.images[image]).all()
             assert scene_checker.answer(question.text, some[image].objects) == question.answer
-            mask = split.mask(number)
+            mask, instances = record.truth.mask(), record.truth.instances
+            assert (instances == rendered.instances[image]).all()
             assert mask.any() and (mask == rendered.object_mask(image, question.deciding_objects)).all()
-            assert set(np.unique(split.instances[image][mask]) - 1) == set(question.deciding_objects)
+            assert set(np.unique(instances[mask]) - 1) == set(question.deciding_objects)
 
 
 def test_splits_share_no_scene(data):
-    images = [image.tobytes() for name in SPLITS for image in questions_of(data, name).images]
+    images = [image.tobytes() for name in SPLITS for image in images_of(data.splits[name])]
     objects = [scene.objects for name in SPLITS for scene in scenes_of(data, name)]
     assert len(set(images)) == len(set(objects)) == sum(data.sizes.values()) == 200
 
@@ -628,17 +648,19 @@ def test_splits_share_no_scene(data):
 def test_splits_are_the_same_for_the_same_seed(data):
     again, other = ScenesVQA(60, 40, 50, 50, 2, seed=3), ScenesVQA(60, 40, 50, 50, 2, seed=4)
     for name in ("simple", "held_out"):
-        assert questions_of(again, name).questions == questions_of(data, name).questions
-        assert (questions_of(again, name).images == questions_of(data, name).images).all()
-        assert (questions_of(other, name).images != questions_of(data, name).images).any()
+        of_same, of_data, of_other = (one.splits[name] for one in (again, data, other))
+        assert questions_of(of_same) == questions_of(of_data)
+        assert (images_of(of_same) == images_of(of_data)).all()
+        assert (images_of(of_other) != images_of(of_data)).any()
 
 
 def test_held_out_combinations_are_in_no_other_split(data, asked, scenes):
     for name in ("train", "simple", "validation"):
-        some, split = scenes_of(data, name), questions_of(data, name)
+        some, split = scenes_of(data, name), data.splits[name]
         assert not any(forbidden(scene.objects) for scene in some)
-        for image, question in zip(split.image_of, split.questions, strict=True):
-            assert not scene_checker.combinations(question.text, some[image].objects) & HELD_OUT
+        for record in split:
+            objects = some[image_of(record)].objects
+            assert not scene_checker.combinations(record.question, objects) & HELD_OUT
     assert not any(forbidden(scene.objects) for scene in scenes)
     for question, items in asked:
         assert not scene_checker.combinations(question.text, items) & HELD_OUT
@@ -647,8 +669,8 @@ def test_held_out_combinations_are_in_no_other_split(data, asked, scenes):
 
 def test_every_held_out_question_is_about_one(data, asked_held_out):
     some = scenes_of(data, "held_out")
-    split = questions_of(data, "held_out")
-    every = [(q, some[k].objects) for q, k in zip(split.questions, split.image_of, strict=True)]
+    split = data.splits["held_out"]
+    every = [(record.truth.question, some[image_of(record)].objects) for record in split]
     for question, items in [*every, *asked_held_out]:
         assert scene_checker.combinations(question.text, items) & HELD_OUT
     assert {q.family for q, _ in every} == set(FAMILIES)
@@ -759,7 +781,7 @@ def test_contrastive_texts_are_true_and_nothing_held_out_is_shown(model, drawn):
 
 
 def test_samples_are_spread_over_the_families(model, data):
-    split = questions_of(data, "validation")
+    split = data.validation
     chosen = question_samples(model, data, "validation", 3 * len(FAMILIES) + 2, seed=0)
     counts = Counter(chosen.families)
     assert (
@@ -770,14 +792,13 @@ def test_samples_are_spread_over_the_families(model, data):
     assert len(set(chosen.ids)) == len(chosen)
     again, other = (question_samples(model, data, "validation", len(chosen), seed=s) for s in (0, 1))
     assert again.ids == chosen.ids and set(other.ids) != set(chosen.ids)
-    assert (
-        question_samples(model, data, "validation", 9, seed=0).ids == chosen.ids[:9]
-    )  # more samples keep the first ones
+    first = question_samples(model, data, "validation", 9, seed=0)
+    assert first.ids == chosen.ids[:9]  # more samples keep the first ones
     for k, number in enumerate(chosen.ids):
-        question = split.questions[number]
+        question = split[number].truth.question
         assert (chosen.questions[k], chosen.truths[k]) == (question.text, question.answer)
-        assert (chosen.pictures[k] == split.images[split.image_of[number]]).all()
-        assert (chosen.masks[k] == split.mask(number)).all() and chosen.masks[k].any()
+        assert (chosen.pictures[k] == split[number].image.pixels).all()
+        assert (chosen.masks[k] == split[number].truth.mask()).all() and chosen.masks[k].any()
         assert chosen.targets[k].sum() == 1 and ANSWERS[int(chosen.targets[k].argmax())] == question.answer
         ids, removable = chosen.text.ids[k], chosen.text.removable[k]
         assert model.encoder.tokenizer.decode(ids[removable].tolist()).replace(" ", "") == (
@@ -789,35 +810,43 @@ def test_samples_are_spread_over_the_families(model, data):
 
 
 def test_a_sample_that_nobody_can_see_is_left_out(model, data):
-    split, covered = questions_of(data, "validation"), set(range(0, 50, 2))
-    records = [
-        replace(record, truth=replace(record.truth, instances=np.zeros_like(record.truth.instances)))
-        if image in covered
-        else record
-        for record, image in zip(data.validation, split.image_of.tolist(), strict=True)
-    ]
-    hidden = RecordData({}, data.vocabulary)
-    hidden.splits, hidden.reader = {"validation": RecordList(records)}, data.reader
+    split = data.validation
+    covered = set(range(0, data.sizes["validation"], 2))
+
+    def hide(record):
+        nothing = np.zeros_like(record.truth.instances)
+        return replace(record, truth=replace(record.truth, instances=nothing))
+
+    hidden = copy.copy(data)
+    hidden.splits = {
+        "validation": RecordList([hide(one) if image_of(one) in covered else one for one in split])
+    }
     chosen = question_samples(model, hidden, "validation", 10**6, seed=0)
-    assert len(chosen) == sum(image not in covered for image in split.image_of)
-    assert not covered & {int(split.image_of[number]) for number in chosen.ids}
+    assert len(chosen) == sum(image_of(record) not in covered for record in split)
+    assert not covered & {image_of(split[number]) for number in chosen.ids}
 
 
 # ---------------------------------------------------------------- cached tokens
 
 
 def test_cached_tokens_are_those_of_the_encoder(model, data):
-    split, encoder = questions_of(data, "simple"), model.encoder
-    texts = [q.text for q in split.questions]
-    cache = record_question_tokens(
-        encoder, TokenStore(batch_size=7), data.split("simple"), "simple", data.reader(encoder)
+    split, encoder = data.splits["simple"], model.encoder
+    texts = [record.question for record in split]
+    source, image_of_each = different_images(split, data.reader(encoder), None)
+    cache = question_tokens(
+        encoder,
+        TokenStore(batch_size=7),
+        source,
+        asked_texts(encoder.tokenizer, texts, "simple"),
+        image_of_each,
+        "simple",
     )
     assert cache.image_tokens.dtype == cache.tokens.dtype == torch.float16
     assert len(cache.tokens) == len(set(texts))
     lengths = set()
     for some in (range(len(split)), [5], [9, 2, 30], [int(np.argmax([len(t) for t in texts])), 0]):
         numbers = torch.tensor(list(some))
-        images = clip_input(split.images[split.image_of[numbers.numpy()]], model.encoder.clip.visual)
+        images = clip_input(np.stack([split[n].image.pixels for n in some]), encoder.clip.visual)
         torch.testing.assert_close(cache.images(numbers), encoder.image_tokens(images), atol=2e-3, rtol=1e-3)
         text = tokenize(encoder.tokenizer, [texts[n] for n in some])
         cached = cache.texts(numbers)
@@ -832,21 +861,23 @@ def test_cached_tokens_are_those_of_the_encoder(model, data):
 
 
 def test_batches_from_the_cache_give_the_same_logits(model, data):
-    records = data.split("simple")
-    cached = QuestionBatches(model, data, "simple", records, TokenStore())
-    fresh = QuestionBatches(model, data, "simple", records, None)
+    split = data.splits["simple"]
+    cached = QuestionBatches(model, data, "simple", split, store=TokenStore())
+    fresh = QuestionBatches(model, data, "simple", split, store=None)
     numbers = torch.tensor([3, 40, 11, 0])
     one, two = cached.batch(numbers), fresh.batch(numbers)
     assert torch.equal(one["targets"], two["targets"])
     assert [ANSWERS[int(k)] for k in one["targets"].argmax(1)] == [
-        records[int(n)].answers[0] for n in numbers
+        split[int(n)].truth.question.answer for n in numbers
     ]
     torch.testing.assert_close(
         one["image_tokens"], model.encoder.image_tokens(two["images"]), atol=2e-3, rtol=1e-3
     )
     labelled = list(fresh.labelled(64))
-    assert [f for batch in labelled for f in batch["families"]] == [record.family for record in records]
-    assert [a for batch in labelled for a in batch["answers"]] == [list(record.answers) for record in records]
+    assert [f for batch in labelled for f in batch["families"]] == [q.family for q in questions_of(split)]
+    assert [a for batch in labelled for a in batch["answers"]] == [
+        [q.answer] * 10 for q in questions_of(split)
+    ]
 
 
 def test_what_training_asks(model, data):
@@ -859,10 +890,11 @@ def test_what_training_asks(model, data):
             self.name = name
 
         def batch(self, numbers):
-            asked.extend((self.name, self.records[int(n)].truth.question) for n in numbers)
+            some = [self.records[int(n)] for n in numbers]
+            asked.extend((one.id.split("/")[0], one.truth.question) for one in some)
             return {}
 
-    simple, train = map(Noted, ("simple", "train"))
+    simple, train = (Noted(model, data, name, data.splits[name], None) for name in ("simple", "train"))
     batch_at = drawn_batches(
         simple,
         train,

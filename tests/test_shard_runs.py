@@ -100,7 +100,7 @@ def test_a_run_that_is_resumed_sees_the_batches_that_it_would_have_seen(place, n
     def batches(first: int) -> list[dict]:
         data = built(vars(config.data))
         task = (VQARun if name == "questions" else CaptionRun)(config, data)
-        task.prepare(None, place)
+        task.prepare(place)
         steps = StepBatches(task.batch_at, first, config.training.max_steps)
         return list(DataLoader(steps, batch_size=None, num_workers=2, multiprocessing_context="fork"))
 
@@ -166,7 +166,7 @@ def test_mistakes_are_one_clear_line(place, tmp_path):
         train(settings(place, "questions", "data.workers=5", "callbacks=none"))
     with pytest.raises(UserError, match=r"none: no such file or folder"):
         train(settings(place, "questions", f"data.path={tmp_path}/none", "callbacks=none"))
-    with pytest.raises(UserError, match="it has captions and no questions"):
+    with pytest.raises(UserError, match="it answers questions, but these data have captions"):
         train(settings(place, "questions", f"data.path={place / 'captions'}", "callbacks=none"))
     data = ShardData(str(place / "questions"), buffer=4)
     with pytest.raises(UserError, match="split=train: the data has validation"):

@@ -57,11 +57,12 @@ def whole(settings) -> Path:
 
 
 def numbers(folder: Path) -> dict:
-    """All results of a run that do not tell where and how long."""
+    """All results of a run that do not tell where and how long; of files with answers, what is in them."""
     results = json.loads((folder / RESULTS).read_text())
+    answers = {split: json.loads(Path(file).read_text()) for split, file in results["answers"].items()}
     return {
         key: value for key, value in results.items() if key not in ("name", "settings", "files", "seconds")
-    }
+    } | {"answers": answers}
 
 
 def same_end(folder: Path, whole: Path) -> bool:

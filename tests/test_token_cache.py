@@ -14,12 +14,15 @@ import torch
 from support import training_models
 
 from clipmapper.data.content import file_digests
+from clipmapper.data.record import Record
 from clipmapper.data.tokens.cache import TokenStore
 from clipmapper.data.tokens.file import TokenFile
+from clipmapper.data.world.data import RenderedImage, RenderedReader
 from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.training.asked_texts import asked_texts
 from clipmapper.training.encoder_tokens import image_tokens, text_tokens
+from clipmapper.training.record_tokens import RecordImages
 
 ROWS, SHAPE, PART = 23, (3, 4), 5
 
@@ -284,7 +287,9 @@ def cached(encoder: ClipEncoder, folder: Path, pixels: np.ndarray, texts=TEXTS) 
     encoder._towers = (_counting(image_tower, encoded), _counting(text_tower, encoded))
     try:
         store = TokenStore(folder, batch_size=4)
-        image_tokens(encoder, store, ArrayImages(pixels, encoder.clip.visual), lambda done: None)
+        records = [Record(n, RenderedImage(image), str(n)) for n, image in enumerate(pixels)]
+        source = RecordImages(records, RenderedReader(encoder.clip.visual), folder)
+        image_tokens(encoder, store, source, lambda done: None)
         images = sum(encoded)
         text_tokens(encoder, store, asked_texts(encoder.tokenizer, texts, "train"), lambda done: None)
     finally:

@@ -22,11 +22,15 @@ from torch.utils.data import DataLoader
 
 import clipmapper
 from clipmapper.commands.train import train
+from clipmapper.data.records import RecordDataset
+from clipmapper.data.tables.base import RecordList
 from clipmapper.data.tokens.cache import TokenStore
-from clipmapper.data.world.questions import ANSWERS
+from clipmapper.data.world.data import RenderedImage
+from clipmapper.data.world.questions import ANSWERS, SceneQuestion
 from clipmapper.errors import UserError
 from clipmapper.tasks.vqa import report as explanation_report
-from clipmapper.tasks.vqa import task as vqa_task
+from clipmapper.tasks.vqa import run as vqa_run
+from clipmapper.tasks.vqa.batches import QuestionBatches
 from clipmapper.tasks.vqa.blind import blind_accuracy
 from clipmapper.tasks.vqa.model import build_clipmapper
 from clipmapper.tasks.vqa.training import VQAModule, answer_loss
@@ -140,6 +144,10 @@ class Losses(Callback):
         self.values.append(float(outputs["loss"]))
 
 
+def question_splits(model, data, names, store) -> dict[str, QuestionBatches]:
+    return {name: QuestionBatches(model, data, name, data.splits[name], store) for name in names}
+
+
 class Fitted:
     """A model that was trained on 40 questions until it knew most of them, and how."""
 
@@ -147,10 +155,10 @@ class Fitted:
         data = training_models.small_scenes()
         architecture = training_models.tiny_clip(folder)
         self.model = training_models.tiny_model(architecture, mapper=mapper, width=32, depth=2, head_width=32)
-        names = ("simple", "train", *VALIDATION_SPLITS)
-        splits = {name: getattr(data, name) for name in names}
-        self.splits = scene_splits(self.model, splits, store=TokenStore())
-        self.module = VQAModule(self.model, 1e-2, 0.0, 5, 80, data.families, VALIDATION_SPLITS)
+        self.splits = question_splits(
+            self.model, data, ("simple", "train", *data.validation_splits), TokenStore()
+        )
+        self.module = VQAModule(self.model, 1e-2, 0.0, 5, 80, data.families, data.validation_splits)
         losses = Losses()
         self.trainer = lightning.Trainer(
             accelerator="cpu",
@@ -167,7 +175,7 @@ class Fitted:
         )
         few = torch.arange(40)
         batches = StepBatches(lambda step, share: self.splits["train"].batch(few), 0, 80)
-        validation = [Labelled(self.splits[name]) for name in VALIDATION_SPLITS]
+        validation = [Labelled(self.splits[name]) for name in data.validation_splits]
         loaders = [DataLoader(dataset, batch_size=None) for dataset in (batches, *validation)]
         with less_noise():
             self.trainer.fit(self.module, loaders[0], loaders[1:])
@@ -194,14 +202,19 @@ def test_mapper_learns_a_few_questions_by_heart(fitted):
 # Metrics
 
 
+def questions_of(split) -> list[SceneQuestion]:
+    """What the world has asked, each held by the truth of its record."""
+    return [record.truth.question for record in split]
+
+
 def test_validation_accuracy_is_a_count_by_hand(fitted):
     logged = fitted.trainer.callback_metrics
-    for name in VALIDATION_SPLITS:
-        split = fitted.splits[name].split
+    for name in training_models.small_scenes().validation_splits:
+        split = fitted.splits[name].records
         counted = {}
         with torch.no_grad():
             logits = fitted.module.logits(fitted.splits[name].batch(torch.arange(len(split))))
-        for found, question in zip(logits.argmax(dim=1).tolist(), split.questions, strict=True):
+        for found, question in zip(logits.argmax(dim=1).tolist(), questions_of(split), strict=True):
             right = fitted.model.answers[found] == question.answer
             counted.setdefault(question.family, []).append(right)
             counted.setdefault("overall", []).append(right)
@@ -216,7 +229,7 @@ def test_validation_accuracy_is_a_count_by_hand(fitted):
 def test_blind_baseline_sees_no_image(architecture, store):
     data = training_models.small_scenes()
     model = training_models.tiny_model(architecture)
-    splits = scene_splits(model, {"train": data.train, "validation": data.validation}, store)
+    splits = question_splits(model, data, ("train", "validation"), store)
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     def accuracy() -> dict:
@@ -238,11 +251,14 @@ def test_blind_baseline_sees_no_image(architecture, store):
         if store is not None:
             split.cache.image_tokens.fill_(torch.nan)
         else:
-            split.split = replace(split.split, images=255 - split.split.images)
+            split.records = RecordList(
+                [replace(one, image=RenderedImage(255 - one.image.pixels)) for one in split.records]
+            )
+            split.dataset = RecordDataset(split.records, split.dataset.reader)
     torch.manual_seed(2)  # its own seed is all that it depends on
     assert accuracy() == first
     assert set(first) == {*data.families, "overall"} and 0 < first["overall"] < 1
-    asked = [q.family for q in data.validation.questions]
+    asked = [q.family for q in questions_of(data.validation)]
     mean = sum(first[family] * asked.count(family) for family in data.families) / len(asked)
     assert first["overall"] == pytest.approx(mean)
     assert same_bits(before, dict(model.state_dict()))
@@ -256,10 +272,10 @@ def test_loaded_model_answers_as_the_trained_one(fitted):
     assert not Path(fitted.model.encoder.architecture).exists()
     loaded = clipmapper.load(fitted.checkpoint)
     assert not loaded.training
-    split = fitted.splits["validation"].split
+    split = fitted.splits["validation"].records
     answers = set()
-    for number, question in list(enumerate(split.questions))[::9]:
-        image = split.images[split.image_of[number]]
+    for number, question in list(enumerate(questions_of(split)))[::9]:
+        image = split[number].image.pixels
         with torch.no_grad():
             logits = fitted.module.logits(fitted.splits["validation"].batch(torch.tensor([number])))
         answer = loaded.answer(image, question.text)
@@ -453,7 +469,7 @@ def test_stopped_at_the_end_and_resumed(settings, whole_run, monkeypatch, moment
 
             patched.setattr(explanation_report, "perturb", perturb)
         else:
-            patched.setattr(vqa_task, "blind_accuracy", lambda *args, **kwargs: ctrl_c())
+            patched.setattr(vqa_run, "blind_accuracy", lambda *args, **kwargs: ctrl_c())
         with pytest.raises((RunInterrupted, KeyboardInterrupt)):
             train(stopped)
     assert_same_end(train(replace(stopped, resume=True)), whole)
@@ -467,7 +483,7 @@ def test_callback_leaves_training_as_it_is(settings, monkeypatch):
         built.head = nn.Sequential(nn.Dropout(0.5), built.head)
         return built
 
-    monkeypatch.setattr(vqa_task, "build_clipmapper", with_dropout)
+    monkeypatch.setattr(vqa_run, "build_clipmapper", with_dropout)
     common = ("encoder.frozen=false", "trainer.val_check_interval=2")
     without = train(settings("name=without", "callbacks=none", *common))
     explained = train(settings("name=explained", *common))

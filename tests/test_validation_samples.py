@@ -20,17 +20,22 @@ def place(tmp_path_factory):
 
 def test_a_part_is_drawn_by_seed_and_name_and_all_is_the_split_itself():
     split = training_models.small_scenes().validation
+
+    def questions(records):
+        return [record.truth.question for record in records]
+
     assert ValidationSubset(None, 0).of("validation", split) is split
     assert not ValidationSubset(None, 0).lines()
     drawn = ValidationSubset(5, 0)
     part = drawn.of("validation", split)
     again = ValidationSubset(5, 0).of("validation", split)
-    assert part.questions == again.questions and len(part) == 5
-    places = [split.questions.index(question) for question in part.questions]
-    assert [split.image_of[split.questions.index(q)] for q in part.questions] == part.image_of.tolist()
+    assert questions(part) == questions(again) and len(part) == 5
+    places = [questions(split).index(question) for question in questions(part)]
+    assert all(split[place].image is record.image for place, record in zip(places, part, strict=True))
+    assert [split[place].image_id for place in places] == [record.image_id for record in part]
     assert places == sorted(places)
-    assert ValidationSubset(5, 1).of("validation", split).questions != part.questions
-    assert drawn.of("held_out", split).questions != part.questions
+    assert questions(ValidationSubset(5, 1).of("validation", split)) != questions(part)
+    assert questions(drawn.of("held_out", split)) != questions(part)
     assert drawn.numbers()["validation"] == {"samples": 5, "of": len(split)}
     assert (
         drawn.lines()[0] == f"validation: 5 of {len(split)} samples are scored (training.validation_samples)"
@@ -43,9 +48,10 @@ def test_of_captions_images_and_truth_stay_together():
     places = np.array([1, 7, 8])
     part = split.take(places)
     for number, place_ in enumerate(places):
-        assert (part.images[number] == split.images[place_]).all()
-        assert part.scenes[number] is split.scenes[place_]
-        assert part.references[number] == split.references[place_]
+        assert (part[number].image.pixels == split[place_].image.pixels).all()
+        assert part[number].truth.scene is split[place_].truth.scene
+        assert (part[number].truth.instances == split[place_].truth.instances).all()
+        assert part[number].captions == split[place_].captions
 
 
 @pytest.mark.parametrize("task", ["questions", "captions"])

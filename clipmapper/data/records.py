@@ -32,7 +32,7 @@ class RecordDataset(Dataset):
     """
 
     def __init__(
-        self, records: Sequence[Record], reader: Callable[[Record], Tensor]
+        self, records: Sequence[Record], reader: Callable[[Record], Num[Tensor, "3 height width"]]
     ) -> None:
         self.records, self.reader = records, reader
 
