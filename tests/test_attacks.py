@@ -216,17 +216,20 @@ def test_data_of_a_checkpoint_are_never_opened(one_line, canary, tmp_path, conte
 
 
 def test_the_world_is_rebuilt_from_numbers(tmp_path, content):
+    from clipmapper.tasks.registry import task_of
     from clipmapper.training.checkpoint_data import data_description, data_for
 
     model = clipmapper.load(saved(tmp_path / "whole.ckpt", content))
-    data = data_for(model, None, "whole.ckpt")
+    data = data_for(task_of(model), model, None, "whole.ckpt")
     assert data.sizes["validation"] == 6
-    old = {"_target_": "clipmapper.data.world.vqa.ScenesVQA", **WORLD}
-    model.description["data"] = old
-    again = data_for(model, None, "whole.ckpt")
-    assert np.array_equal(again.validation.images, data.validation.images)
+    model.description["data"] = {"_target_": "clipmapper.data.scenes_vqa.ScenesVQA", **WORLD}
+    again = data_for(task_of(model), model, None, "whole.ckpt")
+    for one, other in zip(again.validation, data.validation, strict=True):
+        assert (one.id, one.question, one.answers) == (other.id, other.question, other.answers)
+        assert np.array_equal(one.image.pixels, other.image.pixels)
     assert (
-        data_description(ScenesVQAConfig(_target_=old["_target_"], **WORLD)) == content[DESCRIPTION]["data"]
+        data_description(ScenesVQAConfig(_target_="clipmapper.data.world.vqa.ScenesVQA", **WORLD))
+        == content[DESCRIPTION]["data"]
     )
     own = data_description(ScenesVQAConfig(_target_="my.Scenes", **WORLD))
     assert own == {"name": "my.Scenes", "settings": WORLD}  # no world of ours

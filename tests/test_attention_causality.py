@@ -175,7 +175,7 @@ def test_a_classifier_in_a_folder(script, tmp_path, capsys):
 
 
 def test_a_model_that_writes_captions_is_refused(script, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("clipmapper.models.build.load", lambda path, **_: tiny_models.captioner(tmp_path))
+    monkeypatch.setattr("clipmapper.tasks.registry.load", lambda path, **_: tiny_models.captioner(tmp_path))
     with pytest.raises(SystemExit, match="2"):
         script.main(["--checkpoint", "captions.ckpt", "--output", str(tmp_path / "out.json")])
     assert "writes captions" in capsys.readouterr().err

@@ -42,7 +42,7 @@ def results(trained) -> dict:
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("pictures") / "A photo (1).png"
-    Image.fromarray(training_models.small_scenes().validation.images[0]).save(path)
+    Image.fromarray(training_models.picture(0)).save(path)
     return path
 
 
@@ -78,7 +78,7 @@ def test_results_have_the_accuracy_of_every_family(results):
     assert list(results["accuracy"]) == [*CHANCE, "overall"]
     validation = ScenesVQA(60, 40, 40, 40, 4, seed=0).validation
     for family, row in results["accuracy"].items():
-        asked = [q for q in validation.questions if family in (q.family, "overall")]
+        asked = [q for q in validation if family in (q.family, "overall")]
         assert set(row) == {"questions", "validation", "held_out", "blind", "chance"}
         assert row["questions"] == len(asked) > 0
         assert all(0 <= row[split] <= 1 for split in ("validation", "held_out", "blind"))

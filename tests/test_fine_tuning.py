@@ -151,7 +151,7 @@ def test_run_with_adapters_loads_and_answers(tmp_path):
     assert {entry["lr"] for entry in state["optimizer_states"][0]["param_groups"]} != {0.0}
     model = clipmapper.load(folder / CHECKPOINT)
     assert not any("lora" in name for name in model.state_dict())
-    image = training_models.small_scenes().validation.images[0]
+    image = training_models.picture(0)
     assert model.answer(image, "is there a red ring?") in model.answers
     assert clipmapper.explain(model, image, "is there a red ring?").patches.shape == (3, 3)
 

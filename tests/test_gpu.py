@@ -143,7 +143,7 @@ def test_training_explaining_and_perturbing(trained, tmp_path):
     assert results["explanations"]["perturbation"]
     checkpoint = trained.run_folder / "checkpoints" / "last.ckpt"
     on_gpu, on_cpu = load(checkpoint, GPU), load(checkpoint)
-    picture = training_models.small_scenes().validation.images[3]
+    picture = training_models.picture(3)
     found, expected = (
         clipmapper.explain(model, picture, "is the red ring left of the cross?", answer="yes")
         for model in (on_gpu, on_cpu)
@@ -174,7 +174,7 @@ def test_a_captioner(tmp_path, experiment):
     assert run.status == 0, run.errors
     assert json.loads((run.run_folder / "results.json").read_text())["explanations"]
     checkpoint = run.run_folder / "checkpoints" / "last.ckpt"
-    picture = training_models.small_scenes().validation.images[3]
+    picture = training_models.picture(3)
     found, expected = (
         clipmapper.explain(load(checkpoint, device), picture, caption="a red ring left of a cross")
         for device in (GPU, torch.device("cpu"))

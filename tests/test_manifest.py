@@ -63,7 +63,7 @@ def test_json_lines(folder):
     del entries[1]["answers"]
     data = manifest_data(lines(folder / "my.jsonl", entries))
     found = {record.id: record for some in data.splits.values() for record in some}
-    assert len(found) == 24 and data.task == "vqa"
+    assert len(found) == 24 and data.kind == "questions"
     first = found[7]
     assert first.image == folder / "0.png" and first.question == "is it 0?" and first.family == "yes/no"
     assert first.answers == ("yes",) * 9 + ("no",) and first.source == f"{folder / 'my.jsonl'}:1"
@@ -157,7 +157,7 @@ def test_captions_of_an_image_come_together(folder):
     ]
     entries.append({"image": "5.png", "captions": ["one", "two", "three"]})
     data = manifest_data(lines(folder / "my.jsonl", entries))
-    assert data.task == "captioning"
+    assert data.kind == "captions"
     found = {r.image.name: r for some in data.splits.values() for r in some}
     assert len(found) == 6 and sum(map(len, data.splits.values())) == 6
     assert found["3.png"].captions == ("caption 0 of 3", "caption 1 of 3")

@@ -115,7 +115,7 @@ def test_coco_captions_and_the_karpathy_split(tmp_path):
     folder = coco_folder(tmp_path)
     data = coco_captions_data(str(folder), "dataset_coco.json")
     ids = {name: [record.id for record in some] for name, some in data.splits.items()}
-    assert ids == {"train": [0, 1, 10], "validation": [11], "test": [12]} and data.task == "captioning"
+    assert ids == {"train": [0, 1, 10], "validation": [11], "test": [12]} and data.kind == "captions"
     assert data.validation[0].captions == tuple(f"Caption {k} of 11" for k in range(5))
     assert data.train[2].image.is_file()
     official = coco_captions_data(str(folder))

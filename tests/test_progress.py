@@ -31,11 +31,11 @@ class Model(lightning.LightningModule):
 class Rows:
     """A split of ten samples."""
 
-    split = range(10)
+    records = range(10)
     labelled_at_most = 2
 
-    def labelled(self, batch_size, share):
-        return (torch.ones(len(rows)) for rows in batches_of(10, min(batch_size, 2), share))
+    def labelled(self, share):
+        return (torch.ones(len(rows)) for rows in batches_of(10, 2, share))
 
 
 @pytest.fixture

@@ -24,7 +24,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from support import scene_checker
 from support.scene_checker import COLOURS, SHAPES, SIZES, Unclear, caption_is_true
-from support.scene_splits import questions as questions_of
 
 from clipmapper.data.images import as_pil, clip_input
 from clipmapper.data.tables.base import RecordList
@@ -47,6 +46,7 @@ from clipmapper.tasks.vqa.batches import QuestionBatches, drawn_batches
 from clipmapper.tasks.vqa.model import CLIPmapper, VQAHead
 from clipmapper.tasks.vqa.samples import question_samples
 from clipmapper.training import contrastive
+from clipmapper.training.asked_texts import asked_texts
 from clipmapper.training.contrastive import ContrastiveScenes
 from clipmapper.training.encoder_tokens import question_tokens
 from clipmapper.training.record_tokens import different_images
@@ -885,10 +885,6 @@ def test_what_training_asks(model, data):
     asked = []
 
     class Noted(QuestionBatches):
-        def __init__(self, name):
-            super().__init__(model, data, name, data.split(name), None)
-            self.name = name
-
         def batch(self, numbers):
             some = [self.records[int(n)] for n in numbers]
             asked.extend((one.id.split("/")[0], one.truth.question) for one in some)

@@ -70,7 +70,7 @@ def test_a_folder_of_img2dataset(tmp_path):
     wanted = sorted(f"picture {s:05d}{n:04d}" for s in range(3) for n in range(4))
     for path in (folder, f"{folder}/{{00000..00002}}.tar"):
         data = ShardData(str(path), buffer=4, validation_share=0.3)
-        assert data.task == "captioning" and captions(data) == wanted
+        assert data.kind == "captions" and captions(data) == wanted
         assert data.train_records + len(data.validation) == 12 and len(data.validation) >= 1
         assert {"picture", "000010002"} <= set(data.wordings())
         for record in data.validation:
@@ -117,7 +117,7 @@ def test_other_ways_to_name_and_tell(tmp_path):
     a_tar(tmp_path / "vqa-val-000.tar", {"v.jpeg": image(2), "v.json": json.dumps(asked).encode()})
     a_tar(tmp_path / "vqa-test-000.tar", {"t.jpeg": image(3), "t.json": b'{"question": "what?"}'})
     data = ShardData(str(tmp_path), buffer=4)
-    assert data.task == "vqa" and set(data.answers) == {"a", "b"}
+    assert data.kind == "questions" and set(data.answers) == {"a", "b"}
     found = {r.question: r for r in data.every_training_record()}
     assert found["what?"].id == 7 and found["what?"].family == "other" and found["q0"].id == "k/0"
     assert found["q1"].answers == ("b",) * 10 and found["q0"].image_id == found["q1"].image_id

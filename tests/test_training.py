@@ -297,7 +297,7 @@ def test_checkpoint_says_everything_but_the_weights(fitted):
 
 
 class WritesAFile:
-    """A pickle that writes a file on whoever loads it."""
+    """What a pickle can do to whoever loads it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from clipmapper.data.records import RecordData
+from clipmapper.errors import UserError
 from clipmapper.host.outputs import check_folder
 from clipmapper.host.stopping import forks_ignore_signals
 from clipmapper.models.clip_weights import names_tokenizer
@@ -44,6 +45,12 @@ from clipmapper.training.run_folder import (
 from clipmapper.training.tables import console, files_table
 from clipmapper.training.task import TaskRun
 from clipmapper.training.trainer import build_trainer, steps_between_validations
+
+
+_CHOOSE = {
+    "captions": "experiment=caption_manifest, or training=captioning with a captioner as model",
+    "questions": "training=vqa and a model that answers",
+}
 
 
 def train(config: TrainConfig, data: RecordData | None = None) -> Path:
@@ -94,7 +101,11 @@ def _train(
     described = None if data else data_description(config.data)
     data = data or built(asdict(config.data))
     task = task_named(config.training.task)
-    task.check_data(data, f"training={task.name}")
+    if data.kind != task.records:
+        raise UserError(
+            f"data: it has {data.kind} and no {task.records}, but training is for {task.name}; choose "
+            f"{_CHOOSE[data.kind]}"
+        )
     run_of = task.run(config, data)
     model = run_of.model
     if described:  # an object of the caller's can't be found again from a checkpoint

@@ -28,7 +28,7 @@ class ExplainConfig(Section):
     answer: str | None = setting()
     caption: str | None = setting()
     word: str | None = setting()
-    word_weights: str = setting(choices=("mean", "clip"))
+    word_weights: str | None = setting(choices=("mean", "clip"))
     output: str = setting()
     compare: bool = setting()
     device: str = setting()

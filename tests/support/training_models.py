@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -87,6 +88,13 @@ def small_scenes() -> ScenesVQA:
     return ScenesVQA(
         train_scenes=40, simple_scenes=20, validation_scenes=30, held_out_scenes=30, train_questions=1, seed=0
     )
+
+
+def picture(number: int) -> np.ndarray:
+    """The image of a scene of :func:`small_scenes`, UInt8[height, width, 3]."""
+    records = small_scenes().validation
+    first, _ = records.first_of_images()
+    return records[int(first[number])].image.pixels
 
 
 def train_settings(*overrides: str) -> TrainConfig:

@@ -53,7 +53,7 @@ class VQA(Task):
         Raises ``UserError`` for an answer outside the vocabulary or an empty question.
         """
         if question is None:
-            raise UserError("question: no value; this model answers questions, give one as question=…")
+            raise UserError("question: no value; this model answers questions, give question=…")
         return explain_answers(model, image, question, methods, answer)
 
 
