@@ -46,7 +46,6 @@ from clipmapper.training.tables import console, files_table
 from clipmapper.training.task import TaskRun
 from clipmapper.training.trainer import build_trainer, steps_between_validations
 
-
 _CHOOSE = {
     "captions": "experiment=caption_manifest, or training=captioning with a captioner as model",
     "questions": "training=vqa and a model that answers",
