@@ -10,9 +10,11 @@ from support import caption_models, training_models
 from clipmapper.errors import UserError
 from clipmapper.evaluation.captions.cider import DocumentFrequencies
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
-from clipmapper.evaluation.captions.scores import score_captions
+from clipmapper.evaluation.captions.scores import SCORES, score_captions
 from clipmapper.evaluation.localisation import image_localisation
 from clipmapper.evaluation.perturbation import FRACTIONS, ModalityRelevance, perturb
+from clipmapper.evaluation.score_names import LOG_PROBABILITY
+from clipmapper.evaluation.score_names import SCORES as SCORE_NAMES
 from clipmapper.models.tokens import word_positions
 from clipmapper.tasks.captioning import variants as caption_variants
 from clipmapper.tasks.captioning.decoding import Decoding
@@ -35,18 +37,18 @@ def architecture(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data():
-    return caption_models.split(5)
+    return caption_models.scenes(5)
 
 
 @pytest.fixture(scope="module")
 def model(architecture, data):
-    said = [caption for captions in data.references for caption in captions]
+    said = [caption for captions in data.validation.captions() for caption in captions]
     return caption_models.captioner(architecture, said=said, vocabulary="data").float()
 
 
 @pytest.fixture(scope="module")
 def samples(model, data):
-    return caption_samples(model, data, 4, seed=1)
+    return caption_samples(model, data, "validation", 4, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,7 @@ def test_word_curves_by_hand():
 
 
 def test_scores_that_there_are():
-    assert CONFIGURED == ALL_SCORES
+    assert {*SCORES, LOG_PROBABILITY} <= set(SCORE_NAMES)
     frequencies = DocumentFrequencies.of([[["a"]]])
     with pytest.raises(UserError, match="unknown caption scores"):
         CaptionScorer(fake, [["a"]], frequencies, ("beauty",))
@@ -123,8 +125,8 @@ def test_scores_that_there_are():
 @torch.no_grad()
 def test_kept_captions_are_the_model_s(model, data, monkeypatch, most):
     monkeypatch.setattr(caption_variants, "_MOST_SCORES", most)
-    images = torch.cat([model.load_image(image) for image in data.images[:2]])
-    text = model.tokenize([data.references[0][0], data.references[1][1]])
+    images = torch.cat([model.load_image(record.image.pixels) for record in data.validation[:2]])
+    text = model.tokenize([data.validation[0].captions[0], data.validation[1].captions[1]])
     kept = kept_captions(model, images, text, GREEDY)
     sample = torch.tensor([1, 0, 1])
     for keep in (None, torch.tensor([[0, 4, 8], [1, 2, 3], [0, 1, 2]]), torch.zeros(3, 0, dtype=torch.long)):
@@ -148,9 +150,9 @@ def test_kept_captions_are_the_model_s(model, data, monkeypatch, most):
 def test_samples(model, data, samples):
     assert len(set(samples.ids)) == 4 and samples.images.shape[0] == 4
     for row, number in enumerate(samples.ids):
-        assert (samples.pictures[row] == data.images[number]).all()
-        known, scene = samples.known[row], data.scenes[number]
-        assert known.text in samples.references[row] == data.references[number]
+        assert (samples.pictures[row] == data.validation[number].image.pixels).all()
+        known, scene = samples.known[row], data.validation[number].truth.scene
+        assert known.text in samples.references[row] == list(data.validation[number].captions)
         text = model.tokenize(known.text)
         words = [w for w, _ in word_positions(model.encoder.tokenizer, text.ids[0], text.removable[0])]
         for place, (kind, mask) in known.words.items():
@@ -160,9 +162,9 @@ def test_samples(model, data, samples):
                     for k, o in enumerate(scene.objects)
                     if getattr(o, kind) in (words[place], words[place][:-1])
                 ]
-                seen = np.isin(data.instances[number], [k + 1 for k in alike])
+                seen = np.isin(data.validation[number].truth.instances, [k + 1 for k in alike])
                 assert mask.any() and not (mask & ~seen).any()
-    again = caption_samples(model, data, 4, seed=1)
+    again = caption_samples(model, data, "validation", 4, seed=1)
     assert again.ids == samples.ids and [k.text for k in again.known] == [k.text for k in samples.known]
 
 
@@ -227,7 +229,7 @@ def test_numbers_tables_and_scalars(report):
     for expected in ("log-probability", "CIDEr-D", "BLEU-4", "uniform map", "weighted", "caption positive ↓"):
         assert expected in printed.get()
     assert "…" not in printed.get()
-    scalars = caption_scalars(report)
+    scalars = report.scalars()
     assert scalars["perturbation/caption/positive/gae/log_probability"] == area["area"]["mean"]
     assert "localisation/colour/mass/weighted" in scalars
 
@@ -241,7 +243,7 @@ def test_report_goes_on_where_it_stopped(model, samples, report, tmp_path):
         return caption_report(model, samples, METHODS, chunk=3, batch_size=50, seed=2, **options)
 
     first = run("a")
-    assert sum(points) == curve_points(4, len(METHODS))
+    assert sum(points) == samples.points(len(METHODS))
     assert np.array_equal(first.caption_scores.values, report.caption_scores.values)
     again = run("a")
     assert not any(points) and np.array_equal(again.word_scores.values, report.word_scores.values)

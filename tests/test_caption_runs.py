@@ -65,7 +65,7 @@ def command(folder, tmp_path, monkeypatch, capfd):
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
     path = tmp_path_factory.mktemp("picture") / "scene.png"
-    Image.fromarray(training_models.picture(0)).save(path)
+    Image.fromarray(training_models.small_scenes().validation[0].image.pixels).save(path)
     return path
 
 

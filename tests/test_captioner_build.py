@@ -83,7 +83,7 @@ def test_checkpoint_rebuilds_the_captioner(architecture, tmp_path, variant):
     images = torch.randn(2, 3, 72, 72, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(model(images, text), loaded(images, text))
-    picture = training_models.picture(0)
+    picture = training_models.small_scenes().validation[0].image.pixels
     decodings = (None, Decoding("greedy"), Decoding("beam", beams=3), Decoding("nucleus", seed=3))
     said = [loaded.caption(picture, decoding) for decoding in decodings]
     assert said == [model.caption(picture, decoding) for decoding in decodings]

@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader
 import clipmapper
 from clipmapper.commands.train import train
 from clipmapper.data.records import Record
+from clipmapper.data.tables.base import Records
 from clipmapper.data.tokens.cache import TokenStore
 from clipmapper.data.world.caption_truth import CaptionTruth
 from clipmapper.data.world.captioning import ScenesCaptions
 from clipmapper.data.world.captions import draw_caption
-from clipmapper.data.world.scenes import draw_scene
+from clipmapper.data.world.scenes import Scene, draw_scene
 from clipmapper.errors import UserError
 from clipmapper.evaluation.captions.cider import cider_d
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
@@ -99,26 +100,39 @@ def only_rings(number: int, caption: str) -> CaptionTruth:
     return CaptionTruth("listing" if "ring" in caption else None, (), len(caption) > 40)
 
 
+def scenes_of(records: Records) -> list[Scene]:
+    return [record.truth.scene for record in records]
+
+
+def references_of(records: Records) -> list[list[str]]:
+    return [list(captions) for captions in records.captions()]
+
+
+def pixels_of(records: Records) -> np.ndarray:
+    return np.stack([record.image.pixels for record in records])
+
+
 # The data
 
 NAMES = ("train", "simple", "validation", "held_out")
 
 
 def test_splits_share_no_scene_and_references_are_true(data):
-    keys = [scene.key for name in NAMES for scene in getattr(data, name).scenes]
+    keys = [scene.key for name in NAMES for scene in scenes_of(data.split(name))]
     assert len(set(keys)) == len(keys) == 12 + 9 + 7 + 4
-    assert max(len(scene.objects) for scene in data.simple.scenes) == 2
+    assert max(len(scene.objects) for scene in scenes_of(data.split("simple"))) == 2
     split = data.validation
-    assert len(split) == len(split.images) == len(split.references) == 7
-    for number, references in enumerate(split.references):
-        assert len(set(references)) == 5
-        assert all(split.truth(number, reference).correct for reference in references)
-        drawn = {split.draw(number, random.Random(seed)) for seed in range(8)}
-        assert len(drawn) > 4 and all(split.truth(number, caption).complete for caption in drawn)
+    assert len(split) == 7
+    for record in split:
+        assert len(set(record.captions)) == 5
+        assert all(record.truth.judge(reference).correct for reference in record.captions)
+        drawn = {record.truth.draw(random.Random(seed)) for seed in range(8)}
+        assert len(drawn) > 4 and all(record.truth.judge(caption).complete for caption in drawn)
     again = ScenesCaptions(12, 9, 7, 4, 5, seed=0).validation
-    assert again.references == split.references and np.array_equal(again.images, split.images)
+    assert references_of(again) == references_of(split)
+    assert np.array_equal(pixels_of(again), pixels_of(split))
     other = ScenesCaptions(12, 9, 7, 4, 5, seed=1).validation
-    assert other.references != split.references
+    assert references_of(other) != references_of(split)
 
 
 def test_every_word_of_the_world_is_in_the_wordings(architecture, data):
@@ -137,14 +151,18 @@ def test_every_word_of_the_world_is_in_the_wordings(architecture, data):
 
 def test_batch_of_a_step_is_always_the_same_and_captions_are_drawn_anew(architecture, data):
     model = tiny_captioner(architecture, data)
-    split = CaptionBatches(model, data.train, "train", store=TokenStore())
+    split = CaptionBatches(model, data, "train", data.train, store=TokenStore())
     asked = []
     original = split.batch
     split.batch = lambda images, captions: (
         asked.append((list(images), list(captions))),
         original(images, captions),
     )[1]
-    batch_at = drawn_batches([Stage(split, split.split.draw)], batch_size=5, captions=2, seed=3)
+
+    def draw(image, rng):
+        return data.train[image].truth.draw(rng)
+
+    batch_at = drawn_batches([Stage(split, draw)], batch_size=5, captions=2, seed=3)
     for step in (*range(24), 4):
         batch = batch_at(step)
         assert batch["image_tokens"].shape[0] == len(batch["references"]) == 5
@@ -158,11 +176,11 @@ def test_batch_of_a_step_is_always_the_same_and_captions_are_drawn_anew(architec
         longest.append(max(len(caption.split()) for caption in captions))
         for number, caption in enumerate(captions):
             image = of_step[number // 2]
-            assert data.train.truth(image, caption).complete
+            assert data.train[image].truth.judge(caption).complete
             said.setdefault(image, []).append(caption)
     assert np.mean([len(set(captions)) / len(captions) for captions in said.values()]) > 0.6
     assert np.mean(longest) < 0.7 * max(longest)  # captions of a length come together
-    other = drawn_batches([Stage(split, split.split.draw)], batch_size=5, captions=2, seed=4)
+    other = drawn_batches([Stage(split, draw)], batch_size=5, captions=2, seed=4)
     assert other(0)["references"] != batch_at(0)["references"]
 
 
@@ -178,7 +196,7 @@ def test_stages_of_training(architecture, settings):
         "training.wordings={listing: 0, places: 1, relations: 0, counts: 2}",
     )
     task = CaptionRun(config, ScenesCaptions(80, 60, 1, 1, 1, seed=0))
-    task.prepare(None, Path("nowhere"))
+    task.prepare(Path("nowhere"))
     asked = []
     for name in ("simple", "train"):
         task.splits[name].batch = lambda images, captions, name=name: (
@@ -189,25 +207,27 @@ def test_stages_of_training(architecture, settings):
     assert [name for name, _, _ in asked] == ["simple"] * 80 + ["train"] * 80
     twins, counted = {"simple": [], "train": []}, []
     for step, (name, images, captions) in enumerate(asked):
-        split = task.splits[name].split
+        records = task.splits[name].records
         assert len(captions) == 2 * len(images)
         pairs = list(zip([image for image in images for _ in range(2)], captions, strict=True))
-        wordings = [split.truth(image, caption).wording for image, caption in pairs]
+        wordings = [records[image].truth.judge(caption).wording for image, caption in pairs]
         assert set(wordings) <= ({"places"} if step < 40 else {"places", "counts"})
         counted += [wording == "counts" for wording in wordings] * (step >= 40)
         for image in images:
-            looks = [(o.size, o.colour, o.shape) for o in split.scenes[image].objects]
+            looks = [(o.size, o.colour, o.shape) for o in records[image].truth.scene.objects]
             twins[name].append(len(set(looks)) < len(looks))
     assert np.mean(counted) == pytest.approx(2 / 3, abs=0.06)
     for name, found in twins.items():
-        split = task.splits[name].split
-        there = len(split.with_twins) / len(split)
+        records = task.splits[name].records
+        there = np.mean([record.truth.has_twins for record in records])
         assert np.mean(found) == pytest.approx(0.6 + 0.4 * there, abs=0.08)
 
 
 def test_cached_tokens_are_those_of_the_pixels(architecture, data):
     model = tiny_captioner(architecture, data)
-    batches = [CaptionBatches(model, data.train, "train", store=store) for store in (TokenStore(), None)]
+    batches = [
+        CaptionBatches(model, data, "train", data.train, store=store) for store in (TokenStore(), None)
+    ]
     cached, pixels = (split.batch([3, 0], ["a ring", "two objects: two rings"]) for split in batches)
     assert set(cached) ^ set(pixels) == {"image_tokens", "images"}
     module = captions_module(model, data)
@@ -215,7 +235,7 @@ def test_cached_tokens_are_those_of_the_pixels(architecture, data):
         torch.testing.assert_close(
             module.image_tokens(cached), module.image_tokens(pixels), atol=2e-2, rtol=2e-3
         )
-    assert cached["references"] == [data.train.references[3], data.train.references[0]]
+    assert cached["references"] == [list(data.train[image].captions) for image in (3, 0)]
     assert torch.equal(cached["text"].ids, model.tokenize(["a ring", "two objects: two rings"]).ids)
 
 
@@ -223,7 +243,10 @@ def test_cached_tokens_are_those_of_the_pixels(architecture, data):
 
 
 def captions_module(model, data, kind=CaptionModule, steps=60, **more):
-    judges = {"validation": data.validation.truth, "held_out": only_rings}
+    def judge(number: int, caption: str) -> CaptionTruth:
+        return data.validation[number].truth.judge(caption)
+
+    judges = {"validation": judge, "held_out": only_rings}
     more = {"label_smoothing": 0.1} | more if kind is CaptionModule else more
     return kind(
         model=model,
@@ -251,7 +274,7 @@ def fit(module, batch_at, data, steps: int) -> lightning.Trainer:
     )
     loaders = [DataLoader(StepBatches(batch_at, 0, steps), batch_size=None)]
     for name in ("validation", "held_out"):
-        split = CaptionBatches(module.model, getattr(data, name), name, store=TokenStore())
+        split = CaptionBatches(module.model, data, name, data.split(name), store=TokenStore())
         loaders.append(DataLoader(Labelled(split, batch_size=3), batch_size=None))
     with less_noise():
         trainer.fit(module, loaders[0], loaders[1:])
@@ -262,8 +285,8 @@ def fit(module, batch_at, data, steps: int) -> lightning.Trainer:
 def fitted(architecture, data):
     """A captioner that was trained on six captions until it knew them, with its module and trainer."""
     model = tiny_captioner(architecture, data)
-    train_split = CaptionBatches(model, data.train, "train", store=TokenStore())
-    captions = [references[0] for references in data.train.references[:6]]
+    train_split = CaptionBatches(model, data, "train", data.train, store=TokenStore())
+    captions = [record.captions[0] for record in data.train[:6]]
     module = captions_module(model, data)
     trainer = fit(module, lambda step, share: train_split.batch(range(6), captions), data, 60)
     return module, trainer, train_split, captions
@@ -304,8 +327,8 @@ def test_validation_metrics_are_those_of_the_greedy_captions(fitted, data):
     module, trainer, _, _ = fitted
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     for name in ("validation", "held_out"):
-        split = getattr(data, name)
-        batches = CaptionBatches(module.model, split, name, store=TokenStore())
+        split = data.split(name)
+        batches = CaptionBatches(module.model, data, name, split, store=TokenStore())
         tokens = batches.image_tokens.float()
         longest = Decoding("greedy", max_length=module.model.encoder.context_length - 1)
         written = [texts[0] for texts in write_captions(module.model, tokens, longest).texts]
@@ -313,12 +336,12 @@ def test_validation_metrics_are_those_of_the_greedy_captions(fitted, data):
         assert [one.image for one in module.written[name]] == list(range(len(split)))
         truths = [module.judges[name](number, caption) for number, caption in enumerate(written)]
         assert [one.truth for one in module.written[name]] == truths
-        scores = score_captions(written, split.references).corpus
+        scores = score_captions(written, references_of(split)).corpus
         for score in ("cider", "bleu_4", "rouge_l"):
             assert logged[f"{name}/{score}"] == pytest.approx(scores[score], rel=1e-5)
         assert logged[f"{name}/correct"] == pytest.approx(np.mean([t.correct for t in truths]))
         assert logged[f"{name}/complete"] == pytest.approx(np.mean([t.complete for t in truths]))
-    text = module.model.tokenize([references[0] for references in data.held_out.references])
+    text = module.model.tokenize([record.captions[0] for record in data.split("held_out")])
     with torch.no_grad():
         over_all_words = float(module.loss(batches.image_tokens.float(), text, 0.0))
     assert logged["held_out/loss"] == pytest.approx(over_all_words, rel=1e-4)  # batches of 3 and 1 images
@@ -331,12 +354,12 @@ def test_validation_metrics_are_those_of_the_greedy_captions(fitted, data):
 def critical(fitted, data):
     """On a captioner that writes something like captions: others have no reward worth comparing."""
     return captions_module(
-        fitted[0].model, data, SelfCriticalModule, references=data.train.references, captions=3, seed=7
+        fitted[0].model, data, SelfCriticalModule, references=references_of(data.train), captions=3, seed=7
     )
 
 
 def test_reward_is_cider_with_the_frequencies_of_the_training_captions(critical, data):
-    references = data.train.references
+    references = references_of(data.train)
     texts = [(reference[0], reference[3], "a cross") for reference in references]
     rewards = critical.rewards(texts, references)
     tokenised = [[ptb_tokenise(caption) for caption in of_image] for of_image in references]
@@ -362,8 +385,8 @@ def test_log_probability_of_a_caption_is_the_sum_over_its_words(critical, data):
 
 def test_loss_is_the_reward_over_the_greedy_one_times_log_probability(critical, data):
     """Rennie et al. 2017, equation 9, with the mean of the drawn captions."""
-    split = CaptionBatches(critical.model, data.train, "train", store=TokenStore())
-    batch = split.batch([0, 5], [data.train.references[0][0], data.train.references[5][0]])
+    split = CaptionBatches(critical.model, data, "train", data.train, store=TokenStore())
+    batch = split.batch([0, 5], [data.train[image].captions[0] for image in (0, 5)])
     logged = {}
     critical.log_dict = lambda values, **_: logged.update(values)
     loss = critical.training_step(batch, 0)
@@ -391,12 +414,12 @@ def test_loss_is_the_reward_over_the_greedy_one_times_log_probability(critical, 
 def test_reward_rises(architecture, data):
     """From a captioner that knows the words but not yet which fit: what is drawn scores better and better."""
     model = tiny_captioner(architecture, data)
-    split = CaptionBatches(model, data.train, "train", store=TokenStore())
-    captions = [references[0] for references in data.train.references[:6]]
+    split = CaptionBatches(model, data, "train", data.train, store=TokenStore())
+    captions = [record.captions[0] for record in data.train[:6]]
     numbers = range(len(captions))
     fit(captions_module(model, data, steps=25), lambda step, share: split.batch(numbers, captions), data, 25)
     module = captions_module(
-        model, data, SelfCriticalModule, steps=30, references=data.train.references, captions=8, seed=0
+        model, data, SelfCriticalModule, steps=30, references=references_of(data.train), captions=8, seed=0
     )
     # At 5e-3 the words drift away from what is rewarded, or not, by the machine's rounding.
     module.learning_rate = 2e-3
@@ -477,8 +500,8 @@ def test_checkpoint_of_a_run_writes_the_captions_of_its_results(finished):
     split = data_for(model, None, "last.ckpt").validation
     longest = Decoding("greedy", max_length=model.encoder.context_length - 1)
     for sample in results_of(finished)["samples"]:
-        assert model.caption(split.images[sample["image"]], longest) == sample["caption"]
-        assert sample["reference"] == split.references[sample["image"]][0]
+        assert model.caption(split[sample["image"]].image.pixels, longest) == sample["caption"]
+        assert sample["reference"] == split[sample["image"]].captions[0]
 
 
 @pytest.mark.parametrize("decoder", ["gpt2_prefix", "gpt2_cross"])
@@ -489,10 +512,10 @@ def test_a_run_with_gpt2(settings, decoder):
     folder = train(settings(*chosen, *sizes))
     model = clipmapper.load(folder / CHECKPOINT)
     assert model.decoder.cross == (decoder == "gpt2_cross")
-    pictures = data_for(model, None, "last.ckpt").validation.images
+    records = data_for(model, None, "last.ckpt").validation
     for row in results_of(folder)["samples"]:
         how = Decoding("greedy", max_length=model.longest)
-        assert model.caption(pictures[row["image"]], how) == row["caption"]
+        assert model.caption(records[row["image"]].image.pixels, how) == row["caption"]
 
 
 def test_interrupted_and_resumed_is_as_if_never_interrupted(settings, finished, monkeypatch):

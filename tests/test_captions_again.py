@@ -27,7 +27,7 @@ def architecture(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def picture():
-    return caption_models.split(1).images[0]
+    return caption_models.picture()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -33,7 +33,7 @@ def model(architecture):
 
 @pytest.fixture(scope="module")
 def picture() -> np.ndarray:
-    return training_models.picture(3)
+    return training_models.small_scenes().validation[3].image.pixels
 
 
 # What an explanation holds

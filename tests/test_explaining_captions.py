@@ -39,7 +39,7 @@ def plain(architecture):
 
 @pytest.fixture(scope="module")
 def picture() -> np.ndarray:
-    return caption_models.split(1).images[0]
+    return caption_models.picture()
 
 
 def pixels_of(model, picture):
@@ -271,5 +271,5 @@ def test_an_answering_model_takes_no_caption(architecture, picture):
     model = training_models.tiny_model(architecture).eval()
     with pytest.raises(UserError, match="answers questions"):
         clipmapper.explain(model, picture, "is it red?", caption=CAPTION)
-    with pytest.raises(UserError, match="give question="):
+    with pytest.raises(UserError, match="give one as question="):
         clipmapper.explain(model, picture)

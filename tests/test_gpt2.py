@@ -158,7 +158,7 @@ def check_checkpoint(model, tmp_path):
         {k: v.float() for k, v in model.state_dict().items()},
         {k: v.float() for k, v in loaded.state_dict().items()},
     )
-    picture = caption_models.split(1).images[0]
+    picture = caption_models.picture()
     how = Decoding("greedy", max_length=8)
     assert loaded.float().caption(picture, how) == rounded(model).caption(picture, how)
     assert loaded.longest == model.longest
@@ -236,7 +236,7 @@ def test_every_word_is_explained_with_its_own_tokenizer(own_tokens):
 
 
 def check_explanation(model, caption, methods=("weighted", "gae", "occlusion")):
-    picture, model = caption_models.split(1).images[0], rounded(model)
+    picture, model = caption_models.picture(), rounded(model)
     found = explain_captions(model, picture, methods, caption=caption)
     for explanation in found:
         assert explanation.words == tuple(caption.split())

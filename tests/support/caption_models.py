@@ -1,13 +1,12 @@
 """A small captioner with CLIP's own tokenizer, and images and captions for it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from clipmapper.data.world.captions import captions
-from clipmapper.data.world.scenes import Scene, draw_scene, render
+from clipmapper.data.world.captioning import ScenesCaptions
+from clipmapper.data.world.scenes import draw_scene
 from clipmapper.tasks.captioning.build import build_captioner
 from clipmapper.tasks.captioning.model import Captioner
 from support import training_models
@@ -37,17 +36,14 @@ def captioner(
     return model.double().eval()
 
 
-@dataclass(frozen=True)
-class Split:
-    """A split with the attributes of :class:`clipmapper.data.world.captioning.CaptionSplit`."""
-
-    images: np.ndarray
-    references: Sequence[Sequence[str]]
-    scenes: Sequence[Scene]
-    instances: np.ndarray
+def scenes(count: int) -> ScenesCaptions:
+    """Data whose only split, "validation", has so many scenes with three captions each."""
+    data = ScenesCaptions(0, 0, count, 0, references=3, seed=0)
+    drawn = [draw_scene(0, "caption tests", index) for index in range(count)]
+    data.splits = {"validation": data.records("validation", drawn)}
+    return data
 
 
-def split(count: int, seed: int = 0) -> Split:
-    scenes = [draw_scene(seed, "caption tests", index) for index in range(count)]
-    drawn = render(scenes)
-    return Split(drawn.images, [captions(scene, 3) for scene in scenes], scenes, drawn.instances)
+def picture() -> np.ndarray:
+    """The image of a scene."""
+    return scenes(1).validation[0].image.pixels
