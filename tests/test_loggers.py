@@ -83,7 +83,7 @@ def nothing_is_sent(monkeypatch, tmp_path):
 
 
 def events(folder: Path):
-    """What TensorBoard itself reads of a run."""
+    """Read a run as TensorBoard itself does."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     found = accumulator.EventAccumulator(str(folder), size_guidance={"images": 0, "tensors": 0, "scalars": 0})
     return found.Reload()

@@ -106,7 +106,7 @@ def scenes_of(data, name):
 
 
 def questions_of(split):
-    """What the world has asked, each held by the truth of its record."""
+    """Questions of the world, each held by the truth of its record."""
     return [record.truth.question for record in split]
 
 

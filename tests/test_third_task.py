@@ -214,6 +214,6 @@ def test_its_checkpoint_says_and_explains(run, tmp_path):
 
 
 def test_it_is_short():
-    """What another task takes, imports included."""
+    """Another task takes so many lines, imports included."""
     text = Path(__file__).read_text()
     assert text.partition("\n# end")[0].count("\n") <= 150

@@ -172,7 +172,7 @@ def test_what_half_precision_cannot_hold_is_refused(tmp_path):
 
 
 class Rows:
-    """What the workers load: the number of each row, as a tensor."""
+    """Stands for what the workers load: the number of each row, as a tensor."""
 
     def __call__(self, rows):
         return torch.tensor(list(rows))

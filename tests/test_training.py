@@ -203,7 +203,7 @@ def test_mapper_learns_a_few_questions_by_heart(fitted):
 
 
 def questions_of(split) -> list[SceneQuestion]:
-    """What the world has asked, each held by the truth of its record."""
+    """Questions of the world, each held by the truth of its record."""
     return [record.truth.question for record in split]
 
 
@@ -297,7 +297,7 @@ def test_checkpoint_says_everything_but_the_weights(fitted):
 
 
 class WritesAFile:
-    """What a pickle can do to whoever loads it."""
+    """A pickle can run code of whoever made it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -90,7 +90,7 @@ def perturb_checkpoint(config: PerturbConfig) -> Path:
 
 
 def _kept(chunks: Path, key: str) -> str:
-    """What the next call need not compute again, as the disk has it."""
+    """Say what the next call need not compute again, as the disk has it."""
     done = finished_chunks(chunks, key)
     if not done:
         return "nothing was saved: no chunk was finished"

@@ -117,7 +117,7 @@ class RecordData:
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Of all splits that are scored, in alphabetical order."""
+        """The families of all splits that are scored, in alphabetical order."""
         return tuple(self.validation.family_counts())
 
     def wordings(self) -> Iterator[str]:
@@ -125,7 +125,7 @@ class RecordData:
         return (caption for some in self.splits.values() for told in some.captions() for caption in told)
 
     def summary(self) -> list[str]:
-        """What a run says about its data, before it begins."""
+        """Lines that a run says about its data, before it begins."""
         lines = []
         for name, records in self.splits.items():
             images = len(np.unique(records.images))

@@ -158,7 +158,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class ModelRules:
-    """What a checkpoint of a task may say.
+    """Rules of what a checkpoint of a task may say.
 
     ``model``: of the section on its model. ``needed``, ``optional``: of other keys.
     ``check``: whether they go together; raises ``ValueError`` with one line. ``layers``: that stand in them

@@ -12,7 +12,7 @@ _SCENES = 1_000_000  # of a split: 7 GB of pixels
 
 @dataclass
 class DataConfig(Section):
-    """What every data set has.
+    """Settings that every data set has.
 
     ``choices``: what ``data=`` may be for it. A checkpoint tells by them which data it was trained on.
     ``records``: what its records may have. ``world``: whether it is the built-in world, which is drawn from
@@ -61,7 +61,7 @@ class ScenesCaptionsConfig(DataConfig):
 
 @dataclass
 class RecordDataConfig(DataConfig):
-    """What data sets of records have (:class:`clipmapper.data.records.RecordData`)."""
+    """Settings of data sets of records (:class:`clipmapper.data.records.RecordData`)."""
 
     on_bad_image: str = setting(choices=("error", "skip"))
     decoding: str = setting(choices=("fast", "exact"))
@@ -71,7 +71,7 @@ class RecordDataConfig(DataConfig):
 
 @dataclass
 class AnswersConfig(RecordDataConfig):
-    """What data sets of questions have besides: :func:`clipmapper.data.answers.answer_vocabulary`."""
+    """Settings of data sets of questions: :func:`clipmapper.data.answers.answer_vocabulary`."""
 
     least_answers: int = setting(minimum=1)
     targets: str = setting(choices=("soft", "thirds", "three"))

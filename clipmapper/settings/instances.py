@@ -27,7 +27,7 @@ def built(settings: Mapping):
 
 
 def prepared(settings: Mapping) -> Callable[[], Any]:
-    """What :func:`built` calls, with all that it is called with; raises as that."""
+    """Bind the target of a section to the rest of it, for :func:`built` to call; raises as that."""
     values = dict(settings)
     target = named(values.pop("_target_"))
     try:

@@ -84,7 +84,7 @@ class TrainingConfig(Section):
 
 @dataclass
 class TrainerConfig(Section):
-    """What of Lightning's ``Trainer`` can be set; both intervals are in steps."""
+    """Settings of Lightning's ``Trainer``; both intervals are in steps."""
 
     accelerator: str = setting(choices=("auto", "cpu", "gpu", "cuda", "mps"))
     devices: str = setting()  # Lightning reads "1" as 1; OmegaConf 2.3 cannot expand a missing `int | str`
@@ -110,7 +110,7 @@ class TrainerConfig(Section):
 
 @dataclass
 class LoggerConfig(Section):
-    """What every logger has."""
+    """Settings that every logger has."""
 
     _target_: str = setting()
 
@@ -156,7 +156,7 @@ class OtherLoggerConfig(LoggerConfig):
 
 @dataclass
 class CallbacksConfig(Section):
-    """What happens at validation; itself it stands for nothing (``callbacks=none``)."""
+    """Settings of what happens at validation; itself it stands for nothing (``callbacks=none``)."""
 
     task: ClassVar[str | None] = None  # which one it is for, None: any
 

@@ -66,7 +66,7 @@ class _Recorder:
 
 @runtime_checkable
 class TwoStage(Protocol):
-    """What is recorded: an encoder, a mapper over its tokens, and what reads these."""
+    """A model of two stages: an encoder, a mapper over its tokens, and what reads these."""
 
     encoder: ClipEncoder
     mapper: Mapper
@@ -188,7 +188,7 @@ def _decoder_sublayers(model: TwoStage) -> Iterator[Watched]:
 
 
 def _watch_end(stack: ExitStack, recorder: _Recorder, watched: _Streamed) -> None:
-    """Of a tower, a sub-layer is a whole block, whose output is the residual stream after its MLP."""
+    """Note a sub-layer's end: in a tower it is a whole block, whose output is the stream after its MLP."""
     if watched.kind.added:
         handle = watched.module.register_forward_hook(
             lambda module, args, output: recorder.after_mlp(

@@ -56,7 +56,7 @@ class AskedTexts:
         return found.masked_fill(~valid, self.padding), valid
 
     def digest(self) -> str:
-        """Of what the text tower reads, texts and tokenizer in one:
+        """A digest of what the text tower reads, texts and tokenizer in one:
         :func:`~clipmapper.models.encoder.weights_digest` of all ids and of what is no padding."""
         shape, digest = [len(self), self.longest], hashlib.blake2b(digest_size=16)
         for number, name in enumerate(("ids torch.int64", "valid torch.bool")):
@@ -68,7 +68,7 @@ class AskedTexts:
 
 
 def asked_texts(tokenizer, texts: Sequence[str], name: str) -> AskedTexts:
-    """Of the texts of questions. ``name``: of their split, for the progress that is told."""
+    """Tokenise the different texts of questions. ``name``: of their split, for the progress that is told."""
     different = sorted(set(texts))
     place = {text: number for number, text in enumerate(different)}
     return _tokenized(tokenizer, different, len(different), torch.tensor([place[t] for t in texts]), name)

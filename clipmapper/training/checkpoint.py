@@ -108,7 +108,7 @@ def check_same_model(path: Path, module: nn.Module) -> None:
 
 
 def _problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint, None if nothing is; every byte of it is read."""
+    """Say what is wrong with a checkpoint, None if nothing is; every byte of it is read."""
     if not path.is_file():
         return "missing"
     try:

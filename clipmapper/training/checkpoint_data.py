@@ -37,7 +37,7 @@ _SHOWN = 4  # settings in a message
 
 
 def data_description(config: DataConfig) -> dict:
-    """What a checkpoint says of the data that it was trained on: a name and plain settings, for messages.
+    """Describe the data of a training for its checkpoint: a name and plain settings, for messages.
 
     ``name`` is what ``data=`` was, or the user's own ``_target_``.
     """
@@ -76,7 +76,7 @@ def _world(described: object, checkpoint: str) -> RecordData:
 
 
 def _name_and_settings(described: object) -> tuple[str | None, object]:
-    """Of a description of today's, or of an older one with a ``_target_``."""
+    """Read a description of today's, or an older one with a ``_target_``."""
     if not isinstance(described, Mapping):
         return None, None
     if "_target_" in described:

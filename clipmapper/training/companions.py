@@ -36,7 +36,7 @@ class Companions:
 
     @classmethod
     def of_this_machine(cls, started: Sequence[Popen]) -> "Companions":
-        """Of the processes that form a group already; ``started``: those that this one has started."""
+        """Gather the processes that form a group already; ``started``: those that this one has started."""
         share = this_share()
         machine = (socket.gethostname(), _namespace())
         told = from_all((machine, os.getpid()))

@@ -23,13 +23,13 @@ class ImageSource(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, rows: Sequence[int]) -> Tensor:
-        """What :meth:`pixels` takes, for some images; called in workers."""
+        """Read some images as :meth:`pixels` takes them; called in workers."""
 
     def pixels(self, loaded: Tensor) -> Tensor:
-        """What the encoder is given, on the device of ``loaded``."""
+        """Turn loaded images into the encoder's input, on the device of ``loaded``."""
 
     def digest(self) -> str:
-        """Of the images' content, in their order."""
+        """A digest of the images' content, in their order."""
 
 
 def token_store(config: TrainConfig, encoder: ClipEncoder, *, texts: bool) -> TokenStore | None:

@@ -56,7 +56,7 @@ class Unfinished:
 
 
 def ending(error: BaseException, run: Unfinished) -> BaseException:
-    """What a run is to raise for what ended it: ``UserError`` or :class:`RunInterrupted` with the line, and
+    """Turn what ended a run into what it raises: ``UserError`` or :class:`RunInterrupted` with the line, and
     ``SystemExit`` where another process has that to say. What nobody foresaw is raised as it is.
 
     Processes that this one has started are ended, but not where all stop together.

@@ -1,4 +1,4 @@
-"""What is explained, and what comes of it: the base classes that each task fills in."""
+"""Base classes that each task fills in: explanations, explained samples, and the report on them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -41,7 +41,7 @@ class Explanation(Protocol):
         """The texts by which a picture's file is named."""
 
     def lines(self) -> Sequence[tuple[str | Text, ...]]:
-        """What ``clipmapper explain`` prints."""
+        """Lines that ``clipmapper explain`` prints."""
 
     def plot(self, path: str | Path) -> Path:
         """Write a picture; returns its path."""

@@ -37,7 +37,7 @@ class SaveSteps(lightning.Callback):
             self.save(trainer)
 
     def save(self, trainer: lightning.Trainer) -> None:
-        """Of several processes all have to call it. Once a step is enough."""
+        """All of several processes have to call it. Once a step is enough."""
         if self.saved != trainer.global_step:
             trainer.save_checkpoint(self.path)
             self.saved = trainer.global_step

@@ -30,7 +30,7 @@ _JOINING = timedelta(minutes=10)
 
 
 class Started(NamedTuple):
-    """What has started this process, and how many: ``rank`` of ``count``, ``local`` of this machine's."""
+    """Who has started this process, and how many: ``rank`` of ``count``, ``local`` of this machine's."""
 
     by: str
     count: int
@@ -94,7 +94,7 @@ def cluster() -> list[ClusterEnvironment]:
 
 
 def started_by() -> Started | None:
-    """What the environment says; None where nobody but the user has started this process.
+    """Read the environment; None where nobody but the user has started this process.
 
     Lightning tells the processes that it starts in the same variables, and finds them right.
     """

@@ -1,4 +1,4 @@
-"""What a run logs to: the Lightning logger that the settings name, and never another one.
+"""The logger of a run: the Lightning logger that the settings name, and never another one.
 
 Numbers go there by Lightning's own ``log_metrics``. Pictures and tables go through :func:`log_media`, to the
 loggers that take them; with the others they stay in the run's folder.
@@ -26,7 +26,7 @@ from clipmapper.training.wandb_runs import check_wandb, media_to_wandb, wandb_fi
 
 @dataclass(frozen=True)
 class _Known:
-    """What is known of a logger: where in the run's folder it writes and what the results call that, which
+    """Facts about a logger: where in the run's folder it writes and what the results call that, which
     of several packages it needs and the extra of pip that has it, and what the run gives it besides."""
 
     folder: str
@@ -97,7 +97,7 @@ def run_logger(settings: LoggerConfig, folder: Path, name: str) -> Iterator[Logg
 
 
 def logged_files(logger: Logger, folder: Path) -> dict[str, Path]:
-    """What the logger of a finished run has left on this disk, by what it is called in the results.
+    """Find the files that the logger of a finished run has left, by what they are called in the results.
 
     Warns where one that writes to the run's folder has left nothing; there is nothing to name then.
     """
@@ -145,7 +145,7 @@ def _media_to_tensorboard(logger: TensorBoardLogger, media: Media, step: int) ->
 
 
 def _parts(settings: LoggerConfig) -> tuple[Callable[..., Logger], dict[str, Any]]:
-    """What the settings name, and what they give it."""
+    """Separate the class that the settings name from what they give it."""
     options = asdict(settings)
     del options["_target_"]
     options |= options.pop("options", {})

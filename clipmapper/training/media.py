@@ -1,4 +1,4 @@
-"""What is logged besides numbers, in words of no logger: pictures, text with colours, and tables of them."""
+"""Logged things besides numbers, in words of no logger: pictures, text with colours, and tables of them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

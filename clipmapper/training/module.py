@@ -1,4 +1,4 @@
-"""What the modules of all tasks share: the model, its optimiser and what a checkpoint says of it."""
+"""The part that the modules of all tasks share: the model, its optimiser, its description in a checkpoint."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -57,7 +57,7 @@ class TaskModule(lightning.LightningModule):
             part.compile()
 
     def on_validation_start(self) -> None:
-        """What validates and explains uses a plain model: whole, without adapters, and not compiled."""
+        """Validate and explain with a plain model: whole, without adapters, and not compiled."""
         self._plain.enter_context(gathered(self))
         self._plain.enter_context(without_adapters(self.model.encoder))
         self._plain.enter_context(torch.compiler.set_stance("force_eager"))
@@ -77,7 +77,7 @@ class TaskModule(lightning.LightningModule):
         return len(batch["ids"])
 
     def weight(self, batch: dict) -> float:
-        """What a part's loss is multiplied by, so that the mean over parts is the loss of the whole batch.
+        """Weigh the loss of a part, so that the mean over parts is the loss of the whole batch.
 
         Processes and accumulated gradients average the means of their parts as if each had equally many
         terms: of questions they have, of captions, whose terms are words, they have not.

@@ -65,7 +65,7 @@ def form_group(timeout: timedelta) -> None:
 
 
 def this_share() -> Share:
-    """What of every batch and split this process works on."""
+    """The part of every batch and split that this process works on."""
     return Share(distributed.get_rank(), distributed.get_world_size()) if _several() else WHOLE
 
 
@@ -75,7 +75,7 @@ def is_main() -> bool:
 
 
 def in_main(work: Callable[[], _Value]) -> _Value:
-    """What ``work`` returns or raises (``UserError``): the main process does it, all of them get it."""
+    """Do ``work`` in the main process; all of them get what it returns or raises (``UserError``)."""
     if not _several():
         return work()
     found: list[Any] = [None, None]

@@ -70,7 +70,7 @@ class StepsLines(ProgressBar):
 
 
 def _validation_batches(trainer: lightning.Trainer) -> list[int | float]:
-    """Of each of the data loaders."""
+    """Count the batches of each of the data loaders."""
     loaders = trainer.val_dataloaders
     loaders = loaders if isinstance(loaders, list) else [loaders]
     counts = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches

@@ -142,7 +142,7 @@ def _looked_at(
     *,
     texts: bool,
 ) -> _LookedAt:
-    """What there is to encode; of records that :func:`check_room` was given, what it has found."""
+    """Look up what there is to encode: for records that :func:`check_room` was given, its findings."""
     of, found = store.sources.pop(name, (None, None))
     if of is records:
         return found

@@ -167,7 +167,7 @@ def _can_go_on(folder: Path) -> bool:
 
 
 def _settings_of(folder: Path, said: str) -> Mapping:
-    """What the run was started with. Raises ``UserError`` where its file is none of ours.
+    """Read the settings that the run was started with. Raises ``UserError`` where its file is none of ours.
 
     ``said``: how the user asked for that run.
     """
@@ -201,7 +201,7 @@ def _check_events(events: Iterable[yaml.Event]) -> None:
 
 
 def objective(folder: Path) -> float | None:
-    """What a sweep looks for the highest of, of a finished run; None of a process that writes no results."""
+    """Read the score of a finished run, of which a sweep wants the highest; None without results."""
     results = folder / RESULTS
     return json.loads(results.read_text())["objective"]["value"] if results.exists() else None
 

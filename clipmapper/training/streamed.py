@@ -58,7 +58,7 @@ class ReadableItems:
 
 
 def left_out_lines(folder: Path) -> list[str]:
-    """What a run that skips unreadable images says of them at its end."""
+    """Lines about the images that a run has left out as unreadable, for its end."""
     file = folder / LEFT_OUT
     if not file.exists():
         return []

@@ -23,7 +23,7 @@ from clipmapper.training.processes import Share, this_share
 
 @runtime_checkable
 class Split(Protocol):
-    """What has samples, some of which can be taken."""
+    """Samples, some of which can be taken."""
 
     def __len__(self) -> int: ...
 
@@ -56,7 +56,7 @@ class ValidationSubset:
         return split.take(np.sort(rng.choice(count, self.samples, replace=False)))
 
     def lines(self) -> list[str]:
-        """What a run says about it."""
+        """Say how much is scored."""
         return [
             f"{name}: {drawn:,} of {count:,} samples are scored (training.validation_samples)"
             for name, (drawn, count) in self.counts.items()
@@ -138,7 +138,7 @@ class Task(ABC):
 
     @abstractmethod
     def rules(self) -> ModelRules:
-        """What a checkpoint of this task may say of its model."""
+        """Say what a checkpoint of this task may say of its model."""
 
     @abstractmethod
     def build(self, encoder: Mapping, description: Mapping) -> nn.Module:

@@ -1,4 +1,4 @@
-"""What a token cache will take, of room and of time: checked and said before anything is computed."""
+"""The room and the time that a token cache will take, checked and said before anything is computed."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -66,7 +66,7 @@ def check_tokens(
 
 @torch.no_grad()
 def _image_seconds(encoder: ClipEncoder, store: TokenStore, source: ImageSource) -> float:
-    """Of one image. Workers prepare images while others are encoded."""
+    """Measure the time of one image. Workers prepare images while others are encoded."""
     device = next(encoder.parameters()).device
     rows = range(min(_TRIED, len(source)))
     loading, loaded = _timed(lambda: source.load(rows))

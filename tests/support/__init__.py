@@ -1,1 +1,1 @@
-"""What the test files share: small models and data, naive implementations, programs that tests start."""
+"""Things that test files share: small models and data, naive implementations, programs that tests start."""

@@ -194,7 +194,7 @@ def hf_mt5():
 
 
 def attentions_of_both(o):
-    """Of an encoder and a decoder, in the order in which they ran."""
+    """Sub-layers of an encoder and a decoder, in the order in which they ran."""
     decoders = [A for pair in zip(o.decoder_attentions, o.cross_attentions, strict=True) for A in pair]
     return [*o.encoder_attentions, *decoders]
 

@@ -51,7 +51,7 @@ def hf_ijepa():
 
 
 def hf_vit_mae():
-    """Of 9 patches 4 are kept, in random order; its stream is no grid."""
+    """ViT-MAE keeps 4 of 9 patches, in random order; its stream is no grid."""
     case = images("ViTMAEModel", "ViTMAEConfig", "layers", "attention", 5, state, mask_ratio=0.5)
     case.inputs["noise"] = torch.rand(2, 9, generator=torch.Generator().manual_seed(0))
     case.streams = {"kept patches": "image"}

@@ -1,4 +1,4 @@
-"""What a recording gives, and what it must not leave behind."""
+"""Checks of what a recording gives, and of what it must not leave behind."""
 
 from contextlib import contextmanager
 

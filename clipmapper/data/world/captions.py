@@ -86,7 +86,7 @@ def _place_at(x: float, y: float) -> str:
 
 
 def relation(a: SceneObject, b: SceneObject) -> str:
-    """What a caption says of how ``a`` lies to ``b``: the direction in which they are further apart."""
+    """Say how ``a`` lies to ``b``: the direction in which they are further apart."""
     dx, dy = a.x - b.x, a.y - b.y
     if max(abs(dx), abs(dy)) < RELATION_MARGIN:
         return "next to"

@@ -1,4 +1,4 @@
-"""What can be asked about a built-in scene, family by family, before a wording is chosen."""
+"""Questions that can be asked about a built-in scene, family by family, before a wording is chosen."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -116,7 +116,7 @@ def _opposite(direction: str) -> str:
 
 
 def _place(scene: Scene, rng: random.Random) -> Iterator[Candidate]:
-    """Of one object what ``relation_choose`` asks of two: a mapper learns that one from this one."""
+    """Ask of one object what ``relation_choose`` asks of two: a mapper learns that one from this one."""
     items = scene.objects
     middle = SceneObject("", "", "", IMAGE_SIZE / 2, IMAGE_SIZE / 2, 0.0, 0.0)
     for i in _unique([o.combination for o in items]):
@@ -128,7 +128,7 @@ def _place(scene: Scene, rng: random.Random) -> Iterator[Candidate]:
 
 
 def _size(scene: Scene, rng: random.Random) -> Iterator[Candidate]:
-    """Of one object what ``comparison`` asks of two."""
+    """Ask of one object what ``comparison`` asks of two."""
     items = scene.objects
     for i in _unique([o.combination for o in items]):
         first, second = rng.sample(SIZES, 2)

@@ -204,7 +204,7 @@ _TOKENIZER_KEYS = frozenset(
 
 
 def _anything(value: object, where: str) -> None:
-    """Of a value that is not read."""
+    """Let a value pass that is not read."""
 
 
 def _tokenizer(value: object, where: str) -> None:

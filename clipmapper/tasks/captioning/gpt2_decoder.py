@@ -187,7 +187,7 @@ class GPT2Decoder(nn.Module):
         value: Tensor,
         mask: Tensor | None,
     ) -> Float[Tensor, "rows new inner"]:
-        """What an attention sub-layer adds to the residual stream."""
+        """Compute what an attention sub-layer adds to the residual stream."""
         config = self.language_model.config
         scale = query.shape[-1] ** -0.5 if config.scale_attn_weights else 1.0
         if config.scale_attn_by_inverse_layer_idx:

@@ -24,7 +24,7 @@ class UnsayableToken(UserError):
 
 
 class Vocabulary(nn.Module):
-    """What both heads share: which tokens they can say.
+    """The vocabulary that both heads share: which tokens they can say.
 
     Parameters
     ----------

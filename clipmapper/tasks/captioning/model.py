@@ -161,7 +161,7 @@ class Captioner(nn.Module):
         image_ignore: Bool[Tensor, "batch patches"] | None,
         only_text: bool,
     ) -> Float[Tensor, "batch tokens width"]:
-        """What the head reads, of captions with an image each."""
+        """The states that the head reads, for captions with an image each."""
         _, text = self.mapper(
             image_tokens,
             text_tokens,
@@ -209,7 +209,7 @@ class Captioner(nn.Module):
         past: int,
         remember: Sequence[Remember],
     ) -> Float[Tensor, "rows new width"]:
-        """What the head reads, of words behind ``past`` others; arguments as of ``Mapper.text_step``."""
+        """States that the head reads, of words behind ``past`` others; arguments as of ``Mapper.text_step``."""
         return self.mapper.text_step(text_tokens, memory, past, remember)
 
     def text_tokens_step(

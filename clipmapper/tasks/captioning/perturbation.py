@@ -1,4 +1,4 @@
-"""What the perturbation test scores of a model that writes captions, of the whole caption or of one word."""
+"""The scores of a perturbation test of a model that writes captions: of the whole caption, or of one word."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeAlias

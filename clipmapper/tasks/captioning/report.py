@@ -235,7 +235,7 @@ def _together(texts: Sequence[TokenizedText], padding: int) -> TokenizedText:
 def _localised(
     model: Captioner, samples: CaptionSamples, methods: Sequence[str], seed: int
 ) -> dict[str, dict[str, Localisation]]:
-    """Of the words of true captions that speak of something to be seen."""
+    """Localise the words of true captions that speak of something to be seen."""
     gathered: dict[str, dict[str, list[Localisation]]] = {method: {} for method in methods}
     for row, known in enumerate(samples.known):
         if known is None or not known.words:

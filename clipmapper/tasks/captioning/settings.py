@@ -45,7 +45,7 @@ class CaptionModelConfig(ModelConfig):
 
 @dataclass
 class CaptionTrainingConfig(TrainingConfig):
-    """What training on captions has besides. ``checkpoint``: a captioner to go on from."""
+    """Settings of training on captions. ``checkpoint``: a captioner to go on from."""
 
     task = "captioning"
     records = "captions"
@@ -82,7 +82,7 @@ class WordingSharesConfig(Section):
 
 @dataclass
 class ScenesCaptionTrainingConfig(CaptionTrainingConfig):
-    """What training on captions of the built-in scenes has besides: an order to learn in."""
+    """Settings of training on captions of the built-in scenes: an order to learn in."""
 
     world = True
 

@@ -47,7 +47,7 @@ def family_table(row: Mapping) -> Table:
 
 
 def truth_table(row: Mapping) -> Table:
-    """What of the captions of a split holds, by kind of statement and by wording."""
+    """Shares of the captions of a split that hold, by kind of statement and by wording."""
     table = Table(title="True statements and true captions, validation", title_justify="left")
     table.add_column("of")
     for way in _WAYS.values():

@@ -41,7 +41,7 @@ class TracedCaption:
     words: Sequence[tuple[str, list[int]]]
 
     def word_probabilities(self, places: Sequence[int]) -> Float[np.ndarray, "words"]:
-        """Of the words at these places of the caption, given the image and the words before each."""
+        """Probability of the words at these places, given the image and the words before each."""
         told = self.scores[:-1].detach().log_softmax(dim=-1).gather(1, self.text.ids[0, 1:, None])[:, 0].cpu()
         return np.array([float(told[[p - 1 for p in self.words[k][1]]].sum().exp()) for k in places])
 

@@ -22,7 +22,7 @@ Judge = Callable[[int, str], CaptionTruth]
 
 @dataclass(frozen=True)
 class JudgedCaption:
-    """What was written for an image of a split, and whether it is so."""
+    """A caption that was written for an image of a split, and whether it is so."""
 
     image: int
     caption: str
@@ -84,7 +84,7 @@ class CaptionModule(TaskModule):
         return caption_loss(logits, self.placed(text), label_smoothing, weight)
 
     def _tokens_of(self, words: Sequence[str]) -> Int[Tensor, "tokens"]:
-        """What these words are written with, as first words and as later ones."""
+        """Find the tokens that these words are written with, as first words and as later ones."""
         if not words:
             return torch.empty(0, dtype=torch.long)
         tokenizer = self.model.tokenizer
@@ -107,7 +107,7 @@ class CaptionModule(TaskModule):
         return TokenizedText(self.model.head.places(text.ids, said), text.valid, text.removable)
 
     def terms(self, batch: Mapping) -> int | float:
-        """What a loss is the mean of: all words but the start token, each by how much it counts."""
+        """Count what a loss is the mean of: all words but the start token, each by how much it counts."""
         following = batch["text"].ids[:, 1:][batch["text"].valid[:, 1:]].cpu()
         return len(following) + (self.emphasis - 1) * int(torch.isin(following, self.emphasised).sum())
 

@@ -1,4 +1,4 @@
-"""What came out of captioning: shares of true captions and statements, tables, and samples for W&B."""
+"""Results of captioning: shares of true captions and statements, scores by family, and samples."""
 
 from collections.abc import Sequence
 

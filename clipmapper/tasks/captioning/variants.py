@@ -60,7 +60,7 @@ def _log_probabilities(
     text: TokenizedText,
     keep: Int[Tensor, "variants kept"] | None,
 ) -> Float[Tensor, "variants told"]:
-    """Of every token but the first, given those before it; 0 at padding."""
+    """Log-probability of every token but the first, given those before it; 0 at padding."""
     wanted = text.valid[:, 1:]
     place = model.head.places(text.ids[:, 1:], wanted)
     rows = max(1, _MOST_SCORES // (text.ids.shape[1] * model.head.known))

@@ -28,7 +28,7 @@ from clipmapper.training.media import Media
 
 @dataclass(frozen=True)
 class MethodRelevance:
-    """Of one method, for all samples: patches Float[samples, rows, columns], and per-word scores."""
+    """Relevance by one method of all samples: patches Float[samples, rows, columns], and per-word scores."""
 
     patches: Float[np.ndarray, "samples rows columns"]
     tokens: Float[np.ndarray, "samples tokens"]

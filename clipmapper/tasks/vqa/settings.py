@@ -39,7 +39,7 @@ class FamilySharesConfig(Section):
 
 @dataclass
 class VQATrainingConfig(TrainingConfig):
-    """What training on questions has besides."""
+    """Settings of training on questions."""
 
     task = "vqa"
     records = "questions"
@@ -50,7 +50,7 @@ class VQATrainingConfig(TrainingConfig):
 
 @dataclass
 class ScenesVQATrainingConfig(VQATrainingConfig):
-    """What training on questions about the built-in scenes has besides: an order to learn them in."""
+    """Settings of training on questions about the built-in scenes: an order to learn them in."""
 
     world = True
 
