@@ -275,7 +275,8 @@ def fit(module, batch_at, data, steps: int) -> lightning.Trainer:
     loaders = [DataLoader(StepBatches(batch_at, 0, steps), batch_size=None)]
     for name in ("validation", "held_out"):
         split = CaptionBatches(module.model, data, name, data.split(name), store=TokenStore())
-        loaders.append(DataLoader(Labelled(split, batch_size=3), batch_size=None))
+        split.labelled_at_most = 3
+        loaders.append(DataLoader(Labelled(split), batch_size=None))
     with less_noise():
         trainer.fit(module, loaders[0], loaders[1:])
     return trainer

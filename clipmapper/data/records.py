@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Num
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -32,7 +32,7 @@ class RecordDataset(Dataset):
     """
 
     def __init__(
-        self, records: Sequence[Record], reader: Callable[[Record], UInt8[Tensor, "3 height width"]]
+        self, records: Sequence[Record], reader: Callable[[Record], Num[Tensor, "3 height width"]]
     ) -> None:
         self.records, self.reader = records, reader
 
@@ -44,7 +44,7 @@ class RecordDataset(Dataset):
         return record, self.reader(record)
 
 
-Item = tuple[Record, UInt8[Tensor, "3 height width"]]
+Item = tuple[Record, Num[Tensor, "3 height width"]]
 
 
 class RecordData:
