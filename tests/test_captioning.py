@@ -38,6 +38,7 @@ from clipmapper.tasks.captioning.self_critical import SelfCriticalModule
 from clipmapper.tasks.captioning.tokens import caption_vocabulary
 from clipmapper.tasks.captioning.training import CaptionModule, JudgedCaption
 from clipmapper.tasks.captioning.truth import family_scores
+from clipmapper.tasks.registry import task_of
 from clipmapper.training.checkpoint_data import data_for
 from clipmapper.training.interruption import RunInterrupted
 from clipmapper.training.launching import less_noise
@@ -275,7 +276,8 @@ def fit(module, batch_at, data, steps: int) -> lightning.Trainer:
     loaders = [DataLoader(StepBatches(batch_at, 0, steps), batch_size=None)]
     for name in ("validation", "held_out"):
         split = CaptionBatches(module.model, data, name, data.split(name), store=TokenStore())
-        loaders.append(DataLoader(Labelled(split, batch_size=3), batch_size=None))
+        split.labelled_at_most = 3
+        loaders.append(DataLoader(Labelled(split), batch_size=None))
     with less_noise():
         trainer.fit(module, loaders[0], loaders[1:])
     return trainer
@@ -497,7 +499,7 @@ def test_results_say_what_the_captions_are_worth(finished, capsys):
 
 def test_checkpoint_of_a_run_writes_the_captions_of_its_results(finished):
     model = clipmapper.load(finished / CHECKPOINT)
-    split = data_for(model, None, "last.ckpt").validation
+    split = data_for(task_of(model), model, None, "last.ckpt").validation
     longest = Decoding("greedy", max_length=model.encoder.context_length - 1)
     for sample in results_of(finished)["samples"]:
         assert model.caption(split[sample["image"]].image.pixels, longest) == sample["caption"]
@@ -512,7 +514,7 @@ def test_a_run_with_gpt2(settings, decoder):
     folder = train(settings(*chosen, *sizes))
     model = clipmapper.load(folder / CHECKPOINT)
     assert model.decoder.cross == (decoder == "gpt2_cross")
-    records = data_for(model, None, "last.ckpt").validation
+    records = data_for(task_of(model), model, None, "last.ckpt").validation
     for row in results_of(folder)["samples"]:
         how = Decoding("greedy", max_length=model.longest)
         assert model.caption(records[row["image"]].image.pixels, how) == row["caption"]

@@ -332,8 +332,8 @@ def test_class_of_training_names_a_task(run, choice):
             "'vqqa' is not one of captioning, captioning_scenes, vqa, vqa_s",
         ),
         # what does not belong together
-        (["data=scenes_captions"], "data", "for captioning, but training is for vqa"),
-        (["training=captioning"], "model", "for vqa, but training is for captioning"),
+        (["data=scenes_captions"], "data", "has captions, but training is for vqa"),
+        (["training=captioning"], "data", "has questions, but training is for captioning"),
         (["data=manifest", "data.path=m.jsonl", "training=vqa_scenes"], "training", "choose training=vqa"),
         (["training=vqa"], "training", "choose training=vqa_scenes"),
         ([CAPTIONS, "model=scenes"], "model", "experiment=caption_scenes) chooses what"),
@@ -489,7 +489,7 @@ _PIECES = st.one_of(st.text(max_size=3), st.sampled_from(["${", "${oc.env:HOME}"
 )
 def test_free_text_reaches_its_setting_as_it_is(text):
     """Through Hydra's grammar and OmegaConf's, which would put the user's folder for ${oc.env:HOME}."""
-    (argument,) = quoted([f"question={text}"], config.ExplainConfig)
+    (argument,) = quoted([f"question={text}"], ExplainConfig)
     (override,) = OverridesParser.create().parse_overrides([argument])
     assert override.key_or_group == "question"
     assert OmegaConf.create({"question": override.value()}).question == text
