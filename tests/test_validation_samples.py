@@ -47,7 +47,7 @@ def test_of_captions_images_and_truth_stay_together():
     split = ScenesCaptions(2, 2, 12, 2, references=2, seed=0).validation
     places = np.array([1, 7, 8])
     part = split.take(places)
-    for number, place_ in enumerate(places):
+    for number, place_ in enumerate(places.tolist()):
         assert (part[number].image.pixels == split[place_].image.pixels).all()
         assert part[number].truth.scene is split[place_].truth.scene
         assert (part[number].truth.instances == split[place_].truth.instances).all()
