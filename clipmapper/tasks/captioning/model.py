@@ -209,7 +209,7 @@ class Captioner(nn.Module):
         past: int,
         remember: Sequence[Remember],
     ) -> Float[Tensor, "rows new width"]:
-        """States that the head reads, of words behind ``past`` others; arguments as of ``Mapper.text_step``."""
+        """States for the head, of words behind ``past`` others; arguments as of ``Mapper.text_step``."""
         return self.mapper.text_step(text_tokens, memory, past, remember)
 
     def text_tokens_step(
