@@ -151,7 +151,7 @@ def test_perturb(command, tmp_path):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("explain", ("question=what is it?",), "question and answer: this checkpoint writes captions"),
+        ("explain", ("question=what is it?",), "question: this checkpoint writes captions"),
         ("explain", ("caption=a red ring", "word=blue"), "word='blue' is not in the caption 'a red ring'"),
         ("explain", ("caption=",), "caption: is empty"),
         ("explain", ("word_weights=best",), "word_weights: 'best' is not one of mean, clip"),

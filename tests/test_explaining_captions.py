@@ -271,5 +271,5 @@ def test_an_answering_model_takes_no_caption(architecture, picture):
     model = training_models.tiny_model(architecture).eval()
     with pytest.raises(UserError, match="answers questions"):
         clipmapper.explain(model, picture, "is it red?", caption=CAPTION)
-    with pytest.raises(UserError, match="give one as question="):
+    with pytest.raises(UserError, match="give question="):
         clipmapper.explain(model, picture)

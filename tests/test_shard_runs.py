@@ -166,7 +166,7 @@ def test_mistakes_are_one_clear_line(place, tmp_path):
         train(settings(place, "questions", "data.workers=5", "callbacks=none"))
     with pytest.raises(UserError, match=r"none: no such file or folder"):
         train(settings(place, "questions", f"data.path={tmp_path}/none", "callbacks=none"))
-    with pytest.raises(UserError, match="it answers questions, but these data have captions"):
+    with pytest.raises(UserError, match="it has captions and no questions"):
         train(settings(place, "questions", f"data.path={place / 'captions'}", "callbacks=none"))
     data = ShardData(str(place / "questions"), buffer=4)
     with pytest.raises(UserError, match="split=train: the data has validation"):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from clipmapper.data.records import RecordData
+from clipmapper.errors import UserError
 from clipmapper.evaluation.captions.cider import DocumentFrequencies
 from clipmapper.evaluation.captions.scores import check_scores
 from clipmapper.evaluation.score_names import LOG_PROBABILITY
@@ -37,7 +38,10 @@ class Captioning(DescribedCaptioner, Task):
     def check_settings(self, **settings) -> None:
         """Raise ``UserError`` for a score that there is not, or that needs a Java that is not there."""
         scores = settings.get("caption_scores", ())
-        check_scores([score for score in scores if score != LOG_PROBABILITY])
+        try:
+            check_scores([score for score in scores if score != LOG_PROBABILITY])
+        except UserError as error:
+            raise UserError(f"caption_scores: {error}") from error
 
     def report(self, model, samples, methods, *, caption_scores=None, **how) -> CaptionReport:
         if caption_scores is not None:
