@@ -40,7 +40,10 @@ def run(tmp_path_factory):
 
 def test_it_is_trained_explained_and_scored(run):
     results = json.loads((run / "results.json").read_text())
-    assert set(results["matching"]) == {"validation", "held_out"} and results["objective"]["value"] >= 0
+    assert (
+        set(results["matching"]) == {"validation/accuracy", "held_out/accuracy"}
+        and results["objective"]["value"] >= 0
+    )
     assert set(results["explanations"]["perturbation"]) == {"image", "text"}
     assert (run / "pictures" / "perturbation_accuracy.png").is_file()
     assert len(list((run / "pictures").glob("explanation_*.png"))) == 1

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 from rich.table import Table
+from torch.nn.functional import cross_entropy
 
 from clipmapper.data.answers import AnswerVocabulary
 from clipmapper.data.records import RecordData
@@ -61,8 +62,8 @@ def pairs(data: RecordData, name: str) -> RecordData:
         )
         for n, record in enumerate(records)
     ]  # fmt: skip
-    made = RecordData({}, AnswerVocabulary(ANSWERS))
-    made.splits, made.reader = {name: RecordList(asked)}, data.reader
+    made = RecordData({name: RecordList(asked)}, AnswerVocabulary(ANSWERS))
+    made.reader = data.reader
     return made
 
 
@@ -90,14 +91,14 @@ class MatchingModule(TaskModule):
     splits = ("validation", "held_out")
 
     def training_step(self, batch: Mapping, index: int) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(self.model(batch["images"], batch["text"]), batch["target"])
+        return cross_entropy(self.model(batch["images"], batch["text"]), batch["target"])
 
     def validation_step(self, batch: Mapping, index: int, dataloader_idx: int = 0) -> None:
         logits, split = self.model(batch["images"], batch["text"]), self.splits[dataloader_idx]
         right = (logits.argmax(1) == batch["target"]).float().mean()
-        loss = torch.nn.functional.cross_entropy(logits, batch["target"])
-        named = {f"{split}/accuracy": right, f"{split}/loss": loss}
-        self.log_dict(named, batch_size=len(logits), add_dataloader_idx=False, sync_dist=True)
+        loss = cross_entropy(logits, batch["target"])
+        self.log(f"{split}/accuracy", right, batch_size=len(logits), add_dataloader_idx=False)
+        self.log(f"{split}/loss", loss, batch_size=len(logits), add_dataloader_idx=False)
 
 
 class MatchingRun(TaskRun):
@@ -125,11 +126,10 @@ class MatchingRun(TaskRun):
         return self.splits[split]
 
     def results(self, trainer, folder) -> dict:
-        metrics = trainer.callback_metrics
-        return {"matching": {name: float(metrics[f"{name}/accuracy"]) for name in self.validation_splits}}
+        return {"matching": {k: float(v) for k, v in trainer.callback_metrics.items() if "accuracy" in k}}
 
     def tables(self, results: Mapping) -> list[Table]:
-        return [Table(title=f"Matching: {results['matching']}")]
+        return [Table(title=str(results["matching"]))]
 
 
 class Matching(Task):
@@ -148,8 +148,7 @@ class Matching(Task):
     def samples(self, model, data, split, count, seed):
         return question_samples(model, pairs(data, split), split, count, seed)
 
-    def report(self, model, samples, methods, **how):
-        return answer_report(model, samples, methods, **how)
+    report = staticmethod(answer_report)
 
     def explain(self, model, image, caption, methods=("weighted",)):
         return explain_answers(model, image, caption, methods)
