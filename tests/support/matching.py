@@ -40,8 +40,6 @@ class MatchingTrainingConfig(TrainingConfig):
 
 
 class Matcher(CLIPmapper):
-    """Reads an image and a sentence as the other reads an image and a question, and answers yes or no."""
-
     task = "matching"
 
 
@@ -136,19 +134,16 @@ class Matching(Task):
     name, does, records = "matching", "tells whether a sentence belongs to a picture", "captions"
     explain_settings = ("caption",)
 
+    run, report = staticmethod(MatchingRun), staticmethod(answer_report)
+
     def rules(self) -> ModelRules:
         return ModelRules(section(MAPPER | {"head_width": WIDTH}))
 
     def build(self, encoder, description) -> Matcher:
         return matcher(encoder, description["model"])
 
-    def run(self, config, data) -> MatchingRun:
-        return MatchingRun(config, data)
-
     def samples(self, model, data, split, count, seed):
         return question_samples(model, pairs(data, split), split, count, seed)
-
-    report = staticmethod(answer_report)
 
     def explain(self, model, image, caption, methods=("weighted",)):
         return explain_answers(model, image, caption, methods)
