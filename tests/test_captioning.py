@@ -589,7 +589,7 @@ def test_second_phase_of_a_model_for_questions(settings, architecture, tmp_path)
     path = tmp_path / "questions.ckpt"
     state = {f"model.{name}": value for name, value in model.state_dict().items()}
     torch.save({"state_dict": state, "clipmapper": model.description}, path)
-    with pytest.raises(UserError, match="'vqa' is not one of"):
+    with pytest.raises(UserError, match="a model for the task vqa, not a captioner"):
         train(settings("name=wrong", "training.objective=scst", f"training.checkpoint={path}"))
 
 

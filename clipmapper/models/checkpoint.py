@@ -36,13 +36,14 @@ class Buildable(Protocol):
 def load_checkpoint(
     path: str | Path,
     task_named: Callable[[str], Buildable],
-    names: Sequence[str],
+    names: Sequence[str] | None,
     device: str | torch.device = "cpu",
     architecture: str | None = None,
 ) -> nn.Module:
     """A trained model from a checkpoint.
 
-    ``names``: the tasks that a checkpoint may be of, whose rules and builders ``task_named`` gives.
+    ``names``: the tasks that a checkpoint may be of, whose rules and builders ``task_named`` gives; None:
+    those for which it raises no ``UserError``.
 
     Otherwise as :func:`clipmapper.tasks.registry.load`, which calls it.
     """

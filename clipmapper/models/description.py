@@ -172,9 +172,12 @@ class ModelRules:
     layers: Callable[[Mapping], int] = lambda description: 0
 
 
-def check_task(description: object, names: Sequence[str]) -> None:
-    """Raise ``ValueError`` with one line where a description does not say which of these tasks it is of."""
-    section({"task": one_of(*names)}, _anything_of(description))(description, "its description")
+def check_task(description: object, names: Sequence[str] | None) -> None:
+    """Raise ``ValueError`` with one line where a description does not say which of these tasks it is of
+    (None: of which at all)."""
+    section({"task": text(100) if names is None else one_of(*names)}, _anything_of(description))(
+        description, "its description"
+    )
 
 
 def check_description(description: Mapping, rules: ModelRules, tensors: int, named: bool = False) -> None:

@@ -204,8 +204,8 @@ def _loaded(config: TrainConfig) -> Captioner:
     try:
         model = load_checkpoint(
             path,
-            lambda name: DescribedCaptioner(),
-            (Captioner.task,),
+            _captioner_named,
+            None,
             architecture=own if names_tokenizer(own) else None,
         )
     except UserError as error:
@@ -219,3 +219,9 @@ def _loaded(config: TrainConfig) -> Captioner:
                     f"{described[section][key]}"
                 )
     return model
+
+
+def _captioner_named(name: str) -> DescribedCaptioner:
+    if name != Captioner.task:
+        raise UserError(f"a model for the task {name}, not a captioner")
+    return DescribedCaptioner()
