@@ -29,7 +29,7 @@ KEYS = {
         "experiment": ["nothing", "../x"], "logger": ["nothing"], "callbacks.methods": ["[]", "[x]", "x"],
     },
     "explain": {
-        "method": CHOICE, "compare": ["x", "2"], "device": ["x", "cuda:x", "''"], "word_weights": CHOICE,
+        "method": CHOICE, "compare": ["x", "2"], "device": ["x", "cuda:x", "''"], "word_weights": ["x", "[]", "1", "''"],
         "output": ["''"], "image": ["''"], "nothing": ["1"], "checkpoint": ["''"],
     },
     "perturb": {
@@ -43,6 +43,7 @@ KEYS = {
         "output": ["''"], "architecture": ["''", "nothing"], "resume": ["x"], "nothing": ["1"],
     },
 }  # fmt: skip
+# `word_weights=null` is no mistake: it is the default, the task's own choice.
 MUST = {
     "train": (), "explain": ("checkpoint=x", "image=x"), "perturb": ("checkpoint=x",), "pretrain_clip": (),
 }  # fmt: skip
