@@ -29,7 +29,8 @@ KEYS = {
         "experiment": ["nothing", "../x"], "logger": ["nothing"], "callbacks.methods": ["[]", "[x]", "x"],
     },
     "explain": {
-        "method": CHOICE, "compare": ["x", "2"], "device": ["x", "cuda:x", "''"], "word_weights": ["x", "[]", "1", "''"],
+        "method": CHOICE, "compare": ["x", "2"], "device": ["x", "cuda:x", "''"],
+        "word_weights": ["x", "[]", "1", "''"],
         "output": ["''"], "image": ["''"], "nothing": ["1"], "checkpoint": ["''"],
     },
     "perturb": {
