@@ -13,9 +13,8 @@ from clipmapper.benchmarks.timing import machine, measured
 from clipmapper.commands.explain import chosen_device
 from clipmapper.commands.mistakes import seed, whole
 from clipmapper.data.tokens.cache import TokenCache, TokenStore
-from clipmapper.data.world.data import RenderedReader
+from clipmapper.data.world.data import RenderedReader, ScenesVQA
 from clipmapper.data.world.questions import ANSWERS
-from clipmapper.data.world.vqa import ScenesVQA
 from clipmapper.errors import UserError
 from clipmapper.models.tokens import tokenize
 from clipmapper.tasks.registry import load

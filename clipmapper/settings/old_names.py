@@ -12,8 +12,8 @@ _Value = TypeVar("_Value")
 
 # Every ``_target_`` that was ever in ``conf/`` and is no more.
 _TARGETS = {
-    "clipmapper.data.scenes_vqa.ScenesVQA": "clipmapper.data.world.vqa.ScenesVQA",
-    "clipmapper.data.scenes_captions.ScenesCaptions": "clipmapper.data.world.captioning.ScenesCaptions",
+    "clipmapper.data.scenes_vqa.ScenesVQA": "clipmapper.data.world.data.ScenesVQA",
+    "clipmapper.data.scenes_captions.ScenesCaptions": "clipmapper.data.world.data.ScenesCaptions",
     "clipmapper.data.manifest.manifest_data": "clipmapper.data.readers.manifest.manifest_data",
     "clipmapper.data.huggingface.huggingface_data": "clipmapper.data.readers.huggingface.huggingface_data",
     "clipmapper.data.vqa_v2.vqa_v2_data": "clipmapper.data.readers.vqa_v2.vqa_v2_data",

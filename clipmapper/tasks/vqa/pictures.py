@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clipmapper.data.truth import resized
+from clipmapper.data.record import resized
 from clipmapper.evaluation.score_names import SCORES
 from clipmapper.tasks.vqa.perturbation import AnswerScorer
 from clipmapper.training.explained import Report
