@@ -29,7 +29,7 @@ from clipmapper.errors import UserError, visible
 from clipmapper.evaluation.perturbation_run import run_in_chunks
 from clipmapper.evaluation.perturbation_scores import PerturbationScores
 from clipmapper.host.outputs import file_name_problem
-from clipmapper.models.build import DESCRIPTION
+from clipmapper.models.checkpoint import DESCRIPTION
 from clipmapper.models.clip_weights import build_clip, build_tokenizer
 from clipmapper.settings.data import ScenesVQAConfig
 from clipmapper.settings.instances import built

@@ -26,7 +26,7 @@ from clipmapper.data.world.captions import draw_caption
 from clipmapper.data.world.data import ScenesCaptions
 from clipmapper.data.world.scenes import Scene, draw_scene
 from clipmapper.errors import UserError
-from clipmapper.evaluation.captions.cider import cider_d
+from clipmapper.evaluation.captions.ngram_scores import cider_d
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
 from clipmapper.evaluation.captions.scores import score_captions
 from clipmapper.settings import schema as config

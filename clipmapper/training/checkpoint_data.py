@@ -11,7 +11,7 @@ from clipmapper.data.world.data import ScenesCaptions, ScenesVQA
 from clipmapper.errors import UserError
 from clipmapper.settings.data import DataConfig, ScenesCaptionsConfig, ScenesVQAConfig
 from clipmapper.settings.instances import built
-from clipmapper.settings.old_names import name_today
+from clipmapper.settings.keys import name_today
 from clipmapper.settings.plain_values import section_of_numbers, shown
 from clipmapper.settings.section import is_text
 from clipmapper.training.task import Task

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset, get_worker_info
 
-from clipmapper.models.build import DESCRIPTION
+from clipmapper.models.checkpoint import DESCRIPTION
 from clipmapper.models.fine_tuning import learning_rate_scales, without_adapters
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.training.processes import WHOLE, Share, batch_count, sum_of_all, this_share

@@ -141,7 +141,7 @@ RULES = ("plain", "libra", "attn_lrp", "lrp")
 # Activations that are written out as x · gate(x), which no single operator shows. By name, so that no library
 # is imported that the model at hand does not use.
 COMPOSED: Mapping[str, Callable] = {
-    "clipmapper.models.attention.QuickGELU": quick_gelu_gate,
+    "clipmapper.models.mapper_blocks.QuickGELU": quick_gelu_gate,
     "open_clip.transformer.QuickGELU": quick_gelu_gate,
     "transformers.activations.QuickGELUActivation": quick_gelu_gate,
     "transformers.activations.NewGELUActivation": new_gelu_gate,

@@ -31,7 +31,7 @@ def _torch_layer(attention: str, dropout: str, norm: str, **more) -> tuple[Subla
 
 SUBLAYERS: dict[str, tuple[Sublayer, ...]] = {
     # CLIPmapper's mapper
-    "clipmapper.models.attention.AttentionSublayer": (
+    "clipmapper.models.mapper_blocks.AttentionSublayer": (
         Sublayer(context="context", adds_outside=True, projection="output"),
     ),
     # open_clip

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clipmapper.evaluation.perturbation_scores import DIRECTIONS
-from clipmapper.evaluation.score_names import SCORES
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS, SCORES
 from clipmapper.training.explained import Report
 from clipmapper.training.media import Html, Media, MediaTable, Picture
 from clipmapper.visual.caption_strip import plot_caption_strip

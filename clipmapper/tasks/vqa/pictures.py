@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from clipmapper.data.record import resized
-from clipmapper.evaluation.score_names import SCORES
+from clipmapper.evaluation.perturbation_scores import SCORES
 from clipmapper.tasks.vqa.perturbation import AnswerScorer
 from clipmapper.training.explained import Report
 from clipmapper.training.media import Html, Media, MediaTable, Picture
