@@ -1,4 +1,4 @@
-"""The schema and the groups of ``conf/`` made known to Hydra, and overrides whose free text stays what it is."""
+"""The schema and the groups of ``conf/`` for Hydra, and overrides whose free text stays what it is."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The usual scores of generated captions, in one call or collected over batches; how much each word counts."""
+"""The usual scores of generated captions, in one call or over batches, and how much each word counts."""
 
 import json
 import math
