@@ -12,7 +12,7 @@ from clipmapper.data.shards.index import webdataset
 from clipmapper.host.outputs import check_folder
 from clipmapper.host.progress import progress
 from clipmapper.host.stopping import a_command
-from clipmapper.settings.instances import built
+from clipmapper.settings.checks import built
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,8 +15,7 @@ from clipmapper.evaluation.localisation import (
     localisation_numbers,
     word_localisation,
 )
-from clipmapper.evaluation.perturbation import ModalityRelevance, perturb
-from clipmapper.evaluation.perturbation_run import run_in_chunks
+from clipmapper.evaluation.perturbation import ModalityRelevance, perturb, run_in_chunks
 from clipmapper.evaluation.perturbation_scores import PerturbationScores, perturbation_numbers
 from clipmapper.models.tokens import word_positions
 from clipmapper.relevance import method_named
