@@ -22,8 +22,7 @@ from clipmapper.settings.checks import built
 from clipmapper.settings.commands import ExplainConfig, PerturbConfig, PretrainConfig
 from clipmapper.settings.compose import quoted
 from clipmapper.settings.data import ScenesCaptionsConfig, ScenesVQAConfig
-from clipmapper.settings.keys import setting_named
-from clipmapper.settings.section import Section
+from clipmapper.settings.keys import Section, setting_named
 from clipmapper.tasks.captioning.settings import CaptionModelConfig, ScenesCaptionTrainingConfig
 from clipmapper.tasks.registry import task_named
 from clipmapper.tasks.vqa.settings import ScenesVQATrainingConfig, VQAModelConfig

@@ -3,6 +3,7 @@
 from clipmapper.errors import UserError
 from clipmapper.relevance.backward.rules import backward_rules
 from clipmapper.relevance.call_forms import Attribution, quantus_explainer
+from clipmapper.relevance.method import Relevance
 from clipmapper.relevance.methods.attention_only import attention_flow, random, raw_attention, rollout
 from clipmapper.relevance.methods.effective import (
     effective_attention,
@@ -31,7 +32,6 @@ from clipmapper.relevance.methods.weighted import (
 )
 from clipmapper.relevance.recording.record import record
 from clipmapper.relevance.rerun import Again
-from clipmapper.relevance.result import Relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
 
 METHODS = {

@@ -24,7 +24,9 @@ from omegaconf.errors import (
 from clipmapper.errors import UserError
 from clipmapper.settings.data import DataConfig
 from clipmapper.settings.keys import (
+    Section,
     described,
+    is_text,
     name_today,
     nearest_choice,
     section_of,
@@ -32,7 +34,6 @@ from clipmapper.settings.keys import (
     unknown_setting,
 )
 from clipmapper.settings.schema import TrainConfig
-from clipmapper.settings.section import Section, is_text
 
 _LONGEST_LIST = 300  # letters of what is allowed in one line
 _Schema = TypeVar("_Schema", bound=Section)

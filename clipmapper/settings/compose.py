@@ -7,8 +7,7 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 
 from clipmapper.settings import commands, data, schema
-from clipmapper.settings.keys import setting_named
-from clipmapper.settings.section import Section, is_text
+from clipmapper.settings.keys import Section, is_text, setting_named
 from clipmapper.shipped import shipped_root
 
 

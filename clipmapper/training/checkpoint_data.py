@@ -11,9 +11,8 @@ from clipmapper.data.world.data import ScenesCaptions, ScenesVQA
 from clipmapper.errors import UserError
 from clipmapper.settings.checks import built
 from clipmapper.settings.data import DataConfig, ScenesCaptionsConfig, ScenesVQAConfig
-from clipmapper.settings.keys import name_today
+from clipmapper.settings.keys import is_text, name_today
 from clipmapper.settings.plain_values import section_of_numbers, shown
-from clipmapper.settings.section import is_text
 from clipmapper.training.task import Task
 
 # The world that is drawn from a seed: to rebuild it takes nothing but numbers.
@@ -28,8 +27,8 @@ _TARGETS = {
     "clipmapper.data.readers.manifest.manifest_data": "manifest",
     "clipmapper.data.readers.huggingface.huggingface_data": "huggingface",
     "clipmapper.data.readers.vqa_v2.vqa_v2_data": "vqa_v2",
-    "clipmapper.data.readers.coco_captions.coco_captions_data": "coco_captions",
-    "clipmapper.data.readers.flickr_captions.flickr_captions_data": "flickr30k",
+    "clipmapper.data.readers.caption_files.coco_captions_data": "coco_captions",
+    "clipmapper.data.readers.caption_files.flickr_captions_data": "flickr30k",
     "clipmapper.data.shards.data.ShardData": "shards",
 }
 _SHOWN = 4  # settings in a message

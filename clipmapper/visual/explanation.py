@@ -9,15 +9,19 @@ from matplotlib.figure import Figure
 
 from clipmapper.visual.heatmap import (
     HEAT_LABEL,
+    WORD_LABEL,
     check_mask,
     colour_bar,
     colour_key,
+    draw_words,
     for_display,
     heat_scale,
     heatmap_overlay,
     outline_region,
     region_key,
     show_image,
+    word_scale,
+    words_height,
 )
 from clipmapper.visual.layout import (
     CAPTION_SIZE,
@@ -30,7 +34,6 @@ from clipmapper.visual.layout import (
     text_width,
     write,
 )
-from clipmapper.visual.words import WORD_LABEL, draw_words, word_scale, words_height
 
 _MARGIN, _GAP = 0.28, 0.22
 _PANEL_WIDTH, _PANEL_HEIGHT = 3.1, 3.9  # a picture fills one of the two

@@ -9,9 +9,8 @@ from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
 from torch import Tensor
 
-from clipmapper.relevance.method import explanation
+from clipmapper.relevance.method import Relevance, as_relevance, explanation
 from clipmapper.relevance.propagation import Matrix, mean_attention, propagate, rows_times
-from clipmapper.relevance.result import Relevance, as_relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node, exact_step
 
 

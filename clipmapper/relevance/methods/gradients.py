@@ -10,11 +10,10 @@ from torch import Tensor
 
 from clipmapper.errors import UserError
 from clipmapper.relevance.backward.rules import backward_rules
-from clipmapper.relevance.method import explanation, from_layer
+from clipmapper.relevance.method import Relevance, as_relevance, explanation, from_layer, with_sign
 from clipmapper.relevance.methods.attention_only import last_attention, on_inputs
 from clipmapper.relevance.propagation import part_of
 from clipmapper.relevance.rerun import again, with_rules
-from clipmapper.relevance.result import Relevance, as_relevance, with_sign
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node, exact_step
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clipmapper.errors import UserError
-from clipmapper.relevance.method import differentiated, explanation, from_layer
+from clipmapper.relevance.method import Relevance, as_relevance, differentiated, explanation, from_layer
 from clipmapper.relevance.methods.attention_only import last_attention
 from clipmapper.relevance.methods.effective import effective_weighted, efficient_weighted
 from clipmapper.relevance.methods.gae import gae
@@ -23,7 +23,6 @@ from clipmapper.relevance.methods.on_captum import integrated_gradients
 from clipmapper.relevance.methods.weighted import weighted, weighted_norm, weighted_token, weighted_token_norm
 from clipmapper.relevance.propagation import part_of, propagate
 from clipmapper.relevance.rerun import with_rules
-from clipmapper.relevance.result import Relevance, as_relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace, exact_step
 
 

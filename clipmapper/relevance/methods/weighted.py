@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clipmapper.relevance.method import explanation
+from clipmapper.relevance.method import Relevance, as_relevance, explanation
 from clipmapper.relevance.propagation import (
     Matrix,
     Rule,
@@ -18,7 +18,6 @@ from clipmapper.relevance.propagation import (
     propagate,
     rows_times,
 )
-from clipmapper.relevance.result import Relevance, as_relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace, exact
 
 

@@ -11,8 +11,8 @@ from clipmapper.training.media import Html, Media, MediaTable, Picture
 from clipmapper.visual.caption_strip import plot_caption_strip
 from clipmapper.visual.curves import plot_perturbation_curves
 from clipmapper.visual.explanation import plot_method_comparison
+from clipmapper.visual.heatmap import words_html
 from clipmapper.visual.layout import save_figure
-from clipmapper.visual.words import words_html
 
 
 def write_pictures(report: Report, folder: Path, *, count: int, confidence: float) -> list[Path]:

@@ -11,8 +11,8 @@ from clipmapper.training.explained import Report
 from clipmapper.training.media import Html, Media, MediaTable, Picture
 from clipmapper.visual.curves import plot_perturbation_curves
 from clipmapper.visual.explanation import plot_explanation, plot_method_comparison
+from clipmapper.visual.heatmap import words_html
 from clipmapper.visual.layout import readable_part, save_figure
-from clipmapper.visual.words import words_html
 
 _NAME = 120  # bytes of a file's name that are a family's
 
