@@ -16,7 +16,7 @@ from clipmapper.models.encoder import weights_digest
 from clipmapper.models.tokens import tokenize
 from clipmapper.tasks.vqa.batches import QuestionBatches
 from clipmapper.training import asked_texts as module
-from clipmapper.training.asked_texts import asked_by_records, asked_texts
+from clipmapper.training.encoder_tokens import asked_by_records, asked_texts
 from clipmapper.training.record_tokens import check_room
 
 BPE = SimpleTokenizer(context_length=16)

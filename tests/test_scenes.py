@@ -46,9 +46,8 @@ from clipmapper.tasks.vqa.batches import QuestionBatches, drawn_batches
 from clipmapper.tasks.vqa.model import CLIPmapper, VQAHead
 from clipmapper.tasks.vqa.samples import question_samples
 from clipmapper.training import contrastive
-from clipmapper.training.asked_texts import asked_texts
 from clipmapper.training.contrastive import ContrastiveScenes
-from clipmapper.training.encoder_tokens import question_tokens
+from clipmapper.training.encoder_tokens import asked_texts, question_tokens
 from clipmapper.training.record_tokens import different_images
 
 unhurried = settings(deadline=None, max_examples=30)  # a busy machine is not a failure

@@ -20,12 +20,12 @@ from clipmapper.data.records import RecordData
 from clipmapper.data.shards.data import ShardData
 from clipmapper.errors import UserError
 from clipmapper.settings.instances import built
-from clipmapper.tasks.captioning.run import CaptionRun
+from clipmapper.tasks.captioning.task import CaptionRun
 from clipmapper.tasks.captioning.training import CaptionModule
-from clipmapper.tasks.vqa.run import VQARun
+from clipmapper.tasks.vqa.task import VQARun
 from clipmapper.tasks.vqa.training import VQAModule
+from clipmapper.training.batches import StepBatches
 from clipmapper.training.interruption import RunInterrupted
-from clipmapper.training.module import StepBatches
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
 
 TRAIN, VALIDATION = 8, 3

@@ -20,8 +20,7 @@ from clipmapper.data.tokens.file import TokenFile
 from clipmapper.data.world.data import RenderedImage, RenderedReader
 from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
-from clipmapper.training.asked_texts import asked_texts
-from clipmapper.training.encoder_tokens import image_tokens, text_tokens
+from clipmapper.training.encoder_tokens import asked_texts, image_tokens, text_tokens
 from clipmapper.training.record_tokens import RecordImages
 
 ROWS, SHAPE, PART = 23, (3, 4), 5

@@ -23,16 +23,20 @@ from clipmapper.models.tokens import cut_texts_said_once
 from clipmapper.settings.instances import built
 from clipmapper.settings.schema import TrainConfig
 from clipmapper.tasks.registry import load, task_named
-from clipmapper.training.checkpoint import check_same_model, previous_of, restore_checkpoint, steps_of
+from clipmapper.training.batches import Labelled, StepBatches
+from clipmapper.training.checkpoint import (
+    check_resumable,
+    check_same_model,
+    previous_of,
+    restore_checkpoint,
+    steps_of,
+)
 from clipmapper.training.checkpoint_data import data_description
 from clipmapper.training.endings import Unfinished, ending, give_up
-from clipmapper.training.interruption import DueValidation, GracefulInterrupt, SaveSteps
+from clipmapper.training.interruption import DueValidation, GracefulInterrupt, SaveSteps, StopAtNonFinite
 from clipmapper.training.launching import less_noise, start_processes
 from clipmapper.training.loggers import check_logger, logged_files, run_logger
-from clipmapper.training.module import Labelled, StepBatches
 from clipmapper.training.processes import check_shares, in_main, is_main, this_share
-from clipmapper.training.progress import StopAtNonFinite, steps_progress
-from clipmapper.training.resumable import check_resumable
 from clipmapper.training.run_folder import (
     CHECKPOINT,
     RESULTS,
@@ -44,7 +48,7 @@ from clipmapper.training.run_folder import (
 )
 from clipmapper.training.tables import console, files_table
 from clipmapper.training.task import TaskRun
-from clipmapper.training.trainer import build_trainer, steps_between_validations
+from clipmapper.training.trainer import build_trainer, steps_between_validations, steps_progress
 
 _CHOOSE = {
     "captions": "experiment=caption_manifest, or training=captioning with a captioner as model",

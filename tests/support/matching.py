@@ -20,8 +20,8 @@ from clipmapper.tasks.vqa.model import CLIPmapper, build_mapper_and_head
 from clipmapper.tasks.vqa.report import answer_report
 from clipmapper.tasks.vqa.samples import question_samples
 from clipmapper.tasks.vqa.settings import VQAModelConfig
+from clipmapper.training.batches import epochs, in_order
 from clipmapper.training.module import TaskModule
-from clipmapper.training.order import epochs, in_order
 from clipmapper.training.processes import WHOLE
 from clipmapper.training.task import Task, TaskRun
 

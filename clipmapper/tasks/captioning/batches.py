@@ -16,11 +16,10 @@ from clipmapper.data.tables.base import Records
 from clipmapper.data.tokens.cache import TokenStore
 from clipmapper.tasks.captioning.model import Captioner
 from clipmapper.tasks.captioning.tokens import caption_tokens
-from clipmapper.training.looked_at import whole_picture
-from clipmapper.training.order import in_order
+from clipmapper.training.batches import ReadableItems, in_order, shard_batches
+from clipmapper.training.explained import whole_picture
 from clipmapper.training.processes import WHOLE, Share
 from clipmapper.training.record_tokens import record_image_tokens
-from clipmapper.training.streamed import ReadableItems, shard_batches
 
 
 class CaptionCollate:

@@ -1,14 +1,16 @@
 """Pictures of an explanation report on captions."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from rich.table import Table
 
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS
-from clipmapper.evaluation.score_names import SCORES
+from clipmapper.evaluation.score_names import LOG_PROBABILITY, SCORES, WORD_PROBABILITY
 from clipmapper.training.explained import Report
 from clipmapper.training.media import Html, Media, MediaTable, Picture
+from clipmapper.training.tables import Areas, areas_table, interval_name
 from clipmapper.visual.caption_strip import plot_caption_strip
 from clipmapper.visual.comparison import plot_method_comparison
 from clipmapper.visual.curves import plot_perturbation_curves
@@ -87,3 +89,45 @@ def _sample_curves(report: Report, number: int):
         curves[f"image/{direction}"] = {m: (line, line, line) for m, line in lines.items()}
     label = SCORES[scores.scores[0]].axis
     return plot_perturbation_curves(curves, scores.fractions.tolist(), ylabel=label)
+
+
+def caption_perturbation_tables(results: Mapping) -> list[Table]:
+    """The same of captions: probabilities in one table, the scores of what is written in others."""
+    found = results["perturbation"]
+    written = [score for score in found["caption"]["positive"] if score != LOG_PROBABILITY]
+    chosen = [("caption", LOG_PROBABILITY)] if LOG_PROBABILITY in found["caption"]["positive"] else []
+    groups = [[*chosen, ("word", WORD_PROBABILITY)]]
+    groups += [[("caption", score) for score in written[i : i + 2]] for i in range(0, len(written), 2)]
+    tables = []
+    for group in groups:
+        columns = [
+            Areas(f"{test} {d}", d, found[test][d][score], SCORES[score].factor)
+            for test, score in group
+            for d in DIRECTIONS
+        ]
+        names = ", ".join(f"{SCORES[score].title} of the {test}" for test, score in group)
+        tables.append(areas_table(f"Perturbation: area under {names}, {interval_name(results)}", columns))
+    return tables
+
+
+def word_localisation_table(results: Mapping) -> Table | None:
+    """Share of the relevance of a word's patches that lies on what the word speaks of."""
+    found = results["localisation"]
+    if not found:
+        return None
+    title = f"Words against what they speak of: mass on it (%), median in brackets, {interval_name(results)}"
+    table = Table(title=title, title_justify="left", min_width=len(title))
+    table.add_column("method")
+    for kind in found:
+        table.add_column(kind, justify="right")
+    for method in next(iter(found.values()))["methods"]:
+        cells = []
+        for kind in found.values():
+            value = kind["methods"][method]["mass"]
+            half = (value["high"] - value["low"]) / 2
+            cells.append(f"{100 * value['mean']:.1f} ± {100 * half:.1f} ({100 * value['median']:.1f})")
+        table.add_row(method, *cells)
+    baseline = (f"{100 * kind['area_baseline']:.1f}" for kind in found.values())
+    table.add_section()
+    table.add_row("uniform map", *baseline)
+    return table

@@ -20,11 +20,10 @@ from clipmapper.tasks.captioning import pictures
 from clipmapper.tasks.captioning.decoding import Decoding
 from clipmapper.tasks.captioning.explain import CaptionExplanation, caption_word_weights
 from clipmapper.tasks.captioning.model import Captioner
-from clipmapper.tasks.captioning.perturbation import CAPTION_SCORES, CaptionScorer, WordScorer
+from clipmapper.tasks.captioning.perturbation import CAPTION_SCORES, CaptionScorer, WordScorer, kept_captions
+from clipmapper.tasks.captioning.pictures import caption_perturbation_tables, word_localisation_table
 from clipmapper.tasks.captioning.samples import TESTS, CaptionSamples
-from clipmapper.tasks.captioning.tables import caption_perturbation_tables, word_localisation_table
 from clipmapper.tasks.captioning.trace import TracedCaption, trace_caption, word_relevance
-from clipmapper.tasks.captioning.variants import kept_captions
 from clipmapper.training.explained import Report, joined, joined_localisation
 from clipmapper.training.media import Media
 

@@ -17,8 +17,7 @@ from clipmapper.evaluation.perturbation import FRACTIONS
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS
 from clipmapper.models.tokens import word_positions
 from clipmapper.tasks.captioning.model import Captioner
-from clipmapper.training.explained import Samples
-from clipmapper.training.looked_at import looked_at, mask_of
+from clipmapper.training.explained import Samples, looked_at, mask_of
 
 # Two streams of random numbers of one seed have nothing in common if a number of its own goes with each.
 _DRAWING = 0xCA

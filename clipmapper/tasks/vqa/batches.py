@@ -15,10 +15,9 @@ from clipmapper.data.tables.base import Records
 from clipmapper.data.tokens.cache import TokenCache, TokenStore
 from clipmapper.models.tokens import tokenize
 from clipmapper.tasks.vqa.model import CLIPmapper
-from clipmapper.training.order import epochs, in_order
+from clipmapper.training.batches import ReadableItems, epochs, in_order, shard_batches
 from clipmapper.training.processes import WHOLE, Share
 from clipmapper.training.record_tokens import record_question_tokens
-from clipmapper.training.streamed import ReadableItems, shard_batches
 
 _KINDS_OF_ANSWERS = 4096  # whose targets are remembered: unanimous answers make up much of a data set
 

@@ -1,14 +1,18 @@
 """Pictures of an explanation report on answers."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from rich.table import Table
 
 from clipmapper.data.truth import resized
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
 from clipmapper.evaluation.score_names import SCORES
-from clipmapper.tasks.vqa.perturbation import AnswerScorer
+from clipmapper.tasks.vqa.report import AnswerScorer
 from clipmapper.training.explained import Report
 from clipmapper.training.media import Html, Media, MediaTable, Picture
+from clipmapper.training.tables import Areas, areas_table, interval_name
 from clipmapper.visual.comparison import plot_method_comparison
 from clipmapper.visual.curves import plot_perturbation_curves
 from clipmapper.visual.explanation import plot_explanation
@@ -128,3 +132,36 @@ def _sample_curves(report: Report, number: int):
             lines = {m: np.asarray(values[i, j, k, number]) for k, m in enumerate(scores.methods)}
             curves[f"{modality}/{direction}"] = {m: (line, line, line) for m, line in lines.items()}
     return plot_perturbation_curves(curves, scores.fractions.tolist(), ylabel=SCORES["probability"].axis)
+
+
+def perturbation_table(results: Mapping, score: str = "accuracy") -> Table:
+    """Areas with intervals, the best of each column in bold, and paired differences to ``weighted``."""
+    panels = [(m, d) for m in MODALITIES for d in DIRECTIONS if m in results["perturbation"]]
+    columns = [
+        Areas(f"{m} {d}", d, results["perturbation"][m][d][score], SCORES[score].factor) for m, d in panels
+    ]
+    return areas_table(f"Perturbation: area under {SCORES[score].title}, {interval_name(results)}", columns)
+
+
+def localisation_table(results: Mapping) -> Table | None:
+    """Relevance against the truth about what decides the answer."""
+    found = results["localisation"]
+    if not found:
+        return None
+    table = Table(title=f"Localisation against the truth (%), {interval_name(results)}", title_justify="left")
+    table.add_column("method")
+    for modality in found:
+        for score in ("mass", "rank", "pointing"):
+            table.add_column(f"{modality} {score}", justify="right")
+    for method in next(iter(found.values()))["methods"]:
+        cells = []
+        for modality in found.values():
+            for score in ("mass", "rank", "pointing"):
+                value = modality["methods"][method][score]
+                half = (value["high"] - value["low"]) / 2
+                cells.append(f"{100 * value['mean']:.1f} ± {100 * half:.1f}")
+        table.add_row(method, *cells)
+    baseline = ", ".join(f"{m} {100 * v['area_baseline']:.1f}" for m, v in found.items())
+    table.caption = f"a uniform map reaches (mass): {baseline}"
+    table.caption_justify = "left"
+    return table

@@ -1,16 +1,41 @@
-"""Records with their images, where some of these can't be read."""
+"""Which samples are in the batch of every step, and in the batches of a validation."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
-from torch.utils.data import get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from clipmapper.data.records import Item, Record, RecordDataset
 from clipmapper.data.shards.stream import ShardStream
 from clipmapper.errors import UserError
-from clipmapper.training.processes import WHOLE, Share
+from clipmapper.training.processes import WHOLE, Share, batch_count, batches_of
+
+
+def epochs(count: int, batch_size: int, seed: int) -> Callable[[int], list[int]]:
+    """The numbers in the batch of every step: each of ``count`` once an epoch, in an order of its own."""
+
+    @lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, epoch)).permutation(count)
+
+    def numbers_at(step: int) -> list[int]:
+        places = range(step * batch_size, (step + 1) * batch_size)
+        return [int(order(place // count)[place % count]) for place in places]
+
+    return numbers_at
+
+
+def in_order(count: int, batch_size: int, share: Share) -> Iterator[range]:
+    """The rows of batches; in a worker of a ``DataLoader``, which takes batches from its workers in turn,
+    every so many of them."""
+    worker = get_worker_info()
+    first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+    yield from islice(batches_of(count, batch_size, share), first, None, stride)
+
 
 LEFT_OUT = "left_out.txt"
 _TRIED = 1000  # unreadable images in a row
@@ -93,3 +118,50 @@ def shard_batches(
         return batch_of(items.of(records, lambda: stream.records(index, of, (number + 1) * size)), step)
 
     return batch_at
+
+
+class StepBatches(IterableDataset):
+    """Training batches as a function of the step: a resumed run sees what an uninterrupted one would.
+
+    ``batch_at(step, share)`` makes a share of the batch of a step: that of this process, in as many parts as
+    gradients are accumulated over. ``terms``: of :class:`TaskModule`.
+    """
+
+    def __init__(
+        self,
+        batch_at: Callable[[int, Share], dict],
+        first_step: int,
+        max_steps: int,
+        share: Share = WHOLE,
+        accumulated: int = 1,
+        terms: Callable[[dict], int | float] = lambda batch: len(batch["ids"]),
+    ) -> None:
+        self.batch_at, self.first_step, self.max_steps = batch_at, first_step, max_steps
+        self.terms = terms
+        self.shares = [share.part(index, accumulated) for index in range(accumulated)]
+
+    def __iter__(self) -> Iterator[dict]:
+        # A DataLoader takes batches from its workers in turn: of all parts each worker makes every so many.
+        # (A step of several parts is made by as many workers, because each part has to know all terms.)
+        worker = get_worker_info()
+        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        made, parts = None, []
+        for item in range(first, (self.max_steps - self.first_step) * len(self.shares), stride):
+            step, index = divmod(item, len(self.shares))
+            if step != made:
+                made, parts = step, [self.batch_at(self.first_step + step, share) for share in self.shares]
+            yield parts[index] | {"parts": len(parts), "parts_terms": sum(map(self.terms, parts))}
+
+
+class Labelled(IterableDataset):
+    """A share of a split in order, in batches with what validation needs: ``split.labelled``'s."""
+
+    def __init__(self, split, share: Share = WHOLE) -> None:
+        self.split, self.share = split, share
+
+    def batches(self) -> int:
+        """How many there are."""
+        return batch_count(len(self.split.records), self.split.labelled_at_most, self.share)
+
+    def __iter__(self) -> Iterator[dict]:
+        return self.split.labelled(share=self.share)
