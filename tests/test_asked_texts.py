@@ -15,7 +15,7 @@ from clipmapper.models import encoder as encoder_identity
 from clipmapper.models.encoder import weights_digest
 from clipmapper.models.tokens import tokenize
 from clipmapper.tasks.vqa.batches import QuestionBatches
-from clipmapper.training import asked_texts as module
+from clipmapper.training import encoder_tokens as module
 from clipmapper.training.encoder_tokens import asked_by_records, asked_texts
 from clipmapper.training.record_tokens import check_room
 

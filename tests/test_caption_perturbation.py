@@ -16,7 +16,7 @@ from clipmapper.evaluation.perturbation import FRACTIONS, ModalityRelevance, per
 from clipmapper.evaluation.score_names import LOG_PROBABILITY
 from clipmapper.evaluation.score_names import SCORES as SCORE_NAMES
 from clipmapper.models.tokens import word_positions
-from clipmapper.tasks.captioning import variants as caption_variants
+from clipmapper.tasks.captioning import perturbation as caption_variants
 from clipmapper.tasks.captioning.decoding import Decoding
 from clipmapper.tasks.captioning.explain import explain_captions
 from clipmapper.tasks.captioning.perturbation import CaptionScorer, WordScorer, kept_captions

@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader
 
 from clipmapper.host import progress
 from clipmapper.host.progress import ProgressLines, counted
-from clipmapper.training import progress as of_runs
+from clipmapper.training import trainer as of_runs
 from clipmapper.training.batches import Labelled
 from clipmapper.training.launching import less_noise
 from clipmapper.training.processes import Share, batch_count, batches_of

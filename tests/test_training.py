@@ -29,7 +29,7 @@ from clipmapper.data.world.data import RenderedImage
 from clipmapper.data.world.questions import ANSWERS, SceneQuestion
 from clipmapper.errors import UserError
 from clipmapper.tasks.vqa import report as explanation_report
-from clipmapper.tasks.vqa import run as vqa_run
+from clipmapper.tasks.vqa import task as vqa_run
 from clipmapper.tasks.vqa.batches import QuestionBatches
 from clipmapper.tasks.vqa.model import build_clipmapper
 from clipmapper.tasks.vqa.training import VQAModule, answer_loss, blind_accuracy

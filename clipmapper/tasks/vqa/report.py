@@ -8,23 +8,32 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
 from clipmapper.evaluation.localisation import Localisation, image_localisation, word_localisation
-from clipmapper.evaluation.numbers import localisation_numbers, perturbation_numbers
+from clipmapper.evaluation.numbers import perturbation_numbers
 from clipmapper.evaluation.perturbation import ModalityRelevance, perturb
 from clipmapper.evaluation.perturbation_run import run_in_chunks
 from clipmapper.evaluation.perturbation_scores import PerturbationScores
 from clipmapper.models.tokens import word_positions
 from clipmapper.relevance import method_named
-from clipmapper.tasks.vqa import pictures
 from clipmapper.tasks.vqa.explain import trace_answers
 from clipmapper.tasks.vqa.model import CLIPmapper
-from clipmapper.tasks.vqa.pictures import localisation_table, perturbation_table
+from clipmapper.tasks.vqa.pictures import (
+    comparison_figure,
+    explanation_figure,
+    localisation_table,
+    perturbation_table,
+)
 from clipmapper.tasks.vqa.samples import QuestionSamples
 from clipmapper.training.explained import Report, joined, joined_localisation
-from clipmapper.training.media import Media
+from clipmapper.training.media import Cell, Html, Picture
+from clipmapper.visual.files import readable_part
+from clipmapper.visual.words import words_html
+
+_NAME = 120  # bytes of a file's name that are a family's
 
 ScoreKept: TypeAlias = Callable[
     [
@@ -111,13 +120,15 @@ class AnswerReport(Report):
 
     curves = "perturbation_accuracy.png"
 
-    def numbers(self, confidence: float, seed: int) -> dict:
-        return {
-            "samples": len(self.samples),
-            "confidence": confidence,
-            "perturbation": perturbation_numbers(self.perturbation, confidence, seed),
-            "localisation": localisation_numbers(self.localisation, confidence, seed),
-        }
+    columns = ("image", "heat map", "question", "family", "answer", "truth", "probability")
+    sampled_score = "probability"
+
+    @property
+    def tests(self) -> dict[str, PerturbationScores]:
+        return {f"{len(self.samples)} questions": self.perturbation}
+
+    def perturbation_numbers(self, confidence: float, seed: int) -> dict:
+        return perturbation_numbers(self.perturbation, confidence, seed)
 
     def scalars(self) -> dict[str, float]:
         scalars = {}
@@ -131,11 +142,24 @@ class AnswerReport(Report):
         tables = [perturbation_table(numbers), perturbation_table(numbers, "probability")]
         return [*tables, *filter(None, [localisation_table(numbers)])]
 
-    def write(self, folder: Path, *, count: int, confidence: float) -> list[Path]:
-        return pictures.write_pictures(self, folder, count=count, confidence=confidence)
+    def explanation(self, number: int) -> tuple[str, Figure]:
+        # A family is any text that the data have, such as VQA v2's "yes/no".
+        return readable_part(self.samples.families[number], _NAME, "_"), explanation_figure(self, number)
 
-    def media(self, folder: Path) -> Media:
-        return pictures.report_media(self, folder)
+    def comparison(self, number: int) -> Figure:
+        return comparison_figure(self, number)
+
+    def cells(self, number: int, picture: Path) -> Sequence[Cell]:
+        samples, method = self.samples, next(iter(self.relevance))
+        return (
+            Picture(samples.pictures[number]),
+            Picture(picture),
+            Html(words_html(self.relevance[method].words[number])),
+            samples.families[number],
+            self.predictions[number],
+            samples.truths[number],
+            self.probabilities[number],
+        )
 
     @classmethod
     def together(cls, samples: QuestionSamples, reports: Sequence["AnswerReport"]) -> "AnswerReport":
@@ -169,9 +193,7 @@ def answer_report(
     progress: Callable[[int], None] | None = None,
 ) -> AnswerReport:
     """See :meth:`clipmapper.training.task.Task.report`."""
-    was_training = model.training
-    model.eval()
-    try:
+    with model.evaluating():
         traced = []
         for start in range(0, len(samples), chunk):
             positions = range(start, min(start + chunk, len(samples)))
@@ -205,8 +227,6 @@ def answer_report(
             )
 
         scores = run_in_chunks(len(samples), chunk, compute, folder=folder, key=key)
-    finally:
-        model.train(was_training)
     words = _words(model, samples)
     relevance = {m: MethodRelevance(patches[m], tokens[m], _word_scores(words, tokens[m])) for m in methods}
     explained = logits.argmax(dim=1)
