@@ -3,16 +3,21 @@
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
+from clipmapper.data.content import content_digest, file_digests, joint_digest
+from clipmapper.data.records import Record, StoredImage
 from clipmapper.data.tables.base import Records, unpacked
-from clipmapper.data.tokens.cache import TextTokens, TokenCache, TokenStore
+from clipmapper.data.tokens.cache import TextTokens, TokenStore
+from clipmapper.errors import UserError
 from clipmapper.host.progress import progress
 from clipmapper.models.encoder import ClipEncoder, image_identity, text_identity
 from clipmapper.models.tokens import padding_id, tokenize
@@ -104,19 +109,63 @@ def _tokenized(
 
 
 @runtime_checkable
-class ImageSource(Protocol):
-    """The images of a split."""
+class Reader(Protocol):
+    """Reads the images of records: :class:`clipmapper.data.pixels.PixelReader`, or that of a data set.
 
-    def __len__(self) -> int: ...
+    ``fast``: whether they may differ a little from those that ``open_clip``'s transform gives.
+    """
 
-    def load(self, rows: Sequence[int]) -> Tensor:
-        """Read some images as :meth:`pixels` takes them; called in workers."""
+    fast: bool
 
-    def pixels(self, loaded: Tensor) -> Tensor:
-        """Turn loaded images into the encoder's input, on the device of ``loaded``."""
+    def __call__(self, record: Record) -> Tensor: ...
+
+    def many(self, records: Sequence[Record]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class RecordImages:
+    """The different images of some records.
+
+    ``records``: one of each image. ``index``: the folder in which digests of files are kept.
+    """
+
+    records: Sequence[Record]
+    reader: Reader
+    index: Path | None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def load(self, rows: Sequence[int]) -> Num[Tensor, "images 3 height width"]:
+        """Read some images as the encoder takes them; called in workers."""
+        return self.reader.many([self.records[row] for row in rows])
 
     def digest(self) -> str:
-        """A digest of the images' content, in their order."""
+        """A digest of the images' content, in their order. Raises ``UserError`` for a file that cannot be
+        read."""
+        # (Tokens of exactly read images are those of before there was a fast way.)
+        return f"{self._content} read fast" if self.reader.fast else self._content
+
+    @cached_property
+    def _content(self) -> str:
+        images = [record.image for record in self.records]
+        paths = [image for image in images if isinstance(image, Path)]
+        with progress("images, whether they changed", len(images)) as advance:
+
+            def of_stored(image: bytes | StoredImage) -> str:
+                advance(1)
+                return _digest(image)
+
+            try:
+                of_files = iter(file_digests(paths, self.index, progress=advance))
+            except OSError as error:
+                raise UserError(f"image={error.filename}: {error.strerror}") from error
+            return joint_digest(next(of_files) if isinstance(i, Path) else of_stored(i) for i in images)
+
+
+def _digest(image: bytes | StoredImage) -> str:
+    found = image if isinstance(image, bytes) else image.read()
+    return content_digest(found if isinstance(found, bytes) else np.asarray(found))
 
 
 def token_store(config: TrainConfig, encoder: ClipEncoder, *, texts: bool) -> TokenStore | None:
@@ -150,7 +199,7 @@ def image_shape(encoder: ClipEncoder) -> tuple[int, int]:
     return encoder.prefix_tokens + rows * columns, encoder.image_width
 
 
-def image_key(encoder: ClipEncoder, store: TokenStore, source: ImageSource) -> dict:
+def image_key(encoder: ClipEncoder, store: TokenStore, source: RecordImages) -> dict:
     """Everything that tokens of images depend on."""
     of_encoder = store.once("images", lambda: image_identity(encoder))
     return {"encoder": of_encoder, "images": source.digest()}
@@ -162,7 +211,7 @@ def text_key(encoder: ClipEncoder, store: TokenStore, texts: AskedTexts) -> dict
 
 
 def image_tokens(
-    encoder: ClipEncoder, store: TokenStore, source: ImageSource, progress: Callable[[int], None]
+    encoder: ClipEncoder, store: TokenStore, source: RecordImages, progress: Callable[[int], None]
 ) -> Float[Tensor, "images tokens width"]:
     """Tokens of every image. A stored file is keyed by encoder, weights, preprocessing and images."""
     encoder.eval()
@@ -173,7 +222,7 @@ def image_tokens(
         len(source),
         image_shape(encoder),
         source.load,
-        lambda loaded: encoder.image_tokens(source.pixels(loaded.to(device))),
+        lambda loaded: encoder.image_tokens(loaded.to(device)),
         progress,
     )
 
@@ -200,18 +249,3 @@ def text_tokens(
         progress,
     )
     return TextTokens(tokens, texts.lengths, texts.text_of)
-
-
-def question_tokens(
-    encoder: ClipEncoder,
-    store: TokenStore,
-    source: ImageSource,
-    texts: AskedTexts,
-    image_of: Int[Tensor, "questions"],
-    name: str,
-) -> TokenCache:
-    """Tokens of the images and texts of questions, with a progress bar. ``name``: of the split."""
-    with progress(f"CLIP tokens, {name} split", len(source) + len(texts)) as advance:
-        images = image_tokens(encoder, store, source, advance)
-        asked = text_tokens(encoder, store, texts, advance)
-    return TokenCache(asked.tokens, asked.lengths, asked.text_of, images, image_of)

@@ -29,6 +29,8 @@ from clipmapper.training.processes import Share
 from clipmapper.visual.curves import plot_perturbation_curves
 from clipmapper.visual.files import save_figure
 
+# Two streams of random numbers of one seed have nothing in common if a number of its own goes with each.
+DRAWN_QUESTIONS, DRAWN_IMAGES, DRAWN_WORDS = 0xE8, 0xCA, 0x30
 LARGEST = 640  # pixels of the longer side of what is looked at: more than a page shows of it
 
 

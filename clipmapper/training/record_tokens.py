@@ -2,32 +2,28 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from clipmapper.data.content import content_digest, file_digests, joint_digest
-from clipmapper.data.records import Record, StoredImage
+from clipmapper.data.records import Record
 from clipmapper.data.tables.builder import as_table
 from clipmapper.data.tokens.cache import TokenCache, TokenStore, size_of
-from clipmapper.errors import UserError
 from clipmapper.host.progress import progress, span
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.training.encoder_tokens import (
     AskedTexts,
-    ImageSource,
+    Reader,
+    RecordImages,
     asked_by_records,
     image_key,
     image_shape,
     image_tokens,
-    question_tokens,
     text_key,
+    text_tokens,
 )
 from clipmapper.training.tables import console
 
@@ -36,7 +32,7 @@ _TIMES = 3  # ... so often; the fastest counts, for a machine that is busy for a
 
 
 def check_tokens(
-    encoder: ClipEncoder, store: TokenStore, splits: Mapping[str, tuple[ImageSource, AskedTexts | None]]
+    encoder: ClipEncoder, store: TokenStore, splits: Mapping[str, tuple[RecordImages, AskedTexts | None]]
 ) -> None:
     """Raise ``UserError`` where the tokens of all splits together have no room; otherwise say their size, and
     how long it will take to compute those that are not there, measured by encoding a few.
@@ -84,12 +80,12 @@ def check_tokens(
 
 
 @torch.no_grad()
-def _image_seconds(encoder: ClipEncoder, store: TokenStore, source: ImageSource) -> float:
+def _image_seconds(encoder: ClipEncoder, store: TokenStore, source: RecordImages) -> float:
     """Measure the time of one image. Workers prepare images while others are encoded."""
     device = next(encoder.parameters()).device
     rows = range(min(_TRIED, len(source)))
     loading, loaded = _timed(lambda: source.load(rows))
-    encoding, _ = _timed(lambda: encoder.image_tokens(source.pixels(loaded.to(device))).cpu())
+    encoding, _ = _timed(lambda: encoder.image_tokens(loaded.to(device)).cpu())
     both = max(loading / store.workers, encoding) if store.workers else loading + encoding
     return both / len(rows)
 
@@ -113,62 +109,6 @@ def _timed(work: Callable):
     return min(seconds), found
 
 
-@runtime_checkable
-class Reader(Protocol):
-    """Reads the images of records: :class:`clipmapper.data.pixels.PixelReader`, or that of a data set.
-
-    ``fast``: whether they may differ a little from those that ``open_clip``'s transform gives.
-    """
-
-    fast: bool
-
-    def __call__(self, record: Record) -> Tensor: ...
-
-    def many(self, records: Sequence[Record]) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class RecordImages:
-    """The different images of some records, an :class:`~clipmapper.training.encoder_tokens.ImageSource`.
-
-    ``records``: one of each image. ``index``: the folder in which digests of files are kept.
-    """
-
-    records: Sequence[Record]
-    reader: Reader
-    index: Path | None
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def load(self, rows: Sequence[int]) -> Num[Tensor, "images 3 height width"]:
-        return self.reader.many([self.records[row] for row in rows])
-
-    def pixels(self, loaded: Tensor) -> Tensor:
-        return loaded
-
-    def digest(self) -> str:
-        """Raises ``UserError`` for a file that cannot be read."""
-        # (Tokens of exactly read images are those of before there was a fast way.)
-        return f"{self._content} read fast" if self.reader.fast else self._content
-
-    @cached_property
-    def _content(self) -> str:
-        images = [record.image for record in self.records]
-        paths = [image for image in images if isinstance(image, Path)]
-        with progress("images, whether they changed", len(images)) as advance:
-
-            def of_stored(image: bytes | StoredImage) -> str:
-                advance(1)
-                return _digest(image)
-
-            try:
-                of_files = iter(file_digests(paths, self.index, progress=advance))
-            except OSError as error:
-                raise UserError(f"image={error.filename}: {error.strerror}") from error
-            return joint_digest(next(of_files) if isinstance(i, Path) else of_stored(i) for i in images)
-
-
 def different_images(
     records: Sequence[Record], reader: Reader, index: Path | None
 ) -> tuple[RecordImages, Int[Tensor, "records"]]:
@@ -181,9 +121,12 @@ def different_images(
 def record_question_tokens(
     encoder: ClipEncoder, store: TokenStore, records: Sequence[Record], name: str, reader: Reader
 ) -> TokenCache:
-    """Tokens of the images and texts of questions. ``name``: of the split."""
+    """Tokens of the images and texts of questions, with a progress bar. ``name``: of the split."""
     images, image_of, texts = _looked_at(encoder, store, records, name, reader, texts=True)
-    return question_tokens(encoder, store, images, texts, image_of, name)
+    with progress(f"CLIP tokens, {name} split", len(images) + len(texts)) as advance:
+        tokens = image_tokens(encoder, store, images, advance)
+        asked = text_tokens(encoder, store, texts, advance)
+    return TokenCache(asked.tokens, asked.lengths, asked.text_of, tokens, image_of)
 
 
 def record_image_tokens(
@@ -241,8 +184,3 @@ def _looked_at(
         images.digest()  # which has a progress bar of its own, before the next one
     asked = asked_by_records(encoder.tokenizer, as_table(records), name) if texts else None
     return _LookedAt(images, image_of, asked)
-
-
-def _digest(image: bytes | StoredImage) -> str:
-    found = image if isinstance(image, bytes) else image.read()
-    return content_digest(found if isinstance(found, bytes) else np.asarray(found))

@@ -28,13 +28,10 @@ from clipmapper.tasks.captioning.pictures import (
 )
 from clipmapper.tasks.captioning.samples import TESTS, CaptionSamples
 from clipmapper.tasks.captioning.trace import TracedCaption, trace_caption, word_relevance
-from clipmapper.training.explained import Report, joined, joined_localisation
+from clipmapper.training.explained import DRAWN_WORDS, Report, joined, joined_localisation
 from clipmapper.training.media import Cell, Html, Picture
 from clipmapper.visual.caption_strip import plot_caption_strip
 from clipmapper.visual.words import words_html
-
-# Two streams of random numbers of one seed have nothing in common if a number of its own goes with each.
-_WORDS = 0x30
 
 
 @dataclass(frozen=True)
@@ -245,7 +242,7 @@ def _chosen_word(words: Sequence[str], seed: int, sample: int) -> int:
     """One word of a caption at random, no stop-word where there are others: one curve an image, so that
     images, which are what intervals are over, count alike."""
     places = [place for place, word in enumerate(words) if not is_stop_word(word)] or list(range(len(words)))
-    return int(np.random.default_rng((seed, sample, _WORDS)).choice(places))
+    return int(np.random.default_rng((seed, sample, DRAWN_WORDS)).choice(places))
 
 
 def _together(texts: Sequence[TokenizedText], padding: int) -> TokenizedText:
