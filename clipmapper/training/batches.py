@@ -1,15 +1,17 @@
 """Which samples are in the batch of every step, and in the batches of a validation."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from clipmapper.data.records import Item, Record, RecordDataset
+from clipmapper.data.records import Item, Record, RecordData, RecordDataset
 from clipmapper.data.shards.stream import ShardStream
 from clipmapper.errors import UserError
 from clipmapper.training.processes import WHOLE, Share, batch_count, batches_of
@@ -39,6 +41,37 @@ def in_order(count: int, batch_size: int, share: Share) -> Iterator[range]:
 
 LEFT_OUT = "left_out.txt"
 _TRIED = 1000  # unreadable images in a row
+
+
+class SplitBatches(ABC):
+    """A split in batches, of at most ``labelled_at_most`` where it is taken in order."""
+
+    records: Sequence[Record]
+    labelled_at_most = RecordData.labelled_at_most
+
+    @abstractmethod
+    def labelled_batch(self, rows: Sequence[int]) -> dict:
+        """These records with what validation needs."""
+
+    def labelled(self, batch_size: int | None = None, share: Share = WHOLE) -> Iterator[dict]:
+        """A share of all records in order."""
+        size = min(batch_size or self.labelled_at_most, self.labelled_at_most)
+        yield from map(self.labelled_batch, in_order(len(self.records), size, share))
+
+
+class Collate(ABC):
+    """A batch of records. ``tokenize``: texts → :class:`~clipmapper.models.tokens.TokenizedText`."""
+
+    def __init__(self, tokenize: Callable[[Sequence[str]], object]) -> None:
+        self.tokenize = tokenize
+
+    def __call__(self, items: Sequence[Item], *texts: Sequence[str]) -> dict:
+        batch = self.without_images([record for record, _ in items], *texts)
+        return batch | {"images": torch.stack([pixels for _, pixels in items])}
+
+    @abstractmethod
+    def without_images(self, records: Sequence[Record], *texts: Sequence[str]) -> dict:
+        """Everything but ``images``."""
 
 
 class ReadableItems:
@@ -154,9 +187,9 @@ class StepBatches(IterableDataset):
 
 
 class Labelled(IterableDataset):
-    """A share of a split in order, in batches with what validation needs: ``split.labelled``'s."""
+    """A share of a split in order, in batches with what validation needs."""
 
-    def __init__(self, split, share: Share = WHOLE) -> None:
+    def __init__(self, split: SplitBatches, share: Share = WHOLE) -> None:
         self.split, self.share = split, share
 
     def batches(self) -> int:

@@ -1,10 +1,9 @@
 """Tokens of a data set's images and texts from a frozen encoder, computed once."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -79,33 +78,19 @@ class AskedTexts:
         return digest.hexdigest()
 
 
-def asked_texts(tokenizer, texts: Sequence[str], name: str) -> AskedTexts:
+def asked_texts(tokenizer, table: Records, name: str) -> AskedTexts:
     """Tokenise the different texts of questions. ``name``: of their split, for the progress that is told."""
-    different = sorted(set(texts))
-    place = {text: number for number, text in enumerate(different)}
-    return _tokenized(tokenizer, different, len(different), torch.tensor([place[t] for t in texts]), name)
-
-
-def asked_by_records(tokenizer, table: Records, name: str) -> AskedTexts:
-    """:func:`asked_texts` of a table of questions."""
     different, number_of = table.different_questions()
-    parts = (different[start : start + _TOGETHER] for start in range(0, len(different), _TOGETHER))
-    texts = (unpacked(text) for part in parts for text in part.to_pylist())
-    return _tokenized(tokenizer, texts, len(different), torch.from_numpy(number_of), name)
-
-
-def _tokenized(
-    tokenizer, texts: Iterable[str], count: int, text_of: Int[Tensor, "questions"], name: str
-) -> AskedTexts:
-    ids, lengths, left = [], [], iter(texts)
-    with progress(f"token ids of texts, {name} split", count) as advance:
-        while some := list(islice(left, _TOGETHER)):
+    ids, lengths = [], []
+    with progress(f"token ids of texts, {name} split", len(different)) as advance:
+        for start in range(0, len(different), _TOGETHER):
+            some = [unpacked(text) for text in different[start : start + _TOGETHER].to_pylist()]
             text = tokenize(tokenizer, some)
             ids.append(text.ids[text.valid].int())
             lengths.append(text.valid.sum(dim=1))
             advance(len(some))
     starts = torch.cat([torch.zeros(1, dtype=torch.long), *lengths]).cumsum(dim=0)
-    return AskedTexts(torch.cat(ids), starts, text_of, padding_id(tokenizer))
+    return AskedTexts(torch.cat(ids), starts, torch.from_numpy(number_of), padding_id(tokenizer))
 
 
 @runtime_checkable

@@ -18,7 +18,7 @@ from clipmapper.training.encoder_tokens import (
     AskedTexts,
     Reader,
     RecordImages,
-    asked_by_records,
+    asked_texts,
     image_key,
     image_shape,
     image_tokens,
@@ -182,5 +182,5 @@ def _looked_at(
     images, image_of = different_images(records, reader, store.folder)
     if store.folder is not None:
         images.digest()  # which has a progress bar of its own, before the next one
-    asked = asked_by_records(encoder.tokenizer, as_table(records), name) if texts else None
+    asked = asked_texts(encoder.tokenizer, as_table(records), name) if texts else None
     return _LookedAt(images, image_of, asked)

@@ -38,11 +38,8 @@ from clipmapper.tasks.captioning.results import (
 )
 from clipmapper.tasks.captioning.samples import CaptionSamples, caption_samples
 from clipmapper.tasks.captioning.training import SCORES, CaptionModule, JudgedCaption, SelfCriticalModule
-from clipmapper.training.batches import left_out_lines
-from clipmapper.training.encoder_tokens import token_store
 from clipmapper.training.loggers import log_media
 from clipmapper.training.media import Media, MediaTable, Picture
-from clipmapper.training.record_tokens import check_room
 from clipmapper.training.tables import console
 from clipmapper.training.task import Task, TaskRun
 
@@ -63,11 +60,9 @@ class CaptionRun(TaskRun):
             self.model = _loaded(config)
 
     def prepare(self, folder: Path) -> None:
-        training, encoder = self.config.training, self.model.encoder
-        store = token_store(self.config, encoder, texts=False)
+        training = self.config.training
         scored = {name: some for name, some in self.scored_splits().items() if name != "test"}
-        if store is not None:
-            check_room(encoder, store, scored, self.data.reader(encoder), texts=False)
+        store = self.token_store(scored, texts=False)
         self.splits = {
             name: CaptionBatches(self.model, self.data, name, records, store)
             for name, records in scored.items()
@@ -111,10 +106,7 @@ class CaptionRun(TaskRun):
         training = self.config.training
         common = {
             "model": self.model,
-            "learning_rate": training.learning_rate,
-            "weight_decay": training.weight_decay,
-            "warmup_steps": training.warmup_steps,
-            "max_steps": training.max_steps,
+            **self.schedule(),
             "judges": {name: _judge(self.splits[name].records) for name in self.validation_splits},
         }
         if training.objective == "scst":
@@ -130,9 +122,6 @@ class CaptionRun(TaskRun):
                 emphasised = {"emphasised": where_words(), "emphasis": training.emphasis}
             self._module = CaptionModule(**common, label_smoothing=training.label_smoothing, **emphasised)
         return self._module
-
-    def labelled(self, split: str) -> CaptionBatches:
-        return self.splits[split]
 
     def results(self, trainer: lightning.Trainer, folder: Path) -> dict:
         """``captions`` by split: loss and scores of greedy captions, what of them is true, and samples.
@@ -155,8 +144,6 @@ class CaptionRun(TaskRun):
         rows = sample_rows(written["validation"][: self.config.training.logged_captions], batches.references)
         if rows:
             log_media(trainer.loggers, partial(_media, rows, batches), step=trainer.global_step)
-        for line in left_out_lines(folder):
-            console().print(line, markup=False, soft_wrap=True)
         if families := family_scores(written["validation"], batches.records):
             splits["validation"]["families"] = families
         file = folder / "captions_validation.json"

@@ -20,9 +20,6 @@ from clipmapper.tasks.vqa.model import CLIPmapper, build_clipmapper
 from clipmapper.tasks.vqa.report import AnswerReport, answer_report
 from clipmapper.tasks.vqa.samples import QuestionSamples, question_samples
 from clipmapper.tasks.vqa.training import VQAModule, blind_accuracy
-from clipmapper.training.batches import left_out_lines
-from clipmapper.training.encoder_tokens import token_store
-from clipmapper.training.record_tokens import check_room
 from clipmapper.training.tables import console
 from clipmapper.training.task import Task, TaskRun
 
@@ -46,10 +43,8 @@ class VQARun(TaskRun):
 
     def prepare(self, folder: Path) -> None:
         training, data, seed = self.config.training, self.data, self.config.seed
-        store = token_store(self.config, self.model.encoder, texts=True)
         scored = self.scored_splits()
-        if store is not None:
-            check_room(self.model.encoder, store, scored, data.reader(self.model.encoder), texts=True)
+        store = self.token_store(scored, texts=True)
         self.splits = {
             name: QuestionBatches(self.model, data, name, records, store) for name, records in scored.items()
         }
@@ -72,21 +67,14 @@ class VQARun(TaskRun):
             self.batch_at = question_batches(self.splits["train"], batch_size=training.batch_size, seed=seed)
 
     def module(self) -> VQAModule:
-        training = self.config.training
         self._module = VQAModule(
             self.model,
-            training.learning_rate,
-            training.weight_decay,
-            training.warmup_steps,
-            training.max_steps,
-            self.data.families,
-            self.validation_splits,
-            self.data.accuracy,
+            **self.schedule(),
+            families=self.data.families,
+            splits=self.validation_splits,
+            score=self.data.accuracy,
         )
         return self._module
-
-    def labelled(self, split: str) -> QuestionBatches:
-        return self.splits[split]
 
     def results(self, trainer: lightning.Trainer, folder: Path) -> dict:
         """``accuracy`` per family: how many validation questions, accuracy of every split, blind, and chance
@@ -110,8 +98,6 @@ class VQARun(TaskRun):
         if "test" in self.splits:
             console().print("answers to the test split ...")
             answered["test"] = self._answers("test")
-        for line in left_out_lines(folder):
-            console().print(line, markup=False, soft_wrap=True)
         files = {}
         for split, answers in answered.items():
             files[split] = str(write_results(folder / f"answers_{split}.json", answers))
