@@ -1,4 +1,4 @@
-"""Which samples are in the batch of every step, and in the batches of a validation."""
+"""Batches: which samples are in that of every step and in those of a validation, also of a stream."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Checkpoint files that survive a crash: complete or not there, and the one before is kept."""
+"""Checkpoint files: complete or not there, the one before is kept, and a run goes on from its own alone."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""Tokens of a data set's images and texts from a frozen encoder, computed once."""
+"""The different images and texts of records, and their tokens from a frozen encoder, kept by content."""
 
 import hashlib
 from collections.abc import Callable, Sequence

@@ -244,7 +244,7 @@ def _curves(scores: PerturbationScores, score: str, title: str, confidence: floa
         scores.curves(score, confidence=confidence),
         scores.fractions.tolist(),
         ylabel=SCORES[score].axis,
-        areas=_panels(scores, areas.tolist()),
+        areas=_panels(scores, areas),
         title=title,
     )
 
@@ -256,7 +256,7 @@ def _sample_curves(scores: PerturbationScores, score: str, number: int) -> Figur
     return plot_perturbation_curves(curves, scores.fractions.tolist(), ylabel=SCORES[score].axis)
 
 
-def _panels(scores: PerturbationScores, values: Sequence) -> dict[str, dict[str, Any]]:
+def _panels(scores: PerturbationScores, values: np.ndarray) -> dict[str, dict[str, Any]]:
     """``values`` of modalities, directions and methods, by the panel that they are drawn in and by method."""
     return {
         f"{modality}/{direction}": dict(zip(scores.methods, values[i][j], strict=True))

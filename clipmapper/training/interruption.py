@@ -1,4 +1,4 @@
-"""Stopping a run so that it can go on later."""
+"""Stopping a run so that it can go on later, by hand or at a loss that is no number."""
 
 import itertools
 import os

@@ -1,4 +1,4 @@
-"""The part that the modules of all tasks share: the model, its optimiser, its description in a checkpoint."""
+"""The part that the modules of all tasks share: the model, its optimiser, its shards, its description."""
 
 import math
 from collections.abc import Iterator, Mapping

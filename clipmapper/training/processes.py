@@ -1,4 +1,4 @@
-"""Several processes of one run: which one this is, and what they tell each other.
+"""Several processes of one run: which one this is, what they tell each other, and who is missing.
 
 Outside of such a run every function here is the one of a run with one process.
 """

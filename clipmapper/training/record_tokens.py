@@ -1,4 +1,4 @@
-"""Tokens of a frozen encoder for records: computed once, kept by the content of the image files."""
+"""Tokens of a frozen encoder for records, computed once; their room and time are said before."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence

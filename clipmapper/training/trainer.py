@@ -1,4 +1,4 @@
-"""Lightning's ``Trainer`` from the settings."""
+"""Lightning's ``Trainer`` from the settings, and how far its run is: bars on a terminal, lines in a log."""
 
 import sys
 from collections.abc import Sequence
@@ -114,7 +114,7 @@ def build_trainer(
         logger=logger,
         callbacks=[*callbacks, *averaging],
         default_root_dir=folder,
-        enable_checkpointing=False,  # saving.py
+        enable_checkpointing=False,  # interruption.py
         enable_model_summary=False,
         # Every process is given its share already.
         use_distributed_sampler=False,

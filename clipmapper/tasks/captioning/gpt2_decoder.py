@@ -1,4 +1,4 @@
-"""A language model that reads the mapper's tokens: GPT-2 as a second decoder."""
+"""A language model that reads the mapper's tokens: GPT-2 as second decoder, and the captioner with it."""
 
 from collections.abc import Sequence
 

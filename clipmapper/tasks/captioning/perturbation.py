@@ -1,4 +1,4 @@
-"""The scores of a perturbation test of a model that writes captions: of the whole caption, or of one word."""
+"""The scores of a perturbation test of captions: of images with some patches removed, by caption or word."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeAlias

@@ -1,4 +1,4 @@
-"""What a run on captions ends with: what of its captions is true, scores by family, samples, and tables."""
+"""Results of a run on captions: shares of true captions and statements, scores by family, samples, tables."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,4 +1,4 @@
-"""Writing captions: what :class:`clipmapper.training.task.Task` asks of a task."""
+"""Writing captions: the task (:class:`clipmapper.training.task.Task`), and a run of it on some data."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Training a captioner by cross-entropy, and scoring what it writes."""
+"""Training a captioner by cross-entropy, then self-critically, and scoring what it writes."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Answering questions: what :class:`clipmapper.training.task.Task` asks of a task."""
+"""Answering questions: the task (:class:`clipmapper.training.task.Task`), and a run of it on some data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""Training CLIPmapper for visual question answering."""
+"""Training CLIPmapper for visual question answering, and the question-only baseline."""
 
 from collections.abc import Callable, Mapping, Sequence
 
