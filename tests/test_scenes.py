@@ -47,6 +47,7 @@ from clipmapper.tasks.vqa.model import CLIPmapper, VQAHead
 from clipmapper.tasks.vqa.samples import question_samples
 from clipmapper.training import contrastive
 from clipmapper.training.contrastive import ContrastiveScenes
+from clipmapper.training.record_tokens import record_question_tokens
 
 unhurried = settings(deadline=None, max_examples=30)  # a busy machine is not a failure
 seeds, indices = st.integers(0, 2**32), st.integers(0, 10**6)

@@ -100,7 +100,7 @@ def _run_pretraining(config: PretrainConfig) -> dict[str, float]:
         logger=False,
         callbacks=[saving, GracefulInterrupt(saving), steps_progress(10)],
         plugins=[DurableCheckpointIO()],
-        enable_checkpointing=False,  # saving.py
+        enable_checkpointing=False,  # interruption.py
         enable_model_summary=False,
     )
     if config.resume:
