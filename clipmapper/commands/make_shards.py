@@ -9,7 +9,8 @@ import numpy as np
 
 from clipmapper.commands.compose import data_settings
 from clipmapper.commands.mistakes import Arguments, mistakes_end_it, seed, some_path, whole
-from clipmapper.data.shards.files import webdataset, write_shards
+from clipmapper.data.shards.files import write_shards
+from clipmapper.data.shards.index import webdataset
 from clipmapper.errors import UserError
 from clipmapper.host.outputs import check_folder
 from clipmapper.host.progress import progress

@@ -29,7 +29,7 @@ class DataConfig(Section):
 
 @dataclass
 class ScenesVQAConfig(DataConfig):
-    """Parameters of :class:`clipmapper.data.world.vqa.ScenesVQA`."""
+    """Parameters of :class:`clipmapper.data.world.data.ScenesVQA`."""
 
     choices = ("scenes",)
     records = ("questions",)
@@ -45,7 +45,7 @@ class ScenesVQAConfig(DataConfig):
 
 @dataclass
 class ScenesCaptionsConfig(DataConfig):
-    """Parameters of :class:`clipmapper.data.world.captioning.ScenesCaptions`."""
+    """Parameters of :class:`clipmapper.data.world.data.ScenesCaptions`."""
 
     choices = ("scenes_captions",)
     records = ("captions",)

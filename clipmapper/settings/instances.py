@@ -9,7 +9,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from clipmapper.errors import UserError
-from clipmapper.settings.old_names import name_today
+from clipmapper.settings.keys import name_today
 
 
 def built(settings: Mapping):

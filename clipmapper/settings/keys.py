@@ -1,10 +1,13 @@
-"""Finding settings in the schema by their dotted key, and the nearest one to a key that does not exist."""
+"""Settings by their dotted key: found in the schema, the nearest to one that does not exist, names of before.
+
+Names that older runs and checkpoints have are compared, never imported: only today's names lead anywhere.
+"""
 
 import types
 from collections.abc import Collection, Iterator
 from dataclasses import Field, fields
 from difflib import SequenceMatcher
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from clipmapper.settings.section import Section
 
@@ -105,3 +108,33 @@ def _keys(schema: type[Section], prefix: str = "") -> Iterator[str]:
 
 def _implementations(schema: type[Section]) -> list[type[Section]]:
     return [schema, *(each for child in schema.__subclasses__() for each in _implementations(child))]
+
+
+# Settings that there are no more; their section says as much.
+GONE = frozenset({"training._target_"})
+
+_Value = TypeVar("_Value")
+
+# Every ``_target_`` that was ever in ``conf/`` and is no more.
+_TARGETS = {
+    "clipmapper.data.scenes_vqa.ScenesVQA": "clipmapper.data.world.data.ScenesVQA",
+    "clipmapper.data.scenes_captions.ScenesCaptions": "clipmapper.data.world.data.ScenesCaptions",
+    "clipmapper.data.manifest.manifest_data": "clipmapper.data.readers.manifest.manifest_data",
+    "clipmapper.data.huggingface.huggingface_data": "clipmapper.data.readers.huggingface.huggingface_data",
+    "clipmapper.data.vqa_v2.vqa_v2_data": "clipmapper.data.readers.vqa_v2.vqa_v2_data",
+    "clipmapper.data.coco_captions.coco_captions_data": (
+        "clipmapper.data.readers.coco_captions.coco_captions_data"
+    ),
+    "clipmapper.data.flickr_captions.flickr_captions_data": (
+        "clipmapper.data.readers.flickr_captions.flickr_captions_data"
+    ),
+    "clipmapper.data.shard_data.ShardData": "clipmapper.data.shards.data.ShardData",
+    "clipmapper.training.relevance_callback.RelevanceCallback": (
+        "clipmapper.training.callback.RelevanceCallback"
+    ),
+}
+
+
+def name_today(value: _Value) -> _Value | str:
+    """Today's name of a ``_target_``; anything else is given back as it is."""
+    return _TARGETS.get(value, value) if isinstance(value, str) else value

@@ -7,12 +7,11 @@ from typing import get_type_hints
 from torch import nn
 
 from clipmapper.data.records import RecordData
-from clipmapper.data.world.captioning import ScenesCaptions
-from clipmapper.data.world.vqa import ScenesVQA
+from clipmapper.data.world.data import ScenesCaptions, ScenesVQA
 from clipmapper.errors import UserError
 from clipmapper.settings.data import DataConfig, ScenesCaptionsConfig, ScenesVQAConfig
 from clipmapper.settings.instances import built
-from clipmapper.settings.old_names import name_today
+from clipmapper.settings.keys import name_today
 from clipmapper.settings.plain_values import section_of_numbers, shown
 from clipmapper.settings.section import is_text
 from clipmapper.training.task import Task
@@ -24,8 +23,8 @@ _WORLDS: Mapping[str, tuple[type[DataConfig], Callable[..., RecordData]]] = {
 }
 # What older checkpoints have in place of a name, by today's target. They are compared, not imported.
 _TARGETS = {
-    "clipmapper.data.world.vqa.ScenesVQA": "scenes",
-    "clipmapper.data.world.captioning.ScenesCaptions": "scenes_captions",
+    "clipmapper.data.world.data.ScenesVQA": "scenes",
+    "clipmapper.data.world.data.ScenesCaptions": "scenes_captions",
     "clipmapper.data.readers.manifest.manifest_data": "manifest",
     "clipmapper.data.readers.huggingface.huggingface_data": "huggingface",
     "clipmapper.data.readers.vqa_v2.vqa_v2_data": "vqa_v2",

@@ -17,13 +17,10 @@ from torch import Tensor, nn
 
 from clipmapper.data.images import seen_part
 from clipmapper.data.pixels import normalised
-from clipmapper.data.record import Record
-from clipmapper.data.truth import seen_mask
+from clipmapper.data.record import Record, seen_mask
 from clipmapper.errors import UserError
-from clipmapper.evaluation.localisation import Localisation
-from clipmapper.evaluation.numbers import LOCALISATION_SCORES, localisation_numbers
-from clipmapper.evaluation.perturbation_scores import DIRECTIONS, PerturbationScores
-from clipmapper.evaluation.score_names import SCORES
+from clipmapper.evaluation.localisation import LOCALISATION_SCORES, Localisation, localisation_numbers
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS, SCORES, PerturbationScores
 from clipmapper.training.media import Cell, Media, MediaTable, Picture
 from clipmapper.training.processes import Share
 from clipmapper.visual.curves import plot_perturbation_curves

@@ -7,7 +7,16 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from matplotlib.figure import Figure
 
-from clipmapper.visual.heatmap import for_display, heat_scale, heatmap_overlay
+from clipmapper.visual.heatmap import (
+    check_mask,
+    colour_key,
+    for_display,
+    heat_scale,
+    heatmap_overlay,
+    outline_region,
+    region_key,
+    show_image,
+)
 from clipmapper.visual.layout import (
     CAPTION_SIZE,
     FAINT,
@@ -19,7 +28,6 @@ from clipmapper.visual.layout import (
     text_width,
     write,
 )
-from clipmapper.visual.panels import check_mask, colour_key, outline_region, region_key, show_image
 from clipmapper.visual.words import draw_words, word_scale, words_height
 
 _MARGIN, _GAP = 0.28, 0.20

@@ -6,16 +6,19 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from matplotlib.figure import Figure
 
-from clipmapper.visual.heatmap import HEAT_LABEL, for_display, heat_scale, heatmap_overlay
-from clipmapper.visual.layout import CAPTION_SIZE, FAINT, Header, axes_at, house_style, new_figure, write
-from clipmapper.visual.panels import (
+from clipmapper.visual.heatmap import (
+    HEAT_LABEL,
     check_mask,
     colour_bar,
     colour_key,
+    for_display,
+    heat_scale,
+    heatmap_overlay,
     outline_region,
     region_key,
     show_image,
 )
+from clipmapper.visual.layout import CAPTION_SIZE, FAINT, Header, axes_at, house_style, new_figure, write
 from clipmapper.visual.words import WORD_LABEL, draw_words, word_scale, words_height
 
 _MARGIN, _GAP = 0.28, 0.22

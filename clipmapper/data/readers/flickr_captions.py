@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from clipmapper.data.problems import Problem
 from clipmapper.data.readers.fields import shown
 from clipmapper.data.readers.manifest import data_of
 from clipmapper.data.readers.official_files import leads_out
+from clipmapper.data.record import Problem
 from clipmapper.data.records import Record, RecordData
 from clipmapper.data.tables.builder import TableBuilder
 from clipmapper.data.tables.remembered import Found, remembered

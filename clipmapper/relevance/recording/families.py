@@ -4,8 +4,12 @@ One line a kind. Classes are named by their full name and found by it, so that n
 is not in use. ``docs/recorder.md`` shows how to add one.
 """
 
+import functools
+import re
+
 from torch import nn
 
+from clipmapper.errors import UserError
 from clipmapper.relevance.recording.families_of_transformers import TRANSFORMERS
 from clipmapper.relevance.sublayer import Sublayer, pre_norm
 
@@ -27,7 +31,7 @@ def _torch_layer(attention: str, dropout: str, norm: str, **more) -> tuple[Subla
 
 SUBLAYERS: dict[str, tuple[Sublayer, ...]] = {
     # CLIPmapper's mapper
-    "clipmapper.models.attention.AttentionSublayer": (
+    "clipmapper.models.mapper_blocks.AttentionSublayer": (
         Sublayer(context="context", adds_outside=True, projection="output"),
     ),
     # open_clip
@@ -72,3 +76,86 @@ def sublayers_of(module: nn.Module) -> tuple[Sublayer, ...]:
         if found is not None:
             return tuple(sublayer for sublayer in found if sublayer.applies(module))
     return ()
+
+
+_TALKING = "mixes the attention of its heads behind the softmax, which is then no softmax of queries and keys"
+_CLASS_ONLY = "changes the class token only, which it reads put together with the patches"
+_BRIDGE = (
+    "is in towers whose states go on by themselves and into cross-modal layers as well (bridges); two "
+    "sub-layers that change the same state of tokens can't be recorded"
+)
+_NOT_SEEN = (
+    "has its result multiplied in the block that calls it, not by a module; what is added to the tokens "
+    "can't be seen"
+)
+_ONE_ROW = (
+    "has the patches of all images in one row, not by samples, and merges them afterwards; record the part "
+    "that reads words, as in record(model.model.language_model)"
+)
+_SPARSE = "attends in blocks or by an approximation; there is no softmax over all tokens to be recorded"
+
+# By the full name of a class, or its end.
+_REASONS = (
+    (
+        r"vision_transformer\.ParallelScalingBlock",
+        "adds attention and MLP as one; what attention adds is not by itself",
+    ),
+    (
+        r"vision_transformer\.DiffParallelScalingBlock",
+        "adds the difference of two attentions and the MLP as one; what attention adds is not by itself",
+    ),
+    (
+        r"vision_transformer\.ParallelThingsBlock",
+        "has several attentions side by side that change the same state of its tokens; a sub-layer is one",
+    ),
+    (r"cait\.TalkingHeadAttn", _TALKING),
+    (r"cait\.ClassAttn|ClassAttentionBlock|ClassAttention", _CLASS_ONLY),
+    (r"XCA", "attends among channels, not among tokens; no token has attention to another"),
+    (
+        r"vision_transformer_sam\.Block|Sam\w*VisionLayer|Sam\w*VisionAttention",
+        "keeps its tokens as an image, [batch, rows, columns, width], and attends within windows of it (SAM)",
+    ),
+    (
+        r"\w*(?i:window|swin)\w*(?i:att)\w*",
+        "attends within windows; hierarchical models (Swin) can't be recorded, since their layers do not "
+        "have the same tokens. Use one without (ViT)",
+    ),
+    (r"BridgeTower\w*Attention", _BRIDGE),
+    (r"Granite\w*Attention|InternVLVisionAttention", _NOT_SEEN),
+    (r"Qwen\w*Vision(Block|Attention)|modeling_qwen\w*\.VisionAttention", _ONE_ROW),
+    (
+        r"InstructBlip\w*QFormerAttention",
+        "attends to queries together with words, and goes on with the queries alone; tokens that part and "
+        "meet again can't be recorded",
+    ),
+    (
+        r"Deberta\w*Attention|DisentangledSelfAttention",
+        "adds scores between contents and relative positions (disentangled attention), which the fused "
+        "function can't",
+    ),
+    (r"GptOss\w*Attention", "has a learned sink in its softmax, which the fused function can't"),
+    (r"(Longformer|BigBird|LED|LongT5|Reformer|Nystromformer|Yoso|Mra)\w*Attention", _SPARSE),
+)  # fmt: skip
+
+
+@functools.cache
+def why_refused(kind: type[nn.Module]) -> str | None:
+    """Say why attention of this class can't be recorded; None where nothing is known against it."""
+    for ancestor in kind.__mro__:
+        name = f"{ancestor.__module__}.{ancestor.__qualname__}"
+        for pattern, why in _REASONS:
+            if re.search(rf"(?:^|\.)(?:{pattern})$", name):
+                return why
+    return None
+
+
+def refuse_capped_scores(path: str, block: nn.Module) -> None:
+    """Raises ``UserError`` where a block's attention caps its scores (Gemma 2): the fused function can't."""
+    for name, module in block.named_children():
+        cap = vars(module).get("attn_logit_softcapping")
+        if cap is not None:
+            raise UserError(
+                f"{path}.{name}: caps its scores (attn_logit_softcapping={cap}), which "
+                "scaled_dot_product_attention can't; a model whose configuration has None there can be "
+                "recorded"
+            )

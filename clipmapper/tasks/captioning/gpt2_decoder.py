@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
 from clipmapper.errors import UserError
-from clipmapper.models.attention import KeysValues, Remember
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.mapper import Mapper
-from clipmapper.models.masking import causal_mask, step_mask
+from clipmapper.models.mapper_blocks import KeysValues, Remember, causal_mask, step_mask
 from clipmapper.tasks.captioning.gpt2 import CROSS_ATTENTION, OwnTokenizer
 from clipmapper.tasks.captioning.head import GPT2Head
 from clipmapper.tasks.captioning.model import Captioner

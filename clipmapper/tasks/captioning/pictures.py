@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from clipmapper.evaluation.perturbation_scores import DIRECTIONS
-from clipmapper.evaluation.score_names import LOG_PROBABILITY, SCORES, WORD_PROBABILITY
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS, LOG_PROBABILITY, SCORES, WORD_PROBABILITY
 from clipmapper.training.explained import Report
 from clipmapper.training.tables import Areas, areas_table, interval_name
 from clipmapper.visual.comparison import plot_method_comparison

@@ -8,7 +8,7 @@ from clipmapper.data.records import Record
 from clipmapper.data.world.caption_truth import KINDS
 from clipmapper.data.world.captions import WORDINGS
 from clipmapper.evaluation.captions.scores import score_captions
-from clipmapper.evaluation.score_names import SCORES
+from clipmapper.evaluation.perturbation_scores import SCORES
 from clipmapper.tasks.captioning.training import SCORES as WRITTEN
 from clipmapper.tasks.captioning.training import JudgedCaption
 

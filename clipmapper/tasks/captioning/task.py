@@ -10,14 +10,14 @@ import lightning
 import torch
 from rich.table import Table
 
-from clipmapper.data.readers.results import write_captions_file
+from clipmapper.data.answer_rule import write_captions_file
 from clipmapper.data.records import RecordData
 from clipmapper.data.tables.base import Records
 from clipmapper.data.world.captions import where_words
 from clipmapper.errors import UserError
-from clipmapper.evaluation.captions.cider import DocumentFrequencies
+from clipmapper.evaluation.captions.ngram_scores import DocumentFrequencies
 from clipmapper.evaluation.captions.scores import check_scores
-from clipmapper.evaluation.score_names import LOG_PROBABILITY
+from clipmapper.evaluation.perturbation_scores import LOG_PROBABILITY
 from clipmapper.host.progress import counted
 from clipmapper.models.checkpoint import load_checkpoint
 from clipmapper.models.clip_weights import names_tokenizer

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from clipmapper.data.world.caption_truth import CaptionTruth
-from clipmapper.evaluation.captions.cider import CiderD, DocumentFrequencies
+from clipmapper.evaluation.captions.ngram_scores import CiderD, DocumentFrequencies
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
 from clipmapper.evaluation.captions.scores import CaptionScores
 from clipmapper.models.tokens import TokenizedText

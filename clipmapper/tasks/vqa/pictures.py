@@ -6,9 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from clipmapper.data.truth import resized
-from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
-from clipmapper.evaluation.score_names import SCORES
+from clipmapper.data.record import resized
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES, SCORES
 from clipmapper.training.explained import Report
 from clipmapper.training.tables import Areas, areas_table, interval_name
 from clipmapper.visual.comparison import plot_method_comparison

@@ -13,10 +13,9 @@ from rich.table import Table
 from torch import Tensor
 
 from clipmapper.evaluation.localisation import Localisation, image_localisation, word_localisation
-from clipmapper.evaluation.numbers import perturbation_numbers
 from clipmapper.evaluation.perturbation import ModalityRelevance, perturb
 from clipmapper.evaluation.perturbation_run import run_in_chunks
-from clipmapper.evaluation.perturbation_scores import PerturbationScores
+from clipmapper.evaluation.perturbation_scores import PerturbationScores, perturbation_numbers
 from clipmapper.models.tokens import word_positions
 from clipmapper.relevance import method_named
 from clipmapper.tasks.vqa.explain import trace_answers
