@@ -20,7 +20,7 @@ import clipmapper
 from clipmapper.commands.train import train
 from clipmapper.data.records import Record
 from clipmapper.data.tables.base import Records
-from clipmapper.data.tokens.cache import TokenStore
+from clipmapper.data.token_cache import TokenStore
 from clipmapper.data.world.caption_truth import CaptionTruth
 from clipmapper.data.world.captions import draw_caption
 from clipmapper.data.world.data import ScenesCaptions

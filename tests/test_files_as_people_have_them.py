@@ -38,7 +38,7 @@ from clipmapper.host import servers as hosts
 from clipmapper.models.tokens import cut_texts_said_once, warn_of_cut
 from clipmapper.settings.schema import WandbLoggerConfig
 from clipmapper.training.loggers import check_logger
-from clipmapper.visual.files import picture_name, readable_part
+from clipmapper.visual.layout import picture_name, readable_part
 
 ROOT = Path(__file__).resolve().parents[1]
 NAN = float("nan")

@@ -27,7 +27,7 @@ from support.scene_checker import COLOURS, SHAPES, SIZES, Unclear, caption_is_tr
 
 from clipmapper.data.images import as_pil, clip_input
 from clipmapper.data.tables.base import RecordList
-from clipmapper.data.tokens.cache import TokenStore
+from clipmapper.data.token_cache import TokenStore
 from clipmapper.data.world.captions import captions
 from clipmapper.data.world.data import ScenesVQA
 from clipmapper.data.world.questions import (

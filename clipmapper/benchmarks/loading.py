@@ -20,7 +20,7 @@ from clipmapper.commands.mistakes import seed, some_path, whole
 from clipmapper.data.images import image_problem
 from clipmapper.data.pixels import DECODING, PixelReader
 from clipmapper.data.records import Record, RecordDataset
-from clipmapper.data.tokens.cache import TokenCache, TokenStore
+from clipmapper.data.token_cache import TokenCache, TokenStore
 from clipmapper.data.world.data import RenderedReader, ScenesVQA
 from clipmapper.data.world.questions import ANSWERS
 from clipmapper.errors import UserError

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from clipmapper.errors import UserError
 from clipmapper.host.outputs import write_whole
-from clipmapper.visual.files import save_figure
+from clipmapper.visual.layout import save_figure
 
 
 def measured(

@@ -15,7 +15,7 @@ from clipmapper.errors import UserError
 from clipmapper.host.outputs import check_folder
 from clipmapper.host.progress import progress
 from clipmapper.host.stopping import a_command
-from clipmapper.settings.instances import built
+from clipmapper.settings.checks import built
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -13,8 +13,7 @@ from torch import nn
 from clipmapper.errors import UserError
 from clipmapper.models.clip_weights import architecture_config
 from clipmapper.models.description import PREPROCESS, ModelRules, check_description, check_task
-from clipmapper.models.encoder import ClipEncoder
-from clipmapper.models.fine_tuning import choose_trained, merge_adapters
+from clipmapper.models.encoder import ClipEncoder, choose_trained, merge_adapters
 from clipmapper.models.mapper import MAPPERS, Mapper
 from clipmapper.models.weight_files import (
     Unreadable,
@@ -34,7 +33,7 @@ def build_encoder(encoder: Mapping) -> ClipEncoder:
     """Stage 1.
 
     ``encoder``: architecture, pretrained, frozen; where they are not None, image_size, and of one that is not
-    frozen trained_blocks and lora_rank (:func:`clipmapper.models.fine_tuning.choose_trained`).
+    frozen trained_blocks and lora_rank (:func:`clipmapper.models.encoder.choose_trained`).
     """
     built = ClipEncoder(
         encoder["architecture"], encoder["pretrained"], encoder["frozen"], encoder.get("image_size")

@@ -9,8 +9,8 @@ from torch import nn
 from clipmapper.data.records import RecordData
 from clipmapper.data.world.data import ScenesCaptions, ScenesVQA
 from clipmapper.errors import UserError
+from clipmapper.settings.checks import built
 from clipmapper.settings.data import DataConfig, ScenesCaptionsConfig, ScenesVQAConfig
-from clipmapper.settings.instances import built
 from clipmapper.settings.keys import name_today
 from clipmapper.settings.plain_values import section_of_numbers, shown
 from clipmapper.settings.section import is_text

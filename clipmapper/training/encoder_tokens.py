@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from clipmapper.data.content import content_digest, file_digests, joint_digest
 from clipmapper.data.records import Record, StoredImage
 from clipmapper.data.tables.base import Records, unpacked
-from clipmapper.data.tokens.cache import TextTokens, TokenStore
+from clipmapper.data.token_cache import TextTokens, TokenStore
 from clipmapper.errors import UserError
 from clipmapper.host.progress import progress
 from clipmapper.models.encoder import ClipEncoder, image_identity, text_identity

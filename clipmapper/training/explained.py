@@ -24,7 +24,7 @@ from clipmapper.evaluation.perturbation_scores import DIRECTIONS, SCORES, Pertur
 from clipmapper.training.media import Cell, Media, MediaTable, Picture
 from clipmapper.training.processes import Share
 from clipmapper.visual.curves import plot_perturbation_curves
-from clipmapper.visual.files import save_figure
+from clipmapper.visual.layout import save_figure
 
 # Two streams of random numbers of one seed have nothing in common if a number of its own goes with each.
 DRAWN_QUESTIONS, DRAWN_IMAGES, DRAWN_WORDS = 0xE8, 0xCA, 0x30

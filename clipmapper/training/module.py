@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from clipmapper.models.checkpoint import DESCRIPTION
-from clipmapper.models.fine_tuning import learning_rate_scales, without_adapters
+from clipmapper.models.encoder import learning_rate_scales, without_adapters
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.training.processes import sum_of_all, this_share
 
@@ -75,7 +75,7 @@ class TaskModule(lightning.LightningModule):
     """A model in training: AdamW, warm-up, cosine, in steps. A batch is a dictionary.
 
     ``layer_decay``: of the encoder's learning rates
-    (:func:`clipmapper.models.fine_tuning.learning_rate_scales`), to be set before ``fit``.
+    (:func:`clipmapper.models.encoder.learning_rate_scales`), to be set before ``fit``.
     """
 
     layer_decay = 1.0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from clipmapper.data.records import Record
 from clipmapper.data.tables.builder import as_table
-from clipmapper.data.tokens.cache import TokenCache, TokenStore, size_of
+from clipmapper.data.token_cache import TokenCache, TokenStore, size_of
 from clipmapper.host.progress import progress, span
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.training.encoder_tokens import (

@@ -13,7 +13,7 @@ from torch import nn
 
 from clipmapper.data.records import RecordData
 from clipmapper.data.tables.base import Records
-from clipmapper.data.tokens.cache import TokenStore
+from clipmapper.data.token_cache import TokenStore
 from clipmapper.errors import UserError
 from clipmapper.models.description import ModelRules
 from clipmapper.settings.schema import TrainConfig

@@ -144,7 +144,7 @@ def _by_kernels(
     trace: AttentionTrace, step: Attention, row: Tensor, *, by_token: bool
 ) -> tuple[Tensor, Tensor]:
     """α and the row in few launches; from numbers in half precision, as the kernels of Ā are."""
-    from clipmapper.relevance.kernels.weighted import weighted_row  # which needs Triton
+    from clipmapper.relevance.kernels import weighted_row  # which needs Triton
 
     return weighted_row(step, row, trace.valid.get(step.query_node.stream), by_token=by_token)
 

@@ -20,7 +20,7 @@ from clipmapper.tasks.captioning.decoding import Decoding
 from clipmapper.tasks.captioning.model import Captioner
 from clipmapper.tasks.captioning.trace import TracedCaption, trace_caption, word_relevance
 from clipmapper.visual.caption_strip import plot_caption_strip
-from clipmapper.visual.files import save_figure
+from clipmapper.visual.layout import save_figure
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from clipmapper.data.record import resized
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES, SCORES
 from clipmapper.training.explained import Report
 from clipmapper.training.tables import Areas, areas_table, interval_name
-from clipmapper.visual.comparison import plot_method_comparison
-from clipmapper.visual.explanation import plot_explanation
+from clipmapper.visual.explanation import plot_explanation, plot_method_comparison
 
 
 def explanation_figure(report: Report, number: int) -> Figure:

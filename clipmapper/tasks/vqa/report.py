@@ -13,8 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from clipmapper.evaluation.localisation import Localisation, image_localisation, word_localisation
-from clipmapper.evaluation.perturbation import ModalityRelevance, perturb
-from clipmapper.evaluation.perturbation_run import run_in_chunks
+from clipmapper.evaluation.perturbation import ModalityRelevance, perturb, run_in_chunks
 from clipmapper.evaluation.perturbation_scores import PerturbationScores, perturbation_numbers
 from clipmapper.models.tokens import word_positions
 from clipmapper.relevance import method_named
@@ -29,7 +28,7 @@ from clipmapper.tasks.vqa.pictures import (
 from clipmapper.tasks.vqa.samples import QuestionSamples
 from clipmapper.training.explained import Report, joined, joined_localisation
 from clipmapper.training.media import Cell, Html, Picture
-from clipmapper.visual.files import readable_part
+from clipmapper.visual.layout import readable_part
 from clipmapper.visual.words import words_html
 
 _NAME = 120  # bytes of a file's name that are a family's
