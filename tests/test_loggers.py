@@ -15,7 +15,6 @@ from support.offline_run import OfflineRun
 
 from clipmapper.commands.train import train
 from clipmapper.errors import UserError
-from clipmapper.relevance import COMPARED
 from clipmapper.settings.schema import (
     CSVLoggerConfig,
     MLflowLoggerConfig,
@@ -313,13 +312,14 @@ def test_a_run_logs_where_it_is_told_to(tmp_path, kind):
                 *training_models.SMALL_RUN,
                 f"encoder.architecture={training_models.tiny_clip(tmp_path)}",
                 f"output={tmp_path}",
+                "callbacks.methods=[weighted,random]",
                 *chosen,
             )
         )
     results = json.loads((folder / "results.json").read_text())
     assert not (folder / "wandb").exists() and not (folder / "csv").exists()
     area = results["explanations"]["perturbation"]["image"]["positive"]["accuracy"]
-    names = {f"perturbation/image/positive/{m}": area[m]["area"]["mean"] for m in COMPARED}
+    names = {f"perturbation/image/positive/{m}": area[m]["area"]["mean"] for m in ("weighted", "random")}
     names["validation/accuracy/overall"] = results["accuracy"]["overall"]["validation"]
     if kind == "tensorboard":
         found = events(Path(results["files"]["TensorBoard"]))

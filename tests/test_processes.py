@@ -66,11 +66,12 @@ SHARDED = (
 )
 PLAIN = (*COMMON, "data=manifest", "data.workers=0", "training.blind_steps=0", "callbacks=none")
 STREAMED = (*PLAIN, "data=shards")
-# A run, and the same stopped behind a step and resumed; SHARDED is whole already.
+# A run, and the same stopped behind a step and resumed.
 RESUMED = (
     (*PLAIN, "name=whole"),
     (*PLAIN, "name=stopped", "stop_after=2"),
     (*PLAIN, "name=stopped", "resume=true"),
+    SHARDED,
     (*SHARDED, "name=sharded_stopped", "stop_after=2"),
     (*SHARDED, "name=sharded_stopped", "resume=true"),
     (*STREAMED, "name=streamed"),
@@ -134,15 +135,24 @@ def placed(run: tuple[str, ...], architecture: str, manifest: Path, output: Path
     return (*run, *data, f"encoder.architecture={architecture}", f"output={output}")
 
 
-@pytest.fixture(scope="module")
-def by_two(architecture, manifest, tmp_path_factory):
+def run_by_two(runs, architecture: str, manifest: Path, folder: Path) -> training_models.Finished:
     """All runs by the same two processes, which the first command starts."""
-    folder = tmp_path_factory.mktemp("two")
-    runs = [placed(run, architecture, manifest, folder) for run in (QUESTIONS, CAPTIONS, SHARDED, *RESUMED)]
-    command = [sys.executable, str(Path(__file__).parent / "support" / "two_processes.py"), json.dumps(runs)]
-    finished = training_models._process(command, folder)
+    placed_runs = [placed(run, architecture, manifest, folder) for run in runs]
+    command = [sys.executable, str(Path(__file__).parent / "support" / "two_processes.py")]
+    finished = training_models._process([*command, json.dumps(placed_runs)], folder)
     assert finished.status == 0, finished.errors
     return finished
+
+
+@pytest.fixture(scope="module")
+def by_two(architecture, manifest, tmp_path_factory):
+    runs = (QUESTIONS, CAPTIONS, SHARDED)
+    return run_by_two(runs, architecture, manifest, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def resumed(architecture, manifest, tmp_path_factory):
+    return run_by_two(RESUMED, architecture, manifest, tmp_path_factory.mktemp("resumed"))
 
 
 @pytest.mark.parametrize(
@@ -176,15 +186,16 @@ def test_compiled_blocks_train_as_they_are_written(by_two):
     assert int(graphs) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names",
     [("whole", "stopped"), ("sharded", "sharded_stopped"), ("streamed", "streamed_stopped")],
     ids=["plain", "fsdp2", "shards"],
 )
-def test_a_stopped_run_of_two_processes_goes_on_as_if_it_had_not_been(by_two, names):
+def test_a_stopped_run_of_two_processes_goes_on_as_if_it_had_not_been(resumed, names):
     """One of them is told to stop, between two steps; both do."""
-    (whole,), (stopped,) = ([*(by_two.folder / name).iterdir()] for name in names)
-    assert by_two.errors.count("stopped after step 2") == 3
+    (whole,), (stopped,) = ([*(resumed.folder / name).iterdir()] for name in names)
+    assert resumed.errors.count("stopped after step 2") == 3
     ends = [torch.load(folder / CHECKPOINT, weights_only=True) for folder in (whole, stopped)]
     assert ends[0]["global_step"] == 3
     for part in ("state_dict", "optimizer_states"):
@@ -196,10 +207,20 @@ def test_a_stopped_run_of_two_processes_goes_on_as_if_it_had_not_been(by_two, na
 
 
 def test_one_process_speaks_and_writes(by_two):
-    assert by_two.printed.count("\nRun ") + by_two.printed.startswith("Run ") == 8
-    assert by_two.printed.count("Resuming ") == 3
-    assert "distributed" not in by_two.printed + by_two.errors
-    assert by_two.printed.count("Written") == 8
+    says_it_once(by_two, runs=3, resumed=0)
+
+
+@pytest.mark.slow
+def test_one_process_speaks_of_resuming(resumed):
+    says_it_once(resumed, runs=6, resumed=3)
+
+
+def says_it_once(ran: training_models.Finished, runs: int, resumed: int) -> None:
+    """Of the commands; one that is stopped writes nothing and says so."""
+    assert ran.printed.count("\nRun ") + ran.printed.startswith("Run ") == runs
+    assert ran.printed.count("Resuming ") == resumed
+    assert "distributed" not in ran.printed + ran.errors
+    assert ran.printed.count("Written") == runs
 
 
 @pytest.mark.parametrize(("count", "batch_size", "of"), [(31, 500, 2), (3, 1, 2), (5, 2, 3), (7, 3, 1)])
