@@ -140,7 +140,7 @@ _COMMANDS = _SETTINGS | _OPTIONS
 
 
 def main() -> None:
-    """``clipmapper COMMAND [key=value …]``, or of those that argparse reads ``clipmapper COMMAND [options]``."""
+    """``clipmapper COMMAND [key=value …]``; of some commands ``clipmapper COMMAND [--name value …]``."""
     name, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if name in _COMMANDS:
         _COMMANDS[name](arguments)

@@ -1,4 +1,4 @@
-"""Replace attention and count changed predictions: ``python scripts/attention_causality.py --checkpoint …``."""
+"""Replace attention, count changed predictions: ``python scripts/attention_causality.py --checkpoint …``."""
 
 from clipmapper.commands.attention_causality import main
 
