@@ -12,7 +12,7 @@ from clipmapper.commands.train import train
 from clipmapper.data.readers.manifest import manifest_data
 from clipmapper.data.truth import MaskFile
 from clipmapper.errors import UserError
-from clipmapper.evaluation.localisation import image_cells, localisation
+from clipmapper.evaluation.localisation import image_cells, image_localisation
 from clipmapper.training.run_folder import RESULTS
 
 SIDE = 64
@@ -76,9 +76,9 @@ def test_scores_by_hand(tmp_path):
     """Of 2 x 2 patches the left two are in the mask."""
     mask = MaskFile(tmp_path / saved(tmp_path, "left.png", left_half())).mask()[None]
     within, beside = [[[1.0, 3.0], [0.0, 0.0]]], [[[0.0, 3.0], [0.0, 1.0]]]
-    inside = localisation(image_cells(np.array(within).transpose(0, 2, 1), mask))
-    outside = localisation(image_cells(np.array(beside), mask))
-    even = localisation(image_cells(np.ones((1, 2, 2)), mask))
+    inside = image_localisation(image_cells(np.array(within).transpose(0, 2, 1), mask))
+    outside = image_localisation(image_cells(np.array(beside), mask))
+    even = image_localisation(image_cells(np.ones((1, 2, 2)), mask))
     assert inside.mass == inside.rank == inside.pointing == 1 and inside.area == 0.5
     assert outside.mass == outside.pointing == 0
     assert even.mass == even.area == 0.5
