@@ -27,8 +27,8 @@ from clipmapper.host.stopping import a_command
 from clipmapper.settings.checks import check_overrides, checked, describe_failure
 from clipmapper.settings.commands import ExplainConfig, PerturbConfig, PretrainConfig
 from clipmapper.settings.compose import config_groups, quoted
+from clipmapper.settings.keys import Section
 from clipmapper.settings.schema import TrainConfig
-from clipmapper.settings.section import Section
 from clipmapper.shipped import shipped_root
 from clipmapper.tasks.registry import register_settings
 

@@ -10,7 +10,7 @@ from support.small_records import VOCABULARY, records_in
 
 from clipmapper.data.records import Record, RecordData
 from clipmapper.data.tables.builder import as_table
-from clipmapper.data.tokens.cache import TokenStore
+from clipmapper.data.token_cache import TokenStore
 from clipmapper.models import encoder as encoder_identity
 from clipmapper.models.encoder import weights_digest
 from clipmapper.models.tokens import tokenize

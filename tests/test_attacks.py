@@ -26,13 +26,13 @@ from clipmapper import cli
 from clipmapper.commands.compose import data_settings
 from clipmapper.data.records import Record
 from clipmapper.errors import UserError, visible
-from clipmapper.evaluation.perturbation_run import run_in_chunks
+from clipmapper.evaluation.perturbation import run_in_chunks
 from clipmapper.evaluation.perturbation_scores import PerturbationScores
 from clipmapper.host.outputs import file_name_problem
-from clipmapper.models.build import DESCRIPTION
+from clipmapper.models.checkpoint import DESCRIPTION
 from clipmapper.models.clip_weights import build_clip, build_tokenizer
+from clipmapper.settings.checks import built
 from clipmapper.settings.data import ScenesVQAConfig
-from clipmapper.settings.instances import built
 from clipmapper.settings.plain_values import section_of_numbers
 from clipmapper.settings.schema import TrainConfig
 from clipmapper.training.checkpoint import check_same_model, restore_checkpoint
@@ -188,10 +188,10 @@ def targets(canary: Path) -> list[dict]:
             "buffer": 1,
         },
         {"_target_": "clipmapper.data.readers.manifest.manifest_data", "path": str(canary / "alive")},
-        {"_target_": "clipmapper.data.world.vqa.ScenesVQA", **WORLD, "seed": {"_target_": "os.getpid"}},
-        {"_target_": "clipmapper.data.world.vqa.ScenesVQA", **WORLD, "validation_scenes": 10**12},
-        {"_target_": "clipmapper.data.world.vqa.ScenesVQA", **WORLD, "validation_scenes": True},
-        {"_target_": "clipmapper.data.world.vqa.ScenesVQA", **WORLD, "_recursive_": True},
+        {"_target_": "clipmapper.data.world.data.ScenesVQA", **WORLD, "seed": {"_target_": "os.getpid"}},
+        {"_target_": "clipmapper.data.world.data.ScenesVQA", **WORLD, "validation_scenes": 10**12},
+        {"_target_": "clipmapper.data.world.data.ScenesVQA", **WORLD, "validation_scenes": True},
+        {"_target_": "clipmapper.data.world.data.ScenesVQA", **WORLD, "_recursive_": True},
         {"name": "scenes", "settings": WORLD | {"_target_": "os.getpid"}},
         {"name": "scenes", "settings": WORLD | {"seed": "${oc.env:HOME}"}},
         {"name": "scenes", "settings": {"seed": 0}},
@@ -228,7 +228,7 @@ def test_the_world_is_rebuilt_from_numbers(tmp_path, content):
         assert (one.id, one.question, one.answers) == (other.id, other.question, other.answers)
         assert np.array_equal(one.image.pixels, other.image.pixels)
     assert (
-        data_description(ScenesVQAConfig(_target_="clipmapper.data.world.vqa.ScenesVQA", **WORLD))
+        data_description(ScenesVQAConfig(_target_="clipmapper.data.world.data.ScenesVQA", **WORLD))
         == content[DESCRIPTION]["data"]
     )
     own = data_description(ScenesVQAConfig(_target_="my.Scenes", **WORLD))
@@ -648,7 +648,7 @@ def test_chunks_with_pickled_arrays_are_computed_again(canary, tmp_path, kind):
 
 
 def test_token_files_with_pickled_arrays(canary, tmp_path):
-    from clipmapper.data.tokens.file import KEY, TOKENS, TokenFile
+    from clipmapper.data.token_file import KEY, TOKENS, TokenFile
 
     file = TokenFile(tmp_path, "images", {}, 2, (1, 1), torch.float32, 1)
     file.folder.mkdir()

@@ -7,7 +7,7 @@ from support.made_traces import RandomRun, sublayer
 from support.naive_flow import by_networkx
 
 from clipmapper.relevance import AttentionTrace, Join, Node
-from clipmapper.relevance.methods.flow import attention_flow
+from clipmapper.relevance.methods.attention_only import attention_flow
 
 
 @pytest.mark.parametrize("seed", range(12))

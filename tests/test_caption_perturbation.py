@@ -8,13 +8,13 @@ import torch
 from support import caption_models, training_models
 
 from clipmapper.errors import UserError
-from clipmapper.evaluation.captions.cider import DocumentFrequencies
+from clipmapper.evaluation.captions.ngram_scores import DocumentFrequencies
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
 from clipmapper.evaluation.captions.scores import SCORES, score_captions
 from clipmapper.evaluation.localisation import image_localisation
 from clipmapper.evaluation.perturbation import FRACTIONS, ModalityRelevance, perturb
-from clipmapper.evaluation.score_names import LOG_PROBABILITY
-from clipmapper.evaluation.score_names import SCORES as SCORE_NAMES
+from clipmapper.evaluation.perturbation_scores import LOG_PROBABILITY
+from clipmapper.evaluation.perturbation_scores import SCORES as SCORE_NAMES
 from clipmapper.models.tokens import word_positions
 from clipmapper.tasks.captioning import variants as caption_variants
 from clipmapper.tasks.captioning.decoding import Decoding

@@ -15,9 +15,15 @@ from hypothesis import strategies as st
 
 from clipmapper.errors import UserError
 from clipmapper.evaluation.captions import java_scores
-from clipmapper.evaluation.captions.cider import CiderD, DocumentFrequencies, cider_d
 from clipmapper.evaluation.captions.clip_score import ClipScore, clip_score
-from clipmapper.evaluation.captions.ngram_scores import bleu, bleu_counts, rouge_l
+from clipmapper.evaluation.captions.ngram_scores import (
+    CiderD,
+    DocumentFrequencies,
+    bleu,
+    bleu_counts,
+    cider_d,
+    rouge_l,
+)
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
 from clipmapper.evaluation.captions.scores import JAVA_FREE, SCORES, CaptionScores, score_captions
 

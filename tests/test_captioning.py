@@ -20,13 +20,13 @@ import clipmapper
 from clipmapper.commands.train import train
 from clipmapper.data.records import Record
 from clipmapper.data.tables.base import Records
-from clipmapper.data.tokens.cache import TokenStore
+from clipmapper.data.token_cache import TokenStore
 from clipmapper.data.world.caption_truth import CaptionTruth
-from clipmapper.data.world.captioning import ScenesCaptions
 from clipmapper.data.world.captions import draw_caption
+from clipmapper.data.world.data import ScenesCaptions
 from clipmapper.data.world.scenes import Scene, draw_scene
 from clipmapper.errors import UserError
-from clipmapper.evaluation.captions.cider import cider_d
+from clipmapper.evaluation.captions.ngram_scores import cider_d
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
 from clipmapper.evaluation.captions.scores import score_captions
 from clipmapper.settings import schema as config

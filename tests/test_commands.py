@@ -12,8 +12,8 @@ from PIL import Image
 from support import training_models
 
 from clipmapper import cli
+from clipmapper.data.world.data import ScenesVQA
 from clipmapper.data.world.questions import CHANCE
-from clipmapper.data.world.vqa import ScenesVQA
 from clipmapper.relevance import COMPARED as METHODS
 from clipmapper.tasks.vqa import report as explanation_report
 from clipmapper.tasks.vqa.tables import accuracy_table, perturbation_table

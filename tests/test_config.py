@@ -18,12 +18,11 @@ from omegaconf import OmegaConf
 from clipmapper import cli
 from clipmapper.errors import UserError
 from clipmapper.settings import schema as config
+from clipmapper.settings.checks import built
 from clipmapper.settings.commands import ExplainConfig, PerturbConfig, PretrainConfig
 from clipmapper.settings.compose import quoted
 from clipmapper.settings.data import ScenesCaptionsConfig, ScenesVQAConfig
-from clipmapper.settings.instances import built
-from clipmapper.settings.keys import setting_named
-from clipmapper.settings.section import Section
+from clipmapper.settings.keys import Section, setting_named
 from clipmapper.tasks.captioning.settings import CaptionModelConfig, ScenesCaptionTrainingConfig
 from clipmapper.tasks.registry import task_named
 from clipmapper.tasks.vqa.settings import ScenesVQATrainingConfig, VQAModelConfig

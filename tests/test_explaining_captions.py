@@ -9,7 +9,7 @@ from support.compared_methods import METHODS
 
 import clipmapper
 from clipmapper.errors import UserError
-from clipmapper.evaluation.captions.cider import CiderD, DocumentFrequencies
+from clipmapper.evaluation.captions.ngram_scores import CiderD, DocumentFrequencies
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
 from clipmapper.models.tokens import word_positions
 from clipmapper.relevance import record

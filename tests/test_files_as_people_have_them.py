@@ -24,10 +24,9 @@ from PIL import Image, PngImagePlugin, features
 
 from clipmapper.data.images import as_pil, ignore_bad_metadata, image_problem
 from clipmapper.data.pixels import PixelReader
-from clipmapper.data.readers.coco_captions import coco_captions_data
+from clipmapper.data.readers.caption_files import coco_captions_data, flickr_captions_data
 from clipmapper.data.readers.conversion import Source, convert
 from clipmapper.data.readers.fields import is_list_as_text
-from clipmapper.data.readers.flickr_captions import flickr_captions_data
 from clipmapper.data.readers.huggingface import huggingface_data, records_of
 from clipmapper.data.readers.manifest import manifest_data
 from clipmapper.data.readers.rows import decoded_base64, looks_like_base64
@@ -38,7 +37,7 @@ from clipmapper.host import servers as hosts
 from clipmapper.models.tokens import cut_texts_said_once, warn_of_cut
 from clipmapper.settings.schema import WandbLoggerConfig
 from clipmapper.training.loggers import check_logger
-from clipmapper.visual.files import picture_name, readable_part
+from clipmapper.visual.layout import picture_name, readable_part
 
 ROOT = Path(__file__).resolve().parents[1]
 NAN = float("nan")

@@ -13,9 +13,9 @@ from support import tiny_models, training_models
 import clipmapper
 from clipmapper.commands.train import train
 from clipmapper.errors import UserError
-from clipmapper.models.build import build_encoder
+from clipmapper.models.checkpoint import build_encoder
 from clipmapper.models.clip_weights import build_clip, save_clip_weights
-from clipmapper.models.fine_tuning import learning_rate_scales, merge_adapters, without_adapters
+from clipmapper.models.encoder import learning_rate_scales, merge_adapters, without_adapters
 from clipmapper.training.module import adamw
 from clipmapper.training.run_folder import CHECKPOINT
 

@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipmapper.data.readers import json_lists
-from clipmapper.data.readers.fields import NUMBER, TEXT, Entries
-from clipmapper.data.readers.json_lists import entries_of
+from clipmapper.data.readers import fields
+from clipmapper.data.readers.fields import NUMBER, TEXT, Entries, entries_of
 from clipmapper.errors import UserError
 
 VALUES = st.recursive(
@@ -23,7 +22,7 @@ SCHEMA = {"id": NUMBER, "text": TEXT}
 
 def read(file: Path, piece: int) -> list:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_lists, "_PIECE", piece)
+        patch.setattr(fields, "_PIECE", piece)
         return list(entries_of(file, "wanted"))
 
 
@@ -59,7 +58,7 @@ def test_no_more_than_a_piece_and_an_entry_is_in_memory(file):
     entries = [{"id": n, "text": "x" * 50} for n in range(2000)]
     file.write_text(json.dumps({"other": [0] * 10_000, "wanted": entries}))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_lists, "_PIECE", 1024)
+        patch.setattr(fields, "_PIECE", 1024)
         tracemalloc.start()
         try:
             assert sum(1 for _ in Entries().of_file(file, "wanted", "it", SCHEMA)) == len(entries)

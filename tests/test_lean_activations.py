@@ -6,7 +6,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.activations import QuickGELUActivation
 
-from clipmapper.models.attention import QuickGELU
+from clipmapper.models.mapper_blocks import QuickGELU
 from clipmapper.relevance.backward.rules import backward_rules, lean_quick_gelu
 
 KINDS = (QuickGELU, open_clip.transformer.QuickGELU, QuickGELUActivation)

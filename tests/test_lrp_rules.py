@@ -151,7 +151,7 @@ def test_composed_activations(path):
     from open_clip.transformer import QuickGELU
     from transformers.activations import NewGELUActivation, QuickGELUActivation
 
-    from clipmapper.models.attention import QuickGELU as Ours
+    from clipmapper.models.mapper_blocks import QuickGELU as Ours
 
     kinds = {"open_clip": QuickGELU, "hf": QuickGELUActivation, "hf_new": NewGELUActivation, "ours": Ours}
     module = kinds[path]()

@@ -10,7 +10,7 @@ from support.photographs import run
 from clipmapper.commands.compose import train_settings
 from clipmapper.commands.train import train
 from clipmapper.data.readers.manifest import manifest_data
-from clipmapper.data.truth import MaskFile
+from clipmapper.data.record import MaskFile
 from clipmapper.errors import UserError
 from clipmapper.evaluation.localisation import image_localisation
 from clipmapper.training.run_folder import RESULTS

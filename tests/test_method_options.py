@@ -9,7 +9,7 @@ from torch import nn
 
 from clipmapper.errors import UserError
 from clipmapper.relevance import METHODS, Again, record
-from clipmapper.relevance.methods.libra import GRADIENT_METHODS
+from clipmapper.relevance.methods.lrp import GRADIENT_METHODS
 
 SIGNED = [m.__name__ for m in GRADIENT_METHODS] + ["partial_lrp", "attn_lrp", "occlusion"]
 

@@ -12,7 +12,7 @@ from support.recordings import unmarked
 
 from clipmapper.errors import UserError
 from clipmapper.relevance import METHODS, record
-from clipmapper.relevance.recording.families_of_transformers import TRANSFORMERS
+from clipmapper.relevance.recording.families import TRANSFORMERS
 
 transformers = pytest.importorskip("transformers")
 

@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 from support.official_files import coco_folder, flickr_folder, image, save, vqa_v2_folder
 
-from clipmapper.data.answer_rule import direct_answer_accuracy, vqa_soft_accuracy
+from clipmapper.data.answer_rule import (
+    direct_answer_accuracy,
+    official_accuracy,
+    vqa_soft_accuracy,
+    write_results,
+)
 from clipmapper.data.answers import normalised
-from clipmapper.data.readers.coco_captions import coco_captions_data, read_coco_captions
+from clipmapper.data.readers.caption_files import coco_captions_data, flickr_captions_data, read_coco_captions
 from clipmapper.data.readers.conversion import Source, convert
-from clipmapper.data.readers.flickr_captions import flickr_captions_data
 from clipmapper.data.readers.manifest import manifest_data
 from clipmapper.data.readers.official_files import coco_image
-from clipmapper.data.readers.results import official_accuracy, write_results
 from clipmapper.data.readers.vqa_v2 import QuestionFiles, annotations_file, vqa_v2_data
 from clipmapper.errors import UserError
 

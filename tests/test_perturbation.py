@@ -13,8 +13,8 @@ from clipmapper.evaluation.perturbation import (
     number_removed,
     perturb,
     removal_order,
+    run_in_chunks,
 )
-from clipmapper.evaluation.perturbation_run import run_in_chunks
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, PerturbationScores
 from clipmapper.tasks.vqa.report import AnswerScorer
 

@@ -18,10 +18,10 @@ import clipmapper
 from clipmapper import cli
 from clipmapper.commands.compose import train_settings
 from clipmapper.commands.train import train
+from clipmapper.data.answer_rule import official_accuracy
 from clipmapper.data.images import as_pil, seen_part
 from clipmapper.data.readers.conversion import Source, convert
 from clipmapper.data.readers.huggingface import records_of
-from clipmapper.data.readers.results import official_accuracy
 from clipmapper.data.readers.vqa_v2 import annotations_file
 from clipmapper.evaluation.captions.scores import score_captions
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS

@@ -11,10 +11,10 @@ from PIL import Image
 from support import caption_models, training_models
 from support.small_records import VOCABULARY, Stored, records_in
 
+from clipmapper.data import token_cache
 from clipmapper.data.readers.manifest import manifest_data
 from clipmapper.data.records import Record, RecordData
-from clipmapper.data.tokens import cache as token_cache
-from clipmapper.data.tokens.cache import TokenStore
+from clipmapper.data.token_cache import TokenStore
 from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.tokens import tokenize

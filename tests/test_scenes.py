@@ -27,8 +27,9 @@ from support.scene_checker import COLOURS, SHAPES, SIZES, Unclear, caption_is_tr
 
 from clipmapper.data.images import as_pil, clip_input
 from clipmapper.data.tables.base import RecordList
-from clipmapper.data.tokens.cache import TokenStore
+from clipmapper.data.token_cache import TokenStore
 from clipmapper.data.world.captions import captions
+from clipmapper.data.world.data import ScenesVQA
 from clipmapper.data.world.questions import (
     ANSWERS,
     CHANCE,
@@ -37,7 +38,6 @@ from clipmapper.data.world.questions import (
     draw_presupposition,
 )
 from clipmapper.data.world.scenes import HELD_OUT, IMAGE_SIZE, Scene, confusable_scene, draw_scene, render
-from clipmapper.data.world.vqa import ScenesVQA
 from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.mapper import MAPPERS

@@ -19,7 +19,7 @@ from clipmapper.commands.train import train
 from clipmapper.data.records import RecordData
 from clipmapper.data.shards.data import ShardData
 from clipmapper.errors import UserError
-from clipmapper.settings.instances import built
+from clipmapper.settings.checks import built
 from clipmapper.tasks.captioning.run import CaptionRun
 from clipmapper.tasks.captioning.training import CaptionModule
 from clipmapper.tasks.vqa.run import VQARun

@@ -16,11 +16,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipmapper.data.answers import AnswerVocabulary
 from clipmapper.data.records import Record, RecordData
-from clipmapper.data.shards.data import ShardData
+from clipmapper.data.shards.data import ShardData, ShardStream, in_order
 from clipmapper.data.shards.files import write_shards
 from clipmapper.data.shards.index import read_index
 from clipmapper.data.shards.scan import ScannedShard, scanned
-from clipmapper.data.shards.stream import ShardStream, in_order
 from clipmapper.errors import UserError
 from clipmapper.training.processes import Share
 from clipmapper.training.streamed import ReadableItems, shard_batches

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from clipmapper.data.records import Record
-from clipmapper.data.shards import members as shard_members
+from clipmapper.data.shards import samples as shard_samples
 from clipmapper.data.shards import scan as shard_scan
 from clipmapper.data.shards.data import ShardData
 from clipmapper.errors import UserError
@@ -90,7 +90,7 @@ def test_a_folder_of_img2dataset(tmp_path):
 def test_what_was_found_is_remembered_until_a_shard_changes(tmp_path, monkeypatch):
     folder, read = img2dataset(tmp_path), []
     monkeypatch.setattr(
-        shard_scan, "members", lambda file: read.append(file.name) or shard_members.members(file)
+        shard_scan, "members", lambda file: read.append(file.name) or shard_samples.members(file)
     )
     first = captions(ShardData(str(folder), buffer=4))
     assert len(read) == 3 and captions(ShardData(str(folder), buffer=4)) == first and len(read) == 3
@@ -197,13 +197,13 @@ def test_a_resumed_stream_reads_nothing_of_what_was_passed(tmp_path, monkeypatch
     folder = img2dataset(tmp_path, 4, 30)
     data = ShardData(str(folder), buffer=8)
     whole = [r.id for r in islice(data.stream(0).records(1, 2), 40)]
-    read, original = [], shard_members.os.pread
+    read, original = [], shard_samples.os.pread
 
     def pread(fd, size, offset):
         read.append(size)
         return original(fd, size, offset)
 
-    monkeypatch.setattr(shard_members.os, "pread", pread)
+    monkeypatch.setattr(shard_samples.os, "pread", pread)
     spent = []
     for start in (0, 30, 35):
         read.clear()

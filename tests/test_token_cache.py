@@ -15,8 +15,8 @@ from support import training_models
 
 from clipmapper.data.content import file_digests
 from clipmapper.data.record import Record
-from clipmapper.data.tokens.cache import TokenStore
-from clipmapper.data.tokens.file import TokenFile
+from clipmapper.data.token_cache import TokenStore
+from clipmapper.data.token_file import TokenFile
 from clipmapper.data.world.data import RenderedImage, RenderedReader
 from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
@@ -210,7 +210,7 @@ def test_marks_of_all_parts_are_read_so_often_as_time_passes_and_not_for_each_pa
         return original(self)
 
     monkeypatch.setattr(TokenFile, "_done", done)
-    monkeypatch.setattr("clipmapper.data.tokens.file._LOOK", 1000.0)
+    monkeypatch.setattr("clipmapper.data.token_file._LOOK", 1000.0)
     TokenFile(tmp_path, "images", {}, 60, SHAPE, torch.float16, 1).build(computing([]))
     assert len(looks) == 2
     (folder,) = tmp_path.iterdir()

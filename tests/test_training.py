@@ -24,7 +24,7 @@ import clipmapper
 from clipmapper.commands.train import train
 from clipmapper.data.records import RecordDataset
 from clipmapper.data.tables.base import RecordList
-from clipmapper.data.tokens.cache import TokenStore
+from clipmapper.data.token_cache import TokenStore
 from clipmapper.data.world.data import RenderedImage
 from clipmapper.data.world.questions import ANSWERS, SceneQuestion
 from clipmapper.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 from support import training_models
 from support.photographs import photographs_in, run
 
-from clipmapper.data.world.captioning import ScenesCaptions
+from clipmapper.data.world.data import ScenesCaptions
 from clipmapper.errors import UserError
 from clipmapper.training.run_folder import RESULTS
 from clipmapper.training.task import ValidationSubset

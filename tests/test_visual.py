@@ -14,14 +14,18 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from clipmapper.errors import UserError
-from clipmapper.visual.comparison import plot_method_comparison
 from clipmapper.visual.curves import line_style, plot_perturbation_curves
-from clipmapper.visual.explanation import plot_explanation
-from clipmapper.visual.files import save_figure
-from clipmapper.visual.heatmap import DEFAULT_ALPHA, heatmap_overlay, relevance_at_pixels
-from clipmapper.visual.layout import Run, house_style, text_width, wrap
-from clipmapper.visual.panels import check_mask
-from clipmapper.visual.words import share_of_maximum, word_colours, words_html
+from clipmapper.visual.explanation import plot_explanation, plot_method_comparison
+from clipmapper.visual.heatmap import (
+    DEFAULT_ALPHA,
+    check_mask,
+    heatmap_overlay,
+    relevance_at_pixels,
+    share_of_maximum,
+    word_colours,
+    words_html,
+)
+from clipmapper.visual.layout import Run, house_style, save_figure, text_width, wrap
 
 WORDS = [("What", 0.1), ("colour", 0.8), ("is", 0.0), ("the", 0.05), ("circle?", 1.0)]
 LONG = "Which shape is nearest to the small striped animal near the fence, if it costs $5 or $x_1$? " * 4

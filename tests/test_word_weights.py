@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clipmapper.evaluation.captions.word_weights import is_stop_word, loss_weights, mean_weights
+from clipmapper.evaluation.captions.scores import is_stop_word, loss_weights, mean_weights
 
 
 def test_stop_words():

@@ -9,8 +9,8 @@ from clipmapper.benchmarks.timing import machine, measured
 from clipmapper.commands.explain import chosen_device
 from clipmapper.commands.mistakes import seed, whole
 from clipmapper.data.images import clip_input
-from clipmapper.data.world.captioning import ScenesCaptions
 from clipmapper.data.world.captions import aligned_captions
+from clipmapper.data.world.data import ScenesCaptions
 from clipmapper.data.world.scenes import draw_scene, render
 from clipmapper.relevance import method_named
 from clipmapper.tasks.captioning.build import build_captioner

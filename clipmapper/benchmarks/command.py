@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from clipmapper.benchmarks import captions, loading, perturbation, relevance, token_caching
+from clipmapper.benchmarks import captions, loading, perturbation, relevance
 from clipmapper.benchmarks.timing import write_results
 from clipmapper.commands.mistakes import Arguments, mistakes_end_it, some_path, whole
 from clipmapper.host.outputs import check_file, file_name_problem
@@ -53,8 +53,8 @@ BENCHMARKS = {
         plot=perturbation.plot,
     ),
     "cache": Benchmark(
-        token_caching.caching_arguments,
-        token_caching.caching,
+        loading.caching_arguments,
+        loading.caching,
         "{steps_per_s[pixels]:.2f} steps/s from pixels, {steps_per_s[memory]:.2f} from tokens in memory, "
         "{steps_per_s[files]:.2f} in files: {speed_up:.1f} times; half precision: "
         "{half_precision[same_answer]:.2%} of answers the same",

@@ -11,9 +11,8 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from clipmapper.benchmarks.charts import ratio_chart
 from clipmapper.benchmarks.subjects import scenes_mapper, tokens_of_texts, vit_b_32_mapper
-from clipmapper.benchmarks.timing import machine, measured
+from clipmapper.benchmarks.timing import machine, measured, ratio_chart
 from clipmapper.commands.explain import chosen_device
 from clipmapper.commands.mistakes import seconds, whole
 from clipmapper.evaluation.perturbation import (

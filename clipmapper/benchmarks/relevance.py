@@ -11,7 +11,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipmapper.benchmarks import naive
-from clipmapper.benchmarks.charts import ratio_chart
 from clipmapper.benchmarks.subjects import SUBJECTS, Subject
 from clipmapper.benchmarks.timing import (
     available_bytes,
@@ -20,6 +19,7 @@ from clipmapper.benchmarks.timing import (
     measured,
     peak_bytes,
     peak_resident_bytes,
+    ratio_chart,
     resident_bytes,
     write_results,
 )

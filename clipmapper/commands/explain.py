@@ -13,8 +13,8 @@ from clipmapper.settings.commands import ExplainConfig, device_problem
 from clipmapper.tasks.registry import load, task_of
 from clipmapper.training.explained import Explanation
 from clipmapper.training.tables import console, files_table
-from clipmapper.visual.comparison import plot_method_comparison
-from clipmapper.visual.files import picture_name, save_figure
+from clipmapper.visual.explanation import plot_method_comparison
+from clipmapper.visual.layout import picture_name, save_figure
 
 _ASKED = ("question", "answer", "caption", "word", "word_weights")  # settings that some tasks have
 

@@ -10,11 +10,12 @@ from dataclasses import asdict
 
 from clipmapper.commands.compose import data_settings
 from clipmapper.commands.mistakes import Arguments, mistakes_end_it, seed, some_path, whole
-from clipmapper.data.shards.files import webdataset, write_shards
+from clipmapper.data.shards.files import write_shards
+from clipmapper.data.shards.index import webdataset
 from clipmapper.host.outputs import check_folder
 from clipmapper.host.progress import progress
 from clipmapper.host.stopping import a_command
-from clipmapper.settings.instances import built
+from clipmapper.settings.checks import built
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import NoReturn
 from clipmapper.errors import UserError, UserErrors, visible
 from clipmapper.host.outputs import NO_ROOM
 from clipmapper.host.progress import print_on_own_line
-from clipmapper.settings.section import SEED_LIMIT
+from clipmapper.settings.keys import SEED_LIMIT
 
 _LONGEST = 480
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clipmapper.commands.explain import chosen_device
 from clipmapper.errors import UserError
-from clipmapper.evaluation.perturbation_run import finished_chunks
+from clipmapper.evaluation.perturbation import finished_chunks
 from clipmapper.host.outputs import NO_ROOM, check_folder
 from clipmapper.host.progress import progress
 from clipmapper.models.tokens import cut_texts_said_once

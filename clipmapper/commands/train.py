@@ -18,9 +18,9 @@ from clipmapper.errors import UserError
 from clipmapper.host.outputs import check_folder
 from clipmapper.host.stopping import forks_ignore_signals
 from clipmapper.models.clip_weights import names_tokenizer
-from clipmapper.models.fine_tuning import merge_adapters
+from clipmapper.models.encoder import merge_adapters
 from clipmapper.models.tokens import cut_texts_said_once
-from clipmapper.settings.instances import built
+from clipmapper.settings.checks import built
 from clipmapper.settings.schema import TrainConfig
 from clipmapper.tasks.registry import load, task_named
 from clipmapper.training.checkpoint import check_same_model, previous_of, restore_checkpoint, steps_of

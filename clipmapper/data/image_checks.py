@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from clipmapper.data.images import NO_FILE, image_problem
-from clipmapper.data.problems import Problem, stop_for
-from clipmapper.data.record import StoredImage
+from clipmapper.data.record import Problem, StoredImage, stop_for
 from clipmapper.data.tables.columns import Columns, RecordTable, StoredBytes, together
 from clipmapper.host.progress import progress
 

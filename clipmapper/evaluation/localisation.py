@@ -8,12 +8,13 @@ Where we differ from the common implementations: those resolve ties by index, an
 ties. Ours gives the expectation under random tie-breaking, in closed form.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from clipmapper.evaluation.statistics import Interval, bootstrap_intervals
+from clipmapper.evaluation.statistics import Interval, bootstrap_interval, bootstrap_intervals
 
 # Relevance per pixel is a quotient: patches of different size that should tie differ in the last bits.
 # Gaps of this share of the sample's largest value are ties.
@@ -183,3 +184,24 @@ def _tied_groups(
         return np.bincount(flat, ordered, minlength=samples * width).reshape(samples, width)
 
     return total(cells.size), total(cells.inside)
+
+
+LOCALISATION_SCORES = ("mass", "rank", "pointing")
+
+
+def localisation_numbers(
+    found: Mapping[str, Mapping[str, Localisation]], confidence: float, seed: int
+) -> dict:
+    """``found``: method → what was looked for → scores. What was looked for → area baseline, and methods."""
+    out: dict = {}
+    for method, by_name in found.items():
+        for name, scores in by_name.items():
+            table = out.setdefault(name, {})
+            table["area_baseline"] = float(np.mean(scores.area))
+            numbers = {}
+            for score in LOCALISATION_SCORES:
+                values = getattr(scores, score)
+                interval = bootstrap_interval(values, confidence=confidence, seed=seed).as_dict()
+                numbers[score] = interval | {"median": float(np.median(values))}
+            table.setdefault("methods", {})[method] = numbers
+    return out

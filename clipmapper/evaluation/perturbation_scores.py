@@ -1,9 +1,10 @@
-"""Results of a perturbation test: curves, areas, intervals, and files of them."""
+"""Results of a perturbation test: curves, areas, intervals, files of them, and the names of its scores."""
 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -179,3 +180,40 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def perturbation_numbers(scores: PerturbationScores, confidence: float, seed: int) -> dict:
+    """modality → direction → score → method → area, and the paired difference to the reference method."""
+    out: dict = {}
+    for row in scores.summary(confidence=confidence, seed=seed):
+        entry: dict = {"area": row.area.as_dict()}
+        if row.difference is not None:
+            entry[f"difference_to_{row.reference}"] = row.difference.as_dict()
+        place = out.setdefault(row.modality, {}).setdefault(row.direction, {})
+        place.setdefault(row.score, {})[row.method] = entry
+    return out
+
+
+class ScoreName(NamedTuple):
+    """``title``: in tables. ``axis``: of a curve. ``factor``: 100 for a share, which tables show in per
+    cent."""
+
+    title: str
+    axis: str
+    factor: int
+
+
+LOG_PROBABILITY, WORD_PROBABILITY = "log_probability", "word_probability"
+SCORES = {
+    "accuracy": ScoreName("soft accuracy (%)", "soft accuracy", 100),
+    "probability": ScoreName(
+        "probability of the predicted answer (%)", "probability of the predicted answer", 100
+    ),
+    LOG_PROBABILITY: ScoreName("log-probability (nats)", "log-probability of the caption (nats)", 1),
+    WORD_PROBABILITY: ScoreName("probability (%)", "probability of the word", 100),
+    **{f"bleu_{n}": ScoreName(f"BLEU-{n} (%)", f"BLEU-{n} of single captions", 100) for n in range(1, 5)},
+    "rouge_l": ScoreName("ROUGE-L (%)", "ROUGE-L", 100),
+    "cider": ScoreName("CIDEr-D", "CIDEr-D", 1),
+    "meteor": ScoreName("METEOR (%)", "METEOR", 100),
+    "spice": ScoreName("SPICE (%)", "SPICE", 100),
+}

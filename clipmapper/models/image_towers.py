@@ -15,7 +15,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
-from clipmapper.models.masking import ignored_keys_mask, select_tokens
+from clipmapper.models.mapper_blocks import ignored_keys_mask, select_tokens
 
 
 class ImageTower(nn.Module):

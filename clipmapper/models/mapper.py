@@ -13,9 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from clipmapper.models.attention import KeysValues, Remember
-from clipmapper.models.mapper_blocks import DualFlowBlock, SingleFlowBlock
-from clipmapper.models.masking import causal_mask
+from clipmapper.models.mapper_blocks import DualFlowBlock, KeysValues, Remember, SingleFlowBlock, causal_mask
 
 # Standard deviation of new position embeddings: about half of a projected token's, so that places are told
 # apart from the first step.

@@ -1,11 +1,139 @@
-"""The blocks that the two mappers are stacks of."""
+"""The blocks that the two mappers are stacks of, their two kinds of sub-layer, and what these leave out."""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from clipmapper.models.attention import AttentionSublayer, KeysValues, MLPSublayer, Remember
-from clipmapper.models.masking import step_mask
+Remember = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Takes keys and values of new tokens [batch heads new channels]; gives those of all tokens up to now."""
+
+
+class KeysValues(NamedTuple):
+    """Keys and values of some tokens, computed once for queries that come one after another."""
+
+    key: Float[Tensor, "batch heads keys channels"]
+    value: Float[Tensor, "batch heads keys channels"]
+
+
+class AttentionSublayer(nn.Module):
+    """Pre-LayerNorm multi-head attention: what it adds to the residual stream of its queries.
+
+    With ``cross`` the keys and values come from another stream, which has a LayerNorm of its own here.
+    """
+
+    def __init__(self, width: int, heads: int, cross: bool = False) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not a multiple of the number of heads {heads}")
+        self.heads = heads
+        self.cross = cross
+        self.norm = nn.LayerNorm(width)
+        self.context_norm = nn.LayerNorm(width) if cross else None
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, width)
+        # As torch's own nn.MultiheadAttention begins. With nn.Linear's default, a third of that variance,
+        # attention begins almost uniform and is slow to find what a question names.
+        for weight in (self.query.weight, self.key_value.weight[:width]):
+            nn.init.xavier_uniform_(weight)
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "batch queries width"],
+        context: Float[Tensor, "batch keys width"] | KeysValues | None = None,
+        mask: Bool[Tensor, "..."] | None = None,
+        remember: Remember | None = None,
+    ) -> Float[Tensor, "batch queries width"]:
+        """``context`` None: ``tokens`` attend themselves. ``mask``: True where a query may read a key.
+
+        ``remember``: ``tokens`` also attend those that came before them, whose keys and values it holds.
+        A ``context`` of :meth:`keys_values` may have fewer rows than ``tokens``, each then for as many rows
+        in succession (several captions of one image), and no mask.
+        """
+        normed = self.norm(tokens)
+        query = self._heads(self.query(normed))
+        if isinstance(context, KeysValues):
+            key, value = context
+        elif context is None:
+            key, value = self._keys_values(normed)
+        else:
+            key, value = self.keys_values(context)
+        if remember is not None:
+            key, value = remember(key, value)
+        rows = query.shape[0] // key.shape[0]
+        if rows > 1:  # as queries of one row, so that the keys need not be repeated
+            query = query.unflatten(0, (-1, rows)).transpose(1, 2).flatten(2, 3)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        if rows > 1:
+            mixed = mixed.unflatten(2, (rows, -1)).transpose(1, 2).flatten(0, 1)
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+    def keys_values(self, context: Float[Tensor, "batch keys width"]) -> KeysValues:
+        """Compute keys and values as ``forward`` does, from another stream's or its own earlier tokens."""
+        return self._keys_values(
+            self.norm(context) if self.context_norm is None else self.context_norm(context)
+        )
+
+    def _keys_values(self, normed: Float[Tensor, "batch keys width"]) -> KeysValues:
+        return KeysValues(*(self._heads(t) for t in self.key_value(normed).chunk(2, dim=-1)))
+
+    def _heads(self, t: Float[Tensor, "batch n width"]) -> Float[Tensor, "batch heads n channels"]:
+        return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class QuickGELU(nn.Module):
+    """x · sigmoid(1.702 x), the activation of OpenAI's CLIP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class MLPSublayer(nn.Module):
+    """Pre-LayerNorm MLP: what it adds to the residual stream."""
+
+    def __init__(self, width: int, ratio: float = 4.0) -> None:
+        super().__init__()
+        hidden = int(width * ratio)
+        self.norm = nn.LayerNorm(width)
+        self.layers = nn.Sequential(nn.Linear(width, hidden), QuickGELU(), nn.Linear(hidden, width))
+
+    def forward(self, tokens: Float[Tensor, "batch n width"]) -> Float[Tensor, "batch n width"]:
+        return self.layers(self.norm(tokens))
+
+
+def select_tokens(
+    tokens: Float[Tensor, "batch tokens channels"], keep: Int[Tensor, "batch kept"]
+) -> Float[Tensor, "batch kept channels"]:
+    """The tokens at the indices ``keep``; -1 (padding behind the last kept index) repeats token 0."""
+    index = keep.clamp(min=0)[..., None].expand(-1, -1, tokens.shape[-1])
+    return tokens.gather(1, index)
+
+
+def ignored_keys_mask(
+    ignored: Bool[Tensor, "batch tokens"], dtype: torch.dtype
+) -> Float[Tensor, "batch tokens tokens"]:
+    """Added to attention scores, takes the ignored keys out of every row.
+
+    The most negative finite number and not -inf: a row in which every key is ignored stays finite.
+    """
+    n = ignored.shape[1]
+    mask = torch.zeros(ignored.shape, dtype=dtype, device=ignored.device)
+    mask.masked_fill_(ignored, torch.finfo(dtype).min)
+    return mask[:, None, :].expand(-1, n, -1)
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Bool[Tensor, "1 1 queries keys"]:
+    """True where the last ``queries`` of ``keys`` tokens read: themselves and what comes before them."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)[None, None]
+
+
+def step_mask(new: int, past: int, device: torch.device) -> Bool[Tensor, "1 1 new keys"] | None:
+    """The same for ``new`` tokens behind ``past`` others; a single one reads all, which takes no mask."""
+    return None if new == 1 else causal_mask(new, past + new, device)
 
 
 class DualFlowBlock(nn.Module):

@@ -10,8 +10,7 @@ from open_clip.transformer import CustomResidualAttentionBlock, TextTransformer,
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
-from clipmapper.models.attention import Remember
-from clipmapper.models.masking import ignored_keys_mask, select_tokens, step_mask
+from clipmapper.models.mapper_blocks import Remember, ignored_keys_mask, select_tokens, step_mask
 
 
 class TextTower(nn.Module):

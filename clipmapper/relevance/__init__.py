@@ -3,7 +3,8 @@
 from clipmapper.errors import UserError
 from clipmapper.relevance.backward.rules import backward_rules
 from clipmapper.relevance.call_forms import Attribution, quantus_explainer
-from clipmapper.relevance.methods.attention_only import random, raw_attention, rollout
+from clipmapper.relevance.method import Relevance
+from clipmapper.relevance.methods.attention_only import attention_flow, random, raw_attention, rollout
 from clipmapper.relevance.methods.effective import (
     effective_attention,
     effective_rollout,
@@ -12,12 +13,14 @@ from clipmapper.relevance.methods.effective import (
     efficient_rollout,
     efficient_weighted,
 )
-from clipmapper.relevance.methods.flow import attention_flow
 from clipmapper.relevance.methods.gae import gae
-from clipmapper.relevance.methods.gradients import attn_lrp, grad_cam, grad_eclip, input_x_gradient
-from clipmapper.relevance.methods.legrad import legrad
-from clipmapper.relevance.methods.libra import GRADIENT_METHODS, with_libra
-from clipmapper.relevance.methods.lrp import partial_lrp, transformer_attribution
+from clipmapper.relevance.methods.gradients import attn_lrp, grad_cam, grad_eclip, input_x_gradient, legrad
+from clipmapper.relevance.methods.lrp import (
+    GRADIENT_METHODS,
+    partial_lrp,
+    transformer_attribution,
+    with_libra,
+)
 from clipmapper.relevance.methods.norms import alti, beyond_intuition, token_tm
 from clipmapper.relevance.methods.on_captum import integrated_gradients, occlusion
 from clipmapper.relevance.methods.weighted import (
@@ -29,7 +32,6 @@ from clipmapper.relevance.methods.weighted import (
 )
 from clipmapper.relevance.recording.record import record
 from clipmapper.relevance.rerun import Again
-from clipmapper.relevance.result import Relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
 
 METHODS = {

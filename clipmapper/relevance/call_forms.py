@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
+from clipmapper.relevance.method import Relevance
 from clipmapper.relevance.recording.record import record
 from clipmapper.relevance.rerun import Again
-from clipmapper.relevance.result import Relevance
 from clipmapper.relevance.trace import AttentionTrace
 
 # As in captum: the class for every sample, one for all, a place in an output of more axes; or any function

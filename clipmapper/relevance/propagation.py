@@ -118,7 +118,7 @@ def rows_times(
 
 
 def kernels_for(step: Attention, row: Float[Tensor, "batch rows queries"]) -> ModuleType | None:
-    """:mod:`clipmapper.relevance.kernels.row` where they are made for this row of this sub-layer."""
+    """:mod:`clipmapper.relevance.kernels` where they are made for this row of this sub-layer."""
     kernels = _kernels() if row.is_cuda else None
     return kernels if kernels is not None and kernels.can_multiply(step, row) else None
 
@@ -129,10 +129,10 @@ def _kernels() -> ModuleType | None:
     if torch.version.cuda is None or torch.cuda.get_device_capability() < (8, 0):
         return None
     try:
-        from clipmapper.relevance.kernels import row as row_kernels
+        from clipmapper.relevance import kernels
     except ImportError:
         return None
-    return row_kernels
+    return kernels
 
 
 def _blocks(step: Attention, row: Float[Tensor, "batch rows queries"]) -> Iterator[tuple[slice, slice]]:

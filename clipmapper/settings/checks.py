@@ -1,15 +1,18 @@
-"""Make a composed configuration a checked dataclass, and what went wrong one line that says it."""
+"""Make a composed configuration a checked dataclass, or a line of what is wrong; build what it names."""
 
+import inspect
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any, TypeVar, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.errors import InstantiationException, MissingConfigException, OverrideParseException
+from hydra.utils import instantiate
 from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
@@ -20,9 +23,17 @@ from omegaconf.errors import (
 
 from clipmapper.errors import UserError
 from clipmapper.settings.data import DataConfig
-from clipmapper.settings.keys import described, nearest_choice, section_of, setting_named, unknown_setting
+from clipmapper.settings.keys import (
+    Section,
+    described,
+    is_text,
+    name_today,
+    nearest_choice,
+    section_of,
+    setting_named,
+    unknown_setting,
+)
 from clipmapper.settings.schema import TrainConfig
-from clipmapper.settings.section import Section, is_text
 
 _LONGEST_LIST = 300  # letters of what is allowed in one line
 _Schema = TypeVar("_Schema", bound=Section)
@@ -193,3 +204,45 @@ def _unreadable(override: str | None) -> str:
 
 def _as_yaml(value: Any) -> str:
     return json.dumps(value) if value is None or isinstance(value, bool | int | float) else repr(value)
+
+
+def built(settings: Mapping):
+    """Call what the ``_target_`` of a section stands for with the rest of the section.
+
+    For settings that the user gave on the command line or wrote in YAML, never for what a file says. Values
+    are handed over as they are: Hydra would look for ``${…}`` and for more targets in them. Raises
+    ``UserError`` for a target that is not there, that Hydra holds dangerous, or that does not take these
+    settings.
+    """
+    try:
+        return prepared(settings)()
+    except InstantiationException as error:  # of what it gives Hydra may think as of the target
+        raise _refused(settings["_target_"], error) from error
+
+
+def prepared(settings: Mapping) -> Callable[[], Any]:
+    """Bind the target of a section to the rest of it, for :func:`built` to call; raises as that."""
+    values = dict(settings)
+    target = named(values.pop("_target_"))
+    try:
+        inspect.signature(target).bind(**values)
+    except TypeError as error:
+        raise UserError(
+            f"_target_={settings['_target_']}: cannot be called with these settings ({error})"
+        ) from error
+    except ValueError:  # of something built in that does not say what it takes
+        pass
+    return partial(target, **values)
+
+
+def named(target: str) -> Callable:
+    """Return what a ``_target_`` of the user's settings stands for, not called; raises as :func:`built`."""
+    try:
+        return instantiate({"_target_": name_today(target), "_partial_": True})
+    except InstantiationException as error:
+        raise _refused(target, error) from error
+
+
+def _refused(target: str, error: InstantiationException) -> UserError:
+    reason = " ".join(str(error).partition(", set env")[0].partition("\nfull_key")[0].split())
+    return UserError(f"_target_={target}: {reason}")

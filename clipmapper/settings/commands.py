@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from clipmapper.settings.data import DataConfig
-from clipmapper.settings.section import SEED_LIMIT, Section, explanation_methods, list_problems, setting
+from clipmapper.settings.keys import SEED_LIMIT, Section, explanation_methods, list_problems, setting
 
 
 @dataclass

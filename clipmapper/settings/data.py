@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from clipmapper.settings.section import SEED_LIMIT, Section, list_problems, setting
+from clipmapper.settings.keys import SEED_LIMIT, Section, list_problems, setting
 
 _SCENES = 1_000_000  # of a split: 7 GB of pixels
 
@@ -29,7 +29,7 @@ class DataConfig(Section):
 
 @dataclass
 class ScenesVQAConfig(DataConfig):
-    """Parameters of :class:`clipmapper.data.world.vqa.ScenesVQA`."""
+    """Parameters of :class:`clipmapper.data.world.data.ScenesVQA`."""
 
     choices = ("scenes",)
     records = ("questions",)
@@ -45,7 +45,7 @@ class ScenesVQAConfig(DataConfig):
 
 @dataclass
 class ScenesCaptionsConfig(DataConfig):
-    """Parameters of :class:`clipmapper.data.world.captioning.ScenesCaptions`."""
+    """Parameters of :class:`clipmapper.data.world.data.ScenesCaptions`."""
 
     choices = ("scenes_captions",)
     records = ("captions",)
@@ -125,7 +125,7 @@ class VQAv2Config(AnswersConfig):
 
 @dataclass
 class CocoCaptionsConfig(RecordDataConfig):
-    """Parameters of :func:`clipmapper.data.readers.coco_captions.coco_captions_data`."""
+    """Parameters of :func:`clipmapper.data.readers.caption_files.coco_captions_data`."""
 
     choices = ("coco_captions",)
     records = ("captions",)
@@ -136,7 +136,7 @@ class CocoCaptionsConfig(RecordDataConfig):
 
 @dataclass
 class FlickrCaptionsConfig(SplitsConfig):
-    """Parameters of :func:`clipmapper.data.readers.flickr_captions.flickr_captions_data`."""
+    """Parameters of :func:`clipmapper.data.readers.caption_files.flickr_captions_data`."""
 
     choices = ("flickr30k", "flickr8k")
     records = ("captions",)

@@ -1,12 +1,60 @@
-"""Finding settings in the schema by their dotted key, and the nearest one to a key that does not exist."""
+"""Sections of settings, and settings by their key: found, the nearest to one that is none, older names.
+
+Names that older runs and checkpoints have are compared, never imported: only today's names lead anywhere.
+"""
 
 import types
-from collections.abc import Collection, Iterator
-from dataclasses import Field, fields
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import Field, field, fields
 from difflib import SequenceMatcher
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from clipmapper.settings.section import Section
+from omegaconf import MISSING
+
+SEED_LIMIT = 2**32 - 1  # numpy's legacy generator, which Lightning seeds as well, takes no more
+
+
+def explanation_methods() -> Sequence[str]:
+    """The names of the explanation methods, looked up when one is to be checked: they import torch."""
+    from clipmapper.relevance import METHODS
+
+    return tuple(METHODS)
+
+
+def setting(**limits: Any) -> Any:
+    """A field whose value comes from YAML or the command line.
+
+    ``limits``: ``minimum``, ``maximum`` (allowed themselves), ``above``, ``below`` (not allowed themselves);
+    ``choices`` of a string or of a list's entries, or a function that gives them. Choices are strings rather
+    than an ``Enum`` because they end up in JSON, in W&B and in checkpoints that are loaded without unpickling
+    classes. ``text``: free text (:func:`is_text`) though the type does not say so.
+    """
+    return field(default=MISSING, metadata=limits)
+
+
+class Section:
+    """A group of settings."""
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """(setting, what is wrong with it), for rules that one setting's limits cannot say."""
+        yield from ()
+
+
+def list_problems(key: str, values: list[str]) -> Iterator[tuple[str, str]]:
+    """Problems of a list that is empty or has something twice."""
+    if not values:
+        yield key, "is an empty list"
+    twice = [value for i, value in enumerate(values) if value in values[:i]]
+    if twice:
+        yield key, f"{twice[0]!r} is listed twice"
+
+
+def is_text(declared: Field, hint: Any) -> bool:
+    """Whether a setting is free text: a string that is none of some choices. It is not empty, and taken from
+    the command line as it is, without Hydra's grammar (commas, brackets, ``=``)."""
+    if declared.metadata.get("text"):
+        return True
+    return hint in (str, str | None) and not declared.metadata.get("choices")
 
 
 def setting_named(key: str, schema: type[Section]) -> tuple[Field, Any] | None:
@@ -105,3 +153,33 @@ def _keys(schema: type[Section], prefix: str = "") -> Iterator[str]:
 
 def _implementations(schema: type[Section]) -> list[type[Section]]:
     return [schema, *(each for child in schema.__subclasses__() for each in _implementations(child))]
+
+
+# Settings that there are no more; their section says as much.
+GONE = frozenset({"training._target_"})
+
+_Value = TypeVar("_Value")
+
+# Every ``_target_`` that was ever in ``conf/`` and is no more.
+_TARGETS = {
+    "clipmapper.data.scenes_vqa.ScenesVQA": "clipmapper.data.world.data.ScenesVQA",
+    "clipmapper.data.scenes_captions.ScenesCaptions": "clipmapper.data.world.data.ScenesCaptions",
+    "clipmapper.data.manifest.manifest_data": "clipmapper.data.readers.manifest.manifest_data",
+    "clipmapper.data.huggingface.huggingface_data": "clipmapper.data.readers.huggingface.huggingface_data",
+    "clipmapper.data.vqa_v2.vqa_v2_data": "clipmapper.data.readers.vqa_v2.vqa_v2_data",
+    "clipmapper.data.coco_captions.coco_captions_data": (
+        "clipmapper.data.readers.caption_files.coco_captions_data"
+    ),
+    "clipmapper.data.flickr_captions.flickr_captions_data": (
+        "clipmapper.data.readers.caption_files.flickr_captions_data"
+    ),
+    "clipmapper.data.shard_data.ShardData": "clipmapper.data.shards.data.ShardData",
+    "clipmapper.training.relevance_callback.RelevanceCallback": (
+        "clipmapper.training.callback.RelevanceCallback"
+    ),
+}
+
+
+def name_today(value: _Value) -> _Value | str:
+    """Today's name of a ``_target_``; anything else is given back as it is."""
+    return _TARGETS.get(value, value) if isinstance(value, str) else value

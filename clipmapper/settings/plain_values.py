@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from typing import get_type_hints
 
-from clipmapper.settings.section import Section
+from clipmapper.settings.keys import Section
 
 Rule = Callable[[object, str], None]
 _SHOWN = 60  # characters of a value that a message quotes

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from clipmapper.host.outputs import file_name_problem
 from clipmapper.settings.data import DataConfig
-from clipmapper.settings.section import SEED_LIMIT, Section, explanation_methods, list_problems, setting
+from clipmapper.settings.keys import SEED_LIMIT, Section, explanation_methods, list_problems, setting
 
 # As YAML and OmegaConf read them.
 _TRUE_FALSE = {True: ("true", "yes", "on", "y", "1"), False: ("false", "no", "off", "n", "0")}

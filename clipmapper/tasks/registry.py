@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipmapper.errors import UserError
-from clipmapper.settings.register import register as register_schemas
+from clipmapper.settings.compose import register as register_schemas
 
 if TYPE_CHECKING:
     import torch

@@ -7,14 +7,12 @@ from typing import get_type_hints
 from torch import nn
 
 from clipmapper.data.records import RecordData
-from clipmapper.data.world.captioning import ScenesCaptions
-from clipmapper.data.world.vqa import ScenesVQA
+from clipmapper.data.world.data import ScenesCaptions, ScenesVQA
 from clipmapper.errors import UserError
+from clipmapper.settings.checks import built
 from clipmapper.settings.data import DataConfig, ScenesCaptionsConfig, ScenesVQAConfig
-from clipmapper.settings.instances import built
-from clipmapper.settings.old_names import name_today
+from clipmapper.settings.keys import is_text, name_today
 from clipmapper.settings.plain_values import section_of_numbers, shown
-from clipmapper.settings.section import is_text
 from clipmapper.training.task import Task
 
 # The world that is drawn from a seed: to rebuild it takes nothing but numbers.
@@ -24,13 +22,13 @@ _WORLDS: Mapping[str, tuple[type[DataConfig], Callable[..., RecordData]]] = {
 }
 # What older checkpoints have in place of a name, by today's target. They are compared, not imported.
 _TARGETS = {
-    "clipmapper.data.world.vqa.ScenesVQA": "scenes",
-    "clipmapper.data.world.captioning.ScenesCaptions": "scenes_captions",
+    "clipmapper.data.world.data.ScenesVQA": "scenes",
+    "clipmapper.data.world.data.ScenesCaptions": "scenes_captions",
     "clipmapper.data.readers.manifest.manifest_data": "manifest",
     "clipmapper.data.readers.huggingface.huggingface_data": "huggingface",
     "clipmapper.data.readers.vqa_v2.vqa_v2_data": "vqa_v2",
-    "clipmapper.data.readers.coco_captions.coco_captions_data": "coco_captions",
-    "clipmapper.data.readers.flickr_captions.flickr_captions_data": "flickr30k",
+    "clipmapper.data.readers.caption_files.coco_captions_data": "coco_captions",
+    "clipmapper.data.readers.caption_files.flickr_captions_data": "flickr30k",
     "clipmapper.data.shards.data.ShardData": "shards",
 }
 _SHOWN = 4  # settings in a message

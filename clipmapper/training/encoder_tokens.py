@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from clipmapper.data.tokens.cache import TextTokens, TokenCache, TokenStore
+from clipmapper.data.token_cache import TextTokens, TokenCache, TokenStore
 from clipmapper.host.progress import progress
 from clipmapper.models.encoder import ClipEncoder, image_identity, text_identity
 from clipmapper.settings.schema import TrainConfig

@@ -11,8 +11,7 @@ from jaxtyping import Float, UInt8
 from rich.table import Table
 from rich.text import Text
 
-from clipmapper.evaluation.localisation import Localisation
-from clipmapper.evaluation.numbers import LOCALISATION_SCORES
+from clipmapper.evaluation.localisation import LOCALISATION_SCORES, Localisation
 from clipmapper.training.media import Media
 from clipmapper.training.processes import Share
 

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 
 from clipmapper.errors import UserError
 from clipmapper.host.servers import check_answer
-from clipmapper.settings.instances import named, prepared
+from clipmapper.settings.checks import named, prepared
 from clipmapper.settings.schema import LoggerConfig
 from clipmapper.training.media import Html, Media, MediaTable, Picture, pictures_in
 from clipmapper.training.mlflow_runs import media_to_mlflow

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from clipmapper.data.images import seen_part
 from clipmapper.data.pixels import normalised
-from clipmapper.data.record import Record
-from clipmapper.data.truth import seen_mask
+from clipmapper.data.record import Record, seen_mask
 from clipmapper.errors import UserError
 
 LARGEST = 640  # pixels of the longer side of what is looked at: more than a page shows of it

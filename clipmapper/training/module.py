@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset, get_worker_info
 
-from clipmapper.models.build import DESCRIPTION
-from clipmapper.models.fine_tuning import learning_rate_scales, without_adapters
+from clipmapper.models.checkpoint import DESCRIPTION
+from clipmapper.models.encoder import learning_rate_scales, without_adapters
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.training.processes import WHOLE, Share, batch_count, sum_of_all, this_share
 from clipmapper.training.sharding import gathered, shard, with_state_of_all
@@ -22,7 +22,7 @@ class TaskModule(lightning.LightningModule):
     """A model in training: AdamW, warm-up, cosine, in steps. A batch is a dictionary.
 
     ``layer_decay``: of the encoder's learning rates
-    (:func:`clipmapper.models.fine_tuning.learning_rate_scales`), to be set before ``fit``.
+    (:func:`clipmapper.models.encoder.learning_rate_scales`), to be set before ``fit``.
     """
 
     layer_decay = 1.0

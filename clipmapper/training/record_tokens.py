@@ -14,7 +14,7 @@ from torch import Tensor
 from clipmapper.data.content import content_digest, file_digests, joint_digest
 from clipmapper.data.records import Record, StoredImage
 from clipmapper.data.tables.builder import as_table
-from clipmapper.data.tokens.cache import TokenCache, TokenStore
+from clipmapper.data.token_cache import TokenCache, TokenStore
 from clipmapper.errors import UserError
 from clipmapper.host.progress import progress
 from clipmapper.models.encoder import ClipEncoder

@@ -15,7 +15,7 @@ import yaml
 
 from clipmapper.errors import UserError, visible
 from clipmapper.host.outputs import write_whole
-from clipmapper.settings.old_names import GONE, name_today
+from clipmapper.settings.keys import GONE, name_today
 from clipmapper.training.checkpoint import previous_of, steps_of
 from clipmapper.training.processes import this_share
 

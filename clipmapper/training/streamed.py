@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from clipmapper.data.records import Item, Record, RecordDataset
-from clipmapper.data.shards.stream import ShardStream
+from clipmapper.data.shards.data import ShardStream
 from clipmapper.errors import UserError
 from clipmapper.training.processes import WHOLE, Share
 

@@ -143,7 +143,7 @@ class Task(ABC):
     @abstractmethod
     def build(self, encoder: Mapping, description: Mapping) -> nn.Module:
         """The model of a checked description, without weights. ``encoder``: of
-        :func:`clipmapper.models.build.build_encoder`."""
+        :func:`clipmapper.models.checkpoint.build_encoder`."""
 
     @abstractmethod
     def run(self, config: TrainConfig, data: RecordData) -> TaskRun:

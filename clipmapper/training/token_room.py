@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from clipmapper.data.tokens.cache import TokenStore, size_of
+from clipmapper.data.token_cache import TokenStore, size_of
 from clipmapper.host.progress import span
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.training.asked_texts import AskedTexts

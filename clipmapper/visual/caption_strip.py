@@ -7,7 +7,19 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from matplotlib.figure import Figure
 
-from clipmapper.visual.heatmap import for_display, heat_scale, heatmap_overlay
+from clipmapper.visual.heatmap import (
+    check_mask,
+    colour_key,
+    draw_words,
+    for_display,
+    heat_scale,
+    heatmap_overlay,
+    outline_region,
+    region_key,
+    show_image,
+    word_scale,
+    words_height,
+)
 from clipmapper.visual.layout import (
     CAPTION_SIZE,
     FAINT,
@@ -22,8 +34,6 @@ from clipmapper.visual.layout import (
     write,
     write_lines,
 )
-from clipmapper.visual.panels import check_mask, colour_key, outline_region, region_key, show_image
-from clipmapper.visual.words import draw_words, word_scale, words_height
 
 _MARGIN, _GAP, _ROW_GAP = 0.28, 0.16, 0.20
 _CELL_WIDTH, _CELL_HEIGHT = 1.22, 1.5  # a small picture fills one of the two

@@ -1,20 +1,28 @@
-"""Placing text and panels on a page in inches, so that no text ever runs over a picture.
+"""Placing text and panels on a page in inches, so that no text runs over a picture; writing the page.
 
 Every figure here is laid out by hand: texts are measured first, the height they need is added up, and only
 then is the figure made. Matplotlib's automatic layouts do not wrap text and do not know how high a wrapped
 text will be. Figures are built without pyplot: nothing global is changed and no window system is needed.
 """
 
+import contextlib
+import hashlib
+import os
+import unicodedata
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+
+from clipmapper.errors import UserError
 
 FONT = "DejaVu Sans"  # comes with matplotlib, and has the tick and the cross
 DPI = 200
@@ -199,3 +207,62 @@ def _answer_runs(answer: str, score: float | None, truth: str | None) -> Sequenc
     agree = answer.strip().casefold() == truth.strip().casefold()
     mark = Run("✓", _RIGHT, "bold") if agree else Run("✗", _WRONG, "bold")
     return [*runs, Run("·  truth:", FAINT), Run(truth, weight="bold"), mark]
+
+
+# No dates and versions inside: the same figure gives the same bytes.
+_METADATA = {".png": {"Software": None}, ".pdf": {"CreationDate": None, "Producer": None, "Creator": None}}
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    """Write a figure as PNG (or PDF, for papers), by the path's suffix; folders are made as needed.
+
+    The file appears whole or not at all: it is written under a temporary name and then renamed.
+    Raises UserError for another suffix and where the path cannot be written.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in _METADATA:
+        raise UserError(f"cannot write a picture to '{path}': the name must end in .png or .pdf")
+    partial = path.with_name(f".{uuid.uuid4().hex}.partial")  # however long the name itself is
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with house_style():
+            figure.savefig(partial, format=suffix[1:], metadata=_METADATA[suffix])
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write a picture to '{path}': {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return path
+
+
+_DIGITS = 8  # of the digest: of 10,000 texts two are alike once in a hundred times, if their letters are too
+
+
+def readable_part(text: str, longest: int, parted: str = "-") -> str:
+    """Letters and digits of every script, in lower case, ``parted`` by what is none.
+
+    At most ``longest`` bytes in UTF-8, the measure of file systems; it may be empty, and different texts may
+    have the same.
+    """
+    kept = "".join(
+        c if unicodedata.category(c)[0] in "LMN" else " "
+        for c in unicodedata.normalize("NFC", text.lower())
+        if c.isprintable() or c.isspace()
+    )
+    cut = parted.join(kept.split()).encode("utf-8", "ignore")[:longest].decode("utf-8", "ignore")
+    return cut.strip(parted)
+
+
+def picture_name(*texts: str, apart: str = "") -> str:
+    """A name without an ending: the texts, and a digest of what they are exactly.
+
+    By the digest different texts have different names on any file system, such as one without capitals.
+
+    ``apart``: what else two pictures may differ in, for the digest alone.
+    """
+    exact = "\0".join([*texts, apart]).encode("utf-8", "surrogatepass")
+    digest = hashlib.blake2b(exact, digest_size=_DIGITS // 2).hexdigest()
+    parts = [part for text in texts if (part := readable_part(text, 120 // len(texts)))]
+    return "_".join(parts or ["image"]) + f"-{digest}"

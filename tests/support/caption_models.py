@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from clipmapper.data.world.captioning import ScenesCaptions
+from clipmapper.data.world.data import ScenesCaptions
 from clipmapper.data.world.scenes import draw_scene
 from clipmapper.tasks.captioning.build import build_captioner
 from clipmapper.tasks.captioning.model import Captioner

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from clipmapper.data.answers import AnswerVocabulary
 from clipmapper.data.records import RecordData
 from clipmapper.data.tables.base import RecordList
-from clipmapper.models.build import build_encoder, describe
+from clipmapper.models.checkpoint import build_encoder, describe
 from clipmapper.models.description import MAPPER, WIDTH, ModelRules
 from clipmapper.models.tokens import tokenize
 from clipmapper.settings.plain_values import section

@@ -40,8 +40,7 @@ def sublayer(batch, heads, queries, keys, channels, width, causal, scale, dtype,
 
 def check(device: str, precision: float) -> None:
     # Triton reads here if it is to interpret.
-    from clipmapper.relevance.kernels import row as row_kernels
-    from clipmapper.relevance.kernels import weighted as weighted_kernels
+    from clipmapper.relevance import kernels
 
     generator = torch.Generator().manual_seed(0)
     for number, case in enumerate(CASES):
@@ -53,7 +52,7 @@ def check(device: str, precision: float) -> None:
         tensors = {name.removeprefix("_"): value.to(device) for name, value in tensors.items()}
         step = replace(step, **tensors)
         exact = exact_step(step)
-        assert exact is not step and row_kernels.can_multiply(step, torch.zeros(batch, 1, queries))
+        assert exact is not step and kernels.can_multiply(step, torch.zeros(batch, 1, queries))
         whole = torch.rand(batch, 1, queries, generator=generator).to(device)
         one = torch.zeros_like(whole)
         one[:, :, min(66, queries - 1)] = 1
@@ -61,11 +60,11 @@ def check(device: str, precision: float) -> None:
         turned = whole * torch.linspace(-1, 1, queries, device=device)
         for row, normalise in ((whole, True), (whole, False), (one, True), (turned, False)):
             expected = rows_times(positive_attention, exact, row, normalise)
-            _agree(row_kernels.row_times_positive_attention(step, row, normalise), expected, precision)
+            _agree(kernels.row_times_positive_attention(step, row, normalise), expected, precision)
         for row, its_valid, by_token in ((whole, None, False), (turned, valid, True), (one, valid, False)):
             trace = AttentionTrace([exact], {"s": queries}, {} if its_valid is None else {"s": its_valid})
             rule = weighted_token_rule(trace) if by_token else weighted_rule(trace)
-            found = weighted_kernels.weighted_row(step, row, its_valid, by_token=by_token)
+            found = kernels.weighted_row(step, row, its_valid, by_token=by_token)
             _agree(found, rule(exact, row), precision)
     print(f"{len(CASES)} cases agree")
 

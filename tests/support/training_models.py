@@ -18,8 +18,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
+from clipmapper.data.world.data import ScenesVQA
 from clipmapper.data.world.questions import ANSWERS
-from clipmapper.data.world.vqa import ScenesVQA
 from clipmapper.settings.checks import checked
 from clipmapper.settings.schema import TrainConfig
 from clipmapper.tasks.registry import register_settings

@@ -7,8 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from clipmapper.data.readers.class_labels import named, namings
 from clipmapper.data.readers.manifest import data_of, normalised_notes
+from clipmapper.data.readers.manifest_files import named, namings
 from clipmapper.data.readers.rows import RowReader
 from clipmapper.data.records import RecordData
 from clipmapper.data.tables.builder import TableBuilder

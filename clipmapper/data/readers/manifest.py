@@ -5,9 +5,9 @@ from pathlib import Path
 
 from clipmapper.data.answers import answer_vocabulary, unknown_answers
 from clipmapper.data.image_checks import readable_only
-from clipmapper.data.problems import Problem, stop_for
 from clipmapper.data.readers.manifest_files import manifest_rows
 from clipmapper.data.readers.rows import RowReader
+from clipmapper.data.record import Problem, stop_for
 from clipmapper.data.records import RecordData
 from clipmapper.data.tables.builder import TableBuilder
 from clipmapper.data.tables.columns import RecordTable

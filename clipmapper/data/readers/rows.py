@@ -10,12 +10,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from clipmapper.data.answers import settled
-from clipmapper.data.problems import Problem
 from clipmapper.data.readers.fields import is_list_as_text, shown, written_number
-from clipmapper.data.record import OTHER, Record, StoredImage
+from clipmapper.data.record import OTHER, MaskFile, Problem, Record, StoredImage
 from clipmapper.data.tables.builder import TableBuilder
 from clipmapper.data.text_files import is_text
-from clipmapper.data.truth import MaskFile
 
 # What a column may be called.
 _NAMES = {

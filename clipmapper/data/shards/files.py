@@ -1,7 +1,6 @@
 """Writing WebDataset shards: tar files of images, each followed by what was asked or said about it."""
 
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -10,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
-from types import ModuleType
 
 from filelock import FileLock, Timeout
 from PIL import Image
@@ -18,7 +16,7 @@ from PIL import Image
 from clipmapper.data.answers import ACCURACIES
 from clipmapper.data.content import content_digest
 from clipmapper.data.records import Record, RecordData, StoredImage
-from clipmapper.data.shards.index import INDEX, PLAN, VERSION, Shard
+from clipmapper.data.shards.index import INDEX, PLAN, VERSION, Shard, webdataset
 from clipmapper.data.shards.samples import KEPT
 from clipmapper.errors import UserError
 
@@ -109,14 +107,6 @@ def check_writable(folder: Path) -> None:
         trial.unlink()
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror})") from error
-
-
-def webdataset(part: str = "") -> ModuleType:
-    """The library, or a module of it. Raises ``UserError`` where it is not installed."""
-    try:
-        return importlib.import_module(f"webdataset{part}")
-    except ImportError as error:
-        raise UserError('shards need the webdataset library: pip install "clipmapper[shards]"') from error
 
 
 def as_sample(key: str, records: Sequence[Record]) -> dict:

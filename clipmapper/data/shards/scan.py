@@ -15,22 +15,20 @@ import numpy as np
 from filelock import FileLock
 
 from clipmapper.data.answers import counted_answers
-from clipmapper.data.problems import Problem
+from clipmapper.data.record import Problem
 from clipmapper.data.records import Record
-from clipmapper.data.shards.members import (
+from clipmapper.data.shards.samples import (
     LONGEST_NAME,
     Damage,
-    ShardImage,
-    members,
-    open_shard,
-    read_part,
-)
-from clipmapper.data.shards.samples import (
     NoSample,
     Sample,
+    ShardImage,
     add_member,
     as_problem,
     check_sample,
+    members,
+    open_shard,
+    read_part,
     sample_name,
     told_about,
 )

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from clipmapper.data.problems import Problem
-from clipmapper.data.record import Record
+from clipmapper.data.record import Problem, Record
 from clipmapper.data.tables.base import Records, packed
 from clipmapper.data.tables.columns import (
     BYTES_FILE,

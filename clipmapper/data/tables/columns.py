@@ -11,9 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from clipmapper.data.record import Record, StoredImage
+from clipmapper.data.record import MaskFile, Record, StoredImage
 from clipmapper.data.tables.base import Records, unpacked
-from clipmapper.data.truth import MaskFile
 from clipmapper.errors import UserError
 
 ROWS = 1 << 14  # of every batch of an Arrow file but its last

@@ -15,7 +15,7 @@ import platformdirs
 import pyarrow as pa
 
 from clipmapper.data.content import file_stamp
-from clipmapper.data.problems import Problem
+from clipmapper.data.record import Problem
 from clipmapper.data.tables.builder import splits_of
 from clipmapper.data.tables.columns import (
     BYTES_FILE,

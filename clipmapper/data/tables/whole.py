@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clipmapper.data.problems import Problem
-from clipmapper.data.record import Record
+from clipmapper.data.record import Problem, Record
 from clipmapper.data.tables.builder import FinishedTable, TableBuilder, as_table, splits_of
 from clipmapper.data.tables.columns import BYTES_FILE, TABLES, Columns, RecordTable
 from clipmapper.data.tables.remembered import Found

@@ -1,12 +1,13 @@
 """The built-in world as a data set: its splits are drawn and rendered when they are first asked for."""
 
+import random
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
@@ -15,6 +16,16 @@ from clipmapper.data.images import clip_input
 from clipmapper.data.record import Record
 from clipmapper.data.records import RecordData
 from clipmapper.data.tables.base import RecordList
+from clipmapper.data.world.caption_truth import CaptionTruth, caption_truth
+from clipmapper.data.world.captions import (
+    AlignedCaption,
+    aligned_captions,
+    caption_words,
+    captions,
+    describe,
+    draw_caption,
+)
+from clipmapper.data.world.questions import ANSWERS, CHANCE, FAMILIES, SceneQuestion, balanced_questions
 from clipmapper.data.world.scenes import MAX_OBJECTS, Scene, draw_scene, render_all
 
 
@@ -113,3 +124,150 @@ class _Drawn(Mapping[str, RecordList]):
 
     def __len__(self) -> int:
         return len(self.names)
+
+
+_PEOPLE = 10  # annotators who agree: the official accuracy is then 1 or 0
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionTruth:
+    """The objects and the words that decide the answer to a question about a scene."""
+
+    question: SceneQuestion
+    instances: UInt8[np.ndarray, "height width"]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return self.question.deciding_words
+
+    @property
+    def told_by_size(self) -> bool:
+        """Whether only its size tells the object that is asked about from another."""
+        return self.question.told_by_size
+
+    def mask(self) -> Bool[np.ndarray, "height width"]:
+        """The visible pixels of the objects that decide."""
+        return np.isin(self.instances, [k + 1 for k in self.question.deciding_objects])
+
+
+class ScenesVQA(World):
+    """Every split is balanced. Parameters besides those of :class:`~clipmapper.data.world.data.World`:
+
+    ``train_questions``: how many of a family at most about one scene that is trained on (elsewhere one). What
+    differs between two questions about the same scene ("is A left or right of B", and of B and A) is only
+    their words, so they can't be learnt by heart from the image.
+    """
+
+    families = FAMILIES
+    chance = CHANCE
+
+    def __init__(
+        self,
+        train_scenes: int,
+        simple_scenes: int,
+        validation_scenes: int,
+        held_out_scenes: int,
+        train_questions: int,
+        seed: int,
+    ) -> None:
+        self.train_questions = train_questions
+        sizes = (train_scenes, simple_scenes, validation_scenes, held_out_scenes)
+        super().__init__(sizes, seed, AnswerVocabulary(ANSWERS))
+
+    def records(self, name: str, scenes: list[Scene]) -> RecordList:
+        asked = balanced_questions(
+            scenes,
+            self.seed,
+            per_family=self.train_questions if name in ("train", "simple") else 1,
+            held_out=name == "held_out",
+            most=2 if name == "simple" else MAX_OBJECTS,
+        )
+        records: list[Record] = []
+        for number, (questions, image, instances) in enumerate(
+            zip(asked, *self.rendered(scenes), strict=True)
+        ):
+            for question in questions:
+                records.append(
+                    Record(
+                        id=f"{name}/{len(records)}",
+                        image=image,
+                        image_id=f"{name}/{number}",
+                        question=question.text,
+                        answers=(question.answer,) * _PEOPLE,
+                        family=question.family,
+                        truth=QuestionTruth(question, instances),
+                    )
+                )
+        return RecordList(records)
+
+
+@dataclass(frozen=True, slots=True)
+class SceneTruth:
+    """A scene, of which everything is known: what can be said of it, and whether what is said is so."""
+
+    scene: Scene
+    instances: UInt8[np.ndarray, "height width"]
+
+    @property
+    def words(self) -> None:
+        return None
+
+    def mask(self) -> None:
+        return None
+
+    @property
+    def has_twins(self) -> bool:
+        """Whether two objects look alike: in all but their place."""
+        return len({describe(item) for item in self.scene.objects}) < len(self.scene.objects)
+
+    def draw(
+        self, rng: random.Random, shares: Mapping[str, float] | None = None, left_to_right: bool = False
+    ) -> str:
+        """A caption to train on, in a wording of its own each time (see :func:`draw_aligned_caption`)."""
+        return draw_caption(self.scene, rng, shares, left_to_right)
+
+    def judge(self, caption: str) -> CaptionTruth:
+        """Any caption of the image, held against what is to be seen there."""
+        return caption_truth(caption, self.scene)
+
+    def aligned(self, count: int) -> list[AlignedCaption]:
+        """So many true captions whose words know what they speak of."""
+        return aligned_captions(self.scene, count)
+
+
+class ScenesCaptions(World):
+    """``references``: captions of an image that scores compare with. Otherwise as
+    :class:`~clipmapper.data.world.data.World`."""
+
+    def __init__(
+        self,
+        train_scenes: int,
+        simple_scenes: int,
+        validation_scenes: int,
+        held_out_scenes: int,
+        references: int,
+        seed: int,
+    ) -> None:
+        self.references = references
+        super().__init__((train_scenes, simple_scenes, validation_scenes, held_out_scenes), seed, None)
+
+    @staticmethod
+    def wordings() -> list[str]:
+        """Texts with every word that a caption of this data can have, as its first word and as a later one.
+
+        From the grammar and not from drawn captions, which may lack a rare word. (Tokenizers that keep the
+        space before a word have other tokens for a first word.)
+        """
+        return [text for word in caption_words() for text in (word, f"a {word}", f"a, {word}: {word}")]
+
+    def records(self, name: str, scenes: list[Scene]) -> RecordList:
+        return RecordList([
+            Record(
+                id=f"{name}/{number}",
+                image=image,
+                image_id=f"{name}/{number}",
+                captions=tuple(captions(scene, self.references)),
+                truth=SceneTruth(scene, instances),
+            ) for number, (scene, image, instances) in enumerate(zip(scenes, *self.rendered(scenes),
+            strict=True))
+        ])  # fmt: skip

@@ -19,10 +19,9 @@ from jaxtyping import Bool, Float
 from scipy.optimize import nnls
 from torch import Tensor
 
-from clipmapper.relevance.method import explanation
+from clipmapper.relevance.method import Relevance, explanation
 from clipmapper.relevance.methods.attention_only import raw_attention, rollout
 from clipmapper.relevance.methods.weighted import weighted
-from clipmapper.relevance.result import Relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join
 
 # How much more the conditions of a row with negative entries count than its norm, until it is polished.

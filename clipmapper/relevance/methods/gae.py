@@ -4,9 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clipmapper.relevance.method import explanation
+from clipmapper.relevance.method import Relevance, as_relevance, explanation
 from clipmapper.relevance.propagation import positive_attention, propagate, rows_times
-from clipmapper.relevance.result import Relevance, as_relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node
 
 

@@ -7,11 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clipmapper.errors import UserError
-from clipmapper.relevance.method import explanation, from_layer
+from clipmapper.relevance.method import Relevance, as_relevance, explanation, from_layer
 from clipmapper.relevance.methods.attention_only import last_attention
 from clipmapper.relevance.propagation import mean_attention, propagate
 from clipmapper.relevance.rerun import again
-from clipmapper.relevance.result import Relevance, as_relevance
 from clipmapper.relevance.sublayer import Projection, is_linear
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node, exact_step
 

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from clipmapper.errors import UserError
-from clipmapper.relevance.method import explanation
+from clipmapper.relevance.method import Relevance, as_relevance, explanation, with_sign
 from clipmapper.relevance.rerun import again, input_tokens
-from clipmapper.relevance.result import Relevance, as_relevance, with_sign
 from clipmapper.relevance.trace import AttentionTrace
 
 _VARIANTS = 64  # at least so many in one forward, and one of each sample

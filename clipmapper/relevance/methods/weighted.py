@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clipmapper.relevance.method import explanation
+from clipmapper.relevance.method import Relevance, as_relevance, explanation
 from clipmapper.relevance.propagation import (
     Matrix,
     Rule,
@@ -18,7 +18,6 @@ from clipmapper.relevance.propagation import (
     propagate,
     rows_times,
 )
-from clipmapper.relevance.result import Relevance, as_relevance
 from clipmapper.relevance.trace import Attention, AttentionTrace, exact
 
 
@@ -144,7 +143,7 @@ def _by_kernels(
     trace: AttentionTrace, step: Attention, row: Tensor, *, by_token: bool
 ) -> tuple[Tensor, Tensor]:
     """α and the row in few launches; from numbers in half precision, as the kernels of Ā are."""
-    from clipmapper.relevance.kernels.weighted import weighted_row  # which needs Triton
+    from clipmapper.relevance.kernels import weighted_row  # which needs Triton
 
     return weighted_row(step, row, trace.valid.get(step.query_node.stream), by_token=by_token)
 

@@ -17,8 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipmapper.relevance.recording.gradient_cuts import GradientCuts, without_checkpointing
-from clipmapper.relevance.recording.step_by_step import softmax_noticed, without_weights
+from clipmapper.relevance.recording.step_by_step import (
+    GradientCuts,
+    softmax_noticed,
+    without_checkpointing,
+    without_weights,
+)
 from clipmapper.relevance.sublayer import Sublayer
 from clipmapper.relevance.trace import Attention, Edge, Entry, Node
 

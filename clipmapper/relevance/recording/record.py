@@ -1,7 +1,7 @@
 """Record a forward pass of a model, neither modified nor copied, as an :class:`AttentionTrace`."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from torch import Tensor, nn
@@ -9,11 +9,9 @@ from torch import Tensor, nn
 from clipmapper.errors import UserError
 from clipmapper.relevance.backward.rules import backward_rules
 from clipmapper.relevance.recording.capture import Call, Capture, Watched
-from clipmapper.relevance.recording.families import sublayers_of
+from clipmapper.relevance.recording.families import refuse_capped_scores, sublayers_of, why_refused
 from clipmapper.relevance.recording.step_by_step import fused_attention
-from clipmapper.relevance.recording.stream_names import grids_seen, patch_grid
 from clipmapper.relevance.recording.streams import StreamGraph
-from clipmapper.relevance.recording.unsupported import refuse_capped_scores, why_refused
 from clipmapper.relevance.trace import AttentionTrace
 
 
@@ -124,3 +122,34 @@ def sublayers_in(root: nn.Module) -> list[Watched]:
     if not watched:
         raise UserError(f"{type(root).__name__} has no attention that the recorder knows; {_HOW}")
     return watched
+
+
+def grids_seen(stack: ExitStack, modules: Iterable[nn.Module]) -> list[tuple[int, int]]:
+    """Holds, after a forward, (rows, columns) of what each patch embedding gave, until ``stack`` is left.
+
+    Images need not have the size that the model was made for (position embeddings can be interpolated).
+    """
+    seen: list[tuple[int, int]] = []
+
+    def note(module: nn.Module, args: tuple, output: Tensor) -> None:
+        seen.append((output.shape[-2], output.shape[-1]))
+
+    for module in modules:
+        if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size != (1, 1):
+            stack.callback(module.register_forward_hook(note).remove)
+    return seen
+
+
+def patch_grid(root: nn.Module, modules: Iterable[nn.Module]) -> tuple[int, int] | None:
+    """(rows, columns) of the image patches of the size that the model was made for, where it says so."""
+    for module in modules:
+        size = vars(module).get("grid_size")
+        if isinstance(size, tuple | list) and len(size) == 2:
+            return int(size[0]), int(size[1])
+    config = getattr(root, "config", None)
+    config = getattr(config, "vision_config", config)
+    image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if image is None or patch is None:
+        return None
+    rows, columns = ((n, n) if isinstance(n, int) else tuple(n) for n in (image, patch))
+    return rows[0] // columns[0], rows[1] // columns[1]

@@ -5,16 +5,60 @@ input, the first recorded tensors met say in which state of which stream it is. 
 tokens selected, a few backward passes through just that piece of the graph measure which token went where.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipmapper.errors import UserError
-from clipmapper.relevance.recording.capture import Call
-from clipmapper.relevance.recording.stream_names import stream_name
+from clipmapper.relevance.recording.capture import Call, Watched
 from clipmapper.relevance.trace import Attention, AttentionTrace, Edge, Join, Node
+
+_WORDS = (("image", r"vision|visual|image|vit|dino"), ("text", r"text|language|gpt|bert|llama"))
+
+# Towers of transformers, recorded alone. (Speech2Text is none.)
+_TOWERS = (
+    ("image", r"Vision(Model|Transformer|Tower)"),
+    ("text", r"(?<!2)Text(Model|Transformer)"),
+)
+
+
+def stream_name(watched: Watched, root: nn.Module) -> str:
+    """image, text, encoder, decoder ...: of the family's line, or from the names on the module's path."""
+    path = watched.name.split(",")[0]
+    for part, name in watched.kind.streams.items():
+        if part in path:
+            return name
+    named = _by_path(path)
+    if named is not None:
+        return named
+    kinds = [type(root).__name__]
+    for end in range(1, len(path.split("."))):
+        kinds.append(type(root.get_submodule(".".join(path.split(".")[:end]))).__name__)
+    for kind in reversed(kinds):
+        for name, words in _TOWERS:
+            if re.search(words, kind):
+                return name
+    for name in ("decoder", "encoder"):
+        if name in path:
+            return name
+    # A text transformer unpacked into CLIP itself, or one tower recorded alone.
+    for kind in reversed(kinds):
+        for name, words in (*_WORDS, ("text", r"CLIP|CoCa")):
+            if re.search(words, kind, re.IGNORECASE if words != r"CLIP|CoCa" else 0):
+                return name
+    return "tokens"
+
+
+@functools.cache
+def _by_path(path: str) -> str | None:
+    for name, words in _WORDS:
+        if re.search(words, path, re.IGNORECASE):
+            return name
+    return None
+
 
 # Operations that leave every token where it is. After any other, where the tokens went is measured.
 _TOKENWISE = {

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipmapper.data.records import Item, Record, RecordData, RecordDataset
 from clipmapper.data.tables.base import Records
-from clipmapper.data.tokens.cache import TokenStore
+from clipmapper.data.token_cache import TokenStore
 from clipmapper.tasks.captioning.model import Captioner
 from clipmapper.tasks.captioning.tokens import caption_tokens
 from clipmapper.training.looked_at import whole_picture

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from transformers import GPT2LMHeadModel
 
 from clipmapper.errors import UserError
-from clipmapper.models.build import build_encoder, build_mapper, describe
+from clipmapper.models.checkpoint import build_encoder, build_mapper, describe
 from clipmapper.models.description import HEADS, ID, LAYERS, MAPPER, WIDTH, ModelRules
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.settings.plain_values import absent_or, flag, list_of, one_of, section, text

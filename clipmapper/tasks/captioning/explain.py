@@ -11,16 +11,16 @@ from rich.text import Text
 
 from clipmapper.data.images import picture_of
 from clipmapper.errors import UserError
-from clipmapper.evaluation.captions.cider import CiderD, DocumentFrequencies
 from clipmapper.evaluation.captions.clip_score import clip_score
+from clipmapper.evaluation.captions.ngram_scores import CiderD, DocumentFrequencies
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
-from clipmapper.evaluation.captions.word_weights import WORD_WEIGHTS, loss_weights, mean_weights
+from clipmapper.evaluation.captions.scores import WORD_WEIGHTS, loss_weights, mean_weights
 from clipmapper.models.tokens import tokenize
 from clipmapper.tasks.captioning.decoding import Decoding
 from clipmapper.tasks.captioning.model import Captioner
 from clipmapper.tasks.captioning.trace import TracedCaption, trace_caption, word_relevance
 from clipmapper.visual.caption_strip import plot_caption_strip
-from clipmapper.visual.files import save_figure
+from clipmapper.visual.layout import save_figure
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ def explain_captions(
     if word_weights == "cider" and not (references and frequencies):
         raise UserError(
             "word_weights='cider' needs references=[...] of this image and frequencies=DocumentFrequencies "
-            "of a set of images (clipmapper.evaluation.captions.cider); otherwise use 'mean' or 'clip'"
+            "of a set of images (clipmapper.evaluation.captions.ngram_scores); otherwise use 'mean' or 'clip'"
         )
     if caption is not None and decoding is not None:
         raise UserError(

@@ -8,8 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel
 
-from clipmapper.models.attention import KeysValues, Remember
-from clipmapper.models.masking import causal_mask, step_mask
+from clipmapper.models.mapper_blocks import KeysValues, Remember, causal_mask, step_mask
 from clipmapper.tasks.captioning.gpt2 import CROSS_ATTENTION
 from clipmapper.tasks.captioning.head import Vocabulary
 

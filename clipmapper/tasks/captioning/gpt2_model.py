@@ -7,9 +7,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from clipmapper.errors import UserError
-from clipmapper.models.attention import KeysValues, Remember
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.mapper import Mapper
+from clipmapper.models.mapper_blocks import KeysValues, Remember
 from clipmapper.tasks.captioning.gpt2 import OwnTokenizer
 from clipmapper.tasks.captioning.gpt2_decoder import GPT2Decoder, GPT2Head
 from clipmapper.tasks.captioning.model import Captioner

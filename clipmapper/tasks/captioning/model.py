@@ -9,9 +9,9 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
-from clipmapper.models.attention import KeysValues, Remember
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.mapper import Mapper
+from clipmapper.models.mapper_blocks import KeysValues, Remember
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.relevance.trace import AttentionTrace
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clipmapper.evaluation.captions.cider import DocumentFrequencies
+from clipmapper.evaluation.captions.ngram_scores import DocumentFrequencies
 from clipmapper.evaluation.captions.scores import check_scores, score_captions
-from clipmapper.evaluation.score_names import LOG_PROBABILITY, WORD_PROBABILITY
+from clipmapper.evaluation.perturbation_scores import LOG_PROBABILITY, WORD_PROBABILITY
 
 CAPTION_SCORES = (LOG_PROBABILITY, "bleu_4", "cider")
 

@@ -5,15 +5,14 @@ from pathlib import Path
 
 import numpy as np
 
-from clipmapper.evaluation.perturbation_scores import DIRECTIONS
-from clipmapper.evaluation.score_names import SCORES
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS, SCORES
 from clipmapper.training.explained import Report
 from clipmapper.training.media import Html, Media, MediaTable, Picture
 from clipmapper.visual.caption_strip import plot_caption_strip
-from clipmapper.visual.comparison import plot_method_comparison
 from clipmapper.visual.curves import plot_perturbation_curves
-from clipmapper.visual.files import save_figure
-from clipmapper.visual.words import words_html
+from clipmapper.visual.explanation import plot_method_comparison
+from clipmapper.visual.heatmap import words_html
+from clipmapper.visual.layout import save_figure
 
 
 def write_pictures(report: Report, folder: Path, *, count: int, confidence: float) -> list[Path]:

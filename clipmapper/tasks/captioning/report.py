@@ -8,13 +8,11 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from clipmapper.evaluation.captions.cider import CiderD
-from clipmapper.evaluation.captions.word_weights import is_stop_word
-from clipmapper.evaluation.localisation import Localisation, image_localisation
-from clipmapper.evaluation.numbers import localisation_numbers, perturbation_numbers
-from clipmapper.evaluation.perturbation import ModalityRelevance, perturb
-from clipmapper.evaluation.perturbation_run import run_in_chunks
-from clipmapper.evaluation.perturbation_scores import PerturbationScores
+from clipmapper.evaluation.captions.ngram_scores import CiderD
+from clipmapper.evaluation.captions.scores import is_stop_word
+from clipmapper.evaluation.localisation import Localisation, image_localisation, localisation_numbers
+from clipmapper.evaluation.perturbation import ModalityRelevance, perturb, run_in_chunks
+from clipmapper.evaluation.perturbation_scores import PerturbationScores, perturbation_numbers
 from clipmapper.models.tokens import TokenizedText, padding_id
 from clipmapper.tasks.captioning import pictures
 from clipmapper.tasks.captioning.decoding import Decoding

@@ -10,7 +10,7 @@ import lightning
 import torch
 from rich.table import Table
 
-from clipmapper.data.readers.results import write_captions_file
+from clipmapper.data.answer_rule import write_captions_file
 from clipmapper.data.records import RecordData
 from clipmapper.data.tables.base import Records
 from clipmapper.data.world.captions import where_words

@@ -11,7 +11,7 @@ from torch import Tensor
 from clipmapper.data.content import content_digest, joint_digest
 from clipmapper.data.records import RecordData
 from clipmapper.data.world.captions import WORD_KINDS, AlignedCaption
-from clipmapper.evaluation.captions.cider import DocumentFrequencies
+from clipmapper.evaluation.captions.ngram_scores import DocumentFrequencies
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
 from clipmapper.evaluation.perturbation import FRACTIONS
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS

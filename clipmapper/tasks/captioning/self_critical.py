@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clipmapper.evaluation.captions.cider import CiderD, DocumentFrequencies
+from clipmapper.evaluation.captions.ngram_scores import CiderD, DocumentFrequencies
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from clipmapper.evaluation.perturbation_scores import DIRECTIONS
-from clipmapper.evaluation.score_names import LOG_PROBABILITY, SCORES, WORD_PROBABILITY
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS, LOG_PROBABILITY, SCORES, WORD_PROBABILITY
 from clipmapper.tasks.captioning.training import SCORES as WRITTEN
 from clipmapper.training.tables import Areas, areas_table, interval_name
 

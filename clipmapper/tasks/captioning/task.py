@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from clipmapper.data.records import RecordData
 from clipmapper.errors import UserError
-from clipmapper.evaluation.captions.cider import DocumentFrequencies
+from clipmapper.evaluation.captions.ngram_scores import DocumentFrequencies
 from clipmapper.evaluation.captions.scores import check_scores
-from clipmapper.evaluation.score_names import LOG_PROBABILITY
+from clipmapper.evaluation.perturbation_scores import LOG_PROBABILITY
 from clipmapper.settings.schema import TrainConfig
 from clipmapper.tasks.captioning.build import DescribedCaptioner
 from clipmapper.tasks.captioning.decoding import Decoding

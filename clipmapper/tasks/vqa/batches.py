@@ -12,7 +12,7 @@ from torch import Tensor
 from clipmapper.data.answers import AnswerVocabulary, annotators
 from clipmapper.data.records import Item, Record, RecordData, RecordDataset
 from clipmapper.data.tables.base import Records
-from clipmapper.data.tokens.cache import TokenCache, TokenStore
+from clipmapper.data.token_cache import TokenCache, TokenStore
 from clipmapper.models.tokens import tokenize
 from clipmapper.tasks.vqa.model import CLIPmapper
 from clipmapper.training.order import epochs, in_order

@@ -15,7 +15,7 @@ from clipmapper.models.tokens import TokenizedText, merge_words
 from clipmapper.relevance import Again, Attention, AttentionTrace, Relevance, method_named, record
 from clipmapper.tasks.vqa.model import CLIPmapper
 from clipmapper.visual.explanation import plot_explanation
-from clipmapper.visual.files import save_figure
+from clipmapper.visual.layout import save_figure
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
-from clipmapper.models.build import build_encoder, build_mapper, describe
+from clipmapper.models.checkpoint import build_encoder, build_mapper, describe
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.mapper import Mapper
 from clipmapper.models.tokens import TokenizedText, padding_id, tokenize

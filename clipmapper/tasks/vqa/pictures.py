@@ -4,16 +4,15 @@ from pathlib import Path
 
 import numpy as np
 
-from clipmapper.data.truth import resized
-from clipmapper.evaluation.score_names import SCORES
+from clipmapper.data.record import resized
+from clipmapper.evaluation.perturbation_scores import SCORES
 from clipmapper.tasks.vqa.perturbation import AnswerScorer
 from clipmapper.training.explained import Report
 from clipmapper.training.media import Html, Media, MediaTable, Picture
-from clipmapper.visual.comparison import plot_method_comparison
 from clipmapper.visual.curves import plot_perturbation_curves
-from clipmapper.visual.explanation import plot_explanation
-from clipmapper.visual.files import readable_part, save_figure
-from clipmapper.visual.words import words_html
+from clipmapper.visual.explanation import plot_explanation, plot_method_comparison
+from clipmapper.visual.heatmap import words_html
+from clipmapper.visual.layout import readable_part, save_figure
 
 _NAME = 120  # bytes of a file's name that are a family's
 

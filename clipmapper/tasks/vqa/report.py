@@ -9,11 +9,14 @@ import torch
 from jaxtyping import Float
 from rich.table import Table
 
-from clipmapper.evaluation.localisation import Localisation, image_localisation, word_localisation
-from clipmapper.evaluation.numbers import localisation_numbers, perturbation_numbers
-from clipmapper.evaluation.perturbation import ModalityRelevance, perturb
-from clipmapper.evaluation.perturbation_run import run_in_chunks
-from clipmapper.evaluation.perturbation_scores import PerturbationScores
+from clipmapper.evaluation.localisation import (
+    Localisation,
+    image_localisation,
+    localisation_numbers,
+    word_localisation,
+)
+from clipmapper.evaluation.perturbation import ModalityRelevance, perturb, run_in_chunks
+from clipmapper.evaluation.perturbation_scores import PerturbationScores, perturbation_numbers
 from clipmapper.models.tokens import word_positions
 from clipmapper.relevance import method_named
 from clipmapper.tasks.vqa import pictures

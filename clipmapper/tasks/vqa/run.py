@@ -8,7 +8,7 @@ import lightning
 import torch
 from rich.table import Table
 
-from clipmapper.data.readers.results import write_results
+from clipmapper.data.answer_rule import write_results
 from clipmapper.data.records import RecordData
 from clipmapper.errors import UserError
 from clipmapper.settings.schema import TrainConfig

@@ -4,8 +4,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from clipmapper.settings.keys import Section, list_problems, setting
 from clipmapper.settings.schema import ModelConfig, TrainingConfig
-from clipmapper.settings.section import Section, list_problems, setting
 
 
 @dataclass

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 
 from rich.table import Table
 
-from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
-from clipmapper.evaluation.score_names import SCORES
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES, SCORES
 from clipmapper.training.tables import Areas, areas_table, interval_name
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clipmapper.data.tokens.file import TokenFile
+from clipmapper.data.token_file import TokenFile
 from clipmapper.errors import UserError
 
 PRECISIONS = {"float16": torch.float16, "float32": torch.float32}
@@ -29,7 +29,7 @@ class TokenStore:
 
     Attributes
     ----------
-    folder : of the files (:class:`~clipmapper.data.tokens.file.TokenFile`); None: in memory, for this run.
+    folder : of the files (:class:`~clipmapper.data.token_file.TokenFile`); None: in memory, for this run.
     precision : "float16" or "float32".
     workers : processes that read and decode what is encoded, 0 for none.
     batch_size : rows that are encoded at once.
