@@ -15,8 +15,8 @@ from clipmapper.models import encoder as encoder_identity
 from clipmapper.models.encoder import weights_digest
 from clipmapper.models.tokens import tokenize
 from clipmapper.tasks.vqa.batches import QuestionBatches
-from clipmapper.training import asked_texts as module
-from clipmapper.training.asked_texts import asked_by_records, asked_texts
+from clipmapper.training import encoder_tokens as module
+from clipmapper.training.encoder_tokens import asked_texts
 from clipmapper.training.record_tokens import check_room
 
 BPE = SimpleTokenizer(context_length=16)
@@ -29,20 +29,18 @@ TEXTS = st.lists(st.text("ab 07.é?\U0001f600", min_size=1, max_size=20), min_si
 def test_they_are_those_of_all_texts_at_once(texts, together):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_TOGETHER", together)
-        asked = asked_texts(BPE, texts, "train")
         table = as_table([Record(n, b"", "0", text, ("a",)) for n, text in enumerate(texts)])
-        of_table = asked_by_records(BPE, table, "train")
+        asked = asked_texts(BPE, table, "train")
         different = sorted(set(texts))
         whole = tokenize(BPE, different)
         # The key of files that older versions have written.
-        assert asked.digest() == weights_digest({"ids": whole.ids, "valid": whole.valid}) == of_table.digest()
+        assert asked.digest() == weights_digest({"ids": whole.ids, "valid": whole.valid})
     assert len(asked) == len(different) and asked.longest == whole.ids.shape[1]
     for rows in (range(len(asked)), [len(asked) - 1, 0]):
         some = tokenize(BPE, [different[row] for row in rows])
         ids, valid = asked.padded(rows)
         assert ids.equal(some.ids) and valid.equal(some.valid)
     assert [different[number] for number in asked.text_of] == texts
-    assert asked.text_of.equal(of_table.text_of)
 
 
 def test_questions_of_some_records_alone():

@@ -16,14 +16,13 @@ from clipmapper.evaluation.perturbation import FRACTIONS, ModalityRelevance, per
 from clipmapper.evaluation.perturbation_scores import LOG_PROBABILITY
 from clipmapper.evaluation.perturbation_scores import SCORES as SCORE_NAMES
 from clipmapper.models.tokens import word_positions
-from clipmapper.tasks.captioning import variants as caption_variants
+from clipmapper.tasks.captioning import perturbation as caption_variants
 from clipmapper.tasks.captioning.decoding import Decoding
 from clipmapper.tasks.captioning.explain import explain_captions
-from clipmapper.tasks.captioning.perturbation import CaptionScorer, WordScorer
+from clipmapper.tasks.captioning.perturbation import CaptionScorer, WordScorer, kept_captions
+from clipmapper.tasks.captioning.pictures import caption_perturbation_tables, word_localisation_table
 from clipmapper.tasks.captioning.report import caption_report
 from clipmapper.tasks.captioning.samples import caption_samples, token_word_places
-from clipmapper.tasks.captioning.tables import caption_perturbation_tables, word_localisation_table
-from clipmapper.tasks.captioning.variants import kept_captions
 from clipmapper.training.tables import console
 
 METHODS = ("weighted", "gae", "random")

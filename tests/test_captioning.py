@@ -33,16 +33,15 @@ from clipmapper.settings import schema as config
 from clipmapper.tasks.captioning.batches import CaptionBatches, Stage, drawn_batches
 from clipmapper.tasks.captioning.build import build_captioner
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions
-from clipmapper.tasks.captioning.run import CaptionRun
-from clipmapper.tasks.captioning.self_critical import SelfCriticalModule
+from clipmapper.tasks.captioning.results import family_scores
+from clipmapper.tasks.captioning.task import CaptionRun
 from clipmapper.tasks.captioning.tokens import caption_vocabulary
-from clipmapper.tasks.captioning.training import CaptionModule, JudgedCaption
-from clipmapper.tasks.captioning.truth import family_scores
+from clipmapper.tasks.captioning.training import CaptionModule, JudgedCaption, SelfCriticalModule
 from clipmapper.tasks.registry import task_of
+from clipmapper.training.batches import Labelled, StepBatches
 from clipmapper.training.checkpoint_data import data_for
 from clipmapper.training.interruption import RunInterrupted
 from clipmapper.training.launching import less_noise
-from clipmapper.training.module import Labelled, StepBatches
 from clipmapper.training.processes import WHOLE
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
 

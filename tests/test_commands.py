@@ -16,7 +16,8 @@ from clipmapper.data.world.data import ScenesVQA
 from clipmapper.data.world.questions import CHANCE
 from clipmapper.relevance import COMPARED as METHODS
 from clipmapper.tasks.vqa import report as explanation_report
-from clipmapper.tasks.vqa.tables import accuracy_table, perturbation_table
+from clipmapper.tasks.vqa.pictures import perturbation_table
+from clipmapper.tasks.vqa.task import accuracy_table
 from clipmapper.training.tables import console, files_table
 
 SCORES = ("accuracy", "probability")

@@ -7,9 +7,9 @@ from torch.utils.data import DataLoader
 
 from clipmapper.host import progress
 from clipmapper.host.progress import ProgressLines, counted
-from clipmapper.training import progress as of_runs
+from clipmapper.training import trainer as of_runs
+from clipmapper.training.batches import Labelled, SplitBatches
 from clipmapper.training.launching import less_noise
-from clipmapper.training.module import Labelled
 from clipmapper.training.processes import Share, batch_count, batches_of
 
 
@@ -28,14 +28,14 @@ class Model(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-class Rows:
+class Rows(SplitBatches):
     """A split of ten samples."""
 
     records = range(10)
     labelled_at_most = 2
 
-    def labelled(self, share):
-        return (torch.ones(len(rows)) for rows in batches_of(10, 2, share))
+    def labelled_batch(self, rows):
+        return torch.ones(len(rows))
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.tokens import tokenize
 from clipmapper.tasks.captioning.batches import CaptionBatches
-from clipmapper.tasks.captioning.run import CaptionRun
+from clipmapper.tasks.captioning.task import CaptionRun
 from clipmapper.tasks.vqa.batches import QuestionBatches
-from clipmapper.tasks.vqa.run import VQARun
+from clipmapper.tasks.vqa.task import VQARun
 from clipmapper.training.encoder_tokens import token_store
 from clipmapper.training.processes import WHOLE
 from clipmapper.training.record_tokens import different_images

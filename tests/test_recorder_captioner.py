@@ -8,7 +8,7 @@ from support.naive_captioning import CaptionRun
 
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.relevance import Node, record
-from clipmapper.tasks.captioning.gpt2_model import GPT2Captioner
+from clipmapper.tasks.captioning.gpt2_decoder import GPT2Captioner
 
 LENGTHS = (7, 4, 9)
 CASES = {

@@ -46,10 +46,8 @@ from clipmapper.tasks.vqa.batches import QuestionBatches, drawn_batches
 from clipmapper.tasks.vqa.model import CLIPmapper, VQAHead
 from clipmapper.tasks.vqa.samples import question_samples
 from clipmapper.training import contrastive
-from clipmapper.training.asked_texts import asked_texts
 from clipmapper.training.contrastive import ContrastiveScenes
-from clipmapper.training.encoder_tokens import question_tokens
-from clipmapper.training.record_tokens import different_images
+from clipmapper.training.record_tokens import record_question_tokens
 
 unhurried = settings(deadline=None, max_examples=30)  # a busy machine is not a failure
 seeds, indices = st.integers(0, 2**32), st.integers(0, 10**6)
@@ -832,15 +830,8 @@ def test_a_sample_that_nobody_can_see_is_left_out(model, data):
 def test_cached_tokens_are_those_of_the_encoder(model, data):
     split, encoder = data.splits["simple"], model.encoder
     texts = [record.question for record in split]
-    source, image_of_each = different_images(split, data.reader(encoder), None)
-    cache = question_tokens(
-        encoder,
-        TokenStore(batch_size=7),
-        source,
-        asked_texts(encoder.tokenizer, texts, "simple"),
-        image_of_each,
-        "simple",
-    )
+    store = TokenStore(batch_size=7)
+    cache = record_question_tokens(encoder, store, split, "simple", data.reader(encoder))
     assert cache.image_tokens.dtype == cache.tokens.dtype == torch.float16
     assert len(cache.tokens) == len(set(texts))
     lengths = set()

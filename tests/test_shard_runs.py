@@ -20,12 +20,12 @@ from clipmapper.data.records import RecordData
 from clipmapper.data.shards.data import ShardData
 from clipmapper.errors import UserError
 from clipmapper.settings.checks import built
-from clipmapper.tasks.captioning.run import CaptionRun
+from clipmapper.tasks.captioning.task import CaptionRun
 from clipmapper.tasks.captioning.training import CaptionModule
-from clipmapper.tasks.vqa.run import VQARun
+from clipmapper.tasks.vqa.task import VQARun
 from clipmapper.tasks.vqa.training import VQAModule
+from clipmapper.training.batches import StepBatches
 from clipmapper.training.interruption import RunInterrupted
-from clipmapper.training.module import StepBatches
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
 
 TRAIN, VALIDATION = 8, 3
@@ -65,6 +65,27 @@ def settings(place, name: str, *more: str):
     chosen = ANSWERING if name == "questions" else CAPTIONING
     common = (f"encoder.architecture={training_models.tiny_clip(place)}", f"output={place / 'outputs'}")
     return training_models.train_settings(*chosen, f"data.path={place / name}", *SMALL, *common, *more)
+
+
+def test_masks_are_not_left_out_without_a_word(place, tmp_path, capsys):
+    Image.fromarray(np.full((30, 40), 255, np.uint8)).save(tmp_path / "mask.png")
+    rows = [json.loads(line) for line in (place / "questions.jsonl").read_text().splitlines()]
+    rows = [row | {"image": str(place / row["image"])} for row in rows]
+    rows[0]["mask"] = str(tmp_path / "mask.png")
+    (tmp_path / "masked.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    make_shards([str(tmp_path / "shards"), "data=manifest", f"data.path={tmp_path / 'masked.jsonl'}"])
+    assert "1 records have a mask: shards hold none" in capsys.readouterr().out
+    make_shards([str(tmp_path / "more"), "data=manifest", f"data.path={place / 'questions.jsonl'}"])
+    assert "have a mask" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("world", ["scenes", "scenes_captions"])
+def test_built_in_scenes_are_not_put_into_shards(tmp_path, capsys, world):
+    with pytest.raises(SystemExit) as ended:
+        make_shards([str(tmp_path / "shards"), f"data={world}"])
+    assert ended.value.code == 2
+    assert "data: the built-in scenes are drawn anew whenever they are needed" in capsys.readouterr().err
+    assert not list((tmp_path / "shards").glob("*.tar"))
 
 
 def test_questions_from_manifest_to_results(place, capsys):

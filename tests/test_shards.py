@@ -21,8 +21,8 @@ from clipmapper.data.shards.files import write_shards
 from clipmapper.data.shards.index import read_index
 from clipmapper.data.shards.scan import ScannedShard, scanned
 from clipmapper.errors import UserError
+from clipmapper.training.batches import ReadableItems, shard_batches
 from clipmapper.training.processes import Share
-from clipmapper.training.streamed import ReadableItems, shard_batches
 
 IMAGES, SHARD = 22, 3
 

@@ -19,7 +19,7 @@ from clipmapper.data.shards import scan as shard_scan
 from clipmapper.data.shards.data import ShardData
 from clipmapper.errors import UserError
 from clipmapper.host.progress import ProgressLines, span
-from clipmapper.training.streamed import ReadableItems, left_out_lines
+from clipmapper.training.batches import ReadableItems, left_out_lines
 
 
 def image(number: int, kind: str = "JPEG") -> bytes:

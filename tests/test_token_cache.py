@@ -15,14 +15,19 @@ from support import training_models
 
 from clipmapper.data.content import file_digests
 from clipmapper.data.record import Record
+from clipmapper.data.tables.base import RecordList
 from clipmapper.data.token_cache import TokenStore
 from clipmapper.data.token_file import TokenFile
 from clipmapper.data.world.data import RenderedImage, RenderedReader
 from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
-from clipmapper.training.asked_texts import asked_texts
-from clipmapper.training.encoder_tokens import image_tokens, text_tokens
-from clipmapper.training.record_tokens import RecordImages
+from clipmapper.training.encoder_tokens import (
+    AskedTexts,
+    RecordImages,
+    asked_texts,
+    image_tokens,
+    text_tokens,
+)
 
 ROWS, SHAPE, PART = 23, (3, 4), 5
 
@@ -291,10 +296,15 @@ def cached(encoder: ClipEncoder, folder: Path, pixels: np.ndarray, texts=TEXTS) 
         source = RecordImages(records, RenderedReader(encoder.clip.visual), folder)
         image_tokens(encoder, store, source, lambda done: None)
         images = sum(encoded)
-        text_tokens(encoder, store, asked_texts(encoder.tokenizer, texts, "train"), lambda done: None)
+        text_tokens(encoder, store, _asked(encoder, texts), lambda done: None)
     finally:
         encoder._towers = (image_tower, text_tower)
     return images, sum(encoded) - images
+
+
+def _asked(encoder: ClipEncoder, texts) -> AskedTexts:
+    records = [Record(n, b"", "0", text) for n, text in enumerate(texts)]
+    return asked_texts(encoder.tokenizer, RecordList(records), "train")
 
 
 class _counting:

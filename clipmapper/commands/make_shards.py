@@ -8,10 +8,13 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import asdict
 
+import numpy as np
+
 from clipmapper.commands.compose import data_settings
 from clipmapper.commands.mistakes import Arguments, mistakes_end_it, seed, some_path, whole
 from clipmapper.data.shards.files import write_shards
 from clipmapper.data.shards.index import webdataset
+from clipmapper.errors import UserError
 from clipmapper.host.outputs import check_folder
 from clipmapper.host.progress import progress
 from clipmapper.host.stopping import a_command
@@ -37,7 +40,16 @@ def _make(options: Namespace) -> None:
         webdataset()
         check_folder(options.folder, str(options.folder))
         data = built(asdict(data_settings(options.settings)))
-        images = sum(len({r.image_id for r in records}) for records in data.splits.values())
+        if data.drawn_anew:
+            raise UserError(
+                "data: the built-in scenes are drawn anew whenever they are needed; choose another data set"
+            )
+        images = masks = 0
+        for records in data.splits.values():
+            images += len(np.unique(records.images))
+            masks += sum(record.truth is not None for record in records)
+        if masks:
+            print(f"{masks:,} records have a mask: shards hold none, so explain on these data as they are")
         with progress("images written to shards", images) as advance:
             written = write_shards(
                 data,

@@ -15,14 +15,18 @@ from clipmapper.host.stopping import forks_ignore_signals
 from clipmapper.models.clip_weights import save_clip_weights
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.settings.commands import PretrainConfig
-from clipmapper.training.checkpoint import DurableCheckpointIO, check_same_model, restore_checkpoint
+from clipmapper.training.checkpoint import (
+    DurableCheckpointIO,
+    check_resumable,
+    check_same_model,
+    restore_checkpoint,
+)
 from clipmapper.training.contrastive import ContrastiveModule, contrastive_loader, retrieval_score
 from clipmapper.training.endings import killed_worker
 from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted, SaveSteps
 from clipmapper.training.launching import less_noise
-from clipmapper.training.progress import steps_progress
-from clipmapper.training.resumable import check_resumable
 from clipmapper.training.run_folder import only_one
+from clipmapper.training.trainer import steps_progress
 
 _LAST = Path("outputs/pretrain_clip/last.ckpt")
 
@@ -96,7 +100,7 @@ def _run_pretraining(config: PretrainConfig) -> dict[str, float]:
         logger=False,
         callbacks=[saving, GracefulInterrupt(saving), steps_progress(10)],
         plugins=[DurableCheckpointIO()],
-        enable_checkpointing=False,  # saving.py
+        enable_checkpointing=False,  # interruption.py
         enable_model_summary=False,
     )
     if config.resume:

@@ -23,16 +23,20 @@ from clipmapper.models.tokens import cut_texts_said_once
 from clipmapper.settings.checks import built
 from clipmapper.settings.schema import TrainConfig
 from clipmapper.tasks.registry import load, task_named
-from clipmapper.training.checkpoint import check_same_model, previous_of, restore_checkpoint, steps_of
+from clipmapper.training.batches import Labelled, StepBatches, left_out_lines
+from clipmapper.training.checkpoint import (
+    check_resumable,
+    check_same_model,
+    previous_of,
+    restore_checkpoint,
+    steps_of,
+)
 from clipmapper.training.checkpoint_data import data_description
 from clipmapper.training.endings import Unfinished, ending, give_up
-from clipmapper.training.interruption import DueValidation, GracefulInterrupt, SaveSteps
+from clipmapper.training.interruption import DueValidation, GracefulInterrupt, SaveSteps, StopAtNonFinite
 from clipmapper.training.launching import less_noise, start_processes
 from clipmapper.training.loggers import check_logger, logged_files, run_logger
-from clipmapper.training.module import Labelled, StepBatches
 from clipmapper.training.processes import check_shares, in_main, is_main, this_share
-from clipmapper.training.progress import StopAtNonFinite, steps_progress
-from clipmapper.training.resumable import check_resumable
 from clipmapper.training.run_folder import (
     CHECKPOINT,
     RESULTS,
@@ -44,7 +48,7 @@ from clipmapper.training.run_folder import (
 )
 from clipmapper.training.tables import console, files_table
 from clipmapper.training.task import TaskRun
-from clipmapper.training.trainer import build_trainer, steps_between_validations
+from clipmapper.training.trainer import build_trainer, steps_between_validations, steps_progress
 
 _CHOOSE = {
     "captions": "experiment=caption_manifest, or training=captioning with a captioner as model",
@@ -63,27 +67,27 @@ def train(config: TrainConfig, data: RecordData | None = None) -> Path:
     :class:`~clipmapper.training.interruption.RunInterrupted` when the user stops the run.
     """
     with forks_ignore_signals():
-        run = Unfinished(config)
+        unfinished = Unfinished(config)
         try:
-            device, run.companions = start_processes(config.trainer)
-            run.companions.watch(lambda: give_up(run))
+            device, unfinished.companions = start_processes(config.trainer)
+            unfinished.companions.watch(lambda: give_up(unfinished))
             with ExitStack() as until_the_end:
                 until_the_end.enter_context(cut_texts_said_once(is_main()))
-                return _train(config, device, data, run, until_the_end)
+                return _train(config, device, data, unfinished, until_the_end)
         except BaseException as error:
-            end = ending(error, run)
+            end = ending(error, unfinished)
             if end is error:
                 raise
             raise end from error
         finally:
-            run.companions.end()
+            unfinished.companions.end()
 
 
 def _train(
     config: TrainConfig,
     device: torch.device,
     data: RecordData | None,
-    run: Unfinished,
+    unfinished: Unfinished,
     until_the_end: ExitStack,
 ) -> Path:
     began = time.monotonic()
@@ -95,7 +99,7 @@ def _train(
     in_main(lambda: _check_outputs(config, resumed))
     if resumed:
         in_main(lambda: until_the_end.enter_context(only_one(resumed)))
-        run.folder = resumed
+        unfinished.folder = resumed
     lightning.seed_everything(config.seed, verbose=False)
     described = None if data else data_description(config.data)
     data = data or built(asdict(config.data))
@@ -105,8 +109,8 @@ def _train(
             f"data: it has {data.kind} and no {task.records}, but training is for {task.name}; choose "
             f"{_CHOOSE[data.kind]}"
         )
-    run_of = task.run(config, data)
-    model = run_of.model
+    run = task.run(config, data)
+    model = run.model
     if described:  # an object of the caller's can't be found again from a checkpoint
         model.description["data"] = described
     out = console()
@@ -115,7 +119,7 @@ def _train(
     folder = resumed or in_main(lambda: new_run_folder(config.output, config.name, settings))
     if not resumed:
         in_main(lambda: until_the_end.enter_context(only_one(folder)))
-        run.folder = folder
+        unfinished.folder = folder
         out.print(f"Run {folder}")
     else:
         done = steps_of(folder / CHECKPOINT)
@@ -127,14 +131,14 @@ def _train(
     if explainer is not None:
         samples = task.samples(model, data, "validation", explainer.samples, explainer.seed)
         explainer.prepare(task, samples, folder / "pictures")
-    run_of.prepare(folder)
-    for line in run_of.validated.lines():
+    run.prepare(folder)
+    for line in run.validated.lines():
         out.print(line)
     with run_logger(config.logger, folder, config.name) if is_main() else nullcontext(False) as logger:
         with less_noise():
-            trainer = _fit(config, run_of, explainer, logger, folder, resumed is not None)
+            trainer = _fit(config, run, explainer, logger, folder, resumed is not None)
             trainer.save_checkpoint(folder / CHECKPOINT)
-        run.companions.end()
+        unfinished.companions.end()
         if not is_main():
             return folder
         sharded = config.trainer.strategy == "fsdp2"
@@ -142,16 +146,18 @@ def _train(
         model.to(device)
 
         with torch.compiler.set_stance("force_eager"):
-            found = run_of.results(trainer, folder)
+            found = run.results(trainer, folder)
+        for line in left_out_lines(folder):
+            out.print(line, soft_wrap=True)
         results: dict = {"name": config.name, "settings": settings, **found}
-        scored = f"{run_of.validation_splits[0]}/{run_of.objective}"
+        scored = f"{run.validation_splits[0]}/{run.objective}"
         results["objective"] = {"name": scored, "value": float(trainer.callback_metrics[scored])}
-        if run_of.validated.counts:
-            results["validated"] = run_of.validated.numbers()
+        if run.validated.counts:
+            results["validated"] = run.validated.numbers()
         files = {"checkpoint": folder / CHECKPOINT, "results": folder / RESULTS}
-        for table in run_of.tables(found):
+        for table in run.tables(found):
             out.print(table)
-        for line in run_of.validated.lines():
+        for line in run.validated.lines():
             out.print(line)
         if explainer is not None and explainer.report is not None:
             results["explanations"] = explainer.report.numbers(explainer.confidence, explainer.seed)
@@ -189,7 +195,7 @@ def _check_outputs(config: TrainConfig, resumed: Path | None) -> None:
 
 def _fit(
     config: TrainConfig,
-    task: TaskRun,
+    run: TaskRun,
     explainer: Callback | None,
     logger: Logger | bool,
     folder: Path,
@@ -211,7 +217,7 @@ def _fit(
     if resume:
         callbacks.append(DueValidation(between))
     trainer = build_trainer(config.trainer, training.max_steps, folder, logger, callbacks)
-    module = task.module()
+    module = run.module()
     module.layer_decay = training.layer_decay
     if resume:
         check_same_model(checkpoint, module)
@@ -220,7 +226,7 @@ def _fit(
         module.compile_trained()
     share = this_share()
     batches = StepBatches(
-        task.batch_at,
+        run.batch_at,
         first_step,
         training.max_steps,
         share,
@@ -228,10 +234,10 @@ def _fit(
         module.terms,
     )
     # Forked, so that nothing is copied and batches need not be told how to travel.
-    loading = {"num_workers": task.workers, "multiprocessing_context": "fork"} if task.workers else {}
+    loading = {"num_workers": run.workers, "multiprocessing_context": "fork"} if run.workers else {}
     validation = [
-        DataLoader(Labelled(task.labelled(name), share=share), batch_size=None, **loading)
-        for name in task.validation_splits
+        DataLoader(Labelled(run.splits[name], share=share), batch_size=None, **loading)
+        for name in run.validation_splits
     ]
     loader = DataLoader(batches, batch_size=None, **loading)
     try:

@@ -69,6 +69,7 @@ class RecordData:
     labelled_at_most = 128  # photographs: of 224 x 224 pixels they take 77 MB
     chance: Mapping[str, float] = {}
     stream = None
+    drawn_anew = False  # whenever it is needed: nothing of it need be kept
 
     def __init__(
         self,

@@ -4,12 +4,13 @@
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from clipmapper.models.encoder import ClipEncoder
@@ -64,16 +65,42 @@ class _Recorder:
         last.after = tokens
 
 
-@runtime_checkable
-class TwoStage(Protocol):
-    """A model of two stages: an encoder, a mapper over its tokens, and what reads these."""
+class TwoStage(nn.Module):
+    """A model of two stages: an encoder, a mapper over its tokens, and a head that reads these."""
 
-    encoder: ClipEncoder
-    mapper: Mapper
+    task: str  # its name
     # Whether the mapper is given words that have not passed the text tower.
-    text_embedding_only: bool
+    text_embedding_only = False
     # The argument of ``forward`` that leaves tokens out of the last block.
     only: str
+
+    def __init__(self, encoder: ClipEncoder, mapper: Mapper, head: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.mapper = mapper
+        self.head = head
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.mapper.parameters()).device
+
+    def load_image(self, image) -> Float[Tensor, "1 3 height width"]:
+        """A path, PIL image, uint8 array [height, width, 3] or preprocessed tensor, for the encoder."""
+        return self.encoder.load_image(image).to(self.device)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, dropout is off; behind it the model is as it was."""
+        was_training = self.training
+        self.eval()
+        try:
+            yield
+        finally:
+            self.train(was_training)
+
+    def recorded(self, samples: Sequence[int] | None, rules: str) -> AbstractContextManager[AttentionTrace]:
+        """:func:`record_clipmapper` of this model."""
+        return record_clipmapper(self, samples, rules)
 
 
 @runtime_checkable

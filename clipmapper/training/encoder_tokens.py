@@ -1,35 +1,156 @@
-"""Tokens of a data set's images and texts from a frozen encoder, computed once."""
+"""The different images and texts of records, and their tokens from a frozen encoder, kept by content."""
 
+import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from jaxtyping import Float, Int
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
-from clipmapper.data.token_cache import TextTokens, TokenCache, TokenStore
+from clipmapper.data.content import content_digest, file_digests, joint_digest
+from clipmapper.data.records import Record, StoredImage
+from clipmapper.data.tables.base import Records, unpacked
+from clipmapper.data.token_cache import TextTokens, TokenStore
+from clipmapper.errors import UserError
 from clipmapper.host.progress import progress
 from clipmapper.models.encoder import ClipEncoder, image_identity, text_identity
+from clipmapper.models.tokens import padding_id, tokenize
 from clipmapper.settings.schema import TrainConfig
-from clipmapper.training.asked_texts import AskedTexts
 from clipmapper.training.processes import this_share
 from clipmapper.training.tables import console
 
+_TOGETHER = 4096  # texts that are Python's at a time
 
-@runtime_checkable
-class ImageSource(Protocol):
-    """The images of a split."""
 
-    def __len__(self) -> int: ...
+@dataclass(frozen=True)
+class AskedTexts:
+    """The different texts of questions, in order.
 
-    def load(self, rows: Sequence[int]) -> Tensor:
-        """Read some images as :meth:`pixels` takes them; called in workers."""
+    Attributes
+    ----------
+    ids : of all texts, one behind the other.
+    starts : of every text in ``ids``, and where the last one ends.
+    text_of : which of the texts every question asks.
+    padding : the id that texts are filled up with.
+    """
 
-    def pixels(self, loaded: Tensor) -> Tensor:
-        """Turn loaded images into the encoder's input, on the device of ``loaded``."""
+    ids: Int[Tensor, "pieces"]
+    starts: Int[Tensor, "texts_and_end"]
+    text_of: Int[Tensor, "questions"]
+    padding: int
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> Int[Tensor, "texts"]:
+        return self.starts.diff()
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max())
+
+    def padded(
+        self, rows: Sequence[int], length: int | None = None
+    ) -> tuple[Int[Tensor, "rows tokens"], Bool[Tensor, "rows tokens"]]:
+        """The ids of some texts, and which of them are no padding. ``length``: None: of the longest."""
+        numbers = torch.tensor(list(rows))
+        lengths = self.lengths[numbers]
+        places = torch.arange(int(lengths.max()) if length is None else length)
+        valid = places < lengths[:, None]
+        found = self.ids[(self.starts[numbers][:, None] + places).clamp(max=len(self.ids) - 1)].long()
+        return found.masked_fill(~valid, self.padding), valid
 
     def digest(self) -> str:
-        """A digest of the images' content, in their order."""
+        """A digest of what the text tower reads, texts and tokenizer in one:
+        :func:`~clipmapper.models.encoder.weights_digest` of all ids and of what is no padding."""
+        shape, digest = [len(self), self.longest], hashlib.blake2b(digest_size=16)
+        for number, name in enumerate(("ids torch.int64", "valid torch.bool")):
+            digest.update(f"{name} {shape};".encode())
+            for start in range(0, len(self), _TOGETHER):
+                rows = range(start, min(start + _TOGETHER, len(self)))
+                digest.update(self.padded(rows, self.longest)[number].numpy())
+        return digest.hexdigest()
+
+
+def asked_texts(tokenizer, table: Records, name: str) -> AskedTexts:
+    """Tokenise the different texts of questions. ``name``: of their split, for the progress that is told."""
+    different, number_of = table.different_questions()
+    ids, lengths = [], []
+    with progress(f"token ids of texts, {name} split", len(different)) as advance:
+        for start in range(0, len(different), _TOGETHER):
+            some = [unpacked(text) for text in different[start : start + _TOGETHER].to_pylist()]
+            text = tokenize(tokenizer, some)
+            ids.append(text.ids[text.valid].int())
+            lengths.append(text.valid.sum(dim=1))
+            advance(len(some))
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), *lengths]).cumsum(dim=0)
+    return AskedTexts(torch.cat(ids), starts, torch.from_numpy(number_of), padding_id(tokenizer))
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Reads the images of records: :class:`clipmapper.data.pixels.PixelReader`, or that of a data set.
+
+    ``fast``: whether they may differ a little from those that ``open_clip``'s transform gives.
+    """
+
+    fast: bool
+
+    def __call__(self, record: Record) -> Tensor: ...
+
+    def many(self, records: Sequence[Record]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class RecordImages:
+    """The different images of some records.
+
+    ``records``: one of each image. ``index``: the folder in which digests of files are kept.
+    """
+
+    records: Sequence[Record]
+    reader: Reader
+    index: Path | None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def load(self, rows: Sequence[int]) -> Num[Tensor, "images 3 height width"]:
+        """Read some images as the encoder takes them; called in workers."""
+        return self.reader.many([self.records[row] for row in rows])
+
+    def digest(self) -> str:
+        """A digest of the images' content, in their order. Raises ``UserError`` for a file that cannot be
+        read."""
+        # (Tokens of exactly read images are those of before there was a fast way.)
+        return f"{self._content} read fast" if self.reader.fast else self._content
+
+    @cached_property
+    def _content(self) -> str:
+        images = [record.image for record in self.records]
+        paths = [image for image in images if isinstance(image, Path)]
+        with progress("images, whether they changed", len(images)) as advance:
+
+            def of_stored(image: bytes | StoredImage) -> str:
+                advance(1)
+                return _digest(image)
+
+            try:
+                of_files = iter(file_digests(paths, self.index, progress=advance))
+            except OSError as error:
+                raise UserError(f"image={error.filename}: {error.strerror}") from error
+            return joint_digest(next(of_files) if isinstance(i, Path) else of_stored(i) for i in images)
+
+
+def _digest(image: bytes | StoredImage) -> str:
+    found = image if isinstance(image, bytes) else image.read()
+    return content_digest(found if isinstance(found, bytes) else np.asarray(found))
 
 
 def token_store(config: TrainConfig, encoder: ClipEncoder, *, texts: bool) -> TokenStore | None:
@@ -63,7 +184,7 @@ def image_shape(encoder: ClipEncoder) -> tuple[int, int]:
     return encoder.prefix_tokens + rows * columns, encoder.image_width
 
 
-def image_key(encoder: ClipEncoder, store: TokenStore, source: ImageSource) -> dict:
+def image_key(encoder: ClipEncoder, store: TokenStore, source: RecordImages) -> dict:
     """Everything that tokens of images depend on."""
     of_encoder = store.once("images", lambda: image_identity(encoder))
     return {"encoder": of_encoder, "images": source.digest()}
@@ -75,7 +196,7 @@ def text_key(encoder: ClipEncoder, store: TokenStore, texts: AskedTexts) -> dict
 
 
 def image_tokens(
-    encoder: ClipEncoder, store: TokenStore, source: ImageSource, progress: Callable[[int], None]
+    encoder: ClipEncoder, store: TokenStore, source: RecordImages, progress: Callable[[int], None]
 ) -> Float[Tensor, "images tokens width"]:
     """Tokens of every image. A stored file is keyed by encoder, weights, preprocessing and images."""
     encoder.eval()
@@ -86,7 +207,7 @@ def image_tokens(
         len(source),
         image_shape(encoder),
         source.load,
-        lambda loaded: encoder.image_tokens(source.pixels(loaded.to(device))),
+        lambda loaded: encoder.image_tokens(loaded.to(device)),
         progress,
     )
 
@@ -113,18 +234,3 @@ def text_tokens(
         progress,
     )
     return TextTokens(tokens, texts.lengths, texts.text_of)
-
-
-def question_tokens(
-    encoder: ClipEncoder,
-    store: TokenStore,
-    source: ImageSource,
-    texts: AskedTexts,
-    image_of: Int[Tensor, "questions"],
-    name: str,
-) -> TokenCache:
-    """Tokens of the images and texts of questions, with a progress bar. ``name``: of the split."""
-    with progress(f"CLIP tokens, {name} split", len(source) + len(texts)) as advance:
-        images = image_tokens(encoder, store, source, advance)
-        asked = text_tokens(encoder, store, texts, advance)
-    return TokenCache(asked.tokens, asked.lengths, asked.text_of, images, image_of)

@@ -14,9 +14,8 @@ from clipmapper.errors import RunCutShort, UserError
 from clipmapper.host.outputs import NO_ROOM
 from clipmapper.host.stopping import Stopped
 from clipmapper.settings.schema import TrainConfig
-from clipmapper.training.companions import Companions
 from clipmapper.training.interruption import REQUEUE_SIGNALS, RunInterrupted, requeue_job
-from clipmapper.training.processes import another_has_failed, is_main, say_once
+from clipmapper.training.processes import Companions, another_has_failed, is_main, say_once
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS, folder_to_resume, saved_step
 
 _ALONE = "the run can't go on without it"

@@ -1,19 +1,76 @@
 """Base classes that each task fills in: explanations, explained samples, and the report on them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float, UInt8
+import torch
+from jaxtyping import Bool, Float, UInt8
+from matplotlib.figure import Figure
+from PIL import Image
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor, nn
 
-from clipmapper.evaluation.localisation import LOCALISATION_SCORES, Localisation
-from clipmapper.training.media import Media
+from clipmapper.data.images import seen_part
+from clipmapper.data.pixels import normalised
+from clipmapper.data.record import Record, seen_mask
+from clipmapper.errors import UserError
+from clipmapper.evaluation.localisation import LOCALISATION_SCORES, Localisation, localisation_numbers
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS, SCORES, PerturbationScores
+from clipmapper.training.media import Cell, Media, MediaTable, Picture
 from clipmapper.training.processes import Share
+from clipmapper.visual.curves import plot_perturbation_curves
+from clipmapper.visual.layout import save_figure
+
+# Two streams of random numbers of one seed have nothing in common if a number of its own goes with each.
+DRAWN_QUESTIONS, DRAWN_IMAGES, DRAWN_WORDS = 0xE8, 0xCA, 0x30
+LARGEST = 640  # pixels of the longer side of what is looked at: more than a page shows of it
+
+
+def looked_at(
+    records: Sequence[Record], reader: Callable[[Record], Tensor], visual: nn.Module
+) -> tuple[list[UInt8[np.ndarray, "_ _ 3"]], Float[Tensor, "records 3 height width"]]:
+    """The part of each image that ``visual`` (an ``open_clip`` image tower) sees, to be looked at, and the
+    image as it reads it."""
+    pictures, images = [], []
+    for record in records:
+        images.append(reader(record))
+        picture = Image.fromarray(seen_part(record.pil(), visual))
+        picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
+        pictures.append(np.asarray(picture))
+    return pictures, normalised(torch.stack(images), visual)
+
+
+def whole_picture(record: Record) -> UInt8[np.ndarray, "height width 3"]:
+    """An image to be looked at, whole and upright."""
+    found = record.pil()
+    found.thumbnail((LARGEST, LARGEST))
+    return np.asarray(found)
+
+
+def mask_of(record: Record, visual: nn.Module) -> Bool[np.ndarray, "rows columns"] | None:
+    """The pixels that decide, as the image tower sees them and in its pixels; None where they are not known.
+
+    Raises ``UserError`` for a mask that can't be read, or is of another size than the image's.
+    """
+    try:
+        mask = None if record.truth is None else record.truth.mask()
+    except UserError as error:
+        raise UserError(f"{record.source}: its mask: {error}") from error
+    if mask is None:
+        return None
+    width, height = record.pil().size
+    if mask.shape != (height, width):
+        raise UserError(
+            f"{record.source}: its mask has {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x "
+            f"{height}; a mask is as large as the image"
+        )
+    side = visual.image_size
+    return seen_mask(mask, side if isinstance(side, tuple) else (side, side), visual)
 
 
 @runtime_checkable
@@ -84,15 +141,36 @@ class Report(ABC):
     """Everything that is known about the methods on some samples.
 
     ``localisation``: method → what was looked for → scores. ``curves``: the picture of curves that says most.
+    ``columns``: of the table of samples for loggers; the curves of each come behind them.
     """
 
     samples: Samples
     localisation: Mapping[str, Mapping[str, Localisation]]
     curves: ClassVar[str]
+    columns: ClassVar[tuple[str, ...]]
 
-    @abstractmethod
     def numbers(self, confidence: float, seed: int) -> dict:
         """All results by name, for ``results.json``: areas, paired differences, localisation."""
+        return {
+            "samples": len(self.samples),
+            "confidence": confidence,
+            "perturbation": self.perturbation_numbers(confidence, seed),
+            "localisation": localisation_numbers(self.localisation, confidence, seed),
+        }
+
+    @abstractmethod
+    def perturbation_numbers(self, confidence: float, seed: int) -> dict:
+        """Areas and paired differences by name."""
+
+    @property
+    @abstractmethod
+    def tests(self) -> Mapping[str, PerturbationScores]:
+        """The perturbation tests, by what a picture's title says was tested."""
+
+    @property
+    @abstractmethod
+    def sampled_score(self) -> str:
+        """The score of the first of the tests by which the curves of a single sample are drawn."""
 
     @abstractmethod
     def scalars(self) -> dict[str, float]:
@@ -104,13 +182,46 @@ class Report(ABC):
         """The :meth:`numbers` to be printed."""
 
     @abstractmethod
-    def write(self, folder: Path, *, count: int, confidence: float) -> list[Path]:
-        """Heat maps of the first ``count`` samples, one comparison of methods, and the curves."""
+    def explanation(self, number: int) -> tuple[str, Figure]:
+        """The picture of a sample, and a part of its file's name."""
 
     @abstractmethod
+    def comparison(self, number: int) -> Figure:
+        """The methods side by side on a sample."""
+
+    @abstractmethod
+    def cells(self, number: int, picture: Path) -> Sequence[Cell]:
+        """What the ``columns`` say of a sample. ``picture``: the file of its :meth:`explanation`."""
+
+    def write(self, folder: Path, *, count: int, confidence: float) -> list[Path]:
+        """Heat maps of the first ``count`` samples, one comparison of methods, and the curves."""
+        written = []
+        for number in range(min(count, len(self.samples))):
+            name, figure = self.explanation(number)
+            name = "_".join(filter(None, ("explanation", f"{number:02d}", name)))
+            written.append(save_figure(figure, folder / f"{name}.png"))
+        if count:
+            written.append(save_figure(self.comparison(0), folder / "methods.png"))
+        for tested, scores in self.tests.items():
+            for score in scores.scores:
+                figure = _curves(scores, score, f"Perturbation test, {tested}", confidence)
+                written.append(save_figure(figure, folder / f"perturbation_{score}.png"))
+        return written
+
     def media(self, folder: Path) -> Media:
         """The pictures that :meth:`write` has left in ``folder``, and a table of the samples that are drawn,
         for loggers that take them."""
+        columns, rows = [*self.columns, "curves"], []
+        scores = next(iter(self.tests.values()))
+        for path in sorted(folder.glob("explanation_*.png")):
+            number = int(path.stem.split("_")[1])
+            curves = save_figure(
+                _sample_curves(scores, self.sampled_score, number), folder / "curves" / path.name
+            )
+            rows.append(dict(zip(columns, (*self.cells(number, path), Picture(curves)), strict=True)))
+        pictures = [folder / "methods.png", *sorted(folder.glob("perturbation_*.png"))]
+        shown = {f"pictures/{path.stem}": Picture(path) for path in pictures if path.exists()}
+        return {"explanations": MediaTable(columns, rows)} | shown
 
     @classmethod
     @abstractmethod
@@ -125,6 +236,33 @@ class Report(ABC):
             for name, scores in by_name.items()
             for score in LOCALISATION_SCORES
         }
+
+
+def _curves(scores: PerturbationScores, score: str, title: str, confidence: float) -> Figure:
+    areas = scores.areas(score).mean(axis=-1)
+    return plot_perturbation_curves(
+        scores.curves(score, confidence=confidence),
+        scores.fractions.tolist(),
+        ylabel=SCORES[score].axis,
+        areas=_panels(scores, areas),
+        title=title,
+    )
+
+
+def _sample_curves(scores: PerturbationScores, score: str, number: int) -> Figure:
+    """The curves of one sample (an interval of one sample is the sample itself)."""
+    panels = _panels(scores, scores.score(score)[..., number, :])
+    curves = {panel: {m: (line, line, line) for m, line in lines.items()} for panel, lines in panels.items()}
+    return plot_perturbation_curves(curves, scores.fractions.tolist(), ylabel=SCORES[score].axis)
+
+
+def _panels(scores: PerturbationScores, values: np.ndarray) -> dict[str, dict[str, Any]]:
+    """``values`` of modalities, directions and methods, by the panel that they are drawn in and by method."""
+    return {
+        f"{modality}/{direction}": dict(zip(scores.methods, values[i][j], strict=True))
+        for i, modality in enumerate(scores.modalities)
+        for j, direction in enumerate(DIRECTIONS)
+    }
 
 
 def joined(parts: Sequence[Sequence]) -> list:

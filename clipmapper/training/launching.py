@@ -22,8 +22,7 @@ from torch import distributed
 
 from clipmapper.errors import UserError
 from clipmapper.settings.schema import TrainerConfig
-from clipmapper.training.companions import Companions
-from clipmapper.training.processes import form_group, is_main
+from clipmapper.training.processes import Companions, form_group, is_main
 
 # Until all have read their libraries, from a disk that is busy with them: the setting is for later.
 _JOINING = timedelta(minutes=10)

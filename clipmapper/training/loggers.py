@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,76 +24,21 @@ from clipmapper.training.mlflow_runs import media_to_mlflow
 from clipmapper.training.wandb_runs import check_wandb, media_to_wandb, wandb_files, wandb_logger
 
 
-@dataclass(frozen=True)
-class _Known:
-    """Facts about a logger: where in the run's folder it writes and what the results call that, which
-    of several packages it needs and the extra of pip that has it, and what the run gives it besides."""
-
-    folder: str
-    named: str
-    packages: Sequence[str] = ()
-    extra: str = ""
-    given: Mapping[str, str] = field(default_factory=dict)
-    file: str = ""
-
-
-_KNOWN: dict[type[Logger], _Known] = {
-    CSVLogger: _Known("csv", "metrics", given={"name": ""}, file="metrics.csv"),
-    TensorBoardLogger: _Known(
-        "tensorboard", "TensorBoard", ("tensorboard", "tensorboardX"), "tensorboard", {"name": ""}
-    ),
-    MLFlowLogger: _Known("mlflow", "MLflow", ("mlflow",), "mlflow"),
-}
-_OTHER = _Known("logs", "logs")
-# What loggers of Lightning call the folder that they write to.
-_FOLDERS = ("save_dir", "root_dir", "offline_directory")
-
-
 def check_logger(settings: LoggerConfig) -> None:
     """Raise ``UserError`` for a logger that can't be used: none of Lightning's kind, a package that is
     missing, settings that it does not take, a server that does not answer.
 
     To be called before data are read.
     """
-    target, options = _parts(settings)
+    target = named(settings._target_).func
     if isinstance(target, type) and not issubclass(target, Logger):
         raise _no_logger(settings)
-    if _is(target, WandbLogger):
-        check_wandb(options)
-        return
-    packages = _known(target).packages
-    if packages and not any(map(importlib.util.find_spec, packages)):
-        raise UserError(
-            f"logger._target_={settings._target_}: needs {packages[0]}: "
-            f"pip install 'clipmapper[{_known(target).extra}]'"
-        )
-    _prepared(settings, Path(), "")
-    server = str(options.get("tracking_uri"))
-    if _is(target, MLFlowLogger) and server.startswith(("http://", "https://")):
-        check_answer(server, "logger.tracking_uri", "null writes to the run's folder")
+    _known(target).check(settings)
 
 
-@contextmanager
-def run_logger(settings: LoggerConfig, folder: Path, name: str) -> Iterator[Logger]:
+def run_logger(settings: LoggerConfig, folder: Path, name: str) -> AbstractContextManager[Logger]:
     """The logger of a run in ``folder``; however the block ends, what was logged is on disk behind it."""
-    target, options = _parts(settings)
-    if _is(target, WandbLogger):
-        with wandb_logger(target, options, folder, name) as logger:
-            yield logger
-        return
-    try:
-        logger = _prepared(settings, folder, name)()
-    except ImportError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"logger._target_={settings._target_}: {reason}") from error
-    if not isinstance(logger, Logger):
-        raise _no_logger(settings)
-    try:
-        yield logger
-    except BaseException:
-        _finish(logger, "failed")
-        raise
-    _finish(logger, "success")
+    return _known(named(settings._target_).func).running(settings, folder, name)
 
 
 def logged_files(logger: Logger, folder: Path) -> dict[str, Path]:
@@ -101,32 +46,12 @@ def logged_files(logger: Logger, folder: Path) -> dict[str, Path]:
 
     Warns where one that writes to the run's folder has left nothing; there is nothing to name then.
     """
-    if isinstance(logger, WandbLogger):
-        return wandb_files(logger, folder)
-    known = _known(type(logger))
-    where = logger.log_dir or logger.save_dir
-    if where is None:  # it is on a server
-        return {}
-    left = Path(where) / known.file
-    if left.is_file() or (left.is_dir() and any(left.iterdir())):
-        return {known.named: left}
-    if known is not _OTHER:
-        warnings.warn(f"{type(logger).__name__} has not written {left}.", stacklevel=2)
-    return {}
+    return _known(type(logger)).files(logger, folder)
 
 
 def log_media(loggers: Sequence[Logger], media: Callable[[], Media], *, step: int) -> None:
     """Give pictures and tables to the loggers that take them; they are made where there is one."""
-    takers = [
-        (logger, take)
-        for logger in loggers
-        for kind, take in (
-            (WandbLogger, media_to_wandb),
-            (TensorBoardLogger, _media_to_tensorboard),
-            (MLFlowLogger, media_to_mlflow),
-        )
-        if isinstance(logger, kind)
-    ]
+    takers = [(logger, known.media) for logger in loggers if (known := _known(type(logger))).media]
     made = media() if takers else {}
     for logger, take in takers:
         take(logger, made, step)
@@ -144,33 +69,113 @@ def _media_to_tensorboard(logger: TensorBoardLogger, media: Media, step: int) ->
             logger.experiment.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
 
 
-def _parts(settings: LoggerConfig) -> tuple[Callable[..., Logger], dict[str, Any]]:
-    """Separate the class that the settings name from what they give it."""
-    options = asdict(settings)
-    del options["_target_"]
-    options |= options.pop("options", {})
-    return named(settings._target_).func, options
+@dataclass(frozen=True)
+class _Known:
+    """Facts about a logger: where in the run's folder it writes and what the results call that, which
+    of several packages it needs and the extra of pip that has it, what the run gives it besides, which of
+    its settings is a server's address, and what shows it pictures and tables."""
+
+    folder: str
+    named: str
+    packages: Sequence[str] = ()
+    extra: str = ""
+    given: Mapping[str, str] = field(default_factory=dict)
+    file: str = ""
+    server: str = ""
+    media: Callable[[Any, Media, int], None] | None = None
+
+    def check(self, settings: LoggerConfig) -> None:
+        """See :func:`check_logger`."""
+        if self.packages and not any(map(importlib.util.find_spec, self.packages)):
+            raise UserError(
+                f"logger._target_={settings._target_}: needs {self.packages[0]}: "
+                f"pip install 'clipmapper[{self.extra}]'"
+            )
+        self._prepared(settings, Path(), "")
+        server = str(_options(settings).get(self.server))
+        if server.startswith(("http://", "https://")):
+            check_answer(server, f"logger.{self.server}", "null writes to the run's folder")
+
+    @contextmanager
+    def running(self, settings: LoggerConfig, folder: Path, name: str) -> Iterator[Logger]:
+        """See :func:`run_logger`."""
+        try:
+            logger = self._prepared(settings, folder, name)()
+        except ImportError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"logger._target_={settings._target_}: {reason}") from error
+        if not isinstance(logger, Logger):
+            raise _no_logger(settings)
+        try:
+            yield logger
+        except BaseException:
+            _finish(logger, "failed")
+            raise
+        _finish(logger, "success")
+
+    def files(self, logger: Logger, folder: Path) -> dict[str, Path]:
+        """See :func:`logged_files`."""
+        where = logger.log_dir or logger.save_dir
+        if where is None:  # it is on a server
+            return {}
+        left = Path(where) / self.file
+        if left.is_file() or (left.is_dir() and any(left.iterdir())):
+            return {self.named: left}
+        if self is not _OTHER:
+            warnings.warn(f"{type(logger).__name__} has not written {left}.", stacklevel=3)
+        return {}
+
+    def _prepared(self, settings: LoggerConfig, folder: Path, name: str) -> Callable[[], Logger]:
+        """The logger, to be called, with those of folder and name that it takes and the user leaves."""
+        given = {**dict.fromkeys(_FOLDERS, folder / self.folder), "run_name": name, **self.given}
+        try:
+            takes = inspect.signature(named(settings._target_).func).parameters
+        except ValueError:  # of something built in that does not say what it takes
+            takes = {}
+        given = {key: value for key, value in given.items() if key in takes}
+        return prepared({"_target_": settings._target_, **given, **_options(settings)})
 
 
-def _prepared(settings: LoggerConfig, folder: Path, name: str) -> Callable[[], Logger]:
-    """The logger of a run, to be called, with those of folder and name that it takes and the user leaves."""
-    target, options = _parts(settings)
-    known = _known(target)
-    given = {**dict.fromkeys(_FOLDERS, folder / known.folder), "run_name": name, **known.given}
-    try:
-        takes = inspect.signature(target).parameters
-    except ValueError:  # of something built in that does not say what it takes
-        takes = {}
-    given = {key: value for key, value in given.items() if key in takes}
-    return prepared({"_target_": settings._target_, **given, **options})
+class _KnownWandb(_Known):
+    def check(self, settings: LoggerConfig) -> None:
+        check_wandb(_options(settings))
+
+    def running(self, settings: LoggerConfig, folder: Path, name: str) -> AbstractContextManager[WandbLogger]:
+        return wandb_logger(named(settings._target_).func, _options(settings), folder, name)
+
+    files = staticmethod(wandb_files)
+
+
+_KNOWN: dict[type[Logger], _Known] = {
+    CSVLogger: _Known("csv", "metrics", given={"name": ""}, file="metrics.csv"),
+    TensorBoardLogger: _Known(
+        "tensorboard",
+        "TensorBoard",
+        ("tensorboard", "tensorboardX"),
+        "tensorboard",
+        {"name": ""},
+        media=_media_to_tensorboard,
+    ),
+    MLFlowLogger: _Known(
+        "mlflow", "MLflow", ("mlflow",), "mlflow", server="tracking_uri", media=media_to_mlflow
+    ),
+    WandbLogger: _KnownWandb("wandb", "W&B run", media=media_to_wandb),
+}
+_OTHER = _Known("logs", "logs")
+# What loggers of Lightning call the folder that they write to.
+_FOLDERS = ("save_dir", "root_dir", "offline_directory")
 
 
 def _known(target: Callable) -> _Known:
-    return next((known for kind, known in _KNOWN.items() if _is(target, kind)), _OTHER)
+    kinds = target.__mro__ if isinstance(target, type) else ()
+    return next((_KNOWN[kind] for kind in kinds if kind in _KNOWN), _OTHER)
 
 
-def _is(target: Callable, kind: type[Logger]) -> bool:
-    return isinstance(target, type) and issubclass(target, kind)
+def _options(settings: LoggerConfig) -> dict[str, Any]:
+    """What the settings give the logger."""
+    options = asdict(settings)
+    del options["_target_"]
+    return options | options.pop("options", {})
 
 
 def _no_logger(settings: LoggerConfig) -> UserError:

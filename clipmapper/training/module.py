@@ -1,21 +1,74 @@
-"""The part that the modules of all tasks share: the model, its optimiser, its description in a checkpoint."""
+"""The part that the modules of all tasks share: the model, its optimiser, its shards, its description."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
 from clipmapper.models.checkpoint import DESCRIPTION
 from clipmapper.models.encoder import learning_rate_scales, without_adapters
 from clipmapper.models.tokens import TokenizedText
-from clipmapper.training.processes import WHOLE, Share, batch_count, sum_of_all, this_share
-from clipmapper.training.sharding import gathered, shard, with_state_of_all
+from clipmapper.training.processes import sum_of_all, this_share
+
+
+def shard(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard every transformer block of ``module.model`` by itself, and all the rest together.
+
+    A block's weights are gathered while it computes. The rest is gathered for a whole ``training_step``:
+    modules of the rest are called in too many ways to be told apart.
+    """
+    encoder, mapper = module.model.encoder, module.model.mapper
+    for block in (
+        *encoder.image_tower.attention_blocks(),
+        *encoder.text_tower.attention_blocks(),
+        *mapper.blocks,
+    ):
+        fully_shard(block, mesh=mesh)
+        for method in ("image_alone", "image_keys_values", "text_step"):
+            if hasattr(block, method):
+                register_fsdp_forward_method(block, method)
+    # FSDP takes no scalars: CLIP's logit scale and bias, in which tokens have no part.
+    scalars = {weight for weight in module.parameters() if weight.ndim == 0}
+    fully_shard(module, mesh=mesh, ignored_params=scalars)
+    register_fsdp_forward_method(module, "training_step")
+
+
+def with_state_of_all(optimiser: torch.optim.AdamW) -> None:
+    """Give every weight the state that AdamW begins with, also one that never gets a gradient.
+
+    AdamW gives a weight its state with its first gradient. A checkpoint of shards in which a trained weight
+    has none (CLIP's projections, which no token passes) is refused by torch when it is loaded.
+    """
+    for group in optimiser.param_groups:
+        for weight in group["params"]:
+            averages = {name: torch.zeros_like(weight) for name in ("exp_avg", "exp_avg_sq")}
+            optimiser.state[weight] = {"step": torch.tensor(0.0), **averages}
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Inside, every process holds all weights: it may use them without the others (nothing if not sharded).
+
+    Validation needs that: captions end at different words in different processes. To be entered by all
+    processes at once.
+    """
+    sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in sharded:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in sharded:
+            # As fully_shard has it: the root, which is needed first in the backward, stays gathered.
+            part.set_reshard_after_forward(part is not module, recurse=False)
+            part.reshard()
 
 
 class TaskModule(lightning.LightningModule):
@@ -87,53 +140,6 @@ class TaskModule(lightning.LightningModule):
 
     def transfer_batch_to_device(self, batch, device: torch.device, dataloader_idx: int):
         return {k: v.to(device) if isinstance(v, Tensor | TokenizedText) else v for k, v in batch.items()}
-
-
-class StepBatches(IterableDataset):
-    """Training batches as a function of the step: a resumed run sees what an uninterrupted one would.
-
-    ``batch_at(step, share)`` makes a share of the batch of a step: that of this process, in as many parts as
-    gradients are accumulated over. ``terms``: of :class:`TaskModule`.
-    """
-
-    def __init__(
-        self,
-        batch_at: Callable[[int, Share], dict],
-        first_step: int,
-        max_steps: int,
-        share: Share = WHOLE,
-        accumulated: int = 1,
-        terms: Callable[[dict], int | float] = lambda batch: len(batch["ids"]),
-    ) -> None:
-        self.batch_at, self.first_step, self.max_steps = batch_at, first_step, max_steps
-        self.terms = terms
-        self.shares = [share.part(index, accumulated) for index in range(accumulated)]
-
-    def __iter__(self) -> Iterator[dict]:
-        # A DataLoader takes batches from its workers in turn: of all parts each worker makes every so many.
-        # (A step of several parts is made by as many workers, because each part has to know all terms.)
-        worker = get_worker_info()
-        first, stride = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        made, parts = None, []
-        for item in range(first, (self.max_steps - self.first_step) * len(self.shares), stride):
-            step, index = divmod(item, len(self.shares))
-            if step != made:
-                made, parts = step, [self.batch_at(self.first_step + step, share) for share in self.shares]
-            yield parts[index] | {"parts": len(parts), "parts_terms": sum(map(self.terms, parts))}
-
-
-class Labelled(IterableDataset):
-    """A share of a split in order, in batches with what validation needs: ``split.labelled``'s."""
-
-    def __init__(self, split, share: Share = WHOLE) -> None:
-        self.split, self.share = split, share
-
-    def batches(self) -> int:
-        """How many there are."""
-        return batch_count(len(self.split.records), self.split.labelled_at_most, self.share)
-
-    def __iter__(self) -> Iterator[dict]:
-        return self.split.labelled(share=self.share)
 
 
 def adamw(

@@ -1,82 +1,112 @@
-"""Tokens of a frozen encoder for records: computed once, kept by the content of the image files."""
+"""Tokens of a frozen encoder for records, computed once; their room and time are said before."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int, Num
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from clipmapper.data.content import content_digest, file_digests, joint_digest
-from clipmapper.data.records import Record, StoredImage
+from clipmapper.data.records import Record
 from clipmapper.data.tables.builder import as_table
-from clipmapper.data.token_cache import TokenCache, TokenStore
-from clipmapper.errors import UserError
-from clipmapper.host.progress import progress
+from clipmapper.data.token_cache import TokenCache, TokenStore, size_of
+from clipmapper.host.progress import progress, span
 from clipmapper.models.encoder import ClipEncoder
-from clipmapper.training.asked_texts import AskedTexts, asked_by_records
-from clipmapper.training.encoder_tokens import image_tokens, question_tokens
-from clipmapper.training.token_room import check_tokens
+from clipmapper.training.encoder_tokens import (
+    AskedTexts,
+    Reader,
+    RecordImages,
+    asked_texts,
+    image_key,
+    image_shape,
+    image_tokens,
+    text_key,
+    text_tokens,
+)
+from clipmapper.training.tables import console
+
+_TRIED = 64  # images or texts by which the time is measured ...
+_TIMES = 3  # ... so often; the fastest counts, for a machine that is busy for a moment is no measure
 
 
-@runtime_checkable
-class Reader(Protocol):
-    """Reads the images of records: :class:`clipmapper.data.pixels.PixelReader`, or that of a data set.
+def check_tokens(
+    encoder: ClipEncoder, store: TokenStore, splits: Mapping[str, tuple[RecordImages, AskedTexts | None]]
+) -> None:
+    """Raise ``UserError`` where the tokens of all splits together have no room; otherwise say their size, and
+    how long it will take to compute those that are not there, measured by encoding a few.
 
-    ``fast``: whether they may differ a little from those that ``open_clip``'s transform gives.
+    ``splits``: name → the images, and the texts of the questions about them (None: none are kept).
     """
+    encoder.eval()
+    images = image_shape(encoder)
+    asked = [texts for _, texts in splits.values() if texts is not None]
+    shapes = {"images": (sum(len(source) for source, _ in splits.values()), *images)}
+    if asked:
+        # Each split has rows as long as its longest text; the longest of all is a little more.
+        longest = max(texts.longest for texts in asked)
+        shapes["texts"] = (sum(map(len, asked)), longest, encoder.text_width)
+    left, files = {kind: shape[0] for kind, shape in shapes.items()}, []
+    if store.folder is not None:
+        of_images = [
+            store.file("images", image_key(encoder, store, source), len(source), images)
+            for source, _ in splits.values()
+        ]
+        of_texts = [
+            store.file(
+                "texts", text_key(encoder, store, texts), len(texts), (texts.longest, encoder.text_width)
+            )
+            for texts in asked
+        ]
+        files = [*of_images, *of_texts]
+        left = {"images": sum(file.missing_rows() for file in of_images)}
+        left["texts"] = sum(file.missing_rows() for file in of_texts)
+    store.check_room(shapes, files)
 
-    fast: bool
+    counts = " and ".join(f"{shape[0]:,} {kind}" for kind, shape in shapes.items())
+    where = "in memory" if store.folder is None else f"in {store.folder}"
+    line = f"token cache: {counts}, {size_of(store.bytes_of(shapes))} {where} ({store.precision})"
+    if not any(left.values()):
+        line += "; all there"
+    else:
+        source = max((source for source, _ in splits.values()), key=len)
+        seconds = left["images"] * _image_seconds(encoder, store, source) if left["images"] else 0.0
+        if left.get("texts"):
+            seconds += left["texts"] * _text_seconds(encoder, max(asked, key=len))
+        some = "" if left == {kind: shape[0] for kind, shape in shapes.items()} else "the rest "
+        line += f"; {some}takes about {span(seconds)}"
+    console().print(line, markup=False, soft_wrap=True, highlight=False)
 
-    def __call__(self, record: Record) -> Tensor: ...
 
-    def many(self, records: Sequence[Record]) -> Tensor: ...
+@torch.no_grad()
+def _image_seconds(encoder: ClipEncoder, store: TokenStore, source: RecordImages) -> float:
+    """Measure the time of one image. Workers prepare images while others are encoded."""
+    device = next(encoder.parameters()).device
+    rows = range(min(_TRIED, len(source)))
+    loading, loaded = _timed(lambda: source.load(rows))
+    encoding, _ = _timed(lambda: encoder.image_tokens(loaded.to(device)).cpu())
+    both = max(loading / store.workers, encoding) if store.workers else loading + encoding
+    return both / len(rows)
 
 
-@dataclass(frozen=True)
-class RecordImages:
-    """The different images of some records, an :class:`~clipmapper.training.encoder_tokens.ImageSource`.
+@torch.no_grad()
+def _text_seconds(encoder: ClipEncoder, texts: AskedTexts) -> float:
+    device = next(encoder.parameters()).device
+    some = texts.padded(range(0, len(texts), max(1, len(texts) // _TRIED))[:_TRIED])
+    ids, valid = (of_some.to(device) for of_some in some)
+    return _timed(lambda: encoder.text_tokens(ids, valid).cpu())[0] / len(ids)
 
-    ``records``: one of each image. ``index``: the folder in which digests of files are kept.
-    """
 
-    records: Sequence[Record]
-    reader: Reader
-    index: Path | None
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def load(self, rows: Sequence[int]) -> Num[Tensor, "images 3 height width"]:
-        return self.reader.many([self.records[row] for row in rows])
-
-    def pixels(self, loaded: Tensor) -> Tensor:
-        return loaded
-
-    def digest(self) -> str:
-        """Raises ``UserError`` for a file that cannot be read."""
-        # (Tokens of exactly read images are those of before there was a fast way.)
-        return f"{self._content} read fast" if self.reader.fast else self._content
-
-    @cached_property
-    def _content(self) -> str:
-        images = [record.image for record in self.records]
-        paths = [image for image in images if isinstance(image, Path)]
-        with progress("images, whether they changed", len(images)) as advance:
-
-            def of_stored(image: bytes | StoredImage) -> str:
-                advance(1)
-                return _digest(image)
-
-            try:
-                of_files = iter(file_digests(paths, self.index, progress=advance))
-            except OSError as error:
-                raise UserError(f"image={error.filename}: {error.strerror}") from error
-            return joint_digest(next(of_files) if isinstance(i, Path) else of_stored(i) for i in images)
+def _timed(work: Callable):
+    """The seconds of the fastest of some calls, and what the last gives: the first warms up."""
+    found = work()
+    seconds = []
+    for _ in range(_TIMES):
+        began = time.perf_counter()
+        found = work()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds), found
 
 
 def different_images(
@@ -91,9 +121,12 @@ def different_images(
 def record_question_tokens(
     encoder: ClipEncoder, store: TokenStore, records: Sequence[Record], name: str, reader: Reader
 ) -> TokenCache:
-    """Tokens of the images and texts of questions. ``name``: of the split."""
+    """Tokens of the images and texts of questions, with a progress bar. ``name``: of the split."""
     images, image_of, texts = _looked_at(encoder, store, records, name, reader, texts=True)
-    return question_tokens(encoder, store, images, texts, image_of, name)
+    with progress(f"CLIP tokens, {name} split", len(images) + len(texts)) as advance:
+        tokens = image_tokens(encoder, store, images, advance)
+        asked = text_tokens(encoder, store, texts, advance)
+    return TokenCache(asked.tokens, asked.lengths, asked.text_of, tokens, image_of)
 
 
 def record_image_tokens(
@@ -114,7 +147,7 @@ def check_room(
     *,
     texts: bool,
 ) -> None:
-    """:func:`~clipmapper.training.token_room.check_tokens` of records. ``splits``: name → records.
+    """:func:`~clipmapper.training.record_tokens.check_tokens` of records. ``splits``: name → records.
     ``reader``: of the data.
 
     ``texts``: whether those of the questions are kept as well.
@@ -149,10 +182,5 @@ def _looked_at(
     images, image_of = different_images(records, reader, store.folder)
     if store.folder is not None:
         images.digest()  # which has a progress bar of its own, before the next one
-    asked = asked_by_records(encoder.tokenizer, as_table(records), name) if texts else None
+    asked = asked_texts(encoder.tokenizer, as_table(records), name) if texts else None
     return _LookedAt(images, image_of, asked)
-
-
-def _digest(image: bytes | StoredImage) -> str:
-    found = image if isinstance(image, bytes) else image.read()
-    return content_digest(found if isinstance(found, bytes) else np.asarray(found))

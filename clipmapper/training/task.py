@@ -13,12 +13,16 @@ from torch import nn
 
 from clipmapper.data.records import RecordData
 from clipmapper.data.tables.base import Records
+from clipmapper.data.token_cache import TokenStore
 from clipmapper.errors import UserError
 from clipmapper.models.description import ModelRules
 from clipmapper.settings.schema import TrainConfig
+from clipmapper.training.batches import SplitBatches
+from clipmapper.training.encoder_tokens import token_store
 from clipmapper.training.explained import Explanation, Report, Samples
 from clipmapper.training.module import TaskModule
 from clipmapper.training.processes import Share, this_share
+from clipmapper.training.record_tokens import check_room
 
 
 @runtime_checkable
@@ -74,12 +78,14 @@ class TaskRun(ABC):
     ``model``: on the settings' device when ``prepare`` is called. ``validation_splits``: names of the splits
     that are scored; ``<first of them>/loss`` is among what the module logs, and so is
     ``<first of them>/<objective>``, what a sweep looks for the highest of. ``validated``: how much of each is
-    scored. ``batch_at(step, share)``: a share of the training batch of a step, the same whenever it is asked
-    for; the shares of a step together are its batch, whatever their number, and ``ids`` names the samples.
+    scored. ``splits``: the batches of each of them, behind ``prepare``. ``batch_at(step, share)``: a share of
+    the training batch of a step, the same whenever it is asked for; the shares of a step together are its
+    batch, whatever their number, and ``ids`` names the samples.
     """
 
     model: nn.Module
     objective: str
+    splits: dict[str, SplitBatches]
     batch_at: Callable[[int, Share], dict]
 
     def __init__(self, config: TrainConfig, data: RecordData) -> None:
@@ -97,6 +103,20 @@ class TaskRun(ABC):
             for name, records in self.data.splits.items()
         }
 
+    def token_store(self, splits: Mapping[str, Records], *, texts: bool) -> TokenStore | None:
+        """Where the settings want tokens of these splits kept, for which there is room; None where every step
+        is to encode. ``texts``: whether tokens of questions are to be kept as well."""
+        encoder = self.model.encoder
+        store = token_store(self.config, encoder, texts=texts)
+        if store is not None:
+            check_room(encoder, store, splits, self.data.reader(encoder), texts=texts)
+        return store
+
+    def schedule(self) -> dict[str, float]:
+        """The settings that every :class:`TaskModule` takes."""
+        names = ("learning_rate", "weight_decay", "warmup_steps", "max_steps")
+        return {name: getattr(self.config.training, name) for name in names}
+
     @abstractmethod
     def prepare(self, folder: Path) -> None:
         """Everything before the first step. ``folder``: of the run."""
@@ -104,12 +124,6 @@ class TaskRun(ABC):
     @abstractmethod
     def module(self) -> TaskModule:
         """The module that Lightning trains."""
-
-    @abstractmethod
-    def labelled(self, split: str):
-        """An object with ``labelled(batch_size, share)``, a share of a validation split in order, in batches
-        (as :func:`~clipmapper.training.processes.batches_of` shares it out), ``records`` and
-        ``labelled_at_most``, how many there are in a batch."""
 
     @abstractmethod
     def results(self, trainer: lightning.Trainer, folder: Path) -> dict:
@@ -123,11 +137,13 @@ class TaskRun(ABC):
 class Task(ABC):
     """A kind of work that a two-stage model is trained for and explained at: all that differs between tasks.
 
-    Attributes ---------- name : in settings and checkpoints, and of ``model.task``. does : in messages, as in
-    "this model answers questions". records : "questions" or "captions", of which the records of its data must
-    have one. explain_settings, perturb_settings : the settings of ``clipmapper explain`` and ``clipmapper
-    perturb`` that
-        are for this task and not for all; they come to :meth:`explain` and :meth:`report` where given.
+    Attributes
+    ----------
+    name : in settings and checkpoints, and of ``model.task``.
+    does : in messages, as in "this model answers questions".
+    records : "questions" or "captions", of which the records of its data must have one.
+    explain_settings, perturb_settings : the settings of ``clipmapper explain`` and ``clipmapper perturb``
+        that are for this task and not for all; they come to :meth:`explain` and :meth:`report` where given.
     """
 
     name: str

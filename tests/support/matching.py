@@ -20,8 +20,8 @@ from clipmapper.tasks.vqa.model import CLIPmapper, build_mapper_and_head
 from clipmapper.tasks.vqa.report import answer_report
 from clipmapper.tasks.vqa.samples import question_samples
 from clipmapper.tasks.vqa.settings import VQAModelConfig
+from clipmapper.training.batches import SplitBatches, epochs
 from clipmapper.training.module import TaskModule
-from clipmapper.training.order import epochs, in_order
 from clipmapper.training.processes import WHOLE
 from clipmapper.training.task import Task, TaskRun
 
@@ -65,14 +65,14 @@ def pairs(data: RecordData, name: str) -> RecordData:
     return made
 
 
-class Pairs:
+class Pairs(SplitBatches):
     labelled_at_most = 64
 
     def __init__(self, model: Matcher, data: RecordData, name: str) -> None:
         self.model, self.reader = model, data.reader(model.encoder)
         self.records = pairs(data, name).split(name)
 
-    def batch(self, rows) -> dict:
+    def labelled_batch(self, rows) -> dict:
         some = [self.records[row] for row in rows]
         return {
             "ids": [record.id for record in some],
@@ -80,9 +80,6 @@ class Pairs:
             "text": tokenize(self.model.encoder.tokenizer, [record.question for record in some]),
             "target": torch.tensor([ANSWERS.index(record.answers[0]) for record in some]),
         }
-
-    def labelled(self, batch_size=None, share=WHOLE):
-        yield from map(self.batch, in_order(len(self.records), self.labelled_at_most, share))
 
 
 class MatchingModule(TaskModule):
@@ -112,16 +109,10 @@ class MatchingRun(TaskRun):
         }
         train, size = self.splits["train"], self.config.training.batch_size
         numbers_at = epochs(len(train.records), size, self.config.seed)
-        self.batch_at = lambda step, share=WHOLE: train.batch(share.rows(numbers_at(step)))
+        self.batch_at = lambda step, share=WHOLE: train.labelled_batch(share.rows(numbers_at(step)))
 
     def module(self) -> MatchingModule:
-        its = self.config.training
-        return MatchingModule(
-            self.model, its.learning_rate, its.weight_decay, its.warmup_steps, its.max_steps
-        )
-
-    def labelled(self, split: str) -> Pairs:
-        return self.splits[split]
+        return MatchingModule(self.model, **self.schedule())
 
     def results(self, trainer, folder) -> dict:
         return {"matching": {k: float(v) for k, v in trainer.callback_metrics.items() if "accuracy" in k}}

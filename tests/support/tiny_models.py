@@ -11,9 +11,8 @@ from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.mapper import MAPPERS
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.tasks.captioning.gpt2 import new_gpt2
-from clipmapper.tasks.captioning.gpt2_decoder import GPT2Decoder, GPT2Head
-from clipmapper.tasks.captioning.gpt2_model import GPT2Captioner
-from clipmapper.tasks.captioning.head import CaptionHead, TiedCaptionHead
+from clipmapper.tasks.captioning.gpt2_decoder import GPT2Captioner, GPT2Decoder
+from clipmapper.tasks.captioning.head import CaptionHead, GPT2Head, TiedCaptionHead
 from clipmapper.tasks.captioning.model import Captioner
 from clipmapper.tasks.captioning.tokens import CaptionEnds
 from clipmapper.tasks.vqa.model import CLIPmapper, VQAHead

@@ -91,7 +91,7 @@ class RecordList(Records):
         return len(self.records)
 
     def __getitem__(self, place: int | slice):
-        return RecordList(self.records[place]) if isinstance(place, slice) else self.records[place]
+        return RecordList(self.records[place]) if isinstance(place, slice) else self.records[int(place)]
 
     def take(self, places: np.ndarray) -> "RecordList":
         return RecordList([self.records[place] for place in np.arange(len(self))[places].tolist()])

@@ -221,8 +221,8 @@ def _numbered(source: str) -> tuple[str, int]:
 
 def tables_of(splits: Mapping[str, Sequence[Record]]) -> dict[str, RecordTable]:
     """The splits as tables over the same columns: as they are, or made in memory."""
-    columns = {id(some.columns) if isinstance(some, RecordTable) else None for some in splits.values()}
-    if len(columns) == 1 and None not in columns:
+    columns = [getattr(some, "columns", None) for some in splits.values()]
+    if columns and columns[0] is not None and all(own is columns[0] for own in columns):
         return dict(splits)
     builder = TableBuilder()
     for name, records in splits.items():

@@ -65,6 +65,7 @@ class World(RecordData):
 
     validation_splits = ("validation", "held_out")
     labelled_at_most = 500
+    drawn_anew = True
 
     def __init__(
         self, sizes: tuple[int, int, int, int], seed: int, vocabulary: AnswerVocabulary | None

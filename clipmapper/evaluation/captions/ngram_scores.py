@@ -224,9 +224,9 @@ class CiderD:
             reference,
         )
         products = [0.0] * ORDER
-        for ngram in weights.keys() & reference_weights.keys():
-            other = reference_weights[ngram]
-            products[len(ngram) - 1] += min(weights[ngram], other) * other
+        for ngram, weight in weights.items():  # in order: that of a set differs from process to process
+            other = reference_weights.get(ngram, 0.0)
+            products[len(ngram) - 1] += min(weight, other) * other
         cosines = (
             product / (norm * reference_norm)
             for product, norm, reference_norm in zip(products, norms, reference_norms, strict=True)

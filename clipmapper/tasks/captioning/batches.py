@@ -1,13 +1,12 @@
 """Batches of images with captions, of records that have numbers and of records that come as a stream."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
@@ -16,29 +15,17 @@ from clipmapper.data.tables.base import Records
 from clipmapper.data.token_cache import TokenStore
 from clipmapper.tasks.captioning.model import Captioner
 from clipmapper.tasks.captioning.tokens import caption_tokens
-from clipmapper.training.looked_at import whole_picture
-from clipmapper.training.order import in_order
+from clipmapper.training.batches import Collate, ReadableItems, SplitBatches, shard_batches
+from clipmapper.training.explained import whole_picture
 from clipmapper.training.processes import WHOLE, Share
 from clipmapper.training.record_tokens import record_image_tokens
-from clipmapper.training.streamed import ReadableItems, shard_batches
 
 
-class CaptionCollate:
+class CaptionCollate(Collate):
     """A batch of images with one caption each, as
-    :class:`clipmapper.tasks.captioning.training.CaptionModule` documents it.
-
-    ``tokenize``: captions → :class:`~clipmapper.models.tokens.TokenizedText`.
-    """
-
-    def __init__(self, tokenize: Callable[[Sequence[str]], object]) -> None:
-        self.tokenize = tokenize
-
-    def __call__(self, items: Sequence[Item], captions: Sequence[str]) -> dict:
-        batch = self.without_images([record for record, _ in items], captions)
-        return batch | {"images": torch.stack([pixels for _, pixels in items])}
+    :class:`clipmapper.tasks.captioning.training.CaptionModule` documents it."""
 
     def without_images(self, records: Sequence[Record], captions: Sequence[str]) -> dict:
-        """Everything but ``images``."""
         return {
             "text": self.tokenize(captions),
             "references": [list(record.captions) for record in records],
@@ -59,7 +46,7 @@ class References(Sequence[Sequence[str]]):
         return self.records[number].captions
 
 
-class CaptionBatches:
+class CaptionBatches(SplitBatches):
     """Batches of one split of ``data``, of which ``records`` are taken.
 
     With a ``store`` the image tower runs once over the split, otherwise in every step. Captions are never
@@ -90,12 +77,10 @@ class CaptionBatches:
             return batch | {"image_tokens": self.image_tokens[self.image_of[list(images)]].float()}
         return self.collate([self.dataset[number] for number in images], captions)
 
-    def labelled(self, batch_size: int | None = None, share: Share = WHOLE) -> Iterator[dict]:
-        """A share of all images in order, with their numbers; the caption is the first."""
-        size = min(batch_size or self.labelled_at_most, self.labelled_at_most)
-        for rows in in_order(len(self.records), size, share):
-            captions = [self.records[number].captions[0] for number in rows]
-            yield self.batch(rows, captions) | {"numbers": list(rows)}
+    def labelled_batch(self, rows: Sequence[int]) -> dict:
+        """Images with their numbers; the caption is the first."""
+        captions = [self.records[number].captions[0] for number in rows]
+        return self.batch(rows, captions) | {"numbers": list(rows)}
 
     def picture(self, image: int) -> UInt8[np.ndarray, "height width 3"]:
         """An image to be looked at."""

@@ -17,9 +17,8 @@ from clipmapper.tasks.captioning.gpt2 import (
     new_gpt2,
     plain_config,
 )
-from clipmapper.tasks.captioning.gpt2_decoder import DECODERS, GPT2Decoder, GPT2Head
-from clipmapper.tasks.captioning.gpt2_model import GPT2Captioner
-from clipmapper.tasks.captioning.head import CaptionHead, TiedCaptionHead
+from clipmapper.tasks.captioning.gpt2_decoder import DECODERS, GPT2Captioner, GPT2Decoder
+from clipmapper.tasks.captioning.head import CaptionHead, GPT2Head, TiedCaptionHead
 from clipmapper.tasks.captioning.model import Captioner
 from clipmapper.tasks.captioning.tokens import caption_vocabulary
 

@@ -145,10 +145,8 @@ def write_captions(
     ``use_cache``: remember keys and values of the text tower, of the mapper's text and of the image; without
     it every word computes the mapper and the whole caption so far anew. The captions are the same.
     """
-    was_training = captioner.training
-    captioner.eval()
     device = image_tokens.device
-    try:
+    with captioner.evaluating():
         decoder = _Decoder(captioner, image_tokens, keep, decoding, use_cache)
         start = torch.full((len(image_tokens), 1), decoder.start, device=device)
         # transformers draws from torch's global generator: it is seeded here, and left as it was found.
@@ -158,8 +156,6 @@ def write_captions(
             if decoding.seed is not None:
                 torch.manual_seed(decoding.seed)
             ids = decoder.generate(start, attention_mask=torch.ones_like(start))
-    finally:
-        captioner.train(was_training)
     return _read(captioner, decoder.token_ids(ids[:, 1:]).tolist(), decoding.captions)
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from transformers import GPT2LMHeadModel
 
 from clipmapper.errors import UserError
 
@@ -108,3 +109,16 @@ class TiedCaptionHead(Vocabulary):
     def known_scores(self, text: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch known"]:
         weight = self._embedding[0].weight
         return F.linear(self.project(text), weight if self.tokens is None else weight[self.tokens], self.bias)
+
+
+class GPT2Head(Vocabulary):
+    """GPT-2's own scores of words, for all tokens or some (``tokens``, as of :class:`Vocabulary`)."""
+
+    def __init__(self, language_model: GPT2LMHeadModel, tokens: Sequence[int] | None = None) -> None:
+        super().__init__(language_model.config.vocab_size, tokens)
+        # Kept out of the module tree so that no weight is listed twice.
+        self._scores = (language_model.lm_head,)
+
+    def known_scores(self, text: Float[Tensor, "*batch inner"]) -> Float[Tensor, "*batch known"]:
+        weight = self._scores[0].weight
+        return F.linear(text, weight if self.tokens is None else weight[self.tokens])

@@ -1,26 +1,24 @@
 """CLIPmapper for image captioning: encoder, causal mapper and a head over the vocabulary."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Num
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.mapper import Mapper
 from clipmapper.models.mapper_blocks import KeysValues, Remember
 from clipmapper.models.tokens import TokenizedText
-from clipmapper.relevance.trace import AttentionTrace
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions
 from clipmapper.tasks.captioning.head import Vocabulary
 from clipmapper.tasks.captioning.tokens import CaptionEnds, caption_ends, caption_tokens
-from clipmapper.tasks.recording import record_clipmapper
+from clipmapper.tasks.recording import TwoStage
 
 
-class Captioner(nn.Module):
+class Captioner(TwoStage):
     """Huang et al. 2023 (arXiv 2308.10240): a CLIP, a causal attention mapper, and a head on every word.
 
     Parameters
@@ -42,7 +40,7 @@ class Captioner(nn.Module):
         ends: CaptionEnds | None = None,
         text_embedding_only: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(encoder, mapper, head)
         if not mapper.captioning:
             raise ValueError("a captioner's mapper must be built with captioning=True")
         if not (encoder.text_tower.causal or text_embedding_only):
@@ -51,9 +49,6 @@ class Captioner(nn.Module):
                 "behind them, so it cannot read a caption that is being written; use a CLIP with a causal "
                 "text tower (ViT-B-32, ...), or model.text_embedding_only=true to leave the tower out"
             )
-        self.encoder = encoder
-        self.mapper = mapper
-        self.head = head
         self.text_embedding_only = text_embedding_only
         self._ends = ends
 
@@ -62,14 +57,6 @@ class Captioner(nn.Module):
 
     # Which attention sub-layers (by the names that a trace has for them) end in what the head reads.
     read_from = "mapper"
-
-    def recorded(self, samples: Sequence[int] | None, rules: str) -> AbstractContextManager[AttentionTrace]:
-        """:func:`clipmapper.tasks.recording.record_clipmapper` of this model."""
-        return record_clipmapper(self, samples, rules)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.mapper.parameters()).device
 
     @property
     def tokenizer(self):
@@ -245,17 +232,9 @@ class Captioner(nn.Module):
         ``decoding``: a :class:`clipmapper.tasks.captioning.decoding.Decoding`, by default a beam of
         five, and captions as long as there is room for. Of several captions the first is returned.
         """
-        was_training = self.training
-        self.eval()
-        try:
+        with self.evaluating():
             image_tokens = self.encoder.image_tokens(self.load_image(image))
-        finally:
-            self.train(was_training)
         return write_captions(self, image_tokens, decoding or Decoding(max_length=self.longest)).texts[0][0]
-
-    def load_image(self, image) -> Float[Tensor, "1 3 height width"]:
-        """A path, PIL image, uint8 array [height, width, 3] or preprocessed tensor, for the encoder."""
-        return self.encoder.load_image(image).to(self.device)
 
     def tokenize(self, captions: str | Sequence[str]) -> TokenizedText:
         """Token ids of one or more captions, with start and end. Raises ``UserError`` for an empty one."""

@@ -6,28 +6,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from rich.table import Table
 
 from clipmapper.evaluation.captions.ngram_scores import CiderD
 from clipmapper.evaluation.captions.scores import is_stop_word
-from clipmapper.evaluation.localisation import Localisation, image_localisation, localisation_numbers
+from clipmapper.evaluation.localisation import Localisation, image_localisation
 from clipmapper.evaluation.perturbation import ModalityRelevance, perturb, run_in_chunks
 from clipmapper.evaluation.perturbation_scores import PerturbationScores, perturbation_numbers
 from clipmapper.models.tokens import TokenizedText, padding_id
-from clipmapper.tasks.captioning import pictures
 from clipmapper.tasks.captioning.decoding import Decoding
 from clipmapper.tasks.captioning.explain import CaptionExplanation, caption_word_weights
 from clipmapper.tasks.captioning.model import Captioner
-from clipmapper.tasks.captioning.perturbation import CAPTION_SCORES, CaptionScorer, WordScorer
+from clipmapper.tasks.captioning.perturbation import CAPTION_SCORES, CaptionScorer, WordScorer, kept_captions
+from clipmapper.tasks.captioning.pictures import (
+    caption_perturbation_tables,
+    comparison_figure,
+    word_localisation_table,
+)
 from clipmapper.tasks.captioning.samples import TESTS, CaptionSamples
-from clipmapper.tasks.captioning.tables import caption_perturbation_tables, word_localisation_table
 from clipmapper.tasks.captioning.trace import TracedCaption, trace_caption, word_relevance
-from clipmapper.tasks.captioning.variants import kept_captions
-from clipmapper.training.explained import Report, joined, joined_localisation
-from clipmapper.training.media import Media
-
-# Two streams of random numbers of one seed have nothing in common if a number of its own goes with each.
-_WORDS = 0x30
+from clipmapper.training.explained import DRAWN_WORDS, Report, joined, joined_localisation
+from clipmapper.training.media import Cell, Html, Picture
+from clipmapper.visual.caption_strip import plot_caption_strip
+from clipmapper.visual.heatmap import words_html
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,29 @@ class CaptionReport(Report):
 
     curves = "perturbation_log_probability.png"
 
-    def numbers(self, confidence: float, seed: int) -> dict:
-        parts = (self.caption_scores, self.word_scores)
+    columns = ("image", "word by word", "caption", "references")
+
+    @property
+    def tests(self) -> dict[str, PerturbationScores]:
+        captions = f"{len(self.samples)} captions"
         return {
-            "samples": len(self.samples),
-            "confidence": confidence,
-            "perturbation": {
-                name: perturbation_numbers(scores, confidence, seed)["image"]
-                for name, scores in zip(TESTS, parts, strict=True)
-            },
-            "localisation": localisation_numbers(self.localisation, confidence, seed),
+            f"{captions} (by the caption's map)": self.caption_scores,
+            f"{captions} (one word a caption, by its map)": self.word_scores,
+        }
+
+    @property
+    def sampled_score(self) -> str:
+        return self.caption_scores.scores[0]
+
+    def perturbation_numbers(self, confidence: float, seed: int) -> dict:
+        return {
+            name: perturbation_numbers(scores, confidence, seed)["image"]
+            for name, scores in zip(TESTS, self.tests.values(), strict=True)
         }
 
     def scalars(self) -> dict[str, float]:
         scalars = {}
-        for name, scores in zip(TESTS, (self.caption_scores, self.word_scores), strict=True):
+        for name, scores in zip(TESTS, self.tests.values(), strict=True):
             for row in scores.summary():
                 scalars[f"perturbation/{name}/{row.direction}/{row.method}/{row.score}"] = row.area.mean
         return scalars | self.localisation_scalars()
@@ -72,11 +82,25 @@ class CaptionReport(Report):
     def tables(numbers: Mapping) -> list[Table]:
         return [*caption_perturbation_tables(numbers), *filter(None, [word_localisation_table(numbers)])]
 
-    def write(self, folder: Path, *, count: int, confidence: float) -> list[Path]:
-        return pictures.write_pictures(self, folder, count=count, confidence=confidence)
+    def explanation(self, number: int) -> tuple[str, Figure]:
+        truth = self.samples.references[number][0]
+        return "caption", plot_caption_strip(self._first[number], truth=truth)
 
-    def media(self, folder: Path) -> Media:
-        return pictures.report_media(self, folder)
+    def comparison(self, number: int) -> Figure:
+        return comparison_figure(self, number)
+
+    def cells(self, number: int, picture: Path) -> Sequence[Cell]:
+        its = self._first[number]
+        return (
+            Picture(its.image),
+            Picture(picture),
+            Html(words_html(list(zip(its.words, its.weights.tolist(), strict=True)))),
+            "\n".join(self.samples.references[number]),
+        )
+
+    @property
+    def _first(self) -> Sequence[CaptionExplanation]:
+        return next(iter(self.explanations.values()))
 
     @classmethod
     def together(cls, samples: CaptionSamples, reports: Sequence["CaptionReport"]) -> "CaptionReport":
@@ -115,9 +139,7 @@ def caption_report(
     :meth:`clipmapper.training.task.Task.report`.
     """
     decoding = decoding or Decoding("greedy")
-    was_training = model.training
-    model.eval()
-    try:
+    with model.evaluating():
         explained, chosen, texts, words = [], [], [], []
         for row, sample in enumerate(samples.ids):
             pixels = samples.images[row : row + 1].to(model.device)
@@ -178,8 +200,6 @@ def caption_report(
         localisation = _localised(model, samples, methods, seed)
         for method, own in _localised_by_masks(samples, explanations).items():
             localisation[method] |= own
-    finally:
-        model.train(was_training)
     return CaptionReport(samples, explanations, chosen, parts["caption"], parts["word"], localisation)
 
 
@@ -220,7 +240,7 @@ def _chosen_word(words: Sequence[str], seed: int, sample: int) -> int:
     """One word of a caption at random, no stop-word where there are others: one curve an image, so that
     images, which are what intervals are over, count alike."""
     places = [place for place, word in enumerate(words) if not is_stop_word(word)] or list(range(len(words)))
-    return int(np.random.default_rng((seed, sample, _WORDS)).choice(places))
+    return int(np.random.default_rng((seed, sample, DRAWN_WORDS)).choice(places))
 
 
 def _together(texts: Sequence[TokenizedText], padding: int) -> TokenizedText:

@@ -17,11 +17,8 @@ from clipmapper.evaluation.perturbation import FRACTIONS
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS
 from clipmapper.models.tokens import word_positions
 from clipmapper.tasks.captioning.model import Captioner
-from clipmapper.training.explained import Samples
-from clipmapper.training.looked_at import looked_at, mask_of
+from clipmapper.training.explained import DRAWN_IMAGES, Samples, looked_at, mask_of
 
-# Two streams of random numbers of one seed have nothing in common if a number of its own goes with each.
-_DRAWING = 0xCA
 TESTS = ("caption", "word")  # what is perturbed: by the caption's map, by one word's map
 
 
@@ -70,7 +67,7 @@ class CaptionSamples(Samples):
 def caption_samples(model: Captioner, data: RecordData, split: str, count: int, seed: int) -> CaptionSamples:
     """``count`` images of a split, drawn by ``seed``."""
     records = data.split(split)
-    rng = np.random.default_rng((seed, _DRAWING))
+    rng = np.random.default_rng((seed, DRAWN_IMAGES))
     chosen = [int(number) for number in rng.permutation(len(records))[:count]]
     told = [records[number] for number in chosen]
     known: list[KnownCaption | None] = []

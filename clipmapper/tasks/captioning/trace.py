@@ -65,26 +65,21 @@ def trace_caption(
     The image passes its tower once: the caption is written from the tokens that are traced. The model is
     left as it was. Raises ``UserError`` for an empty caption and for words that the model cannot say.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with attention_for_several(), record(model) as trace:
-            image_tokens = model.encoder.image_tokens(pixels)
-            if caption is None:
-                with _without_hooks(model):
-                    how = decoding or Decoding(max_length=model.longest)
-                    text = write_captions(model, image_tokens.detach(), how).tokens[:1]
-                text = text[:, : int(text.valid.sum())]
-            else:
-                text = model.tokenize(caption)
-                try:
-                    model.head.places(text.ids, text.valid & (text.ids != model.ends.start))
-                except UnsayableToken as error:
-                    raise UnsayableToken(error.token, spell(model.tokenizer, [error.token])) from error
-            text_tokens = model.text_tokens(text.ids, text.valid)
-            scores = model.caption_logits(image_tokens, text_tokens, text.valid, only_text=False)[0]
-    finally:
-        model.train(was_training)
+    with model.evaluating(), attention_for_several(), record(model) as trace:
+        image_tokens = model.encoder.image_tokens(pixels)
+        if caption is None:
+            with _without_hooks(model):
+                how = decoding or Decoding(max_length=model.longest)
+                text = write_captions(model, image_tokens.detach(), how).tokens[:1]
+            text = text[:, : int(text.valid.sum())]
+        else:
+            text = model.tokenize(caption)
+            try:
+                model.head.places(text.ids, text.valid & (text.ids != model.ends.start))
+            except UnsayableToken as error:
+                raise UnsayableToken(error.token, spell(model.tokenizer, [error.token])) from error
+        text_tokens = model.text_tokens(text.ids, text.valid)
+        scores = model.caption_logits(image_tokens, text_tokens, text.valid, only_text=False)[0]
     words = word_positions(model.tokenizer, text.ids[0], text.removable[0])
     if not words:
         raise UserError("the model's caption of this image is empty: there is no word to explain")

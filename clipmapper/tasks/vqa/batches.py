@@ -1,6 +1,6 @@
 """Batches of questions about images, of records that have numbers and of records that come as a stream."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
@@ -10,35 +10,26 @@ import torch
 from torch import Tensor
 
 from clipmapper.data.answers import AnswerVocabulary, annotators
-from clipmapper.data.records import Item, Record, RecordData, RecordDataset
+from clipmapper.data.records import Record, RecordData, RecordDataset
 from clipmapper.data.tables.base import Records
 from clipmapper.data.token_cache import TokenCache, TokenStore
 from clipmapper.models.tokens import tokenize
 from clipmapper.tasks.vqa.model import CLIPmapper
-from clipmapper.training.order import epochs, in_order
+from clipmapper.training.batches import Collate, ReadableItems, SplitBatches, epochs, shard_batches
 from clipmapper.training.processes import WHOLE, Share
 from clipmapper.training.record_tokens import record_question_tokens
-from clipmapper.training.streamed import ReadableItems, shard_batches
 
 _KINDS_OF_ANSWERS = 4096  # whose targets are remembered: unanimous answers make up much of a data set
 
 
-class VQACollate:
-    """A batch of questions, as :class:`clipmapper.tasks.vqa.training.VQAModule` documents it.
-
-    ``tokenize``: texts → :class:`~clipmapper.models.tokens.TokenizedText`.
-    """
+class VQACollate(Collate):
+    """A batch of questions, as :class:`clipmapper.tasks.vqa.training.VQAModule` documents it."""
 
     def __init__(self, tokenize: Callable[[Sequence[str]], object], vocabulary: AnswerVocabulary) -> None:
-        self.tokenize = tokenize
+        super().__init__(tokenize)
         self._targets = lru_cache(_KINDS_OF_ANSWERS)(vocabulary.targets)
 
-    def __call__(self, items: Sequence[Item]) -> dict:
-        batch = self.without_images([record for record, _ in items])
-        return batch | {"images": torch.stack([pixels for _, pixels in items])}
-
     def without_images(self, records: Sequence[Record]) -> dict:
-        """Everything but ``images``."""
         return {"text": self.tokenize([record.question for record in records])} | self.without_inputs(records)
 
     def without_inputs(self, records: Sequence[Record]) -> dict:
@@ -51,7 +42,7 @@ class VQACollate:
         }
 
 
-class QuestionBatches:
+class QuestionBatches(SplitBatches):
     """Batches of one split of ``data``, of which ``records`` are taken.
 
     With a ``store`` the encoder runs once over the split, otherwise in every step, and images are decoded
@@ -82,11 +73,8 @@ class QuestionBatches:
             return self.collate.without_images(records)
         return self.collate.without_inputs(records) | self.cache.texts(questions)
 
-    def labelled(self, batch_size: int | None = None, share: Share = WHOLE) -> Iterator[dict]:
-        """A share of all questions in order, in batches of at most ``labelled_at_most``."""
-        size = min(batch_size or self.labelled_at_most, self.labelled_at_most)
-        for rows in in_order(len(self.records), size, share):
-            yield self.batch(torch.tensor(rows))
+    def labelled_batch(self, rows: Sequence[int]) -> dict:
+        return self.batch(torch.tensor(rows))
 
 
 class StreamedQuestions:

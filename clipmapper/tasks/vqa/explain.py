@@ -121,17 +121,13 @@ def trace_answers(
 
     The explained scalar is the pre-softmax logit (WRA). The model is left as it was.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with model.evaluating():
         with record(model, samples) as trace:
             logits = model(images, text, only_class_token=False)
             explained = logits.argmax(dim=1).tolist() if answers is None else list(answers)
             # Inside, because here gradients are on whatever the caller has set.
             chosen = logits[torch.arange(len(logits)), torch.tensor(explained, device=logits.device)]
         trace.backward(chosen)
-    finally:
-        model.train(was_training)
     trace.again = answers_again(model, images, text, explained)
     return TracedAnswers(trace, logits.detach(), explained)
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Bool, Float, Int, Num
@@ -13,8 +12,7 @@ from clipmapper.models.checkpoint import build_encoder, build_mapper, describe
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.mapper import Mapper
 from clipmapper.models.tokens import TokenizedText, padding_id, tokenize
-from clipmapper.relevance.trace import AttentionTrace
-from clipmapper.tasks.recording import record_clipmapper
+from clipmapper.tasks.recording import TwoStage
 
 
 class VQAHead(nn.Module):
@@ -33,31 +31,19 @@ class VQAHead(nn.Module):
         return self.layers(class_token)
 
 
-class CLIPmapper(nn.Module):
+class CLIPmapper(TwoStage):
     """Huang et al. 2023 (arXiv 2308.10240): a CLIP, an attention mapper over its tokens, and a VQA head.
 
     ``answers``: the answer vocabulary, in the order of the logits.
     """
 
     task = "vqa"
-    text_embedding_only = False
     only = "only_class_token"
 
     def __init__(self, encoder: ClipEncoder, mapper: Mapper, head: VQAHead, answers: Sequence[str]) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.mapper = mapper
-        self.head = head
+        super().__init__(encoder, mapper, head)
         self.answers = tuple(answers)
         self._index = {answer: i for i, answer in enumerate(self.answers)}
-
-    def recorded(self, samples: Sequence[int] | None, rules: str) -> AbstractContextManager[AttentionTrace]:
-        """:func:`clipmapper.tasks.recording.record_clipmapper` of this model."""
-        return record_clipmapper(self, samples, rules)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.mapper.parameters()).device
 
     def forward(
         self,
@@ -184,19 +170,11 @@ class CLIPmapper(nn.Module):
             raise UserError("the question is empty; ask for example 'what colour is the ring?'")
         return tokenize(self.encoder.tokenizer, texts).to(self.device)
 
-    def load_image(self, image) -> Float[Tensor, "1 3 height width"]:
-        """A path, PIL image, uint8 array [height, width, 3] or preprocessed tensor, for the encoder."""
-        return self.encoder.load_image(image).to(self.device)
-
     @torch.no_grad()
     def answer(self, image, question: str) -> str:
         """The most probable answer to a question about an image (a path, a PIL image, an array)."""
-        was_training = self.training
-        self.eval()
-        try:
+        with self.evaluating():
             logits = self(self.load_image(image), self.tokenize(question))
-        finally:
-            self.train(was_training)
         return self.answers[int(logits.argmax())]
 
 

@@ -1,74 +1,21 @@
-"""Pictures of an explanation report on answers."""
+"""Pictures and tables of an explanation report on answers."""
 
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
 
 from clipmapper.data.record import resized
-from clipmapper.evaluation.perturbation_scores import SCORES
-from clipmapper.tasks.vqa.perturbation import AnswerScorer
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES, SCORES
 from clipmapper.training.explained import Report
-from clipmapper.training.media import Html, Media, MediaTable, Picture
-from clipmapper.visual.curves import plot_perturbation_curves
+from clipmapper.training.tables import Areas, areas_table, interval_name
 from clipmapper.visual.explanation import plot_explanation, plot_method_comparison
-from clipmapper.visual.heatmap import words_html
-from clipmapper.visual.layout import readable_part, save_figure
-
-_NAME = 120  # bytes of a file's name that are a family's
 
 
-def write_pictures(report: Report, folder: Path, *, count: int, confidence: float) -> list[Path]:
-    """Heat maps of the first ``count`` samples, one comparison of methods, and the perturbation curves."""
-    written = []
-    first = next(iter(report.relevance))
-    for number in range(min(count, len(report.samples))):
-        # A family is any text that the data have, such as VQA v2's "yes/no".
-        family = readable_part(report.samples.families[number], _NAME, "_")
-        path = folder / "_".join(["explanation", f"{number:02d}", *([family] if family else [])])
-        path = path.with_name(f"{path.name}.png")
-        save_figure(_explanation(report, number, first), path)
-        written.append(path)
-    if count:
-        path = folder / "methods.png"
-        save_figure(_comparison(report, 0), path)
-        written.append(path)
-    for score in AnswerScorer.names:
-        path = folder / f"perturbation_{score}.png"
-        save_figure(_curves(report, score, confidence), path)
-        written.append(path)
-    return written
-
-
-def report_media(report: Report, folder: Path) -> Media:
-    """The pictures that :func:`write_pictures` left in ``folder``, and a table of samples."""
-    method = next(iter(report.relevance))
-    columns = ["image", "heat map", "question", "family", "answer", "truth", "probability", "curves"]
-    rows = []
-    samples = report.samples
-    for path in sorted(folder.glob("explanation_*.png")):
-        number = int(path.stem.split("_")[1])
-        curves = folder / "curves" / f"{path.stem}.png"
-        save_figure(_sample_curves(report, number), curves)
-        cells = (
-            Picture(samples.pictures[number]),
-            Picture(path),
-            Html(words_html(report.relevance[method].words[number])),
-            samples.families[number],
-            report.predictions[number],
-            samples.truths[number],
-            report.probabilities[number],
-            Picture(curves),
-        )
-        rows.append(dict(zip(columns, cells, strict=True)))
-    media: dict[str, Picture | MediaTable] = {"explanations": MediaTable(columns, rows)}
-    for name in ("methods", "perturbation_accuracy", "perturbation_probability"):
-        if (folder / f"{name}.png").exists():
-            media[f"pictures/{name}"] = Picture(folder / f"{name}.png")
-    return media
-
-
-def _explanation(report: Report, number: int, method: str):
-    samples, found = report.samples, report.relevance[method]
+def explanation_figure(report: Report, number: int) -> Figure:
+    """The heat map of a question by the first method."""
+    samples, (method, found) = report.samples, next(iter(report.relevance.items()))
     return plot_explanation(
         samples.pictures[number],
         found.patches[number],
@@ -82,7 +29,8 @@ def _explanation(report: Report, number: int, method: str):
     )
 
 
-def _comparison(report: Report, number: int):
+def comparison_figure(report: Report, number: int) -> Figure:
+    """All methods on a question."""
     samples = report.samples
     return plot_method_comparison(
         samples.pictures[number],
@@ -100,30 +48,34 @@ def _mask(report: Report, number: int) -> np.ndarray | None:
     return None if mask is None else resized(mask, picture.shape[:2])
 
 
-def _curves(report: Report, score: str, confidence: float):
-    scores = report.perturbation
-    areas = scores.areas(score).mean(axis=-1)
-    table = {
-        f"{modality}/{direction}": {m: float(areas[i, j, k]) for k, m in enumerate(scores.methods)}
-        for i, modality in enumerate(scores.modalities)
-        for j, direction in enumerate(("positive", "negative"))
-    }
-    return plot_perturbation_curves(
-        scores.curves(score, confidence=confidence),
-        scores.fractions.tolist(),
-        ylabel=SCORES[score].axis,
-        areas=table,
-        title=f"Perturbation test, {len(report.samples)} questions",
-    )
+def perturbation_table(results: Mapping, score: str = "accuracy") -> Table:
+    """Areas with intervals, the best of each column in bold, and paired differences to ``weighted``."""
+    panels = [(m, d) for m in MODALITIES for d in DIRECTIONS if m in results["perturbation"]]
+    columns = [
+        Areas(f"{m} {d}", d, results["perturbation"][m][d][score], SCORES[score].factor) for m, d in panels
+    ]
+    return areas_table(f"Perturbation: area under {SCORES[score].title}, {interval_name(results)}", columns)
 
 
-def _sample_curves(report: Report, number: int):
-    """The probability curves of one sample (an interval of one sample is the sample itself)."""
-    scores = report.perturbation
-    values = scores.score("probability")
-    curves = {}
-    for i, modality in enumerate(scores.modalities):
-        for j, direction in enumerate(("positive", "negative")):
-            lines = {m: np.asarray(values[i, j, k, number]) for k, m in enumerate(scores.methods)}
-            curves[f"{modality}/{direction}"] = {m: (line, line, line) for m, line in lines.items()}
-    return plot_perturbation_curves(curves, scores.fractions.tolist(), ylabel=SCORES["probability"].axis)
+def localisation_table(results: Mapping) -> Table | None:
+    """Relevance against the truth about what decides the answer."""
+    found = results["localisation"]
+    if not found:
+        return None
+    table = Table(title=f"Localisation against the truth (%), {interval_name(results)}", title_justify="left")
+    table.add_column("method")
+    for modality in found:
+        for score in ("mass", "rank", "pointing"):
+            table.add_column(f"{modality} {score}", justify="right")
+    for method in next(iter(found.values()))["methods"]:
+        cells = []
+        for modality in found.values():
+            for score in ("mass", "rank", "pointing"):
+                value = modality["methods"][method][score]
+                half = (value["high"] - value["low"]) / 2
+                cells.append(f"{100 * value['mean']:.1f} ± {100 * half:.1f}")
+        table.add_row(method, *cells)
+    baseline = ", ".join(f"{m} {100 * v['area_baseline']:.1f}" for m, v in found.items())
+    table.caption = f"a uniform map reaches (mass): {baseline}"
+    table.caption_justify = "left"
+    return table

@@ -3,30 +3,97 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
 from rich.table import Table
+from torch import Tensor
 
-from clipmapper.evaluation.localisation import (
-    Localisation,
-    image_localisation,
-    localisation_numbers,
-    word_localisation,
-)
+from clipmapper.evaluation.localisation import Localisation, image_localisation, word_localisation
 from clipmapper.evaluation.perturbation import ModalityRelevance, perturb, run_in_chunks
 from clipmapper.evaluation.perturbation_scores import PerturbationScores, perturbation_numbers
 from clipmapper.models.tokens import word_positions
 from clipmapper.relevance import method_named
-from clipmapper.tasks.vqa import pictures
 from clipmapper.tasks.vqa.explain import trace_answers
 from clipmapper.tasks.vqa.model import CLIPmapper
-from clipmapper.tasks.vqa.perturbation import AnswerScorer
+from clipmapper.tasks.vqa.pictures import (
+    comparison_figure,
+    explanation_figure,
+    localisation_table,
+    perturbation_table,
+)
 from clipmapper.tasks.vqa.samples import QuestionSamples
-from clipmapper.tasks.vqa.tables import localisation_table, perturbation_table
 from clipmapper.training.explained import Report, joined, joined_localisation
-from clipmapper.training.media import Media
+from clipmapper.training.media import Cell, Html, Picture
+from clipmapper.visual.heatmap import words_html
+from clipmapper.visual.layout import readable_part
+
+_NAME = 120  # bytes of a file's name that are a family's
+
+ScoreKept: TypeAlias = Callable[
+    [
+        Int[Tensor, "variants"],
+        Int[Tensor, "variants kept_patches"] | None,
+        Int[Tensor, "variants kept_tokens"] | None,
+    ],
+    Float[Tensor, "variants answers"],
+]
+"""`score_kept(sample, image_keep, text_keep)` → logits. `sample` are positions in the current chunk.
+
+`image_keep` holds the patches kept (0 … P−1, ascending; the class token is always kept and not listed),
+`text_keep` the text tokens kept *including* start and end tokens, ascending, filled up with −1 at the end.
+None means that nothing of that modality is removed. The indices are on the CPU; the logits may be anywhere.
+"""
+
+
+class AnswerScorer:
+    """A :class:`clipmapper.evaluation.perturbation.VariantScorer` of answers.
+
+    "accuracy" is the soft accuracy of the answer given after removal, `targets[i, a]` for answer a of sample
+    i; "probability" the softmax over answers of the answer that the *unperturbed* model gave.
+    """
+
+    names = ("accuracy", "probability")
+
+    def __init__(self, score_kept: ScoreKept, targets: Float[Tensor, "samples answers"]) -> None:
+        self.score_kept = score_kept
+        self.targets = targets
+        self.original = torch.empty(len(targets), dtype=torch.int64)  # what the unperturbed model answers
+
+    def unperturbed(self, batch_size: int) -> Float[np.ndarray, "samples scores"]:
+        """Scores of the untouched samples; notes their answers, which `score` then explains."""
+        scores = []
+        for sample in np.split(
+            np.arange(len(self.targets)), range(batch_size, len(self.targets), batch_size)
+        ):
+            logits = self._logits(sample, None, None)
+            self.original[sample] = logits.argmax(dim=1).cpu()
+            scores.append(self._score(sample, logits))
+        return np.concatenate(scores)
+
+    def score(
+        self, sample: Int[np.ndarray, "variants"], image_keep: Tensor | None, text_keep: Tensor | None
+    ) -> Float[np.ndarray, "variants scores"]:
+        return self._score(sample, self._logits(sample, image_keep, text_keep))
+
+    def _logits(
+        self, sample: Int[np.ndarray, "variants"], image_keep: Tensor | None, text_keep: Tensor | None
+    ) -> Float[Tensor, "variants answers"]:
+        logits = self.score_kept(torch.from_numpy(sample), image_keep, text_keep)
+        if logits.shape != (len(sample), self.targets.shape[1]) or not logits.isfinite().all():
+            raise ValueError(f"score_kept must give finite logits [variants, answers]: {tuple(logits.shape)}")
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))  # no softmax in half precision
+
+    def _score(
+        self, sample: Int[np.ndarray, "variants"], logits: Float[Tensor, "variants answers"]
+    ) -> Float[np.ndarray, "variants scores"]:
+        accuracy = self.targets[torch.from_numpy(sample), logits.argmax(dim=1).cpu()]
+        explained = self.original[sample].to(logits.device)
+        probability = logits.softmax(dim=1).gather(1, explained[:, None])[:, 0].cpu()
+        return np.stack([accuracy.double().numpy(), probability.double().numpy()], axis=1)
 
 
 @dataclass(frozen=True)
@@ -51,13 +118,15 @@ class AnswerReport(Report):
 
     curves = "perturbation_accuracy.png"
 
-    def numbers(self, confidence: float, seed: int) -> dict:
-        return {
-            "samples": len(self.samples),
-            "confidence": confidence,
-            "perturbation": perturbation_numbers(self.perturbation, confidence, seed),
-            "localisation": localisation_numbers(self.localisation, confidence, seed),
-        }
+    columns = ("image", "heat map", "question", "family", "answer", "truth", "probability")
+    sampled_score = "probability"
+
+    @property
+    def tests(self) -> dict[str, PerturbationScores]:
+        return {f"{len(self.samples)} questions": self.perturbation}
+
+    def perturbation_numbers(self, confidence: float, seed: int) -> dict:
+        return perturbation_numbers(self.perturbation, confidence, seed)
 
     def scalars(self) -> dict[str, float]:
         scalars = {}
@@ -71,11 +140,24 @@ class AnswerReport(Report):
         tables = [perturbation_table(numbers), perturbation_table(numbers, "probability")]
         return [*tables, *filter(None, [localisation_table(numbers)])]
 
-    def write(self, folder: Path, *, count: int, confidence: float) -> list[Path]:
-        return pictures.write_pictures(self, folder, count=count, confidence=confidence)
+    def explanation(self, number: int) -> tuple[str, Figure]:
+        # A family is any text that the data have, such as VQA v2's "yes/no".
+        return readable_part(self.samples.families[number], _NAME, "_"), explanation_figure(self, number)
 
-    def media(self, folder: Path) -> Media:
-        return pictures.report_media(self, folder)
+    def comparison(self, number: int) -> Figure:
+        return comparison_figure(self, number)
+
+    def cells(self, number: int, picture: Path) -> Sequence[Cell]:
+        samples, method = self.samples, next(iter(self.relevance))
+        return (
+            Picture(samples.pictures[number]),
+            Picture(picture),
+            Html(words_html(self.relevance[method].words[number])),
+            samples.families[number],
+            self.predictions[number],
+            samples.truths[number],
+            self.probabilities[number],
+        )
 
     @classmethod
     def together(cls, samples: QuestionSamples, reports: Sequence["AnswerReport"]) -> "AnswerReport":
@@ -109,9 +191,7 @@ def answer_report(
     progress: Callable[[int], None] | None = None,
 ) -> AnswerReport:
     """See :meth:`clipmapper.training.task.Task.report`."""
-    was_training = model.training
-    model.eval()
-    try:
+    with model.evaluating():
         traced = []
         for start in range(0, len(samples), chunk):
             positions = range(start, min(start + chunk, len(samples)))
@@ -145,8 +225,6 @@ def answer_report(
             )
 
         scores = run_in_chunks(len(samples), chunk, compute, folder=folder, key=key)
-    finally:
-        model.train(was_training)
     words = _words(model, samples)
     relevance = {m: MethodRelevance(patches[m], tokens[m], _word_scores(words, tokens[m])) for m in methods}
     explained = logits.argmax(dim=1)

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from clipmapper.data.answers import AnswerVocabulary, normalised
 from clipmapper.data.content import content_digest, joint_digest
-from clipmapper.data.record import Record
 from clipmapper.data.records import RecordData
 from clipmapper.data.tables.base import Records
 from clipmapper.errors import UserError
@@ -20,11 +19,9 @@ from clipmapper.evaluation.perturbation import FRACTIONS
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
 from clipmapper.models.tokens import TokenizedText, tokenize, word_positions
 from clipmapper.tasks.vqa.model import CLIPmapper
-from clipmapper.training.explained import Samples
-from clipmapper.training.looked_at import looked_at, mask_of
+from clipmapper.training.explained import DRAWN_QUESTIONS, Samples, looked_at, mask_of
 
-# Two streams of random numbers of one seed have nothing in common if a number of its own goes with each.
-_DRAWING = 0xE8
+_Mask = Bool[np.ndarray, "_ _"] | None
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class QuestionSamples(Samples):
     truths: Sequence[str]
     families: Sequence[str]
     targets: Float[Tensor, "samples answers"]
-    masks: Sequence[Bool[np.ndarray, "_ _"] | None]
+    masks: Sequence[_Mask]
     deciding: Sequence[Sequence[bool] | None]
 
     def digest(self) -> str:
@@ -89,7 +86,7 @@ def question_samples(
     chosen = _chosen(records, visual, count, seed)
     if not chosen:
         raise UserError(f"split={split}: the deciding pixels of none of its questions can be seen (mask)")
-    asked = [records[number] for number in chosen]
+    asked = [records[number] for number, _ in chosen]
     pictures, images = looked_at(asked, data.reader(model.encoder), visual)
     vocabulary = AnswerVocabulary(model.answers, data.vocabulary.rule)
     tokenizer = model.encoder.tokenizer
@@ -102,7 +99,7 @@ def question_samples(
         words = word_positions(tokenizer, text.ids[row], text.removable[row])
         deciding.append([word in record.truth.words for word, _ in words])
     return QuestionSamples(
-        ids=chosen,
+        ids=[number for number, _ in chosen],
         pictures=pictures,
         images=images,
         text=text,
@@ -110,28 +107,33 @@ def question_samples(
         truths=[Counter(map(normalised, record.answers)).most_common(1)[0][0] for record in asked],
         families=[record.family for record in asked],
         targets=torch.stack([vocabulary.targets(record.answers) for record in asked]),
-        masks=[mask_of(record, visual) for record in asked],
+        masks=[mask for _, mask in chosen],
         deciding=deciding,
     )
 
 
-def _chosen(records: Records, visual: nn.Module, count: int, seed: int) -> list[int]:
-    """The families take turns, in alphabetical order."""
-    order = np.random.default_rng((seed, _DRAWING)).permutation(len(records))
+def _chosen(records: Records, visual: nn.Module, count: int, seed: int) -> list[tuple[int, _Mask]]:
+    """Numbers and masks. The families take turns, in alphabetical order."""
+    order = np.random.default_rng((seed, DRAWN_QUESTIONS)).permutation(len(records))
     order = order[records.lengths("answers")[order] > 0]
-    queues = [iter(order[records.families[order] == number].tolist()) for number in records.family_numbers()]
-    chosen: list[int] = []
+    queues = [
+        _seen(records, order[records.families[order] == number].tolist(), visual)
+        for number in records.family_numbers()
+    ]
+    chosen: list[tuple[int, _Mask]] = []
     while queues and len(chosen) < count:
         left = []
         for queue in queues:
-            found = next((number for number in queue if _can_be_seen(records[number], visual)), None)
-            if found is not None and len(chosen) < count:
+            if len(chosen) < count and (found := next(queue, None)) is not None:
                 chosen.append(found)
                 left.append(queue)
         queues = left
     return chosen
 
 
-def _can_be_seen(record: Record, visual: nn.Module) -> bool:
-    mask = mask_of(record, visual)
-    return mask is None or bool(mask.any())
+def _seen(records: Records, numbers: Sequence[int], visual: nn.Module) -> Iterator[tuple[int, _Mask]]:
+    """Those whose deciding pixels can be seen, or are not known."""
+    for number in numbers:
+        mask = mask_of(records[number], visual)
+        if mask is None or mask.any():
+            yield number, mask

@@ -1,18 +1,137 @@
-"""Answering questions: what :class:`clipmapper.training.task.Task` asks of a task."""
+"""Answering questions: the task (:class:`clipmapper.training.task.Task`), and a run of it on some data."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
+import lightning
+import torch
+from rich.table import Table
+
+from clipmapper.data.answer_rule import write_results
 from clipmapper.data.records import RecordData
 from clipmapper.errors import UserError
 from clipmapper.models.description import MAPPER, WIDTH, ModelRules
 from clipmapper.settings.plain_values import list_of, section, text
 from clipmapper.settings.schema import TrainConfig
+from clipmapper.tasks.vqa.batches import QuestionBatches, StreamedQuestions, drawn_batches, question_batches
 from clipmapper.tasks.vqa.explain import Explanation, explain_answers
 from clipmapper.tasks.vqa.model import CLIPmapper, build_clipmapper
 from clipmapper.tasks.vqa.report import AnswerReport, answer_report
-from clipmapper.tasks.vqa.run import VQARun
 from clipmapper.tasks.vqa.samples import QuestionSamples, question_samples
-from clipmapper.training.task import Task
+from clipmapper.tasks.vqa.training import VQAModule, blind_accuracy
+from clipmapper.training.tables import console
+from clipmapper.training.task import Task, TaskRun
+
+
+class VQARun(TaskRun):
+    """See :class:`~clipmapper.training.task.TaskRun`."""
+
+    objective = "accuracy/overall"
+
+    def __init__(self, config: TrainConfig, data: RecordData) -> None:
+        super().__init__(config, data)
+        if config.training.world:
+            self._check_families()
+        self.model = build_clipmapper(asdict(config.encoder), asdict(config.model), data.vocabulary.answers)
+
+    def _check_families(self) -> None:
+        for family in self.config.training.first_families:
+            if family not in self.data.families:
+                known = ", ".join(self.data.families)
+                raise UserError(f"training.first_families: there is no {family!r}; the data has {known}")
+
+    def prepare(self, folder: Path) -> None:
+        training, data, seed = self.config.training, self.data, self.config.seed
+        scored = self.scored_splits()
+        store = self.token_store(scored, texts=True)
+        self.splits = {
+            name: QuestionBatches(self.model, data, name, records, store) for name, records in scored.items()
+        }
+        if data.stream is not None:
+            self.splits["train"] = StreamedQuestions(self.model, data, seed, folder)
+            self.batch_at = self.splits["train"].batches(training.batch_size)
+        elif training.world:
+            self.batch_at = drawn_batches(
+                self.splits["simple"],
+                self.splits["train"],
+                batch_size=training.batch_size,
+                simple_steps=round(training.simple_share * training.max_steps),
+                first_families=training.first_families,
+                first_steps=round(training.first_share * training.max_steps),
+                shares=asdict(training.shares),
+                told_by_size=training.told_by_size,
+                seed=seed,
+            )
+        else:
+            self.batch_at = question_batches(self.splits["train"], batch_size=training.batch_size, seed=seed)
+
+    def module(self) -> VQAModule:
+        self._module = VQAModule(
+            self.model,
+            **self.schedule(),
+            families=self.data.families,
+            splits=self.validation_splits,
+            score=self.data.accuracy,
+        )
+        return self._module
+
+    def results(self, trainer: lightning.Trainer, folder: Path) -> dict:
+        """``accuracy`` per family: how many validation questions, accuracy of every split, blind, and chance
+        where it is known. None where a split asks no question of a family.
+
+        ``answers``: the files with the model's answers, in VQA's own format.
+        """
+        blind = self._blind() if self.config.training.blind_steps else {}
+        asked = self.splits["validation"].records.family_counts()
+        table = {}
+        for family in (*self.data.families, "overall"):
+            row = {"questions": sum(asked.values()) if family == "overall" else asked.get(family, 0)}
+            for split in self.validation_splits:
+                value = trainer.callback_metrics.get(f"{split}/accuracy/{family}")
+                row[split] = None if value is None else float(value)
+            row["blind"] = blind.get(family)
+            if self.data.chance:
+                row["chance"] = self.data.chance.get(family)
+            table[family] = row
+        answered = {split: self._module.answered[split] for split in self.validation_splits}
+        if "test" in self.splits:
+            console().print("answers to the test split ...")
+            answered["test"] = self._answers("test")
+        files = {}
+        for split, answers in answered.items():
+            files[split] = str(write_results(folder / f"answers_{split}.json", answers))
+            console().print(f"answers, {split}: {files[split]}")
+        return {"accuracy": table, "answers": files}
+
+    @torch.no_grad()
+    def _answers(self, split: str) -> list[tuple[int | str, str]]:
+        found: list[tuple[int | str, str]] = []
+        self._module.eval()
+        for batch in self.splits[split].labelled(self.config.training.batch_size):
+            batch = self._module.transfer_batch_to_device(batch, self.model.device, 0)
+            best = self._module.logits(batch).argmax(dim=1).tolist()
+            found += zip(batch["ids"], [self.model.answers[i] for i in best], strict=True)
+        return found
+
+    def _blind(self) -> dict[str, float]:
+        console().print("question-only baseline ...")
+        training = self.config.training
+        return blind_accuracy(
+            self.model,
+            asdict(self.config.model),
+            self.splits["train"],
+            self.splits["validation"],
+            steps=training.blind_steps,
+            batch_size=training.batch_size,
+            learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay,
+            seed=self.config.seed,
+            score=self.data.accuracy,
+        )
+
+    def tables(self, results: Mapping) -> list[Table]:
+        return [accuracy_table(results["accuracy"])]
 
 
 class VQA(Task):
@@ -58,3 +177,19 @@ class VQA(Task):
 
 
 TASK = VQA()
+
+
+def accuracy_table(accuracy: Mapping) -> Table:
+    """Accuracy per family; ``accuracy`` as in results.json."""
+    table = Table(title="Accuracy (%)", title_justify="left")
+    names = {"validation": "validation", "held_out": "held-out combinations", "blind": "blind"}
+    names |= {"chance": "chance"}
+    there = [key for key in names if any(row.get(key) is not None for row in accuracy.values())]
+    for column in ("family", "questions", *(names[key] for key in there)):
+        table.add_column(column, justify="left" if column == "family" else "right")
+    for family, row in accuracy.items():
+        cells = (row.get(key) for key in there)
+        percent = ["" if value is None else f"{100 * value:.1f}" for value in cells]
+        style = "bold" if family == "overall" else None
+        table.add_row(family.replace("_", " "), str(row["questions"]), *percent, style=style)
+    return table
