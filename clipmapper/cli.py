@@ -110,18 +110,47 @@ def pretrain_clip(arguments: Sequence[str] | None = None) -> None:
     _run("pretrain_clip", PretrainConfig, work, arguments)
 
 
-_COMMANDS = {"train": train, "explain": explain, "perturb": perturb, "pretrain_clip": pretrain_clip}
+def make_shards(arguments: Sequence[str]) -> None:
+    """Write a data set as WebDataset shards."""
+    with lasting_imports():
+        from clipmapper.commands.make_shards import main
+
+    main(arguments)
+
+
+def convert(arguments: Sequence[str]) -> None:
+    """Turn a public data set's official files into a manifest."""
+    with lasting_imports():
+        from clipmapper.commands.convert import main
+
+    main(arguments)
+
+
+def attention_causality(arguments: Sequence[str]) -> None:
+    """Replace attention and count changed predictions."""
+    with lasting_imports():
+        from clipmapper.commands.attention_causality import main
+
+    main(arguments)
+
+
+_SETTINGS = {"train": train, "explain": explain, "perturb": perturb, "pretrain_clip": pretrain_clip}
+_OPTIONS = {"make_shards": make_shards, "convert": convert, "attention_causality": attention_causality}
+_COMMANDS = _SETTINGS | _OPTIONS
 
 
 def main() -> None:
-    """``clipmapper COMMAND [key=value …]``."""
+    """``clipmapper COMMAND [key=value …]``; of some commands ``clipmapper COMMAND [--name value …]``."""
     name, arguments = (sys.argv[1:2] or [""])[0], sys.argv[2:]
     if name in _COMMANDS:
         _COMMANDS[name](arguments)
     elif name in ("-h", "--help", "help"):
         print("usage: clipmapper COMMAND [key=value ...]\n\ncommands:")
-        for command, function in _COMMANDS.items():
-            print(f"  {command:<15}{function.__doc__}")
+        for command, function in _SETTINGS.items():
+            print(f"  {command:<21}{function.__doc__}")
+        print("\ncommands with options (--name value) of their own:")
+        for command, function in _OPTIONS.items():
+            print(f"  {command:<21}{function.__doc__}")
         print("\nclipmapper COMMAND --help lists the command's settings; --version prints the version.")
     elif name == "--version":
         print(f"clipmapper {version('clipmapper')}")

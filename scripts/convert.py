@@ -1,60 +1,6 @@
-"""Turn a public data set's official files into a manifest for data=manifest.
+"""Turn a public data set's official files into a manifest: ``python scripts/convert.py gqa …``."""
 
-python scripts/convert.py gqa train_balanced_questions.json --images images --split train --output gqa.jsonl
-"""
-
-import argparse
-import os
-import sys
-from collections.abc import Sequence
-
-from clipmapper.commands.mistakes import Arguments, mistakes_end_it, some_path
-from clipmapper.data.readers.conversion import READERS, Source, convert
-from clipmapper.errors import UserError
-from clipmapper.host.outputs import check_file
-from clipmapper.host.stopping import a_command
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = Arguments(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=READERS)
-    parser.add_argument("questions", type=some_path, help="the official file of questions or captions")
-    parser.add_argument(
-        "--annotations", type=some_path, help="its file with answers, where they have one (OK-VQA)"
-    )
-    parser.add_argument("--images", type=some_path, required=True, help="the folder of the images")
-    parser.add_argument("--split", choices=("train", "validation", "test"), required=True)
-    parser.add_argument("--output", type=some_path, required=True, help="a .jsonl file; it is replaced")
-    options = parser.parse_args(arguments)
-    with a_command(), mistakes_end_it():
-        _convert(options)
-
-
-def _convert(options: argparse.Namespace) -> None:
-    source = Source(options.questions, options.annotations, options.images)
-    try:
-        _check_output(options)
-        lines, images = convert(options.name, source, options.split, options.output)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        sys.exit(130)
-    if not options.images.is_dir():
-        print(f"warning: --images {options.images}: no such folder yet", file=sys.stderr)
-    for note in source.reading.notes(options.questions):
-        print(note)
-    print(f"{options.output}: {lines} lines about {images} images")
-
-
-def _check_output(options: argparse.Namespace) -> None:
-    """Raises ``UserError`` where the manifest can't be written to ``--output``, or is not to."""
-    output, named = options.output, f"--output {options.output}"
-    if output.suffix != ".jsonl":
-        raise UserError(f"{named}: a manifest of JSON lines is written, so its name ends in .jsonl")
-    check_file(output, named)
-    for file in (options.questions, options.annotations):
-        if file is not None and os.path.realpath(file) == os.path.realpath(output):
-            raise UserError(f"{named}: the file that is read; it would be lost")
-
+from clipmapper.commands.convert import main
 
 if __name__ == "__main__":
     main()

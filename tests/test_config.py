@@ -30,6 +30,7 @@ from clipmapper.training.task import Task
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
+WITH_OPTIONS = ["make_shards", "convert", "attention_causality"]
 COMMANDS = {
     "train": ("clipmapper.commands.train", "train", config.TrainConfig, []),
     "explain": (
@@ -464,12 +465,19 @@ def test_the_command_line_is_as_given_during_the_run(run, monkeypatch):
 
 def test_help_and_version(run):
     status, printed, _ = run("--help")
-    assert status == 0 and all(f"  {command}" in printed for command in COMMANDS)
+    assert status == 0 and all(f"  {command}" in printed for command in (*COMMANDS, *WITH_OPTIONS))
     assert run("--version") == run("train", "--version") == (0, "clipmapper 0.1.0\n", "")
     status, printed, _ = run("train", "--help")
     assert status == 0 and "experiment: caption_coco_b32" in printed and "max_steps: " in printed
     status, printed, _ = run("train", "--cfg", "job", "seed=9")
     assert status == 0 and "seed: 9\n" in printed and not run.configs
+
+
+@pytest.mark.parametrize("command", WITH_OPTIONS)
+def test_commands_with_options(run, command):
+    status, printed, _ = run(command, "--help")
+    assert status == 0 and printed.startswith(f"usage: clipmapper {command} ")
+    assert "--help says what is allowed" in run.error(command, "--unknown")
 
 
 @pytest.mark.parametrize(("arguments", "says"), [([], "no command"), (["trian"], "unknown command 'trian'")])

@@ -1,7 +1,10 @@
-"""``scripts/make_shards.py``: any data set of records, chosen as for training, as WebDataset shards."""
+"""Write a data set, chosen as for training, as WebDataset shards.
+
+clipmapper make_shards shards/my_data data=manifest data.path=my.jsonl
+"""
 
 import sys
-from argparse import Namespace
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import asdict
 
@@ -20,7 +23,9 @@ from clipmapper.settings.checks import built
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Ends with exit status 2 and one line on stderr for a mistake of the user's, 130 when interrupted."""
-    parser = Arguments(description="Write a data set as WebDataset shards.")
+    parser = Arguments(
+        prog="clipmapper make_shards", description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=some_path, help="for the shards; run again, it goes on")
     parser.add_argument("settings", nargs="+", metavar="data=…", help="the data set, as for scripts/train.py")
     parser.add_argument("--images-per-shard", type=whole(), default=1000)

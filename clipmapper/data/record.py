@@ -28,7 +28,7 @@ class Truth(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class MaskFile:
-    """A picture of the size of the image that is black where nothing decides."""
+    """A picture of the size of the image that is black where nothing decides. Transparency says nothing."""
 
     path: Path
 
@@ -37,7 +37,10 @@ class MaskFile:
         return None
 
     def mask(self) -> Bool[np.ndarray, "height width"]:
-        return np.asarray(as_pil(self.path)).any(axis=2)
+        found = np.asarray(as_pil(self.path)).any(axis=2)
+        with Image.open(self.path) as opened:
+            # The numbers of instances in 16 bits, 1, 2 …, would all be black as an image of 8 bits.
+            return np.asarray(opened) > 0 if opened.mode.startswith("I") else found
 
 
 def seen_mask(

@@ -55,9 +55,12 @@ def whole_picture(record: Record) -> UInt8[np.ndarray, "height width 3"]:
 def mask_of(record: Record, visual: nn.Module) -> Bool[np.ndarray, "rows columns"] | None:
     """The pixels that decide, as the image tower sees them and in its pixels; None where they are not known.
 
-    Raises ``UserError`` for a mask of another size than the image's.
+    Raises ``UserError`` for a mask that can't be read, or is of another size than the image's.
     """
-    mask = None if record.truth is None else record.truth.mask()
+    try:
+        mask = None if record.truth is None else record.truth.mask()
+    except UserError as error:
+        raise UserError(f"{record.source}: its mask: {error}") from error
     if mask is None:
         return None
     width, height = record.pil().size
