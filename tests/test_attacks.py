@@ -38,7 +38,7 @@ from clipmapper.settings.schema import TrainConfig
 from clipmapper.training.checkpoint import check_same_model, restore_checkpoint
 from clipmapper.training.interruption import SaveSteps
 from clipmapper.training.run_folder import CHECKPOINT, folder_to_resume
-from clipmapper.training.tables import console
+from clipmapper.training.shown import console
 
 WORLD = {
     "train_scenes": 4, "simple_scenes": 4, "validation_scenes": 6, "held_out_scenes": 4, "train_questions": 1,

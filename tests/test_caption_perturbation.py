@@ -23,7 +23,7 @@ from clipmapper.tasks.captioning.perturbation import CaptionScorer, WordScorer, 
 from clipmapper.tasks.captioning.pictures import caption_perturbation_tables, word_localisation_table
 from clipmapper.tasks.captioning.report import caption_report
 from clipmapper.tasks.captioning.samples import caption_samples, token_word_places
-from clipmapper.training.tables import console
+from clipmapper.training.shown import console
 
 METHODS = ("weighted", "gae", "random")
 GREEDY = Decoding("greedy", max_length=8)

@@ -3,6 +3,9 @@
 import gzip
 import json
 import math
+import os
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -94,6 +97,24 @@ def test_cider_by_hand():
     """
     scores = cider_d(split("a b", "a c c"), [split("a b"), split("a c")])
     assert scores == pytest.approx([5, 10 * (1 / 2 + 1 / math.sqrt(2)) / 4 * math.exp(-1 / 72)])
+
+
+def test_cider_is_the_same_in_every_process():
+    """Sums must not be taken in the order of a set of strings, which differs from process to process."""
+    code = (
+        "from random import Random; rng = Random(0); caption = lambda: rng.choices(range(300), k=40)\n"
+        "from clipmapper.evaluation.captions.ngram_scores import cider_d\n"
+        "texts = [[f'w{word}' for word in caption()] for _ in range(600)]\n"
+        "print(cider_d(texts[:300], [[text] for text in texts[300:]]).tobytes().hex())"
+    )
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in "012"
+    }  # fmt: skip
+    assert len(found) == 1
 
 
 def test_cider_of_a_single_image_is_zero_and_needs_frequencies():

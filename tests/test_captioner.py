@@ -10,9 +10,16 @@ from support.tiny_models import VOCABULARY
 from clipmapper.errors import UserError
 from clipmapper.models.mapper import MAPPERS
 from clipmapper.models.tokens import TokenizedText, tokenize
-from clipmapper.tasks.captioning.head import CaptionHead, TiedCaptionHead
+from clipmapper.tasks.captioning.head import (
+    CaptionEnds,
+    CaptionHead,
+    TiedCaptionHead,
+    caption_ends,
+    caption_tokens,
+    spell,
+    with_ends,
+)
 from clipmapper.tasks.captioning.model import Captioner, caption_loss
-from clipmapper.tasks.captioning.tokens import CaptionEnds, caption_ends, caption_tokens, spell, with_ends
 
 KINDS = tuple(MAPPERS)
 VARIANTS = {

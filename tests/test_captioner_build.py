@@ -14,9 +14,8 @@ from clipmapper.models.checkpoint import DESCRIPTION
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.tasks.captioning.build import build_captioner
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions
-from clipmapper.tasks.captioning.head import CaptionHead, TiedCaptionHead
+from clipmapper.tasks.captioning.head import CaptionHead, TiedCaptionHead, caption_vocabulary
 from clipmapper.tasks.captioning.model import caption_loss
-from clipmapper.tasks.captioning.tokens import caption_vocabulary
 
 CAPTIONS = ("a red ring left of a blue square", "two objects: a small cross, a green triangle and a ring")
 SETTINGS = {

@@ -33,9 +33,9 @@ from clipmapper.settings import schema as config
 from clipmapper.tasks.captioning.batches import CaptionBatches, Stage, drawn_batches
 from clipmapper.tasks.captioning.build import build_captioner
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions
+from clipmapper.tasks.captioning.head import caption_vocabulary
 from clipmapper.tasks.captioning.results import family_scores
 from clipmapper.tasks.captioning.task import CaptionRun
-from clipmapper.tasks.captioning.tokens import caption_vocabulary
 from clipmapper.tasks.captioning.training import CaptionModule, JudgedCaption, SelfCriticalModule
 from clipmapper.tasks.registry import task_of
 from clipmapper.training.batches import Labelled, StepBatches

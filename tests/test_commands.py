@@ -18,7 +18,7 @@ from clipmapper.relevance import COMPARED as METHODS
 from clipmapper.tasks.vqa import report as explanation_report
 from clipmapper.tasks.vqa.pictures import perturbation_table
 from clipmapper.tasks.vqa.task import accuracy_table
-from clipmapper.training.tables import console, files_table
+from clipmapper.training.shown import console, files_table
 
 SCORES = ("accuracy", "probability")
 PANELS = [(m, d) for m in ("image", "text") for d in ("positive", "negative")]

@@ -33,7 +33,7 @@ from clipmapper.data.readers.rows import decoded_base64, looks_like_base64
 from clipmapper.data.readers.vqa_v2 import vqa_v2_data
 from clipmapper.data.records import Record, RecordData
 from clipmapper.errors import UserError, UserErrors
-from clipmapper.host import servers as hosts
+from clipmapper.host import outputs as hosts
 from clipmapper.models.tokens import cut_texts_said_once, warn_of_cut
 from clipmapper.settings.schema import WandbLoggerConfig
 from clipmapper.training.loggers import check_logger

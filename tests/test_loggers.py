@@ -22,7 +22,7 @@ from clipmapper.settings.schema import (
     TensorBoardLoggerConfig,
 )
 from clipmapper.training.loggers import check_logger, log_media, logged_files, run_logger
-from clipmapper.training.media import Html, MediaTable, Picture
+from clipmapper.training.shown import Html, MediaTable, Picture
 
 LIGHTNING = "lightning.pytorch.loggers"
 CSV = CSVLoggerConfig(_target_=f"{LIGHTNING}.CSVLogger")

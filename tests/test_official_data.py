@@ -18,8 +18,7 @@ from clipmapper.data.answer_rule import (
 from clipmapper.data.answers import normalised
 from clipmapper.data.readers.caption_files import coco_captions_data, flickr_captions_data, read_coco_captions
 from clipmapper.data.readers.conversion import Source, convert
-from clipmapper.data.readers.manifest import manifest_data
-from clipmapper.data.readers.official_files import coco_image
+from clipmapper.data.readers.manifest import coco_image, manifest_data
 from clipmapper.data.readers.vqa_v2 import QuestionFiles, annotations_file, vqa_v2_data
 from clipmapper.errors import UserError
 

@@ -27,7 +27,7 @@ from clipmapper.commands.explain import chosen_device
 from clipmapper.commands.mistakes import seconds, whole
 from clipmapper.errors import UserError
 from clipmapper.relevance import METHODS, Relevance, method_named
-from clipmapper.training.tables import console
+from clipmapper.training.shown import console
 
 FLOOR = "floor"
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -12,7 +12,7 @@ from clipmapper.relevance import COMPARED
 from clipmapper.settings.commands import ExplainConfig, device_problem
 from clipmapper.tasks.registry import load, task_of
 from clipmapper.training.explained import Explanation
-from clipmapper.training.tables import console, files_table
+from clipmapper.training.shown import console, files_table
 from clipmapper.visual.explanation import plot_method_comparison
 from clipmapper.visual.layout import picture_name, save_figure
 

@@ -17,7 +17,7 @@ from clipmapper.tasks.registry import load, task_of
 from clipmapper.training.checkpoint_data import data_for
 from clipmapper.training.interruption import RunInterrupted
 from clipmapper.training.run_folder import RESULTS, write_json
-from clipmapper.training.tables import console, files_table
+from clipmapper.training.shown import console, files_table
 
 _PICTURES = 8
 _SOME_TASKS = ("word_weights", "caption_scores")  # settings that some tasks have

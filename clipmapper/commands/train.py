@@ -46,7 +46,7 @@ from clipmapper.training.run_folder import (
     run_of_requeued_job,
     write_json,
 )
-from clipmapper.training.tables import console, files_table
+from clipmapper.training.shown import console, files_table
 from clipmapper.training.task import TaskRun
 from clipmapper.training.trainer import build_trainer, steps_between_validations, steps_progress
 

@@ -1,8 +1,11 @@
-"""Outputs of a command: tried before it does anything else, and then written whole or not at all."""
+"""Before a command does anything: can its output be written, does its server answer; files are whole."""
 
 import errno
+import http.client
 import os
 import tempfile
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from clipmapper.errors import UserError, visible
@@ -114,3 +117,23 @@ def file_name_problem(name: str) -> str | None:
     if len(name.encode("utf-8", "surrogatepass")) > _LONGEST:
         return f"{quoted} is longer than {_LONGEST} bytes"
     return None
+
+
+PATIENCE = 10.0  # seconds for an answer
+
+
+def check_answer(address: str, said: str, instead: str) -> None:
+    """Raise ``UserError`` where no server answers at ``address``; a refusal is an answer.
+
+    ``said``: the setting, as the user gives it. ``instead``: what to do without the server.
+    """
+    try:
+        with urllib.request.urlopen(address, timeout=PATIENCE):
+            pass
+    except urllib.error.HTTPError:
+        pass
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = " ".join(str(getattr(error, "reason", None) or error).split())
+        raise UserError(
+            f"{said}: no answer from {address} within {PATIENCE:.0f} s ({reason}). {instead}"
+        ) from error

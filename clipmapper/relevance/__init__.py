@@ -14,7 +14,15 @@ from clipmapper.relevance.methods.effective import (
     efficient_weighted,
 )
 from clipmapper.relevance.methods.gae import gae
-from clipmapper.relevance.methods.gradients import attn_lrp, grad_cam, grad_eclip, input_x_gradient, legrad
+from clipmapper.relevance.methods.gradients import (
+    attn_lrp,
+    grad_cam,
+    grad_eclip,
+    input_x_gradient,
+    integrated_gradients,
+    legrad,
+    occlusion,
+)
 from clipmapper.relevance.methods.lrp import (
     GRADIENT_METHODS,
     partial_lrp,
@@ -22,7 +30,6 @@ from clipmapper.relevance.methods.lrp import (
     with_libra,
 )
 from clipmapper.relevance.methods.norms import alti, beyond_intuition, token_tm
-from clipmapper.relevance.methods.on_captum import integrated_gradients, occlusion
 from clipmapper.relevance.methods.weighted import (
     weighted,
     weighted_half,

@@ -22,7 +22,7 @@ from clipmapper.models.encoder import ClipEncoder, image_identity, text_identity
 from clipmapper.models.tokens import padding_id, tokenize
 from clipmapper.settings.schema import TrainConfig
 from clipmapper.training.processes import this_share
-from clipmapper.training.tables import console
+from clipmapper.training.shown import console
 
 _TOGETHER = 4096  # texts that are Python's at a time
 

@@ -21,8 +21,8 @@ from clipmapper.data.record import Record, seen_mask
 from clipmapper.errors import UserError
 from clipmapper.evaluation.localisation import LOCALISATION_SCORES, Localisation, localisation_numbers
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, SCORES, PerturbationScores
-from clipmapper.training.media import Cell, Media, MediaTable, Picture
 from clipmapper.training.processes import Share
+from clipmapper.training.shown import Cell, Media, MediaTable, Picture
 from clipmapper.visual.curves import plot_perturbation_curves
 from clipmapper.visual.layout import save_figure
 

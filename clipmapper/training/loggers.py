@@ -16,11 +16,11 @@ from typing import Any
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from clipmapper.errors import UserError
-from clipmapper.host.servers import check_answer
+from clipmapper.host.outputs import check_answer
 from clipmapper.settings.checks import named, prepared
 from clipmapper.settings.schema import LoggerConfig
-from clipmapper.training.media import Html, Media, MediaTable, Picture, pictures_in
 from clipmapper.training.mlflow_runs import media_to_mlflow
+from clipmapper.training.shown import Html, Media, MediaTable, Picture, pictures_in
 from clipmapper.training.wandb_runs import check_wandb, media_to_wandb, wandb_files, wandb_logger
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import MLFlowLogger
 from PIL import Image
 
 from clipmapper.errors import UserError
-from clipmapper.training.media import Html, Media, MediaTable, Picture, pictures_in
+from clipmapper.training.shown import Html, Media, MediaTable, Picture, pictures_in
 
 _AT_ONCE = 1000  # metrics, the most that MLflow takes in one call
 _LONGEST = 250  # letters of a metric's name

@@ -25,7 +25,7 @@ from clipmapper.training.encoder_tokens import (
     text_key,
     text_tokens,
 )
-from clipmapper.training.tables import console
+from clipmapper.training.shown import console
 
 _TRIED = 64  # images or texts by which the time is measured ...
 _TIMES = 3  # ... so often; the fastest counts, for a machine that is busy for a moment is no measure

@@ -12,9 +12,9 @@ import wandb
 from lightning.pytorch.loggers import WandbLogger
 
 from clipmapper.errors import UserError
-from clipmapper.host import servers
-from clipmapper.training.media import Cell, Html, Media, MediaTable, Picture
+from clipmapper.host import outputs
 from clipmapper.training.run_folder import RESULTS
+from clipmapper.training.shown import Cell, Html, Media, MediaTable, Picture
 
 _INSTEAD = "logger.mode=offline needs neither: `wandb sync` uploads the run later"
 
@@ -31,7 +31,7 @@ def check_wandb(options: Mapping[str, Any]) -> None:
     address = os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai"
     try:
         address = wandb.setup().settings.base_url
-        key = os.environ.get("WANDB_API_KEY") or wandb.Api(timeout=int(servers.PATIENCE)).api_key
+        key = os.environ.get("WANDB_API_KEY") or wandb.Api(timeout=int(outputs.PATIENCE)).api_key
     except wandb.Error:
         key = None
     except ValueError as error:  # pydantic's, of what the environment or a settings file says
@@ -40,7 +40,7 @@ def check_wandb(options: Mapping[str, Any]) -> None:
     if not key:
         what = f"no API key for {address}; give one by `wandb login`"
         raise UserError(f"logger.mode=online: {what}. {_INSTEAD}")
-    servers.check_answer(address, "logger.mode=online", _INSTEAD)
+    outputs.check_answer(address, "logger.mode=online", _INSTEAD)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from clipmapper.data.readers.official_files import coco_image
+from clipmapper.data.readers.manifest import coco_image
 from clipmapper.data.readers.vqa_v2 import annotations_file, questions_file
 
 

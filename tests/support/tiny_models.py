@@ -12,9 +12,8 @@ from clipmapper.models.mapper import MAPPERS
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.tasks.captioning.gpt2 import new_gpt2
 from clipmapper.tasks.captioning.gpt2_decoder import GPT2Captioner, GPT2Decoder
-from clipmapper.tasks.captioning.head import CaptionHead, GPT2Head, TiedCaptionHead
+from clipmapper.tasks.captioning.head import CaptionEnds, CaptionHead, GPT2Head, TiedCaptionHead
 from clipmapper.tasks.captioning.model import Captioner
-from clipmapper.tasks.captioning.tokens import CaptionEnds
 from clipmapper.tasks.vqa.model import CLIPmapper, VQAHead
 
 ANSWERS = ("yes", "no", "red", "blue", "two")

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from clipmapper.data.image_checks import readable_only
 from clipmapper.data.readers.fields import NUMBER, TEXT, Entries, shown
-from clipmapper.data.readers.manifest import data_of
-from clipmapper.data.readers.official_files import captioned_images, leads_out
+from clipmapper.data.readers.manifest import captioned_images, data_of, leads_out
 from clipmapper.data.record import Problem
 from clipmapper.data.records import Record, RecordData
 from clipmapper.data.tables.builder import TableBuilder

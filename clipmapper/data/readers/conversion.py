@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from clipmapper.data.readers.fields import ANSWERS, FLAG, KEY, NUMBER, TEXT, TEXTS, Entries, shown
-from clipmapper.data.readers.official_files import captioned_images, check_image, leads_out
+from clipmapper.data.readers.manifest import captioned_images, check_image, leads_out
 from clipmapper.data.records import OTHER
 from clipmapper.data.text_files import is_text, read_json
 from clipmapper.errors import UserError

@@ -9,7 +9,7 @@ from pathlib import Path
 from clipmapper.data.answers import AnswerVocabulary, most_frequent, normalised, unknown_answers
 from clipmapper.data.image_checks import readable_only
 from clipmapper.data.readers.fields import ANSWERS, NUMBER, TEXT, Entries
-from clipmapper.data.readers.official_files import check_image, coco_image
+from clipmapper.data.readers.manifest import check_image, coco_image
 from clipmapper.data.records import OTHER, Record, RecordData
 from clipmapper.data.tables.builder import TableBuilder
 from clipmapper.data.tables.columns import together

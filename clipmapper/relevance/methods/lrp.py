@@ -17,9 +17,14 @@ from clipmapper.relevance.method import Relevance, as_relevance, differentiated,
 from clipmapper.relevance.methods.attention_only import last_attention
 from clipmapper.relevance.methods.effective import effective_weighted, efficient_weighted
 from clipmapper.relevance.methods.gae import gae
-from clipmapper.relevance.methods.gradients import grad_cam, grad_eclip, input_x_gradient, legrad
+from clipmapper.relevance.methods.gradients import (
+    grad_cam,
+    grad_eclip,
+    input_x_gradient,
+    integrated_gradients,
+    legrad,
+)
 from clipmapper.relevance.methods.norms import beyond_intuition, token_tm
-from clipmapper.relevance.methods.on_captum import integrated_gradients
 from clipmapper.relevance.methods.weighted import weighted, weighted_norm, weighted_token, weighted_token_norm
 from clipmapper.relevance.propagation import part_of, propagate
 from clipmapper.relevance.rerun import with_rules

@@ -13,8 +13,8 @@ from torch import Tensor
 from clipmapper.data.records import Item, Record, RecordData, RecordDataset
 from clipmapper.data.tables.base import Records
 from clipmapper.data.token_cache import TokenStore
+from clipmapper.tasks.captioning.head import caption_tokens
 from clipmapper.tasks.captioning.model import Captioner
-from clipmapper.tasks.captioning.tokens import caption_tokens
 from clipmapper.training.batches import Collate, ReadableItems, SplitBatches, shard_batches
 from clipmapper.training.explained import whole_picture
 from clipmapper.training.processes import WHOLE, Share

@@ -18,9 +18,8 @@ from clipmapper.tasks.captioning.gpt2 import (
     plain_config,
 )
 from clipmapper.tasks.captioning.gpt2_decoder import DECODERS, GPT2Captioner, GPT2Decoder
-from clipmapper.tasks.captioning.head import CaptionHead, GPT2Head, TiedCaptionHead
+from clipmapper.tasks.captioning.head import CaptionHead, GPT2Head, TiedCaptionHead, caption_vocabulary
 from clipmapper.tasks.captioning.model import Captioner
-from clipmapper.tasks.captioning.tokens import caption_vocabulary
 
 
 def build_captioner(

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from clipmapper.errors import UserError
 from clipmapper.models.tokens import TokenizedText, padding_id
-from clipmapper.tasks.captioning.tokens import spell, with_ends
+from clipmapper.tasks.captioning.head import spell, with_ends
 
 # What only one way of decoding reads, and its value when it is not given.
 METHODS: Mapping[str, Mapping[str, float]] = {

@@ -13,9 +13,8 @@ from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.mapper import Mapper
 from clipmapper.models.mapper_blocks import KeysValues, Remember, causal_mask, step_mask
 from clipmapper.tasks.captioning.gpt2 import CROSS_ATTENTION, OwnTokenizer
-from clipmapper.tasks.captioning.head import GPT2Head
+from clipmapper.tasks.captioning.head import CaptionEnds, GPT2Head
 from clipmapper.tasks.captioning.model import Captioner
-from clipmapper.tasks.captioning.tokens import CaptionEnds
 
 DECODERS = ("gpt2_prefix", "gpt2_cross")
 

@@ -13,8 +13,7 @@ from clipmapper.models.mapper import Mapper
 from clipmapper.models.mapper_blocks import KeysValues, Remember
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions
-from clipmapper.tasks.captioning.head import Vocabulary
-from clipmapper.tasks.captioning.tokens import CaptionEnds, caption_ends, caption_tokens
+from clipmapper.tasks.captioning.head import CaptionEnds, Vocabulary, caption_ends, caption_tokens
 from clipmapper.tasks.recording import TwoStage
 
 

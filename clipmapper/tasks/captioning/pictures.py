@@ -7,7 +7,7 @@ from rich.table import Table
 
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, LOG_PROBABILITY, SCORES, WORD_PROBABILITY
 from clipmapper.training.explained import Report
-from clipmapper.training.tables import Areas, areas_table, interval_name
+from clipmapper.training.shown import Areas, areas_table, interval_name
 from clipmapper.visual.explanation import plot_method_comparison
 
 

@@ -27,7 +27,7 @@ from clipmapper.tasks.captioning.pictures import (
 from clipmapper.tasks.captioning.samples import TESTS, CaptionSamples
 from clipmapper.tasks.captioning.trace import TracedCaption, trace_caption, word_relevance
 from clipmapper.training.explained import DRAWN_WORDS, Report, joined, joined_localisation
-from clipmapper.training.media import Cell, Html, Picture
+from clipmapper.training.shown import Cell, Html, Picture
 from clipmapper.visual.caption_strip import plot_caption_strip
 from clipmapper.visual.heatmap import words_html
 

@@ -39,8 +39,7 @@ from clipmapper.tasks.captioning.results import (
 from clipmapper.tasks.captioning.samples import CaptionSamples, caption_samples
 from clipmapper.tasks.captioning.training import SCORES, CaptionModule, JudgedCaption, SelfCriticalModule
 from clipmapper.training.loggers import log_media
-from clipmapper.training.media import Media, MediaTable, Picture
-from clipmapper.training.tables import console
+from clipmapper.training.shown import Media, MediaTable, Picture, console
 from clipmapper.training.task import Task, TaskRun
 
 

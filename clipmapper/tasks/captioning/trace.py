@@ -14,9 +14,8 @@ from clipmapper.models.tokens import TokenizedText, word_positions
 from clipmapper.relevance import Again, Attention, AttentionTrace, method_named, record
 from clipmapper.relevance.many_scalars import attention_for_several, each_scalar
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions
-from clipmapper.tasks.captioning.head import UnsayableToken
+from clipmapper.tasks.captioning.head import UnsayableToken, spell
 from clipmapper.tasks.captioning.model import Captioner
-from clipmapper.tasks.captioning.tokens import spell
 
 SCALARS = ("logit", "log_probability")
 AT_ONCE = 16  # tokens whose gradients are held together

@@ -14,8 +14,8 @@ from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
 from clipmapper.evaluation.captions.scores import CaptionScores
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions
+from clipmapper.tasks.captioning.head import caption_vocabulary
 from clipmapper.tasks.captioning.model import Captioner, caption_loss
-from clipmapper.tasks.captioning.tokens import caption_vocabulary
 from clipmapper.training.module import TaskModule
 from clipmapper.training.processes import from_all, this_share
 

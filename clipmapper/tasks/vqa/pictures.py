@@ -9,7 +9,7 @@ from rich.table import Table
 from clipmapper.data.record import resized
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES, SCORES
 from clipmapper.training.explained import Report
-from clipmapper.training.tables import Areas, areas_table, interval_name
+from clipmapper.training.shown import Areas, areas_table, interval_name
 from clipmapper.visual.explanation import plot_explanation, plot_method_comparison
 
 

@@ -27,7 +27,7 @@ from clipmapper.tasks.vqa.pictures import (
 )
 from clipmapper.tasks.vqa.samples import QuestionSamples
 from clipmapper.training.explained import Report, joined, joined_localisation
-from clipmapper.training.media import Cell, Html, Picture
+from clipmapper.training.shown import Cell, Html, Picture
 from clipmapper.visual.heatmap import words_html
 from clipmapper.visual.layout import readable_part
 

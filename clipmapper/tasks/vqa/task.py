@@ -20,7 +20,7 @@ from clipmapper.tasks.vqa.model import CLIPmapper, build_clipmapper
 from clipmapper.tasks.vqa.report import AnswerReport, answer_report
 from clipmapper.tasks.vqa.samples import QuestionSamples, question_samples
 from clipmapper.tasks.vqa.training import VQAModule, blind_accuracy
-from clipmapper.training.tables import console
+from clipmapper.training.shown import console
 from clipmapper.training.task import Task, TaskRun
 
 
