@@ -6,8 +6,9 @@ from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
 
-from clipmapper.settings import commands, data, schema
-from clipmapper.settings.keys import Section, is_text, setting_named
+from clipmapper.settings import commands, schema
+from clipmapper.settings.data import DataConfig
+from clipmapper.settings.keys import Section, implementations, is_text, setting_named
 from clipmapper.shipped import shipped_root
 
 
@@ -56,14 +57,6 @@ SCHEMAS = {
     "explain_schema": commands.ExplainConfig,
     "perturb_schema": commands.PerturbConfig,
     "pretrain_clip_schema": commands.PretrainConfig,
-    "scenes_vqa_schema": data.ScenesVQAConfig,
-    "scenes_captions_schema": data.ScenesCaptionsConfig,
-    "coco_captions_schema": data.CocoCaptionsConfig,
-    "manifest_schema": data.ManifestConfig,
-    "huggingface_schema": data.HuggingFaceConfig,
-    "shards_schema": data.ShardsConfig,
-    "vqa_v2_schema": data.VQAv2Config,
-    "flickr_captions_schema": data.FlickrCaptionsConfig,
     "wandb_logger_schema": schema.WandbLoggerConfig,
     "csv_logger_schema": schema.CSVLoggerConfig,
     "tensorboard_logger_schema": schema.TensorBoardLoggerConfig,
@@ -71,6 +64,7 @@ SCHEMAS = {
     "other_logger_schema": schema.OtherLoggerConfig,
     "no_callbacks_schema": schema.CallbacksConfig,
     "relevance_callback_schema": schema.RelevanceCallbackConfig,
+    **{f"{name}_schema": kind for kind in implementations(DataConfig) for name in kind.choices},
 }
 
 

@@ -64,7 +64,7 @@ def setting_named(key: str, schema: type[Section]) -> tuple[Field, Any] | None:
     """
     first, _, rest = key.partition(".")
     name, index, _ = first.partition("[")
-    for section in _implementations(schema):
+    for section in implementations(schema):
         declared = {f.name: f for f in fields(section)}.get(name)
         if declared is None:
             continue
@@ -142,7 +142,7 @@ def _likeness(one: str, other: str) -> float:
 
 
 def _keys(schema: type[Section], prefix: str = "") -> Iterator[str]:
-    for section in _implementations(schema):
+    for section in implementations(schema):
         hints = get_type_hints(section)
         for declared in fields(section):
             yield f"{prefix}{declared.name}"
@@ -151,8 +151,12 @@ def _keys(schema: type[Section], prefix: str = "") -> Iterator[str]:
                 yield from _keys(nested, f"{prefix}{declared.name}.")
 
 
-def _implementations(schema: type[Section]) -> list[type[Section]]:
-    return [schema, *(each for child in schema.__subclasses__() for each in _implementations(child))]
+_Schema = TypeVar("_Schema", bound=Section)
+
+
+def implementations(schema: type[_Schema]) -> list[type[_Schema]]:
+    """A schema and all that are made from it."""
+    return [schema, *(each for child in schema.__subclasses__() for each in implementations(child))]
 
 
 # Settings that there are no more; their section says as much.

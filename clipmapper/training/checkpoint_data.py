@@ -11,7 +11,7 @@ from clipmapper.data.world.data import ScenesCaptions, ScenesVQA
 from clipmapper.errors import UserError
 from clipmapper.settings.checks import built
 from clipmapper.settings.data import DataConfig, ScenesCaptionsConfig, ScenesVQAConfig
-from clipmapper.settings.keys import is_text, name_today
+from clipmapper.settings.keys import implementations, is_text, name_today
 from clipmapper.settings.plain_values import section_of_numbers, shown
 from clipmapper.training.task import Task
 
@@ -95,7 +95,7 @@ def _told(settings: object) -> Iterator[str]:
     """Paths and the like, by which the user will know the data again."""
     texts = {
         one.name
-        for schema in _schemas(DataConfig)
+        for schema in implementations(DataConfig)
         for one in fields(schema)
         if is_text(one, get_type_hints(schema)[one.name])
     }
@@ -103,9 +103,3 @@ def _told(settings: object) -> Iterator[str]:
         value = settings.get(key) if isinstance(settings, Mapping) else None
         if isinstance(value, str):
             yield f"{key} {shown(value)}"
-
-
-def _schemas(schema: type[DataConfig]) -> Iterator[type[DataConfig]]:
-    yield schema
-    for child in schema.__subclasses__():
-        yield from _schemas(child)
