@@ -84,7 +84,7 @@ class ContrastiveScenes(IterableDataset):
         return images, tokenize(self.tokenizer, texts, whole_context=self.whole_context).ids
 
 
-class Captioner(nn.Module):
+class CaptionDecoder(nn.Module):
     """A causal decoder over the text tower's tokens that reads the image's, and says the next token.
 
     ``token_ids``: the tokens it may say (a caption holds no other), sorted, among them padding, 0.
@@ -131,7 +131,7 @@ class ContrastiveModule(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.captioner = Captioner(encoder, token_ids)
+        self.captioner = CaptionDecoder(encoder, token_ids)
         self.loss = CoCaLoss(caption_loss_weight=caption_weight, clip_loss_weight=1.0, pad_id=0)
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_steps, self.max_steps = warmup_steps, max_steps
