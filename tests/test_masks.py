@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.photographs import run
+from torch import nn
 
 from clipmapper.commands.compose import train_settings
 from clipmapper.commands.train import train
 from clipmapper.data.readers.manifest import manifest_data
-from clipmapper.data.record import MaskFile
+from clipmapper.data.record import MaskFile, Record
 from clipmapper.errors import UserError
 from clipmapper.evaluation.localisation import image_localisation
+from clipmapper.training.explained import mask_of
 from clipmapper.training.run_folder import RESULTS
 
 SIDE = 64
@@ -74,6 +76,36 @@ def test_scores_by_hand(tmp_path):
     assert inside.mass == inside.rank == inside.pointing == 1 and inside.area == 0.5
     assert outside.mass == outside.rank == outside.pointing == 0
     assert even.mass == even.rank == even.pointing == even.area == 0.5
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [((96, 96), (96, 96)), ((30, 60), (64, 64)), ((96, 200), (96, 96)), ((900, 900), (640, 640))],
+)
+def test_pixels_of_a_mask_are_those_of_its_image(tmp_path, shape, expected):
+    """A tower of 64 x 64 pixels: none is lost (scores by area would change), what it does not see is cut."""
+    visual = nn.Module()
+    visual.image_size, visual.preprocess_cfg = 64, {"resize_mode": "shortest", "fill_color": 0}
+    whole = np.zeros(shape, np.uint8)
+    whole[:, shape[1] // 2 :] = 255
+    name = saved(tmp_path, "half.png", whole)
+    record = Record(0, tmp_path / name, "0", truth=MaskFile(tmp_path / name))
+    found = mask_of(record, visual)
+    assert found.shape == expected
+    np.testing.assert_array_equal(found, np.indices(expected)[1] >= expected[1] // 2)
+
+
+def test_masks_of_different_sizes_are_scored_as_one_by_one():
+    generator = np.random.default_rng(0)
+    maps, masks = (
+        generator.random((3, 2, 3)),
+        [generator.random(size) > 0.4 for size in ((6, 6), (9, 5), (2, 3))],
+    )
+    together = image_localisation(maps, masks)
+    for row, mask in enumerate(masks):
+        alone = image_localisation(maps[row : row + 1], [mask])
+        for score in ("mass", "rank", "pointing", "area"):
+            assert getattr(together, score)[row] == getattr(alone, score)[0]
 
 
 @pytest.mark.parametrize(

@@ -43,13 +43,11 @@ class MaskFile:
             return np.asarray(opened) > 0 if opened.mode.startswith("I") else found
 
 
-def seen_mask(
-    mask: Bool[np.ndarray, "height width"], size: tuple[int, int], visual: nn.Module
-) -> Bool[np.ndarray, "rows columns"]:
-    """The part of a mask that ``visual`` sees (:func:`~clipmapper.data.images.seen_part`), in ``size`` rows
-    and columns of pixels; the nearest pixel of the mask says for each. What is padded decides nothing."""
+def seen_mask(mask: Bool[np.ndarray, "height width"], visual: nn.Module) -> Bool[np.ndarray, "rows columns"]:
+    """The part of a mask that ``visual`` sees (:func:`~clipmapper.data.images.seen_part`), at the mask's own
+    resolution. What is padded decides nothing."""
     grey: UInt8[np.ndarray, "height width 3"] = np.repeat(mask[..., None], 3, axis=2).astype(np.uint8) * 255
-    return resized(seen_part(Image.fromarray(grey), visual, fill=0).any(axis=2), size)
+    return seen_part(Image.fromarray(grey), visual, fill=0).any(axis=2)
 
 
 def resized(

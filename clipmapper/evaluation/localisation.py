@@ -8,13 +8,15 @@ Where we differ from the common implementations: those resolve ties by index, an
 ties. Ours gives the expectation under random tie-breaking, in closed form.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from clipmapper.evaluation.statistics import Interval, bootstrap_interval, bootstrap_intervals
+
+Masks = Sequence[Bool[np.ndarray, "_ _"]] | Bool[np.ndarray, "samples height width"]
 
 # Relevance per pixel is a quotient: patches of different size that should tie differ in the last bits.
 # Gaps of this share of the sample's largest value are ties.
@@ -51,10 +53,8 @@ class Localisation:
         return dict(zip(names, intervals, strict=True))
 
 
-def image_cells(
-    relevance: Float[np.ndarray, "samples rows columns"], mask: Bool[np.ndarray, "samples height width"]
-) -> Cells:
-    """Cells of a patch grid over images of height × width pixels, `mask` true at the deciding pixels.
+def image_cells(relevance: Float[np.ndarray, "samples rows columns"], masks: Masks) -> Cells:
+    """Cells of a patch grid over images, each with its mask [height, width], true at the deciding pixels.
 
     Pixel (y, x) belongs to patch (⌊y·rows/height⌋, ⌊x·columns/width⌋), as in nearest-neighbour enlargement;
     patches may differ in size where the grid does not divide the image. A patch's relevance is shared equally
@@ -64,18 +64,18 @@ def image_cells(
     find: leave it out), and a grid finer than the image.
     """
     samples, rows, columns = relevance.shape
-    height, width = mask.shape[1:]
-    if rows > height or columns > width:
-        raise ValueError(f"a grid of {rows} × {columns} patches needs an image of at least as many pixels")
-    top = -(-np.arange(rows) * height // rows)  # first pixel row of each patch row: ceil(r·height/rows)
-    left = -(-np.arange(columns) * width // columns)
-    size = np.outer(np.diff(top, append=height), np.diff(left, append=width)).astype(np.float64)
-    inside = np.add.reduceat(np.add.reduceat(mask.astype(np.float64), top, axis=1), left, axis=2)
-    return _cells(
-        relevance.reshape(samples, -1),
-        np.broadcast_to(size.reshape(1, -1), (samples, rows * columns)),
-        inside.reshape(samples, -1),
-    )
+    size, inside = np.empty((2, samples, rows, columns))
+    for row, mask in enumerate(masks):
+        height, width = mask.shape
+        if rows > height or columns > width:
+            raise ValueError(
+                f"a grid of {rows} × {columns} patches needs an image of at least as many pixels"
+            )
+        top = -(-np.arange(rows) * height // rows)  # first pixel row of each patch row: ceil(r·height/rows)
+        left = -(-np.arange(columns) * width // columns)
+        size[row] = np.outer(np.diff(top, append=height), np.diff(left, append=width))
+        inside[row] = np.add.reduceat(np.add.reduceat(mask.astype(np.float64), top, axis=0), left, axis=1)
+    return _cells(*(cells.reshape(samples, -1) for cells in (relevance, size, inside)))
 
 
 def word_cells(
@@ -143,11 +143,9 @@ def pointing_game(cells: Cells) -> Float[np.ndarray, "samples"]:
     return inside[:, 0] / size[:, 0]
 
 
-def image_localisation(
-    relevance: Float[np.ndarray, "samples rows columns"], mask: Bool[np.ndarray, "samples height width"]
-) -> Localisation:
+def image_localisation(relevance: Float[np.ndarray, "samples rows columns"], masks: Masks) -> Localisation:
     """All scores of patch maps; arguments and errors as in `image_cells`."""
-    return _localisation(image_cells(relevance, mask))
+    return _localisation(image_cells(relevance, masks))
 
 
 def word_localisation(

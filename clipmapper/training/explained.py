@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from clipmapper.data.images import seen_part
 from clipmapper.data.pixels import normalised
-from clipmapper.data.record import Record, seen_mask
+from clipmapper.data.record import Record, resized, seen_mask
 from clipmapper.errors import UserError
 from clipmapper.evaluation.localisation import LOCALISATION_SCORES, Localisation, localisation_numbers
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, SCORES, PerturbationScores
@@ -53,7 +53,10 @@ def whole_picture(record: Record) -> UInt8[np.ndarray, "height width 3"]:
 
 
 def mask_of(record: Record, visual: nn.Module) -> Bool[np.ndarray, "rows columns"] | None:
-    """The pixels that decide, as the image tower sees them and in its pixels; None where they are not known.
+    """The pixels that decide of the part that the image tower sees; None where they are not known.
+
+    In the image's own pixels, so that scores by area are exact; but in no more than are looked at, and in no
+    fewer than the tower reads, so that every patch has some.
 
     Raises ``UserError`` for a mask that can't be read, or is of another size than the image's.
     """
@@ -70,7 +73,11 @@ def mask_of(record: Record, visual: nn.Module) -> Bool[np.ndarray, "rows columns
             f"{height}; a mask is as large as the image"
         )
     side = visual.image_size
-    return seen_mask(mask, side if isinstance(side, tuple) else (side, side), visual)
+    least = side if isinstance(side, tuple) else (side, side)
+    seen = seen_mask(mask, visual)
+    scale = min(1.0, LARGEST / max(seen.shape))
+    rows, columns = (max(round(scale * n), few) for n, few in zip(seen.shape, least, strict=True))
+    return resized(seen, (rows, columns))
 
 
 @runtime_checkable

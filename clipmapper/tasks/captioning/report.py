@@ -262,7 +262,7 @@ def _localised(
         traced = trace_caption(model, pixels, known.text)
         places = sorted(known.words)
         kinds = np.array([known.words[place][0] for place in places])
-        masks = np.stack([known.words[place][1] for place in places])
+        masks = [known.words[place][1] for place in places]
         found = word_relevance(traced, places, methods, sample=samples.ids[row], seed=seed)
         for method, its in found.items():
             scores = image_localisation(np.maximum(its.maps, 0), masks)
@@ -285,7 +285,7 @@ def _localised_by_masks(
     rows = [row for row, mask in enumerate(samples.masks) if mask is not None and mask.any()]
     if not rows:
         return {}
-    masks = np.stack([samples.masks[row] for row in rows])
+    masks = [samples.masks[row] for row in rows]
     return {
         method: {
             "caption": image_localisation(np.maximum(np.stack([its[row].patches for row in rows]), 0), masks)

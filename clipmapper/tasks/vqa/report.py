@@ -277,7 +277,7 @@ def _localise(samples: QuestionSamples, relevance: MethodRelevance) -> dict[str,
     found = {}
     seen = [row for row, mask in enumerate(samples.masks) if mask is not None]
     if seen:
-        masks = np.stack([samples.masks[row] for row in seen])
+        masks = [samples.masks[row] for row in seen]
         found["image"] = image_localisation(relevance.patches[seen].astype(np.float64), masks)
     known = [row for row, words in enumerate(samples.deciding) if words is not None]
     if known:
