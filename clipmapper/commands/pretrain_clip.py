@@ -28,6 +28,7 @@ from clipmapper.training.launching import less_noise
 from clipmapper.training.run_folder import only_one
 from clipmapper.training.trainer import steps_progress
 
+# Of whatever run, so that resume=true finds the one that was stopped; beside the default of `output`.
 _LAST = Path("outputs/pretrain_clip/last.ckpt")
 
 # Settings that say where and how the run is made, not what comes out: it may go on with others.
