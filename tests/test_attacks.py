@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 from support import training_models
+from support.slow import mostly_slow
 
 import clipmapper
 from clipmapper import cli
@@ -45,15 +46,6 @@ WORLD = {
     "seed": 0,
 }  # fmt: skip
 TINY_GPT2 = {"vocab_size": 49408, "n_positions": 60, "n_embd": 8, "n_layer": 1, "n_head": 2}
-
-
-def mostly_slow(cases, every: int) -> list:
-    """One of so many cases for the default suite, the others with what is slow."""
-    rest = {"marks": pytest.mark.slow}
-    values = [case if isinstance(case, tuple) else (case,) for case in cases]
-    return [
-        pytest.param(*case, **({} if number % every == 0 else rest)) for number, case in enumerate(values)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +125,7 @@ def harmful(canary: Path) -> dict[str, object]:
 # Pickles
 
 
-@pytest.mark.parametrize("kind", mostly_slow(["system", "exec", "remove", "run", "nested"], every=5))
+@pytest.mark.parametrize("kind", mostly_slow(["system", "exec", "remove", "run", "nested"], 5))
 def test_pickles_do_not_run(canary, tmp_path, content, kind):
     what = harmful(canary)[kind]
     torn = content | {DESCRIPTION: content[DESCRIPTION] | {"data": what}}
@@ -203,7 +195,7 @@ def targets(canary: Path) -> list[dict]:
     ]
 
 
-@pytest.mark.parametrize("number", mostly_slow(range(len(targets(Path("canary")))), every=6))
+@pytest.mark.parametrize("number", mostly_slow(range(len(targets(Path("canary")))), 6))
 def test_data_of_a_checkpoint_are_never_opened(one_line, canary, tmp_path, content, number):
     data = targets(canary)[number]
     torn = content | {DESCRIPTION: content[DESCRIPTION] | {"data": data}}
@@ -366,7 +358,7 @@ LIES = [
 ]
 
 
-@pytest.mark.parametrize(("keys", "value", "says"), mostly_slow(LIES, every=5))
+@pytest.mark.parametrize(("keys", "value", "says"), mostly_slow(LIES, 5))
 def test_lies_about_the_model(canary, tmp_path, content, keys, value, says):
     evil = remote_tokenizer(tmp_path / "evil", canary)
     value = value.replace("{evil}", str(evil)) if isinstance(value, str) else value
@@ -528,15 +520,20 @@ def test_checkpoints_from_before_names_still_load(tmp_path):
 # Names, texts and what is printed
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["../../x", "/x", "a/b", "a\\b", "..", ".", ".hidden", "x.", " x", "a\nb", "a\x1b[2Jb", "a\x00b",
-     "\u202ex", "con", "NUL.txt", "a:b", "x" * 300, "a*", "", "  "],
-)  # fmt: skip
-def test_names_stay_in_their_folder(one_line, name):
+NAMES_OF_RUNS = [
+    "../../x", "/x", "a/b", "a\\b", "..", ".", ".hidden", "x.", " x", "a\nb", "a\x1b[2Jb", "\u202ex", "con",
+    "NUL.txt", "a:b", "x" * 300, "a*", "", "  ",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*NAMES_OF_RUNS, "a\x00b"])
+def test_names_stay_in_their_folder(name):
     assert file_name_problem(name) is not None
-    if "\x00" not in name:
-        assert one_line("train", f"name={name}").startswith("name: ")
+
+
+@pytest.mark.parametrize("name", mostly_slow(NAMES_OF_RUNS, 6))
+def test_names_outside_of_their_folder_are_one_line(one_line, name):
+    assert one_line("train", f"name={name}").startswith("name: ")
 
 
 def test_usual_names_are_names():

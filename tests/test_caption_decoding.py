@@ -1,10 +1,12 @@
 """Writing captions: with and without cache, against exhaustive search, one by one, and its controls."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
 from support import tiny_models
+from support.slow import once_each
 
 from clipmapper.errors import UserError
 from clipmapper.models.mapper import MAPPERS
@@ -47,7 +49,7 @@ def with_ids(text: TokenizedText, ids: torch.Tensor) -> TokenizedText:
     return TokenizedText(ids, text.valid, text.removable)
 
 
-@pytest.fixture(scope="module", params=[(kind, variant) for kind in MAPPERS for variant in VARIANTS], ids=str)
+@pytest.fixture(scope="module", params=once_each(product(MAPPERS, VARIANTS), as_one=True), ids=str)
 def model(request, tmp_path_factory) -> Captioner:
     kind, variant = request.param
     return varied(tiny_models.captioner(tmp_path_factory.mktemp("clip"), kind, **VARIANTS[variant]))

@@ -137,7 +137,8 @@ def test_explain_writes_a_strip(command, picture, tmp_path):
         assert [word for word in ("red", "ring", "left", "cross") if word in line] == words
 
 
-def test_perturb(command, tmp_path):
+def test_perturb(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("clipmapper.commands.perturb._PICTURES", 1)
     settings = ("samples=3", "methods=[weighted,random]", "output=result", "word_weights=cider")
     status, printed, errors = command("perturb", *settings, "caption_scores=[cider,log_probability]")
     assert status == 0, errors

@@ -321,6 +321,7 @@ def one_of_two_processes(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
     torch.multiprocessing.spawn(one_of_two_processes, (str(tmp_path),), nprocs=2)
     metric = CaptionScores()

@@ -252,6 +252,7 @@ def test_changed_captions_are_judged_as_the_second_opinion_judges_them(index):
             assert truth.correct, (changed, truth)
 
 
+@pytest.mark.slow
 def test_most_changes_make_a_caption_false():
     """Otherwise the test above would test nothing."""
     false = true = 0

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from support import training_models
+from support.slow import mostly_slow
 from support.training_models import same_bits
 from torch.utils.data import DataLoader
 
@@ -184,6 +185,7 @@ def test_batch_of_a_step_is_always_the_same_and_captions_are_drawn_anew(architec
     assert other(0)["references"] != batch_at(0)["references"]
 
 
+@pytest.mark.slow
 def test_stages_of_training(architecture, settings):
     """Simple scenes in the first wordings, in all, then all scenes in all; twins more often than they are."""
     config = settings(
@@ -412,6 +414,7 @@ def test_loss_is_the_reward_over_the_greedy_one_times_log_probability(critical, 
     assert critical.model.head.layer.weight.grad.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_reward_rises(architecture, data):
     """From a captioner that knows the words but not yet which fit: what is drawn scores better and better."""
     model = tiny_captioner(architecture, data)
@@ -505,7 +508,7 @@ def test_checkpoint_of_a_run_writes_the_captions_of_its_results(finished):
         assert sample["reference"] == split[sample["image"]].captions[0]
 
 
-@pytest.mark.parametrize("decoder", ["gpt2_prefix", "gpt2_cross"])
+@pytest.mark.parametrize("decoder", mostly_slow(["gpt2_prefix", "gpt2_cross"], ["gpt2_cross"]))
 def test_a_run_with_gpt2(settings, decoder):
     """Trained, judged and saved by the same command; the file alone writes the captions of the results."""
     sizes = ("model.gpt2.width=16", "model.gpt2.heads=2", "model.gpt2.layers=1", "training.max_steps=2")

@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from support.slow import mostly_slow
 
 from clipmapper import cli
 from clipmapper.errors import UserError
@@ -148,7 +149,15 @@ def test_command_gets_its_typed_settings(run, command, tmp_path):
     assert list(tmp_path.iterdir()) == [] and Path.cwd() == tmp_path
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+# One of each group, and what the tests below compose too.
+COMPOSED = [
+    choice for number, choice in enumerate(CHOICES)
+    if choice.split("=")[0] in ("data", "training", "callbacks")
+    or choice.split("=")[0] != CHOICES[number - 1].split("=")[0]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("choice", mostly_slow(CHOICES, COMPOSED))
 def test_every_choice_composes_and_validates(run, choice):
     given = composed(run, choice)
     group, _, name = choice.partition("=")
@@ -254,104 +263,122 @@ def test_class_of_training_names_a_task(run, choice):
 # Mistakes
 
 
+MISTAKES = [
+    # a key that does not exist: changed, added, forced, in a section given whole, in a sweep
+    (["training.max_step=3"], "training.max_step", "did you mean training.max_steps?"),
+    (["training={max_step: 3}"], "training.max_step", "did you mean training.max_steps?"),
+    (["--multirun", "training.max_step=3,4"], "training.max_step", "did you mean training.max_steps?"),
+    (["+sede=3"], "sede", "did you mean seed?"),
+    (["+zzz=3"], "zzz", "there are callbacks, data, encoder, experiment, logger, model, name"),
+    (["training.zzz.yyy=3"], "training.zzz.yyy", "no such setting"),
+    (["logger=csv", "logger.mode=online"], "logger.mode", "the logger that is chosen"),
+    (["logger=other"], "logger._target_", "no value"),
+    (["logger=other", "logger._target_=a.B", "logger.options=3"], "logger.options", "{key: value}"),
+    (
+        ["logger=other", "logger._target_=a.B", "logger.options.x=3"],
+        "logger.options.x",
+        "+logger.options.x=…",
+    ),
+    (["hydra.job.nmae=x"], "hydra.job.nmae", "no such setting"),
+    # groups
+    (
+        ["logger=wanbd"],
+        "logger",
+        "'wanbd' is not one of csv, mlflow, other, tensorboard, wandb; did you mean wandb?",
+    ),
+    (["loger=wandb"], "loger", "did you mean logger?"),
+    (["~logger"], "~logger", "cannot be deleted"),
+    # values of a wrong type
+    (["training.max_steps=abc"], "training.max_steps", "'abc' is not an int"),
+    (["training.learning_rate=x"], "training.learning_rate", "'x' is not a number"),
+    (["trainer.val_check_interval=x"], "trainer.val_check_interval", "'x' is not an int or null"),
+    (["encoder.frozen=maybe"], "encoder.frozen", "'maybe' is not true or false"),
+    (["seed=true"], "seed", "true is not an int"),
+    (["callbacks.methods=gae"], "callbacks.methods", "'gae' is not a list"),
+    (["training.max_steps=${nope}"], "training.max_steps", "'nope' not found"),
+    # values that are not allowed
+    (["model.mapper=dual"], "model.mapper", "not one of dual_flow, single_flow; did you mean dual_flow?"),
+    (["callbacks.methods=[gae,gae]"], "callbacks.methods", "'gae' is listed twice"),
+    (["callbacks.methods=[]"], "callbacks.methods", "empty"),
+    (["callbacks.pictures=9", "callbacks.samples=8"], "callbacks.pictures", "9 pictures of 8 samples"),
+    (["model.heads=5"], "model.heads", "5 heads do not divide the width of 128"),
+    (["training.max_steps=0"], "training.max_steps", "0 is less than 1"),
+    ([CAPTIONS, "training.first_share=0.5"], "training.first_share", "at most simple_share"),
+    (["callbacks.confidence=1"], "callbacks.confidence", "1.0 is not below 1"),
+    (["training.simple_share=1.1"], "training.simple_share", "1.1 is more than 1"),
+    (["training.learning_rate=0"], "training.learning_rate", "0.0 is not above 0"),
+    (["training.learning_rate=nan"], "training.learning_rate", "not a finite number"),
+    (["trainer.devices=all"], "trainer.devices", "'all' is not a number of devices"),
+    (["name="], "name", "empty"),
+    (
+        ["training=vqqa"],
+        "training",
+        "'vqqa' is not one of captioning, captioning_scenes, vqa, vqa_s",
+    ),
+    # what does not belong together
+    (["data=scenes_captions"], "data", "has captions, but training is for vqa"),
+    (["data=manifest", "data.path=m.jsonl", "training=vqa_scenes"], "training", "choose training=vqa"),
+    ([CAPTIONS, "model=scenes"], "model", "experiment=caption_scenes) chooses what"),
+    # captioning
+    ([CAPTIONS, "training.objective=scst"], "training.checkpoint", "goes on from a captioner"),
+    ([CAPTIONS, "training.blind_steps=3"], "training.blind_steps", "not a setting of the training that"),
+    # grammar
+    (["=3"], "cannot read '=3'", "key=value"),
+    (["seed=1,2"], "seed=1,2", "--multirun"),
+    (["--seed=3"], "unrecognized arguments", "key=value, without dashes"),
+]
+# Of the same kinds.
+MORE_MISTAKES = [
+    (["+training.max_step=3"], "training.max_step", "did you mean training.max_steps?"),
+    (["++training.max_step=3"], "training.max_step", "did you mean training.max_steps?"),
+    (["+trainng.max_steps=3"], "trainng.max_steps", "did you mean training.max_steps?"),
+    (["+training={max_step: 3}"], "training.max_step", "did you mean training.max_steps?"),
+    (["max_steps=3"], "max_steps", "did you mean training.max_steps?"),
+    (["training.max_steps.zzz=3"], "training.max_steps.zzz", "no such setting"),
+    (["logger=csv", "+logger.mode=online"], "logger.mode", "the logger that is chosen"),
+    (["logger=other", "logger._target_=a.B", "+logger.options.x=inf"], "logger.options.x", "inf"),
+    (["logger=csv", "+logger.options.x=3"], "logger.options", "the logger that is chosen"),
+    (["callbacks=none", "callbacks.samples=3"], "callbacks.samples", "the callbacks that is chosen"),
+    (["+loger=wandb"], "loger", "did you mean logger?"),
+    (["experimnt=vqa_scenes"], "experimnt", "did you mean experiment?"),
+    (["experiment=vqa_scene"], "experiment", "did you mean vqa_scenes?"),
+    (["logger=null"], "logger", "csv, mlflow, other, tensorboard, wandb"),
+    (["model=3"], "model", "paper_dual_flow"),
+    (["training.max_steps=1.5"], "training.max_steps", "1.5 is not an int"),
+    (["training.max_steps=null"], "training.max_steps", "null is not an int"),
+    (["encoder.frozen=2"], "encoder.frozen", "2 is not true or false"),
+    (["training=5"], "training", "'5' is not one of captioning, captioning_scenes, vqa"),
+    (["callbacks.methods=[gae,weigthed]"], "callbacks.methods", "did you mean weighted?"),
+    (
+        [CAPTIONS, "training.first_wordings=[place]"],
+        "training.first_wordings",
+        "'place' is not one of",
+    ),
+    ([CAPTIONS, "training=captioning"], "training", "choose training=captioning_scenes"),
+    (["seed=-1"], "seed", "-1 is less than 0"),
+    (["trainer.precision=bf16"], "trainer.precision", "not one of 32-true, 16-mixed, bf16-mixed"),
+    (["training=captioning"], "data", "has questions, but training is for captioning"),
+    (["training=vqa"], "training", "choose training=vqa_scenes"),
+    (
+        [CAPTIONS, "training.objective=reinforce"],
+        "training.objective",
+        "not one of cross_entropy, scst",
+    ),
+    ([CAPTIONS, "training.checkpoint="], "training.checkpoint", "is empty"),
+    ([CAPTIONS, "training.label_smoothing=1"], "training.label_smoothing", "1.0 is not below 1"),
+    (
+        ["training.objective=scst"],
+        "training.objective",
+        "not a setting of the training that is chosen",
+    ),
+    ([CAPTIONS, "model.vocabulary=all"], "model.vocabulary", "one of tokenizer, data"),
+    (["a b"], "cannot read 'a b'", "key=value"),
+]
+
+
 @pytest.mark.parametrize(
     ("arguments", "key", "says"),
-    [
-        # a key that does not exist: changed, added, forced, in a section given whole, in a sweep
-        (["training.max_step=3"], "training.max_step", "did you mean training.max_steps?"),
-        (["+training.max_step=3"], "training.max_step", "did you mean training.max_steps?"),
-        (["++training.max_step=3"], "training.max_step", "did you mean training.max_steps?"),
-        (["+trainng.max_steps=3"], "trainng.max_steps", "did you mean training.max_steps?"),
-        (["training={max_step: 3}"], "training.max_step", "did you mean training.max_steps?"),
-        (["+training={max_step: 3}"], "training.max_step", "did you mean training.max_steps?"),
-        (["--multirun", "training.max_step=3,4"], "training.max_step", "did you mean training.max_steps?"),
-        (["max_steps=3"], "max_steps", "did you mean training.max_steps?"),
-        (["+sede=3"], "sede", "did you mean seed?"),
-        (["+zzz=3"], "zzz", "there are callbacks, data, encoder, experiment, logger, model, name"),
-        (["training.zzz.yyy=3"], "training.zzz.yyy", "no such setting"),
-        (["training.max_steps.zzz=3"], "training.max_steps.zzz", "no such setting"),
-        (["logger=csv", "logger.mode=online"], "logger.mode", "the logger that is chosen"),
-        (["logger=csv", "+logger.mode=online"], "logger.mode", "the logger that is chosen"),
-        (["logger=other"], "logger._target_", "no value"),
-        (["logger=other", "logger._target_=a.B", "logger.options=3"], "logger.options", "{key: value}"),
-        (
-            ["logger=other", "logger._target_=a.B", "logger.options.x=3"],
-            "logger.options.x",
-            "+logger.options.x=…",
-        ),
-        (["logger=other", "logger._target_=a.B", "+logger.options.x=inf"], "logger.options.x", "inf"),
-        (["logger=csv", "+logger.options.x=3"], "logger.options", "the logger that is chosen"),
-        (["callbacks=none", "callbacks.samples=3"], "callbacks.samples", "the callbacks that is chosen"),
-        (["hydra.job.nmae=x"], "hydra.job.nmae", "no such setting"),
-        # groups
-        (
-            ["logger=wanbd"],
-            "logger",
-            "'wanbd' is not one of csv, mlflow, other, tensorboard, wandb; did you mean wandb?",
-        ),
-        (["loger=wandb"], "loger", "did you mean logger?"),
-        (["+loger=wandb"], "loger", "did you mean logger?"),
-        (["experimnt=vqa_scenes"], "experimnt", "did you mean experiment?"),
-        (["experiment=vqa_scene"], "experiment", "did you mean vqa_scenes?"),
-        (["logger=null"], "logger", "csv, mlflow, other, tensorboard, wandb"),
-        (["model=3"], "model", "paper_dual_flow"),
-        (["~logger"], "~logger", "cannot be deleted"),
-        # values of a wrong type
-        (["training.max_steps=abc"], "training.max_steps", "'abc' is not an int"),
-        (["training.max_steps=1.5"], "training.max_steps", "1.5 is not an int"),
-        (["training.max_steps=null"], "training.max_steps", "null is not an int"),
-        (["training.learning_rate=x"], "training.learning_rate", "'x' is not a number"),
-        (["trainer.val_check_interval=x"], "trainer.val_check_interval", "'x' is not an int or null"),
-        (["encoder.frozen=maybe"], "encoder.frozen", "'maybe' is not true or false"),
-        (["encoder.frozen=2"], "encoder.frozen", "2 is not true or false"),
-        (["seed=true"], "seed", "true is not an int"),
-        (["callbacks.methods=gae"], "callbacks.methods", "'gae' is not a list"),
-        (["training=5"], "training", "'5' is not one of captioning, captioning_scenes, vqa"),
-        (["training.max_steps=${nope}"], "training.max_steps", "'nope' not found"),
-        # values that are not allowed
-        (["model.mapper=dual"], "model.mapper", "not one of dual_flow, single_flow; did you mean dual_flow?"),
-        (["callbacks.methods=[gae,weigthed]"], "callbacks.methods", "did you mean weighted?"),
-        (["callbacks.methods=[gae,gae]"], "callbacks.methods", "'gae' is listed twice"),
-        (["callbacks.methods=[]"], "callbacks.methods", "empty"),
-        (["callbacks.pictures=9", "callbacks.samples=8"], "callbacks.pictures", "9 pictures of 8 samples"),
-        (["callbacks.confidence=1"], "callbacks.confidence", "1.0 is not below 1"),
-        (["model.heads=5"], "model.heads", "5 heads do not divide the width of 128"),
-        (["training.max_steps=0"], "training.max_steps", "0 is less than 1"),
-        (["training.simple_share=1.1"], "training.simple_share", "1.1 is more than 1"),
-        ([CAPTIONS, "training.first_share=0.5"], "training.first_share", "at most simple_share"),
-        ([CAPTIONS, "training.first_wordings=[place]"], "training.first_wordings", "'place' is not one of"),
-        ([CAPTIONS, "training=captioning"], "training", "choose training=captioning_scenes"),
-        (["training.learning_rate=0"], "training.learning_rate", "0.0 is not above 0"),
-        (["training.learning_rate=nan"], "training.learning_rate", "not a finite number"),
-        (["seed=-1"], "seed", "-1 is less than 0"),
-        (["trainer.devices=all"], "trainer.devices", "'all' is not a number of devices"),
-        (["trainer.precision=bf16"], "trainer.precision", "not one of 32-true, 16-mixed, bf16-mixed"),
-        (["name="], "name", "empty"),
-        (
-            ["training=vqqa"],
-            "training",
-            "'vqqa' is not one of captioning, captioning_scenes, vqa, vqa_s",
-        ),
-        # what does not belong together
-        (["data=scenes_captions"], "data", "has captions, but training is for vqa"),
-        (["training=captioning"], "data", "has questions, but training is for captioning"),
-        (["data=manifest", "data.path=m.jsonl", "training=vqa_scenes"], "training", "choose training=vqa"),
-        (["training=vqa"], "training", "choose training=vqa_scenes"),
-        ([CAPTIONS, "model=scenes"], "model", "experiment=caption_scenes) chooses what"),
-        # captioning
-        ([CAPTIONS, "training.objective=reinforce"], "training.objective", "not one of cross_entropy, scst"),
-        ([CAPTIONS, "training.objective=scst"], "training.checkpoint", "goes on from a captioner"),
-        ([CAPTIONS, "training.checkpoint="], "training.checkpoint", "is empty"),
-        ([CAPTIONS, "training.label_smoothing=1"], "training.label_smoothing", "1.0 is not below 1"),
-        ([CAPTIONS, "training.blind_steps=3"], "training.blind_steps", "not a setting of the training that"),
-        (["training.objective=scst"], "training.objective", "not a setting of the training that is chosen"),
-        ([CAPTIONS, "model.vocabulary=all"], "model.vocabulary", "one of tokenizer, data"),
-        # grammar
-        (["=3"], "cannot read '=3'", "key=value"),
-        (["a b"], "cannot read 'a b'", "key=value"),
-        (["seed=1,2"], "seed=1,2", "--multirun"),
-        (["--seed=3"], "unrecognized arguments", "key=value, without dashes"),
-    ],
+    [*MISTAKES, *mostly_slow(MORE_MISTAKES, ())],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_mistake_in_the_settings_of_training(run, arguments, key, says):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.slow import mostly_slow
 
 from clipmapper.errors import UserError
 from clipmapper.models.encoder import ClipEncoder
@@ -75,7 +76,7 @@ def roughen(encoder: ClipEncoder) -> None:
             weight.copy_(1 + 0.2 * noise)
 
 
-@pytest.fixture(scope="module", params=[*SMALL, *REAL])
+@pytest.fixture(scope="module", params=mostly_slow([*SMALL, *REAL], [*SMALL, "ViT-B-32-quickgelu"]))
 def encoder(request, tmp_path_factory) -> ClipEncoder:
     return build(request.param, tmp_path_factory.mktemp("configs"))
 

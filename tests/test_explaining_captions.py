@@ -1,11 +1,14 @@
 """``clipmapper.explain`` of a captioner: every word of a caption, from one forward of the image."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from support import caption_models, training_models
 from support.compared_methods import METHODS
+from support.slow import once_each
 
 import clipmapper
 from clipmapper.errors import UserError
@@ -22,12 +25,15 @@ CAPTION = "a chartreuse ring, left of a small cross"
 WORDS = ("a", "chartreuse", "ring", ",", "left", "of", "a", "small", "cross")
 
 
+MAPPERS = ["dual_flow", "single_flow"]
+
+
 @pytest.fixture(scope="module")
 def architecture(tmp_path_factory):
     return training_models.tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
-@pytest.fixture(scope="module", params=["dual_flow", "single_flow"])
+@pytest.fixture(scope="module", params=MAPPERS)
 def model(request, architecture):
     return caption_models.captioner(architecture, mapper=request.param)
 
@@ -68,7 +74,9 @@ def separately(model, pixels, method, scalar):
     return np.stack(maps), np.stack(matrix)
 
 
-@pytest.mark.parametrize("scalar", ["logit", "log_probability"])
+@pytest.mark.parametrize(
+    ("model", "scalar"), once_each(product(MAPPERS, ["logit", "log_probability"])), indirect=["model"]
+)
 def test_all_words_at_once_are_each_on_its_own(model, picture, scalar):
     pixels = pixels_of(model, picture)
     together = explain_captions(model, pixels, list(METHODS), caption=CAPTION, scalar=scalar)
@@ -111,7 +119,11 @@ def test_the_image_passes_its_tower_once(plain, picture, monkeypatch):
         assert len(explanation.words) > 3
 
 
-@pytest.mark.parametrize("decoding", [None, Decoding("greedy", max_length=6), Decoding("nucleus", seed=3)])
+@pytest.mark.parametrize(
+    ("model", "decoding"),
+    once_each(product(MAPPERS, [None, Decoding("greedy", max_length=6), Decoding("nucleus", seed=3)])),
+    indirect=["model"],
+)
 def test_the_model_s_own_caption(model, picture, decoding):
     pixels = pixels_of(model, picture)
     model.train()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support import caption_models, training_models
+from support.slow import once_each
 from support.training_models import same_bits
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -69,7 +70,7 @@ def from_folder(architecture, folder, decoder, **settings):
     return captioner(architecture, decoder=decoder, gpt2=gpt2, text_embedding_only=True, **settings)
 
 
-@pytest.fixture(params=CASES, ids=" ".join, scope="module")
+@pytest.fixture(params=once_each(CASES, as_one=True), ids=" ".join, scope="module")
 def model(request, architecture):
     mapper, decoder = request.param
     return captioner(architecture, mapper=mapper, decoder=decoder, vocabulary="data")

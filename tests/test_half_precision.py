@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support import tiny_models
+from support.slow import once_each
 
 from clipmapper.benchmarks import subjects
 from clipmapper.errors import UserError
@@ -89,8 +90,9 @@ def in_float64(trace):
     return replace(trace, steps=[turned(step) for step in trace.steps])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ONE_RECORDING)
+@pytest.mark.parametrize(
+    ("name", "mode"), once_each((name, mode) for name in ONE_RECORDING for mode in MODES)
+)
 def test_relevance_of_what_was_recorded_is_exact(recorded, name, mode):
     """The method rounds no more than float32 does (1e-3 of the largest is asked for)."""
     with torch.autocast("cpu", torch.bfloat16):
@@ -107,7 +109,9 @@ IN_EVERY_MODE = ("weighted", "gae", "alti", "token_tm", "grad_cam", *LRP)
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [(name, mode) for name in METHODS for mode in MODES if mode == "autocast" or name in IN_EVERY_MODE],
+    once_each(
+        (name, mode) for name in METHODS for mode in MODES if mode == "autocast" or name in IN_EVERY_MODE
+    ),
 )
 def test_every_method_works_in_half_precision_or_says_that_it_does_not(recorded, name, mode):
     """Against the float32 model: what is left is the rounding of the model itself, which these two

@@ -6,6 +6,7 @@ from support import naive_relevance
 from support.explained_models import MODELS, Case, assert_same, expected_streams
 from support.naive_methods import NAIVE, SIGNED, input_x_gradient, tokens_in_state
 from support.naive_relevance import Run
+from support.slow import mostly_slow
 
 from clipmapper.errors import UserError
 from clipmapper.relevance import METHODS, Again, record
@@ -209,7 +210,8 @@ MORE = [name for name in METHODS if name not in naive_relevance.METHODS and name
 SLOW = ("attention_flow", "beyond_intuition", "integrated_gradients")
 
 
-@pytest.mark.parametrize("name", MORE)
+# With LibraGrad the same functions run, on another recording.
+@pytest.mark.parametrize("name", mostly_slow(MORE, [name for name in MORE if not name.endswith("_libra")]))
 def test_what_holds_of_every_method(explained, name):
     """Shapes, no relevance on padding, none negative, and a batch gives what a sample gives alone."""
     case = explained(MODELS[0])

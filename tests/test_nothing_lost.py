@@ -112,6 +112,7 @@ train(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_kill_9_loses_at_most_the_interval(settings, common, whole, tmp_path):
     arguments = (*TINY_RUN, *common, "name=killed", "trainer.checkpoint_interval=2")
     arguments = [one for one in arguments if not one.startswith("callbacks.")]
@@ -281,7 +282,7 @@ class NanGradient(torch.autograd.Function):
     ("what", "spoil"),
     [
         ("the loss", lambda loss: loss * torch.nan),
-        ("the loss", lambda loss: loss + torch.inf),
+        pytest.param("the loss", lambda loss: loss + torch.inf, marks=pytest.mark.slow),
         ("the gradient", NanGradient.apply),
     ],
     ids=["nan", "inf", "gradient"],

@@ -252,6 +252,7 @@ def test_nocaps(tmp_path):
         converted(tmp_path, "nocaps", content | {"annotations": []})
 
 
+@pytest.mark.slow
 def test_the_script(tmp_path):
     save(tmp_path / "q.json", [["what color is the shape?", "blue", 3], ["is there a ring?", "no", 3]])
     command = [sys.executable, str(ROOT / "scripts" / "convert.py"), "easy_vqa", "q.json"]

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from support.slow import mostly_slow
 from support.training_models import train_settings
 
 import clipmapper
@@ -75,7 +76,7 @@ def test_an_old_checkpoint_says_what_it_said(kind, tmp_path):
     same(json.loads(json.dumps(told(kind, tmp_path))), expected[kind])
 
 
-@pytest.mark.parametrize("kind", ["vqa", "captioning"])
+@pytest.mark.parametrize("kind", mostly_slow(["vqa", "captioning"], ["vqa"]))
 def test_an_old_run_goes_on(kind, tmp_path, monkeypatch):
     """Its last validation was to come: it gives the results of then, explanations of all."""
     settings = yaml.safe_load((OLD / kind / "config.yaml").read_text())

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support import families as base
 from support import more_families as more
+from support.slow import mostly_slow
 
 from clipmapper.relevance import METHODS, record
 
@@ -58,9 +59,7 @@ BESIDE = {  # name → (the stream of the words, how many tokens it has before t
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in BESIDE]
-)
+@pytest.mark.parametrize("name", mostly_slow(BESIDE, QUICK))
 def test_words_beside_an_image(name):
     case = CASES[name]()
     stream, before, behind = BESIDE[name]
@@ -93,13 +92,7 @@ def causal(name):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-        for name in ("hf_git", "hf_paligemma", "hf_llava", "hf_blip2")
-    ],
-)
+@pytest.mark.parametrize("name", mostly_slow(("hf_git", "hf_paligemma", "hf_llava", "hf_blip2"), QUICK))
 def test_words_around_an_image(name, side):
     case, tokens, words, before = causal(name)
     if name == "hf_git" and side == "left":

@@ -11,6 +11,7 @@ from open_clip.loss import ClipLoss
 from PIL import Image
 from safetensors import safe_open
 
+from clipmapper.commands import pretrain_clip
 from clipmapper.commands.pretrain_clip import run_pretraining, used_token_ids
 from clipmapper.data.images import clip_input
 from clipmapper.data.world.scenes import draw_scene, render
@@ -39,9 +40,18 @@ def encoder(architecture):
     return ClipEncoder(architecture, frozen=False)
 
 
-def module(encoder, caption_weight=1.0, heads=2):
+@pytest.fixture(scope="module", autouse=True)
+def token_ids(architecture):
+    """Thousands of scenes are drawn for the words: once for all of these tests."""
+    found = used_token_ids(ClipEncoder(architecture))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pretrain_clip, "used_token_ids", lambda encoder: found)
+        yield found
+
+
+def module(encoder, token_ids, caption_weight=1.0):
     torch.manual_seed(0)
-    made = ContrastiveModule(encoder, used_token_ids(encoder), caption_weight, 1e-3, 0.1, 2, 10)
+    made = ContrastiveModule(encoder, token_ids, caption_weight, 1e-3, 0.1, 2, 10)
     made.log_dict = lambda *args, **kwargs: None  # no trainer here
     return made
 
@@ -68,17 +78,17 @@ def test_rendered_images_are_resized_as_the_transform_does(encoder):
     torch.testing.assert_close(clip_input(same_size, encoder.clip.visual), exact)
 
 
-def test_the_contrastive_part_is_clips_own_loss(encoder):
+def test_the_contrastive_part_is_clips_own_loss(encoder, token_ids):
     batch = ContrastiveScenes(encoder, 8, 4, 0, 100).batch(90)
-    loss = module(encoder, caption_weight=0.0).training_step(batch, 0)
+    loss = module(encoder, token_ids, caption_weight=0.0).training_step(batch, 0)
     image, text = encoder.embeddings(*batch)
     expected = ClipLoss()(image, text, encoder.clip.logit_scale.exp())
     torch.testing.assert_close(loss, expected)
 
 
-def test_the_captioner_reads_no_later_word_and_pays_for_no_padding(encoder):
+def test_the_captioner_reads_no_later_word_and_pays_for_no_padding(encoder, token_ids):
     images, ids = ContrastiveScenes(encoder, 8, 4, 0, 100).batch(90)
-    made = module(encoder)
+    made = module(encoder, token_ids)
     captioner = made.captioner
     labels = captioner.labels(ids)
     assert (captioner.token_ids[labels] == ids).all()  # every word of a caption can be said
@@ -98,11 +108,11 @@ def test_the_captioner_reads_no_later_word_and_pays_for_no_padding(encoder):
     assert not torch.allclose(other_images, before)
 
 
-def test_patch_tokens_take_a_gradient_from_captions_only(encoder):
+def test_patch_tokens_take_a_gradient_from_captions_only(encoder, token_ids):
     """Why there is a captioner: the last block's patches get none from the class token's loss."""
     batch = ContrastiveScenes(encoder, 8, 4, 0, 100).batch(90)
     for caption_weight in (0.0, 1.0):
-        made = module(encoder, caption_weight)
+        made = module(encoder, token_ids, caption_weight)
         kept = []
 
         def keep(module, arguments, output, kept=kept):
@@ -116,6 +126,7 @@ def test_patch_tokens_take_a_gradient_from_captions_only(encoder):
         assert (of_patches > 0) == (caption_weight > 0)
 
 
+@pytest.mark.slow
 def test_interrupted_pretraining_goes_on_to_the_same_weights(architecture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = run_pretraining(settings(architecture, tmp_path / "whole.safetensors"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from support import training_models
+from support.slow import mostly_slow
 
 from clipmapper.commands.make_shards import main as make_shards
 from clipmapper.commands.train import train
@@ -32,7 +33,7 @@ COMMON = (
     "model.depth=1",
     "model.heads=2",
 )
-EXPLAINED = ("callbacks.samples=5", "callbacks.pictures=1", "callbacks.methods=[weighted,random]")
+EXPLAINED = ("callbacks.samples=5", "callbacks.pictures=0", "callbacks.methods=[weighted,random]")
 QUESTIONS = (
     *COMMON,
     *EXPLAINED,
@@ -42,8 +43,8 @@ QUESTIONS = (
     "data.held_out_scenes=7",
     "training.blind_steps=1",
     "training.token_cache=false",
-    "trainer.compile=true",
 )
+COMPILED = (*QUESTIONS, "name=compiled", "callbacks.pictures=1", "trainer.compile=true")
 CAPTIONS = (
     *COMMON,
     *EXPLAINED,
@@ -146,8 +147,12 @@ def run_by_two(runs, architecture: str, manifest: Path, folder: Path) -> trainin
 
 @pytest.fixture(scope="module")
 def by_two(architecture, manifest, tmp_path_factory):
-    runs = (QUESTIONS, CAPTIONS, SHARDED)
-    return run_by_two(runs, architecture, manifest, tmp_path_factory.mktemp("two"))
+    return run_by_two((QUESTIONS, CAPTIONS), architecture, manifest, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def slowly_by_two(architecture, manifest, tmp_path_factory):
+    return run_by_two((SHARDED, COMPILED), architecture, manifest, tmp_path_factory.mktemp("slowly"))
 
 
 @pytest.fixture(scope="module")
@@ -156,12 +161,21 @@ def resumed(architecture, manifest, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "run"), [("vqa_scenes", QUESTIONS), ("caption_scenes", CAPTIONS), ("sharded", SHARDED)]
+    ("ran", "name", "run"),
+    mostly_slow(
+        [
+            ("by_two", "vqa_scenes", QUESTIONS),
+            ("by_two", "caption_scenes", CAPTIONS),
+            ("slowly_by_two", "sharded", SHARDED),
+            ("slowly_by_two", "compiled", COMPILED),
+        ],
+        [("by_two", "vqa_scenes", QUESTIONS), ("by_two", "caption_scenes", CAPTIONS)],
+    ),
 )
-def test_two_processes_equal_one(by_two, architecture, manifest, tmp_path, name, run):
+def test_two_processes_equal_one(request, architecture, manifest, tmp_path, ran, name, run):
     """With splits that two do not divide evenly; of captions, gradients are accumulated as well: they have
     unequally many words, so that the mean of the parts' means would not be the mean."""
-    (two,) = (by_two.folder / name).iterdir()
+    (two,) = (request.getfixturevalue(ran).folder / name).iterdir()
     alone = tuple(setting for setting in run if not setting.startswith(BY_THE_WAY))
     alone += ("data.workers=0",) if run == SHARDED else ()
     one = train(training_models.train_settings(*placed(alone, architecture, manifest, tmp_path)))
@@ -180,9 +194,10 @@ def test_two_processes_equal_one(by_two, architecture, manifest, tmp_path, name,
             assert [answer["question_id"] for answer in answers[0]] == list(ids)
 
 
-def test_compiled_blocks_train_as_they_are_written(by_two):
+@pytest.mark.slow
+def test_compiled_blocks_train_as_they_are_written(slowly_by_two):
     """That the weights are the same, the test above says of the run with ``trainer.compile``."""
-    (graphs,) = re.findall(r"(\d+) graphs compiled", by_two.printed)
+    (graphs,) = re.findall(r"(\d+) graphs compiled", slowly_by_two.printed)
     assert int(graphs) > 0
 
 
@@ -206,17 +221,13 @@ def test_a_stopped_run_of_two_processes_goes_on_as_if_it_had_not_been(resumed, n
     assert written[0] == written[1]
 
 
-def test_one_process_speaks_and_writes(by_two):
-    says_it_once(by_two, runs=3, resumed=0)
-
-
-@pytest.mark.slow
-def test_one_process_speaks_of_resuming(resumed):
-    says_it_once(resumed, runs=6, resumed=3)
-
-
-def says_it_once(ran: training_models.Finished, runs: int, resumed: int) -> None:
-    """Of the commands; one that is stopped writes nothing and says so."""
+@pytest.mark.parametrize(
+    ("commands", "runs", "resumed"),
+    mostly_slow([("by_two", 2, 0), ("slowly_by_two", 2, 0), ("resumed", 6, 3)], 3),
+)
+def test_one_process_speaks_and_writes(request, commands, runs, resumed):
+    """One that is stopped writes nothing and says so."""
+    ran = request.getfixturevalue(commands)
     assert ran.printed.count("\nRun ") + ran.printed.startswith("Run ") == runs
     assert ran.printed.count("Resuming ") == resumed
     assert "distributed" not in ran.printed + ran.errors

@@ -98,7 +98,8 @@ def command(tmp_path, monkeypatch, capfd):
     return run
 
 
-def test_perturb_works_where_the_truth_is_unknown(answering, captioning, place, command):
+def test_perturb_works_where_the_truth_is_unknown(answering, captioning, place, command, monkeypatch):
+    monkeypatch.setattr("clipmapper.commands.perturb._PICTURES", 1)
     few = ("methods=[weighted,random]", "samples=2")
     for folder, name in ((answering, "questions"), (captioning, "captions")):
         checkpoint = f"checkpoint={folder / CHECKPOINT}"

@@ -1,6 +1,7 @@
 """The methods against a naive second implementation on whole models, and what must hold of them."""
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from support import naive_relevance, tiny_models
 from support.compared_methods import METHODS
 from support.explained_models import MODELS, Case, assert_same, expected_streams
 from support.made_traces import MASKS, RandomRun, attention
+from support.slow import once_each
 
 from clipmapper.relevance import propagation as propagation_module
 from clipmapper.relevance import record
@@ -31,6 +33,14 @@ RULES = {
 GRADIENT_FREE = ("weighted_half", "rollout", "raw_attention", "random")
 
 
+def name_of(model: tuple | str) -> str:
+    return (
+        model
+        if isinstance(model, str)
+        else f"{model[0]}{'-class_token' if model[1] else ''}-{model[2]}-blocks"
+    )
+
+
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     made = {}
@@ -43,7 +53,7 @@ def cases(tmp_path_factory):
     return case
 
 
-@pytest.fixture(params=MODELS, ids=lambda m: f"{m[0]}{'-class_token' if m[1] else ''}-{m[2]}-blocks")
+@pytest.fixture(params=MODELS, ids=name_of)
 def case(request, cases):
     return cases(request.param)
 
@@ -132,7 +142,9 @@ def test_weighted_does_not_depend_on_the_scale_of_y(case):
     assert difference.abs().max() > 1e-3, "gae does depend on the scale; is y scaled at all?"
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("case", "name"), once_each(product(MODELS, METHODS)), indirect=["case"], ids=name_of
+)
 def test_a_batch_gives_what_its_samples_give_alone(case, name):
     samples = [31, 7, 64]
     _, trace = case.traced(samples=samples)

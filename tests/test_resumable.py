@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import training_models
+from support.slow import mostly_slow
 
 from clipmapper.commands.train import train
 from clipmapper.errors import UserError
@@ -83,10 +84,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize(
-    "what",
-    [name if name == "other weights" else pytest.param(name, marks=pytest.mark.slow) for name in CHANGES],
-)
+@pytest.mark.parametrize("what", mostly_slow(CHANGES, ["other weights"]))
 def test_a_changed_part_is_named(stopped, what):
     config, path = stopped
     change, says = CHANGES[what]

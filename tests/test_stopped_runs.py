@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from support import training_models
+from support.slow import mostly_slow
 from support.training_models import PATIENCE, same_bits
 
 from clipmapper.commands.train import train
@@ -87,7 +88,7 @@ def in_validation(monkeypatch, step: int, *signals: signal.Signals) -> list[int]
 
 @pytest.mark.parametrize(
     ("step", "number"),
-    [(2, signal.SIGTERM), (4, signal.SIGHUP)],
+    mostly_slow([(2, signal.SIGTERM), (4, signal.SIGHUP)], 2),
     ids=["in the middle", "last"],
 )
 def test_validation_stops_between_two_batches(settings, whole, monkeypatch, request, step, number):

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from support import training_models
+from support.slow import mostly_slow
 from support.training_models import same_bits
 from torch import nn
 from torch.utils.data import DataLoader
@@ -389,7 +390,7 @@ def whole_run(settings):
     return run_of
 
 
-CACHED = ("callbacks.pictures=0", "trainer.val_check_interval=3")
+CACHED = ("callbacks.pictures=0", "callbacks.methods=[weighted,random]", "trainer.val_check_interval=3")
 TUNED = ("encoder.frozen=false", "model.mapper=single_flow", "callbacks=none")
 
 
@@ -450,7 +451,9 @@ def test_killed_run_goes_on_from_its_last_saving(settings, whole_run, monkeypatc
 
 @pytest.mark.parametrize(
     ("moment", "interval"),
-    [("last step", 3), ("last validation", "null"), ("validation behind fit", 3), ("baseline", 3)],
+    mostly_slow(
+        [("last step", 3), ("last validation", "null"), ("validation behind fit", 3), ("baseline", 3)], 4
+    ),
 )
 def test_stopped_at_the_end_and_resumed(settings, whole_run, monkeypatch, moment, interval):
     whole = whole_run(*CACHED)
@@ -484,9 +487,9 @@ def test_callback_leaves_training_as_it_is(settings, monkeypatch):
         return built
 
     monkeypatch.setattr(vqa_run, "build_clipmapper", with_dropout)
-    common = ("encoder.frozen=false", "trainer.val_check_interval=2")
+    common = ("encoder.frozen=false", "trainer.val_check_interval=4")
     without = train(settings("name=without", "callbacks=none", *common))
-    explained = train(settings("name=explained", *common))
+    explained = train(settings("name=explained", "callbacks.samples=2", *common))
     assert same_bits(state_of_training(explained), state_of_training(without))
     results = [json.loads((folder / RESULTS).read_text()) for folder in (explained, without)]
     assert results[0]["accuracy"] == results[1]["accuracy"]

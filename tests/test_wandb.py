@@ -126,6 +126,7 @@ def test_csv_holds_the_same_numbers(tmp_path):
             f"encoder.architecture={architecture}",
             f"output={tmp_path}",
             "logger=csv",
+            "callbacks.samples=3",
             "trainer.val_check_interval=4",
             "callbacks.pictures=0",
         )
