@@ -1,12 +1,14 @@
 """The call forms of captum and Quantus, with their own code as the client."""
 
 from functools import partial
+from itertools import product
 
 import numpy as np
 import pytest
 import torch
 from captum.metrics import sensitivity_max
 from support import families, tiny_models
+from support.slow import once_each
 
 from clipmapper.errors import UserError
 from clipmapper.models.tokens import TokenizedText
@@ -34,8 +36,9 @@ def attribution(model, name="weighted"):
     return Attribution(model, METHODS[name], partial(answer, model))
 
 
-@pytest.mark.parametrize("name", ["weighted", "gae", "weighted_libra", "occlusion"])
-@pytest.mark.parametrize("size", [None, 3])
+@pytest.mark.parametrize(
+    ("name", "size"), once_each(product(["weighted", "gae", "weighted_libra", "occlusion"], [None, 3]))
+)
 def test_output_mirrors_the_inputs_whatever_the_batches(model, name, size):
     expected = METHODS[name](trace_answers(model, IMAGES, TEXT, ANSWERS).trace)
     target = torch.tensor(ANSWERS)

@@ -56,6 +56,7 @@ def test_decoding(tiny, tmp_path, capsys):
     assert "tokens/s with the cache" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_explanation(tiny, tmp_path, capsys):
     command.main(["explanation", *tiny, "--name", "words"])
     found = json.loads((tmp_path / "out" / "words.json").read_text())

@@ -233,6 +233,7 @@ def test_numbers_tables_and_scalars(report):
     assert "localisation/colour/mass/weighted" in scalars
 
 
+@pytest.mark.slow
 def test_report_goes_on_where_it_stopped(model, samples, report, tmp_path):
     points = []
 

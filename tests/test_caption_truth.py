@@ -234,6 +234,7 @@ def counts_kinds(caption: str) -> bool:
     return re.search(rf"\b(?:{'|'.join(NUMBERS)}) (?!objects?\b)", caption) is not None
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50)
 @given(st.integers(0, 10**6))
 def test_changed_captions_are_judged_as_the_second_opinion_judges_them(index):

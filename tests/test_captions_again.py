@@ -1,9 +1,12 @@
 """Methods that run the model again, of the words of a caption."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
 from support import caption_models, training_models
+from support.slow import once_each
 
 from clipmapper.data.images import clip_input
 from clipmapper.relevance import METHODS
@@ -30,8 +33,7 @@ def picture():
     return caption_models.picture()
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("scalar", ["logit", "log_probability"])
+@pytest.mark.parametrize(("case", "scalar"), once_each(product(CASES, ["logit", "log_probability"])))
 def test_what_is_run_again_is_what_was_traced(architecture, picture, case, scalar, monkeypatch):
     """The same numbers for every token, and a recording of it explains the same: it reads the same rows."""
     model = caption_models.captioner(architecture, **CASES[case])

@@ -495,10 +495,14 @@ def test_help_and_version(run):
     status, printed, _ = run("--help")
     assert status == 0 and all(f"  {command}" in printed for command in (*COMMANDS, *WITH_OPTIONS))
     assert run("--version") == run("train", "--version") == (0, "clipmapper 0.1.0\n", "")
-    status, printed, _ = run("train", "--help")
-    assert status == 0 and "experiment: caption_coco_b32" in printed and "max_steps: " in printed
     status, printed, _ = run("train", "--cfg", "job", "seed=9")
     assert status == 0 and "seed: 9\n" in printed and not run.configs
+
+
+@pytest.mark.slow
+def test_help_on_settings(run):
+    status, printed, _ = run("train", "--help")
+    assert status == 0 and "experiment: caption_coco_b32" in printed and "max_steps: " in printed
 
 
 @pytest.mark.parametrize("command", WITH_OPTIONS)

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -63,20 +64,28 @@ MODES = {
 }
 
 
-@pytest.fixture(scope="module", params=[vit, clipmapper], ids=lambda build: build.__name__)
+RECORDED = [(build, mode) for build in (vit, clipmapper) for mode in MODES]
+
+
+def name_of(case: tuple | str) -> str:
+    return case if isinstance(case, str) else f"{case[0].__name__}-{case[1]}"
+
+
+@pytest.fixture(scope="module")
 def recorded(request, tmp_path_factory):
-    """Mode → a trace; the one in float32 is called "exact"."""
-    folder, found = tmp_path_factory.mktemp("half"), {}
-    for mode, (dtype, auto) in {"exact": (torch.float32, False), **MODES}.items():
-        model, forward, head = request.param(folder, dtype)
+    """A mode, the trace in it, and the one in float32."""
+    build, chosen = request.param
+    folder, found = tmp_path_factory.mktemp("half"), []
+    for dtype, auto in (MODES[chosen], (torch.float32, False)):
+        model, forward, head = build(folder, dtype)
         context = torch.autocast("cpu", torch.bfloat16) if auto else nullcontext()
         with context:  # everything inside, as notebooks do
             with record(model) as trace:
                 y = forward(torch.arange(2))
             trace.backward(y)
             trace.again = Again(model, forward, head)
-        found[mode] = trace
-    return found
+        found.append(trace)
+    return chosen, *found
 
 
 def in_float64(trace):
@@ -91,13 +100,14 @@ def in_float64(trace):
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), once_each((name, mode) for name in ONE_RECORDING for mode in MODES)
+    ("name", "recorded"), once_each(product(ONE_RECORDING, RECORDED)), indirect=["recorded"], ids=name_of
 )
-def test_relevance_of_what_was_recorded_is_exact(recorded, name, mode):
+def test_relevance_of_what_was_recorded_is_exact(recorded, name):
     """The method rounds no more than float32 does (1e-3 of the largest is asked for)."""
+    _, trace, _ = recorded
     with torch.autocast("cpu", torch.bfloat16):
-        found = METHODS[name](recorded[mode]).streams
-    expected = METHODS[name](in_float64(recorded[mode])).streams
+        found = METHODS[name](trace).streams
+    expected = METHODS[name](in_float64(trace)).streams
     for stream, values in found.items():
         assert values.dtype == torch.float32
         assert (values - expected[stream]).abs().max() <= 1e-4 * expected[stream].abs().max()
@@ -108,20 +118,23 @@ IN_EVERY_MODE = ("weighted", "gae", "alti", "token_tm", "grad_cam", *LRP)
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"),
+    ("name", "recorded"),
     once_each(
-        (name, mode) for name in METHODS for mode in MODES if mode == "autocast" or name in IN_EVERY_MODE
+        (name, case) for name, case in product(METHODS, RECORDED)
+        if case[1] == "autocast" or name in IN_EVERY_MODE
     ),
-)
-def test_every_method_works_in_half_precision_or_says_that_it_does_not(recorded, name, mode):
+    indirect=["recorded"],
+    ids=name_of,
+)  # fmt: skip
+def test_every_method_works_in_half_precision_or_says_that_it_does_not(recorded, name):
     """Against the float32 model: what is left is the rounding of the model itself, which these two
     (random, of strong contrast) amplify."""
-    trace = recorded[mode]
+    mode, trace, exact = recorded
     if name in LRP:
         with pytest.raises(UserError, match="not defined in half precision"):
             METHODS[name](trace)
         return
-    found, expected = METHODS[name](trace).streams, METHODS[name](recorded["exact"]).streams
+    found, expected = METHODS[name](trace).streams, METHODS[name](exact).streams
     for stream, values in found.items():
         assert values.isfinite().all()
         if not expected[stream].any():  # Grad-CAM of this ViT is below 0 and cut off; rounding may lift it

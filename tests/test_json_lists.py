@@ -54,6 +54,7 @@ def test_entries_are_those_of_json(file, content, more, piece, indent, ascii_onl
             read(file, piece)
 
 
+@pytest.mark.slow
 def test_no_more_than_a_piece_and_an_entry_is_in_memory(file):
     entries = [{"id": n, "text": "x" * 50} for n in range(2000)]
     file.write_text(json.dumps({"other": [0] * 10_000, "wanted": entries}))

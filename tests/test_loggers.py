@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import Logger
 from PIL import Image
 from support import training_models
 from support.offline_run import OfflineRun
+from support.slow import mostly_slow
 
 from clipmapper.commands.train import train
 from clipmapper.errors import UserError
@@ -163,6 +164,7 @@ def test_mlflow_has_numbers_pictures_and_tables(tmp_path, place):
     assert row["image"] in drawn and row["asked"] == page
 
 
+@pytest.mark.slow
 def test_mlflow_takes_any_number_of_metrics_by_any_name(tmp_path):
     pytest.importorskip("mlflow")
     pytest.importorskip("alembic")
@@ -297,7 +299,7 @@ def test_wandb_is_in_one_file():
     assert found == {"wandb_runs.py"}
 
 
-@pytest.mark.parametrize("kind", ["tensorboard", "mlflow", "lines"])
+@pytest.mark.parametrize("kind", mostly_slow(["tensorboard", "mlflow", "lines"], ["tensorboard"]))
 def test_a_run_logs_where_it_is_told_to(tmp_path, kind):
     """The numbers of ``results.json``, by the command's own way, and never to W&B or CSV instead."""
     chosen = [f"logger={kind}"]

@@ -171,6 +171,7 @@ def test_start_layers_that_are_not_there(vit):
         METHODS["gae"](trace, start_layer={"text": 1})
 
 
+@pytest.mark.slow
 def test_tokens_in_another_order_have_the_same_relevance():
     """Attention does not know places: reading place p of rearranged tokens is reading token order[p]."""
     order = [3, 0, 5, 1, 4, 2]

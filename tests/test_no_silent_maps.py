@@ -2,10 +2,12 @@
 
 import copy
 import warnings
+from itertools import product
 
 import pytest
 import torch
 from support import families as base
+from support.slow import once_each
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -151,8 +153,9 @@ def test_what_does_not_reach_y_is_no_cut():
     torch.testing.assert_close(explained(model, "weighted").streams["image"], expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), once_each(product([torch.float16, torch.bfloat16], [False, True]))
+)
 def test_half_precision_holds_gradients_of_any_size(dtype, autocast):
     """y of 1e-8 to 1e4, a softmax probability of 1e-4 and less, and samples that differ by 1e8."""
     torch.manual_seed(0)

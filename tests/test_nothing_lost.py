@@ -83,6 +83,7 @@ def in_step(step: int, monkeypatch, action) -> None:
 # Signals
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on(settings, whole, monkeypatch):
     """Ctrl-C: tests/test_training.py."""
     stopped = settings("name=terminated", "trainer.checkpoint_interval=100")
@@ -316,6 +317,7 @@ def test_nan_stops_before_the_step(settings, whole, monkeypatch, request, what, 
 # SLURM
 
 
+@pytest.mark.slow
 def test_requeued_job_goes_on_with_its_run(settings, whole, monkeypatch, tmp_path):
     """A job that SLURM is about to end saves, is put into the queue again, and resumes when it is started."""
     scontrol = tmp_path / "scontrol"

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from support import families, more_families
 from support.own_layers import TOKENS, Doing, Mixed
 from support.recordings import HOOKS, maps, unmarked
+from support.slow import mostly_slow
 from torch import nn
 
 from clipmapper.errors import UserError
@@ -87,7 +88,7 @@ def test_a_model_loaded_with_eager_attention(name):
         torch.testing.assert_close(found[key], values, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["hf_bert", "timm_class_token"])
+@pytest.mark.parametrize("name", mostly_slow(["hf_bert", "timm_class_token"], 2))
 def test_a_compiled_model(name):
     case = families.CASES[name]()
     expected = maps(traced(case))

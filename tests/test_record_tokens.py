@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from support import caption_models, training_models
+from support.slow import mostly_slow
 from support.small_records import VOCABULARY, Stored, records_in
 
 from clipmapper.data import token_cache
@@ -159,7 +160,7 @@ def prepared(settings, folder: Path):
 TASKS = {"questions": VQARun, "captions": CaptionRun}
 
 
-@pytest.mark.parametrize("captions", [False, True])
+@pytest.mark.parametrize("captions", mostly_slow([False, True], 2))
 def test_a_run_with_a_cache_has_the_losses_of_one_without(manifests, captions, tmp_path):
     folder, losses = manifests[captions], []
     exact = "training.token_precision=float32"

@@ -5,6 +5,7 @@ import torch
 from support import naive_relevance, tiny_models
 from support.compared_methods import METHODS
 from support.naive_captioning import CaptionRun
+from support.slow import mostly_slow
 
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.relevance import Node, record
@@ -41,7 +42,13 @@ CASES = {
 IMAGES, TEXT = tiny_models.images(len(LENGTHS)), tiny_models.texts(LENGTHS)
 
 
-@pytest.fixture(params=CASES, scope="module")
+QUICK = (
+    "dual_flow", "single_flow, class token", "dual_flow, text embedding", "dual_flow, CoCa",
+    "single_flow, GPT-2 prefix", "dual_flow, GPT-2 cross", "dual_flow, SigLIP",
+)  # fmt: skip
+
+
+@pytest.fixture(params=mostly_slow(CASES, QUICK), scope="module")
 def model(request, tmp_path_factory):
     return tiny_models.captioner(tmp_path_factory.mktemp("clip"), **CASES[request.param])
 

@@ -211,6 +211,7 @@ with only_one(Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_running_is_not_gone_on_with(tmp_path):
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)],

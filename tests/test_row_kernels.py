@@ -9,6 +9,7 @@ import pytest
 from support import training_models
 
 
+@pytest.mark.slow
 def test_kernels_agree_with_the_reference():
     pytest.importorskip("triton")
     program = Path(__file__).parent / "support" / "row_kernel_cases.py"

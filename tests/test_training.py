@@ -390,7 +390,8 @@ def whole_run(settings):
     return run_of
 
 
-CACHED = ("callbacks.pictures=0", "callbacks.methods=[weighted,random]", "trainer.val_check_interval=3")
+FEW = ("callbacks.pictures=0", "callbacks.methods=[weighted,random]", "callbacks.samples=3")
+CACHED = (*FEW, "trainer.val_check_interval=3", "data.validation_scenes=15", "data.held_out_scenes=7")
 TUNED = ("encoder.frozen=false", "model.mapper=single_flow", "callbacks=none")
 
 
@@ -438,6 +439,7 @@ def test_interrupted_and_resumed_is_as_if_never_interrupted(settings, whole_run,
     assert_same_end(train(replace(stopped, resume=True)), whole)
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_from_its_last_saving(settings, whole_run, monkeypatch):
     whole = whole_run(*CACHED)
     # How often a run saves does not change what comes out.
@@ -478,7 +480,10 @@ def test_stopped_at_the_end_and_resumed(settings, whole_run, monkeypatch, moment
     assert_same_end(train(replace(stopped, resume=True)), whole)
 
 
-def test_callback_leaves_training_as_it_is(settings, monkeypatch):
+@pytest.mark.parametrize(
+    "explained", mostly_slow([(FEW,), (("callbacks.samples=2",),)], 2), ids=["few", "all"]
+)
+def test_callback_leaves_training_as_it_is(settings, monkeypatch, request, explained):
     """With dropout, so that weights depend on the random state and on training mode; all weights train."""
 
     def with_dropout(*args):
@@ -488,8 +493,9 @@ def test_callback_leaves_training_as_it_is(settings, monkeypatch):
 
     monkeypatch.setattr(vqa_run, "build_clipmapper", with_dropout)
     common = ("encoder.frozen=false", "trainer.val_check_interval=4")
-    without = train(settings("name=without", "callbacks=none", *common))
-    explained = train(settings("name=explained", "callbacks.samples=2", *common))
+    name = f"name={request.node.callspec.id}"
+    without = train(settings(f"{name} without", "callbacks=none", *common))
+    explained = train(settings(name, *explained, *common))
     assert same_bits(state_of_training(explained), state_of_training(without))
     results = [json.loads((folder / RESULTS).read_text()) for folder in (explained, without)]
     assert results[0]["accuracy"] == results[1]["accuracy"]

@@ -10,7 +10,7 @@ from support import training_models
 
 SETTINGS = (
     "encoder.pretrained=null", "training.batch_size=8", "training.max_steps=2", "training.warmup_steps=1",
-    "callbacks.samples=3", "callbacks.pictures=2", "callbacks.methods=[weighted,random]", "logger=csv",
+    "callbacks.samples=3", "callbacks.pictures=1", "callbacks.methods=[weighted,random]", "logger=csv",
 )  # fmt: skip
 
 
