@@ -246,6 +246,8 @@ def test_shares_of_shares_are_the_same_rows():
     rows = list(range(24))
     parts = [Share(index, 2).part(part, 3).rows(rows) for index in range(2) for part in range(3)]
     assert sorted(row for part in parts for row in part) == rows and {len(part) for part in parts} == {4}
+    # By hand: process 1 of 2 has the odd rows, and its parts share these out in turn.
+    assert [Share(1, 2).part(part, 3).rows(rows[:12]) for part in range(3)] == [[1, 7], [3, 9], [5, 11]]
 
 
 def test_shares_of_questions_are_the_step_and_the_split(architecture, manifest):

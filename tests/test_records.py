@@ -14,6 +14,7 @@ from clipmapper.data.records import Record, RecordData, RecordDataset
 from clipmapper.errors import UserError
 from clipmapper.tasks.captioning.batches import CaptionCollate
 from clipmapper.tasks.vqa.batches import VQACollate
+from clipmapper.training.batches import epochs
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -122,6 +123,15 @@ def test_a_batch_of_captions():
     batch = CaptionCollate(list)([RecordDataset([record], read)[0]], ["two halves"])
     assert batch["text"] == ["two halves"] and batch["references"] == [["red and blue", "two halves"]]
     assert batch["images"].shape == (1, 3, 4, 4) and batch["ids"] == [1]
+
+
+def test_every_epoch_has_each_sample_once_in_an_order_of_its_own():
+    numbers_at = epochs(7, 4, seed=0)
+    row = [number for step in range(14) for number in numbers_at(step)]  # batches go over ends of epochs
+    orders = [tuple(row[start : start + 7]) for start in range(0, 56, 7)]
+    assert all(sorted(order) == list(range(7)) for order in orders) and len(set(orders)) == 8
+    assert epochs(7, 4, seed=0)(9) == row[36:40]  # of a run that is resumed there
+    assert epochs(7, 4, seed=1)(0) != row[:4]
 
 
 def test_data_says_what_it_is():
