@@ -222,6 +222,18 @@ def repeated(row: list[int], size: int) -> bool:
     return len(set(grams)) < len(grams)
 
 
+@torch.no_grad()
+def test_draws_are_of_all_words_and_not_of_the_likeliest_fifty(tmp_path):
+    """Each of 198 words is a little likelier than the one before; ``transformers`` draws of 50 unless told."""
+    model = tiny_models.captioner(tmp_path, vocabulary=200)
+    model.head.layer.weight.zero_()
+    model.head.layer.bias.copy_(torch.linspace(0, 0.01, 200))
+    decoding = Decoding("nucleus", captions=500, min_length=0, max_length=1, top_p=1.0)
+    drawn = write_captions(model, image_tokens(model, 1), decoding).tokens.ids[:, 1]
+    # The less likely half of the words gets about half of the draws: 250 with a deviation of 11.
+    assert len(drawn) == 500 and 200 < int((drawn < 100).sum()) < 300
+
+
 @pytest.mark.parametrize("method", ["greedy", "beam", "nucleus"])
 @torch.no_grad()
 def test_no_sequence_of_tokens_comes_twice(plain, method):

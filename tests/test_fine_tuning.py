@@ -118,6 +118,18 @@ def test_adapters_begin_as_nothing_and_only_they_are_trained(adapted, tmp_path):
     assert not torch.allclose(tokens(adapted), before, atol=1e-3)
 
 
+def test_a_merged_adapter_is_w_and_b_a_unscaled(tmp_path):
+    pytest.importorskip("peft")
+    built = encoder(tmp_path, lora_rank=2, trained_blocks=1)
+    randomise_adapters(built)
+    name = "visual.transformer.resblocks.1.mlp.c_fc"
+    layer = built.clip.get_submodule(name)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    expected = (layer.get_base_layer().weight + b @ a).detach()
+    merge_adapters(built)
+    torch.testing.assert_close(built.clip.get_submodule(name).weight, expected)
+
+
 def test_merged_adapters_compute_the_same(adapted):
     randomise_adapters(adapted)
     adapted.eval()
