@@ -32,7 +32,9 @@ from clipmapper.evaluation.perturbation_scores import PerturbationScores
 from clipmapper.host.outputs import file_name_problem
 from clipmapper.models.checkpoint import DESCRIPTION
 from clipmapper.models.clip_weights import build_clip, build_tokenizer
+from clipmapper.settings import compose
 from clipmapper.settings.checks import built
+from clipmapper.settings.compose import config_groups
 from clipmapper.settings.data import ScenesVQAConfig
 from clipmapper.settings.plain_values import section_of_numbers
 from clipmapper.settings.schema import TrainConfig
@@ -225,6 +227,15 @@ def test_the_world_is_rebuilt_from_numbers(tmp_path, content):
     )
     own = data_description(ScenesVQAConfig(_target_="my.Scenes", **WORLD))
     assert own == {"name": "my.Scenes", "settings": WORLD}  # no world of ours
+
+
+@pytest.mark.parametrize("name", config_groups()["data"])
+def test_a_checkpoint_tells_the_name_of_its_data(name):
+    from clipmapper.training.checkpoint_data import data_description
+
+    schema = compose.SCHEMAS[f"{name}_schema"]
+    described = data_description(schema(_target_=compose.data_targets()[name]))
+    assert described["name"] == name and "_target_" not in described["settings"]
 
 
 def test_numbers_without_a_limit_are_no_closed_list():

@@ -224,7 +224,7 @@ def repeated(row: list[int], size: int) -> bool:
 
 @torch.no_grad()
 def test_draws_are_of_all_words_and_not_of_the_likeliest_fifty(tmp_path):
-    """Each of 198 words is a little likelier than the one before; ``transformers`` draws of 50 unless told."""
+    """Each of 198 words is a little likelier than the one before; ``transformers`` draws of 50 by itself."""
     model = tiny_models.captioner(tmp_path, vocabulary=200)
     model.head.layer.weight.zero_()
     model.head.layer.bias.copy_(torch.linspace(0, 0.01, 200))

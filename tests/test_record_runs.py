@@ -210,7 +210,7 @@ def test_official_files_from_start_to_finish(name, tmp_path):
     small = ("model.width=32", "model.depth=1", "callbacks=none", "data.workers=0")
     done = run(tmp_path, f"data={name}", *more, *small)
     results = json.loads((done / RESULTS).read_text())
-    assert results["name"] == name
+    assert results["name"] == name == clipmapper.load(done / CHECKPOINT).description["data"]["name"]
     if name == "vqa_v2":
         assert set(results["accuracy"]) == {"number", "yes/no", "overall"}
         written = json.loads((done / "answers_validation.json").read_text())

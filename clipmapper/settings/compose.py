@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
 from clipmapper.settings import commands, schema
 from clipmapper.settings.data import DataConfig
@@ -21,6 +23,18 @@ def config_groups() -> Mapping[str, Sequence[str]]:
 def conf() -> Path:
     """The folder of the shipped configurations."""
     return (shipped_root() / "conf").absolute()
+
+
+@cache
+def data_targets() -> Mapping[str, str]:
+    """What ``data=`` may be → the ``_target_`` that its shipped configuration builds."""
+    found = {}
+    for kind in filter(lambda kind: kind.choice, implementations(DataConfig)):
+        file = conf() / "data" / f"{kind.choice}.yaml"
+        if file.is_file():
+            settings = OmegaConf.load(file)
+            found[kind.choice] = settings.get("data", settings)._target_
+    return found
 
 
 def quoted(arguments: Sequence[str], schema: type[Section], sweep: bool = False) -> list[str]:
@@ -64,7 +78,7 @@ SCHEMAS = {
     "other_logger_schema": schema.OtherLoggerConfig,
     "no_callbacks_schema": schema.CallbacksConfig,
     "relevance_callback_schema": schema.RelevanceCallbackConfig,
-    **{f"{name}_schema": kind for kind in implementations(DataConfig) for name in kind.choices},
+    **{f"{kind.choice}_schema": kind for kind in implementations(DataConfig) if kind.choice},
 }
 
 

@@ -14,12 +14,12 @@ _SCENES = 1_000_000  # of a split: 7 GB of pixels
 class DataConfig(Section):
     """Settings that every data set has.
 
-    ``choices``: what ``data=`` may be for it. A checkpoint tells by them which data it was trained on.
+    ``choice``: what ``data=`` is for it; a checkpoint tells by it which data it was trained on.
     ``records``: what its records may have. ``world``: whether it is the built-in world, which is drawn from
     numbers. ``streamed``: whether training records come as a stream without end.
     """
 
-    choices: ClassVar[tuple[str, ...]] = ()
+    choice: ClassVar[str | None] = None
     records: ClassVar[tuple[str, ...]] = ("questions", "captions")
     world: ClassVar[bool] = False
     streamed: ClassVar[bool] = False
@@ -31,7 +31,7 @@ class DataConfig(Section):
 class ScenesVQAConfig(DataConfig):
     """Parameters of :class:`clipmapper.data.world.data.ScenesVQA`."""
 
-    choices = ("scenes",)
+    choice = "scenes"
     records = ("questions",)
     world = True
 
@@ -47,7 +47,7 @@ class ScenesVQAConfig(DataConfig):
 class ScenesCaptionsConfig(DataConfig):
     """Parameters of :class:`clipmapper.data.world.data.ScenesCaptions`."""
 
-    choices = ("scenes_captions",)
+    choice = "scenes_captions"
     records = ("captions",)
     world = True
 
@@ -90,7 +90,7 @@ class SplitsConfig(RecordDataConfig):
 class ManifestConfig(SplitsConfig, AnswersConfig):
     """Parameters of :func:`clipmapper.data.readers.manifest.manifest_data`."""
 
-    choices = ("manifest",)
+    choice = "manifest"
 
     path: str = setting()
     validation_path: str | None = setting()
@@ -102,7 +102,7 @@ class ManifestConfig(SplitsConfig, AnswersConfig):
 class HuggingFaceConfig(SplitsConfig, AnswersConfig):
     """Parameters of :func:`clipmapper.data.readers.huggingface.huggingface_data`."""
 
-    choices = ("huggingface",)
+    choice = "huggingface"
 
     path: str = setting()
 
@@ -111,7 +111,7 @@ class HuggingFaceConfig(SplitsConfig, AnswersConfig):
 class VQAv2Config(AnswersConfig):
     """Parameters of :func:`clipmapper.data.readers.vqa_v2.vqa_v2_data`."""
 
-    choices = ("vqa_v2",)
+    choice = "vqa_v2"
     records = ("questions",)
 
     folder: str = setting()
@@ -127,7 +127,7 @@ class VQAv2Config(AnswersConfig):
 class CocoCaptionsConfig(RecordDataConfig):
     """Parameters of :func:`clipmapper.data.readers.caption_files.coco_captions_data`."""
 
-    choices = ("coco_captions",)
+    choice = "coco_captions"
     records = ("captions",)
 
     folder: str = setting()
@@ -138,7 +138,7 @@ class CocoCaptionsConfig(RecordDataConfig):
 class FlickrCaptionsConfig(SplitsConfig):
     """Parameters of :func:`clipmapper.data.readers.caption_files.flickr_captions_data`."""
 
-    choices = ("flickr30k", "flickr8k")
+    choice = "flickr30k"
     records = ("captions",)
 
     tokens: str = setting()
@@ -147,10 +147,17 @@ class FlickrCaptionsConfig(SplitsConfig):
 
 
 @dataclass
+class Flickr8kConfig(FlickrCaptionsConfig):
+    """The same of Flickr8k, whose name checkpoints tell."""
+
+    choice = "flickr8k"
+
+
+@dataclass
 class ShardsConfig(SplitsConfig, AnswersConfig):
     """Parameters of :class:`clipmapper.data.shards.data.ShardData`."""
 
-    choices = ("shards",)
+    choice = "shards"
     streamed = True
 
     path: str = setting()

@@ -1,36 +1,20 @@
 """Which data a checkpoint was trained on: told by it, never opened for it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from typing import get_type_hints
 
 from torch import nn
 
 from clipmapper.data.records import RecordData
-from clipmapper.data.world.data import ScenesCaptions, ScenesVQA
 from clipmapper.errors import UserError
 from clipmapper.settings.checks import built
-from clipmapper.settings.data import DataConfig, ScenesCaptionsConfig, ScenesVQAConfig
+from clipmapper.settings.compose import data_targets
+from clipmapper.settings.data import DataConfig
 from clipmapper.settings.keys import implementations, is_text, name_today
 from clipmapper.settings.plain_values import section_of_numbers, shown
 from clipmapper.training.task import Task
 
-# The world that is drawn from a seed: to rebuild it takes nothing but numbers.
-_WORLDS: Mapping[str, tuple[type[DataConfig], Callable[..., RecordData]]] = {
-    "scenes": (ScenesVQAConfig, ScenesVQA),
-    "scenes_captions": (ScenesCaptionsConfig, ScenesCaptions),
-}
-# What older checkpoints have in place of a name, by today's target. They are compared, not imported.
-_TARGETS = {
-    "clipmapper.data.world.data.ScenesVQA": "scenes",
-    "clipmapper.data.world.data.ScenesCaptions": "scenes_captions",
-    "clipmapper.data.readers.manifest.manifest_data": "manifest",
-    "clipmapper.data.readers.huggingface.huggingface_data": "huggingface",
-    "clipmapper.data.readers.vqa_v2.vqa_v2_data": "vqa_v2",
-    "clipmapper.data.readers.caption_files.coco_captions_data": "coco_captions",
-    "clipmapper.data.readers.caption_files.flickr_captions_data": "flickr30k",
-    "clipmapper.data.shards.data.ShardData": "shards",
-}
 _SHOWN = 4  # settings in a message
 
 
@@ -41,8 +25,8 @@ def data_description(config: DataConfig) -> dict:
     """
     settings = asdict(config)
     target = settings.pop("_target_")
-    name = config.choices[0] if _TARGETS.get(target) in config.choices else target
-    return {"name": name, "settings": settings}
+    shipped = data_targets().get(config.choice) == target
+    return {"name": config.choice if shipped else target, "settings": settings}
 
 
 def data_for(task: Task, model: nn.Module, given: DataConfig | None, checkpoint: str) -> RecordData:
@@ -57,20 +41,22 @@ def data_for(task: Task, model: nn.Module, given: DataConfig | None, checkpoint:
 
 def _world(described: object, checkpoint: str) -> RecordData:
     name, settings = _name_and_settings(described)
-    if name not in _WORLDS:
+    # The world that is drawn from a seed: to rebuild it takes nothing but numbers.
+    worlds = {kind.choice: kind for kind in implementations(DataConfig) if kind.world}
+    if name not in worlds:
         was = "it does not say which data it was trained on" if name is None else _trained_on(name, settings)
-        known = sorted({*_TARGETS.values(), "flickr8k"} - set(_WORLDS))
-        choice = name if name in _TARGETS.values() else f"one of {', '.join(known)}"
+        known = sorted(data_targets().keys() - worlds.keys())
+        choice = name if name in known else f"one of {', '.join(known)}"
         raise UserError(
             f"checkpoint={checkpoint}: {was}; a checkpoint opens no data: say which to explain it on, with "
             f"data=… data.KEY=… as for training (data={choice})"
         )
-    schema, world = _WORLDS[name]
     try:
-        section_of_numbers(schema, leaving=("_target_",))(settings, f"checkpoint={checkpoint}: its data")
+        check = section_of_numbers(worlds[name], leaving=("_target_",))
+        check(settings, f"checkpoint={checkpoint}: its data")
     except ValueError as error:
         raise UserError(str(error)) from error
-    return world(**settings)
+    return built({"_target_": data_targets()[name], **settings})
 
 
 def _name_and_settings(described: object) -> tuple[str | None, object]:
@@ -81,7 +67,8 @@ def _name_and_settings(described: object) -> tuple[str | None, object]:
         target = described["_target_"]
         settings = {key: value for key, value in described.items() if key != "_target_"}
         target = name_today(target)
-        return (_TARGETS.get(target, target) if isinstance(target, str) else None), settings
+        known = (name for name, its in data_targets().items() if its == target)  # compared, not imported
+        return (next(known, target) if isinstance(target, str) else None), settings
     name = described.get("name")
     return (name if isinstance(name, str) else None), described.get("settings")
 
