@@ -66,12 +66,14 @@ class CaptionRun(TaskRun):
             name: CaptionBatches(self.model, self.data, name, records, store)
             for name, records in scored.items()
         }
+        self._train: CaptionBatches | StreamedCaptions
         # scst draws its own.
         captions = training.captions if training.objective == "cross_entropy" else 1
         if self.data.stream is not None:
-            self.splits["train"] = StreamedCaptions(self.model, self.data, self.config.seed, folder)
-            self.batch_at = self.splits["train"].batches(training.batch_size, captions)
+            self._train = StreamedCaptions(self.model, self.data, self.config.seed, folder)
+            self.batch_at = self._train.batches(training.batch_size, captions)
             return
+        self._train = self.splits["train"]
         self.batch_at = drawn_batches(
             self._stages(), batch_size=training.batch_size, captions=captions, seed=self.config.seed
         )
@@ -111,7 +113,7 @@ class CaptionRun(TaskRun):
         if training.objective == "scst":
             self._module = SelfCriticalModule(
                 **common,
-                references=self.splits["train"].references,
+                references=self._train.references,
                 captions=training.scst_captions,
                 seed=self.config.seed,
             )

@@ -48,13 +48,16 @@ class VQARun(TaskRun):
         self.splits = {
             name: QuestionBatches(self.model, data, name, records, store) for name, records in scored.items()
         }
+        self._train: QuestionBatches | StreamedQuestions
         if data.stream is not None:
-            self.splits["train"] = StreamedQuestions(self.model, data, seed, folder)
-            self.batch_at = self.splits["train"].batches(training.batch_size)
-        elif training.world:
+            self._train = StreamedQuestions(self.model, data, seed, folder)
+            self.batch_at = self._train.batches(training.batch_size)
+            return
+        self._train = self.splits["train"]
+        if training.world:
             self.batch_at = drawn_batches(
                 self.splits["simple"],
-                self.splits["train"],
+                self._train,
                 batch_size=training.batch_size,
                 simple_steps=round(training.simple_share * training.max_steps),
                 first_families=training.first_families,
@@ -64,7 +67,7 @@ class VQARun(TaskRun):
                 seed=seed,
             )
         else:
-            self.batch_at = question_batches(self.splits["train"], batch_size=training.batch_size, seed=seed)
+            self.batch_at = question_batches(self._train, batch_size=training.batch_size, seed=seed)
 
     def module(self) -> VQAModule:
         self._module = VQAModule(
@@ -120,7 +123,7 @@ class VQARun(TaskRun):
         return blind_accuracy(
             self.model,
             asdict(self.config.model),
-            self.splits["train"],
+            self._train,
             self.splits["validation"],
             steps=training.blind_steps,
             batch_size=training.batch_size,
