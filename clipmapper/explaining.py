@@ -16,8 +16,9 @@ def explain(model: nn.Module, image, *asked, method: str | None = None, **settin
     ``clipmapper.relevance.METHODS`` (default: "weighted"). Everything else is the task's:
 
     ``explain(model, image, question, method, answer)`` of a model that answers questions: see
-    :meth:`clipmapper.tasks.vqa.task.VQA.explain`. ``explain(model, image, caption=..., word=...)`` of one
-    that writes captions: see :meth:`clipmapper.tasks.captioning.task.Captioning.explain`.
+    :meth:`clipmapper.tasks.vqa.task.VQA.explain`. ``explain(model, image, caption, method, word=...,
+    word_weights=..., scalar=..., decoding=..., references=..., frequencies=...)`` of one that writes
+    captions, all of them optional: see :meth:`clipmapper.tasks.captioning.task.Captioning.explain`.
 
     Raises ``UserError`` for an unknown method, an unreadable image, and what belongs to another task.
     """

@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -82,6 +83,19 @@ def test_splits_are_made_by_image_and_stay_with_the_seed(folder):
     others = [manifest_data(path, validation_share=0.3, split_seed=seed) for seed in range(1, 4)]
     assert any({r.image_id for r in other.validation} != held for other in others)
     assert any("drawn by data.split_seed=0" in note for note in data.notes)
+
+
+def test_drawn_splits_stay_when_the_data_are_moved_or_named_in_another_way(
+    folder, tmp_path_factory, monkeypatch
+):
+    path = lines(folder / "my.jsonl", rows())
+    sides = [record.id for record in manifest_data(path, validation_share=0.3).validation]
+    moved = tmp_path_factory.mktemp("else") / "where" / "my.jsonl"
+    shutil.copytree(folder, moved.parent)
+    assert [record.id for record in manifest_data(str(moved), validation_share=0.3).validation] == sides
+    monkeypatch.chdir(moved.parent)
+    for name in ("my.jsonl", "../where/my.jsonl"):
+        assert [record.id for record in manifest_data(name, validation_share=0.3).validation] == sides
 
 
 def test_an_image_stays_on_its_side_when_others_come():

@@ -29,6 +29,7 @@ from clipmapper.training.run_folder import only_one
 from clipmapper.training.trainer import steps_progress
 
 # Of whatever run, so that resume=true finds the one that was stopped; beside the default of `output`.
+_SCENES_FOR_WORDS = 4000  # every word is in a dozen of them or more
 _LAST = Path("outputs/pretrain_clip/last.ckpt")
 
 # Settings that say where and how the run is made, not what comes out: it may go on with others.
@@ -156,7 +157,7 @@ def used_token_ids(encoder: ClipEncoder) -> list[int]:
     rng = random.Random("used tokens")
     tokenizer = encoder.tokenizer
     used = {tokenizer.sot_token_id, tokenizer.eot_token_id, 0}
-    for index in range(4000):
+    for index in range(_SCENES_FOR_WORDS):
         scene = draw_scene(0, "pretrain", index)
         for text in (draw_caption(scene, rng), draw_presupposition(scene, rng)):
             used.update(tokenizer.encode(text))

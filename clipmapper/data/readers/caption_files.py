@@ -193,6 +193,7 @@ def flickr_captions_data(
         decoding=decoding,
         check=check,
         workers=workers,
+        folder=folder,
     )
 
 

@@ -96,6 +96,7 @@ def manifest_data(
         decoding=decoding,
         check=check,
         workers=workers,
+        folder=given["train"].parent if images is None else given_path(images),
     )
 
 
@@ -118,8 +119,10 @@ def data_of(
     decoding: str,
     check: str,
     workers: int,
+    folder: Path | None = None,
 ) -> RecordData:
-    """Check records as a whole and complete their splits. ``where``: the name of the data in messages.
+    """Check records as a whole and complete their splits. ``where``: the name of the data in messages;
+    ``folder``: what their images lie in.
 
     Records of ``found`` whose split is not given are under None.
     """
@@ -133,7 +136,9 @@ def data_of(
     if "validation" not in readable:
         if (train.images == train.images[0]).all():
             stop_for([Problem(where, "only one image", "validation needs another")])
-        readable["train"], readable["validation"] = split_by_image(train, validation_share, split_seed)
+        readable["train"], readable["validation"] = split_by_image(
+            train, validation_share, split_seed, folder
+        )
         notes.append(f"validation: images of train, drawn by data.split_seed={split_seed}")
     notes += shared_images(readable)
     vocabulary = None

@@ -144,6 +144,10 @@ class Columns:
         path = self.images["path"][row]
         return Path(unpacked(self.images["key"][row] if path is None else path))
 
+    def is_file(self, row: int) -> bool:
+        """Whether the image of this row is a file of its own."""
+        return self.images["size"][row] == IN_FILE
+
     def image_id(self, row: int) -> str:
         return unpacked(self.images["key"][row])
 

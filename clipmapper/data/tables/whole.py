@@ -1,6 +1,7 @@
 """Checks of a table of records as a whole."""
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -116,29 +117,38 @@ def _moved_up(columns: Columns) -> Columns:
 
 
 def split_by_image(
-    records: Sequence[Record], validation_share: float, seed: int
+    records: Sequence[Record], validation_share: float, seed: int, folder: Path | None = None
 ) -> tuple[RecordTable, RecordTable]:
     """(train, validation). Which side an image is on depends on its id and the seed alone, so it stays there
     when images are added; at least one image is on either side where there are two.
 
-    ``validation_share``: of the images, about.
+    ``validation_share``: of the images, about. ``folder``: what the data say that images lie in; the id of an
+    image file is its path from there, so that data that were moved, or whose path is written in another way,
+    have the same splits.
     """
     table = as_table(records)
     numbers, image = np.unique(table.images, return_inverse=True)
-    ids = (table.columns.image_id(number) for number in numbers.tolist())
+    ids = [_moved(table.columns, number, folder) for number in numbers.tolist()]
     places = np.fromiter((_place(one, seed) for one in ids), float, len(numbers))
     held = places < validation_share
     if len(numbers) and not held.any():
-        held[_outermost(table, numbers, places, min)] = True
+        held[_outermost(ids, places, min)] = True
     if len(numbers) > 1 and held.all():
-        held[_outermost(table, numbers, places, max)] = False
+        held[_outermost(ids, places, max)] = False
     return table.take(~held[image]), table.take(held[image])
 
 
-def _outermost(table: RecordTable, numbers: np.ndarray, places: np.ndarray, end: Callable) -> int:
+def _moved(columns: Columns, image: int, folder: Path | None) -> str:
+    one = columns.image_id(image)
+    if folder is None or not columns.is_file(image):
+        return one
+    inside = one.removeprefix(os.path.join(folder, ""))
+    return inside if inside != one else os.path.relpath(one, folder)
+
+
+def _outermost(ids: Sequence[str], places: np.ndarray, end: Callable) -> int:
     """The image with the least or the largest place, of equal ones by its id."""
-    alike = np.flatnonzero(places == end(places)).tolist()
-    return end(alike, key=lambda one: table.columns.image_id(int(numbers[one])))
+    return end(np.flatnonzero(places == end(places)).tolist(), key=lambda one: ids[one])
 
 
 def _place(image: str, seed: int) -> float:
