@@ -25,7 +25,7 @@ from clipmapper.errors import UserError, visible
 from clipmapper.host.progress import print_on_own_line
 from clipmapper.host.stopping import a_command
 from clipmapper.settings.checks import check_overrides, checked, describe_failure
-from clipmapper.settings.commands import ExplainConfig, PerturbConfig, PretrainConfig
+from clipmapper.settings.commands import ExplainConfig, ExportConfig, PerturbConfig, PretrainConfig
 from clipmapper.settings.compose import config_groups, quoted
 from clipmapper.settings.keys import Section
 from clipmapper.settings.schema import TrainConfig
@@ -92,6 +92,18 @@ def perturb(arguments: Sequence[str] | None = None) -> None:
     _run("perturb", PerturbConfig, work, [argument for argument in given if argument not in of_data])
 
 
+def export(arguments: Sequence[str] | None = None) -> None:
+    """Write a trained model as a folder, with its card."""
+
+    def work(config: ExportConfig) -> None:
+        with lasting_imports():
+            from clipmapper.commands.export import export_checkpoint
+
+        export_checkpoint(config)
+
+    _run("export", ExportConfig, work, arguments)
+
+
 def pretrain_clip(arguments: Sequence[str] | None = None) -> None:
     """Train the small CLIP of the built-in scenes."""
 
@@ -134,7 +146,13 @@ def attention_causality(arguments: Sequence[str]) -> None:
     main(arguments)
 
 
-_SETTINGS = {"train": train, "explain": explain, "perturb": perturb, "pretrain_clip": pretrain_clip}
+_SETTINGS = {
+    "train": train,
+    "explain": explain,
+    "perturb": perturb,
+    "export": export,
+    "pretrain_clip": pretrain_clip,
+}
 _OPTIONS = {"make_shards": make_shards, "convert": convert, "attention_causality": attention_causality}
 _COMMANDS = _SETTINGS | _OPTIONS
 

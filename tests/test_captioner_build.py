@@ -11,7 +11,7 @@ from support.training_models import same_bits
 
 import clipmapper
 from clipmapper.errors import UserError
-from clipmapper.models.checkpoint import DESCRIPTION
+from clipmapper.models.exported import DESCRIPTION
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.tasks.captioning.build import build_captioner
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from support import training_models
 
 from clipmapper.errors import UserError
-from clipmapper.models.checkpoint import DESCRIPTION
+from clipmapper.models.exported import DESCRIPTION
 from clipmapper.models.clip_weights import (
     EMBEDDING_IDS,
     build_clip,

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import clipmapper
 from clipmapper.errors import UserError
-from clipmapper.models.checkpoint import DESCRIPTION
+from clipmapper.models.exported import DESCRIPTION
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions
 from clipmapper.tasks.captioning.explain import explain_captions
 from clipmapper.tasks.captioning.model import caption_loss

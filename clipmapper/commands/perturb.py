@@ -1,6 +1,5 @@
 """The run behind ``scripts/perturb.py``: score explanation methods on a trained model."""
 
-import hashlib
 import json
 import time
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from clipmapper.errors import UserError
 from clipmapper.evaluation.perturbation import finished_chunks
 from clipmapper.host.outputs import NO_ROOM, check_folder
 from clipmapper.host.progress import progress
+from clipmapper.models.exported import model_digest, model_path
 from clipmapper.models.tokens import cut_texts_said_once
 from clipmapper.settings.commands import PerturbConfig
 from clipmapper.tasks.registry import load, task_of
@@ -46,7 +46,7 @@ def perturb_checkpoint(config: PerturbConfig) -> Path:
         out.print(line)
     folder = Path(config.output)
     settings = asdict(config)
-    digest = hashlib.sha256(Path(config.checkpoint).read_bytes()).hexdigest()
+    digest = model_digest(model_path(config.checkpoint))
     depends = {k: v for k, v in settings.items() if k in ("methods", "samples", "split", "seed", "chunk")}
     depends |= options | {"data": settings["data"], "explained": samples.digest()}
     total = samples.points(len(config.methods))

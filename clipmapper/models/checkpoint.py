@@ -14,19 +14,18 @@ from clipmapper.errors import UserError
 from clipmapper.models.clip_weights import architecture_config
 from clipmapper.models.description import PREPROCESS, ModelRules, check_description, check_task
 from clipmapper.models.encoder import ClipEncoder, choose_trained, merge_adapters
-from clipmapper.models.mapper import MAPPERS, Mapper
-from clipmapper.models.weight_files import (
-    Unreadable,
-    check_finite,
-    check_sizes,
-    check_tensors,
-    read_torch_file,
+from clipmapper.models.exported import (
+    DESCRIPTION,
+    model_path,
+    read_model,
+    shipped_models,
+    spread_embeddings,
 )
+from clipmapper.models.mapper import MAPPERS, Mapper
+from clipmapper.models.weight_files import Unreadable, check_sizes
 
 # What a description says of the encoder only where it is chosen.
 _CHOSEN = ("image_size", "trained_blocks", "lora_rank")
-# Under this key a checkpoint holds what it takes to rebuild the model.
-DESCRIPTION = "clipmapper"
 
 
 def build_encoder(encoder: Mapping) -> ClipEncoder:
@@ -105,23 +104,12 @@ def load_checkpoint(
 
     Otherwise as :func:`clipmapper.tasks.registry.load`, which calls it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint={path}: no such file")
+    path = model_path(path)
+    if not path.exists():
+        raise UserError(f"checkpoint={path}: no such file{_shipped_hint()}")
     try:
-        checkpoint = read_torch_file(path)
-        if not isinstance(checkpoint, dict) or not {DESCRIPTION, "state_dict"} <= set(checkpoint):
-            raise Unreadable("it holds no model")
-        description, state = checkpoint[DESCRIPTION], checkpoint["state_dict"]
-        if not isinstance(state, dict):
-            raise Unreadable("it holds no model")
-        state = {
-            str(name).removeprefix("model."): value
-            for name, value in state.items()
-            if str(name).startswith("model.")
-        }
-        check_tensors(state, path.stat().st_size)
-        check_finite(state)
+        found = read_model(path)
+        description, state = found.description, found.state
         check_task(description, names)
         task = task_named(description["task"])
         check_description(description, task.rules(), len(state), named=architecture is not None)
@@ -129,7 +117,9 @@ def load_checkpoint(
             _check_architecture(description["encoder"], architecture)
         # Without room for a number: a description may ask for more than there is memory.
         with torch.device("meta"):
-            check_sizes(_empty(task, description).state_dict(), state)
+            wanted = _empty(task, description).state_dict()
+        spread_embeddings(found, wanted)
+        check_sizes(wanted, state)
         model = _empty(task, description)
         model.load_state_dict(state)
     except Unreadable as error:
@@ -142,6 +132,10 @@ def load_checkpoint(
         raise UserError(f"checkpoint={path}: not a readable checkpoint of clipmapper ({line})") from error
     merge_adapters(model.encoder)
     return model.to(device).eval()
+
+
+def _shipped_hint() -> str:
+    return f", and not one of the shipped models ({', '.join(shipped_models())})"
 
 
 def _check_architecture(encoder: Mapping, architecture: str) -> None:

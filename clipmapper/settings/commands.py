@@ -69,6 +69,16 @@ class PerturbConfig(Section):
 
 
 @dataclass
+class ExportConfig(Section):
+    """``clipmapper export``: a trained model as a folder. ``precision``: of the weights in it."""
+
+    checkpoint: str = setting()
+    architecture: str | None = setting()
+    folder: str = setting()
+    precision: str = setting(choices=("float32", "float16"))
+
+
+@dataclass
 class PretrainConfig(Section):
     """``clipmapper pretrain_clip``. ``pretrained``: weights to go on from, null for random ones."""
 

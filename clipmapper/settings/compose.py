@@ -70,6 +70,7 @@ SCHEMAS = {
     "train_schema": schema.TrainConfig,
     "explain_schema": commands.ExplainConfig,
     "perturb_schema": commands.PerturbConfig,
+    "export_schema": commands.ExportConfig,
     "pretrain_clip_schema": commands.PretrainConfig,
     "wandb_logger_schema": schema.WandbLoggerConfig,
     "csv_logger_schema": schema.CSVLoggerConfig,

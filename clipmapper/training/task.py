@@ -142,6 +142,7 @@ class Task(ABC):
     name : in settings and checkpoints, and of ``model.task``.
     does : in messages, as in "this model answers questions".
     records : "questions" or "captions", of which the records of its data must have one.
+    scores : the keys of ``results.json`` under which a run of it has its scores.
     explain_settings, perturb_settings : the settings of ``clipmapper explain`` and ``clipmapper perturb``
         that are for this task and not for all; they come to :meth:`explain` and :meth:`report` where given.
     """
@@ -149,6 +150,7 @@ class Task(ABC):
     name: str
     does: str
     records: str
+    scores: tuple[str, ...] = ()
     explain_settings: tuple[str, ...] = ()
     perturb_settings: tuple[str, ...] = ()
 

@@ -232,6 +232,7 @@ class Captioning(DescribedCaptioner, Task):
     name = "captioning"
     does = "writes captions"
     records = "captions"
+    scores = ("captions",)
     explain_settings = ("caption", "word", "word_weights")
     perturb_settings = ("word_weights", "caption_scores")
 

@@ -143,6 +143,7 @@ class VQA(Task):
     name = "vqa"
     does = "answers questions"
     records = "questions"
+    scores = ("accuracy",)
     explain_settings = ("question", "answer")
 
     def rules(self) -> ModelRules:
