@@ -626,3 +626,29 @@ def test_convert_command_with_several_files(tmp_path, monkeypatch, capsys):
             main(given)
         error = capsys.readouterr().err
         assert leaving.value.code == 2 and error.count("\n") == 1 and says in error
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"{}", b"1", b"null", b"{", b"[1]", b"\xff\xfe{", b"PAR1", b"\x80\x04.", b"\x1f\x8b"],
+)
+@pytest.mark.parametrize("name", ["clevr", "snli_ve", "vqa_rad", "slake", "path_vqa"])
+def test_files_that_are_something_else(tmp_path, name, content):
+    suffix = {"snli_ve": ".jsonl", "path_vqa": ".parquet"}.get(name, ".json")
+    (tmp_path / f"q{suffix}").write_bytes(content)
+    language = {"language": "en"} if name == "slake" else {}
+    assert f"q{suffix}" in refused(tmp_path, name, tmp_path / f"q{suffix}", **language)
+
+
+def test_nothing_is_left_of_a_conversion_that_was_interrupted(tmp_path, monkeypatch):
+    part = path_vqa_part(tmp_path / "data" / "a.parquet", (picture(1), "what?", "bile"))
+    before = sorted(tmp_path.rglob("*"))
+
+    def interrupted(*_) -> None:
+        assert len(list((tmp_path / "images").iterdir())) == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clipmapper.data.readers.conversion.write_whole", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path, "path_vqa", part)
+    assert sorted(tmp_path.rglob("*")) == before
