@@ -1,53 +1,58 @@
 """Public data sets in their official files, turned into a manifest
 (:mod:`clipmapper.data.readers.manifest`)."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from clipmapper.data.readers.fields import ANSWERS, FLAG, KEY, NUMBER, TEXT, TEXTS, Entries, shown
+from clipmapper.data.images import JPEG, PNG, image_problem
+from clipmapper.data.readers.fields import ANSWERS, FLAG, KEY, NUMBER, TEXT, TEXTS, shown
+from clipmapper.data.readers.fine_tuning_sets import clevr, path_vqa, slake, snli_ve, vqa_rad
 from clipmapper.data.readers.manifest import captioned_images, check_image, leads_out
+from clipmapper.data.readers.source import Row, Source
 from clipmapper.data.records import OTHER
 from clipmapper.data.text_files import is_text, read_json
 from clipmapper.errors import UserError
 from clipmapper.host.outputs import file_name_problem, write_whole
 
 
-@dataclass(frozen=True)
-class Source:
-    """The official files of one split. ``annotations``: where answers have a file of their own. ``reading``
-    takes note of what is wrong in them and of what was converted."""
-
-    questions: Path
-    annotations: Path | None
-    images: Path
-    reading: Entries = field(default_factory=Entries)
-
-    def listed(self, key: str | None, what: str, schema: Mapping) -> Iterator[dict]:
-        """The good entries of ``questions``."""
-        return self.reading.listed(read_json(self.questions, what), key, self.questions, schema)
-
-
-Row = dict[str, object]  # as a line of a manifest, ``image`` a path
-
-
 def convert(name: str, source: Source, split: str, output: Path) -> tuple[int, int]:
     """Write the manifest; returns how many lines and images it has.
 
-    ``name``: a key of :data:`READERS`. Paths of images are relative to the manifest. Raises ``UserError`` for
-    files that are not what they should be, and ``UserErrors`` with every entry that is wrong, a question
-    without answers outside the split test among them. ``source.reading`` knows what was converted.
+    ``name``: a key of :data:`READERS`. Paths of images are relative to the manifest. Images that have no
+    files are written into ``source.images``, masks into a folder beside the manifest. Raises ``UserError``
+    for files that are not what they should be, and ``UserErrors`` with every entry that is wrong, a question
+    without answers outside the split test among them; nothing is left then. ``source`` knows what was
+    converted.
     """
     if name not in READERS:
         raise UserError(f"{name!r} is not one of {', '.join(READERS)}")
-    if source.annotations is not None and name not in _ANNOTATED:
-        raise UserError(f"--annotations {source.annotations}: {name} has its answers in the first file")
+    for option, owner, instead in _OPTIONS:
+        if getattr(source, option) is not None and name != owner:
+            raise UserError(f"--{option} {getattr(source, option)}: {name} {instead}")
+    if source.more and name not in _IN_PARTS:
+        raise UserError(f"{source.more[0]}: {name} is read from one file")
+    beside = _Beside()
+    try:
+        lines, images = _lines(name, source, split, output, beside)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, "\n".join(lines) + "\n")
+    except BaseException:
+        beside.undo()
+        raise
+    return len(lines), images
+
+
+def _lines(name: str, source: Source, split: str, output: Path, beside: "_Beside") -> tuple[list[str], int]:
     lines, images, first = [], set(), {}
     reading = source.reading
     for row in READERS[name](source):
         where = row.pop("source")
+        if row.pop("split", split) != split:
+            source.told["entries left out, of another split"] += 1
+            continue
         if "id" in row and first.setdefault(row["id"], where) != where:
             reading.wrong(where, "the same id twice", f"{row['id']!r} is that of {first[row['id']]} too")
         answered = row.get("answers") or row.get("captions")
@@ -56,21 +61,64 @@ def convert(name: str, source: Source, split: str, output: Path) -> tuple[int, i
             reading.wrong(where, "no answers or captions", what)
         if split == "test" and row.get("captions") == []:
             raise UserError(f"{source.questions}: images without captions can't be learnt from or scored")
-        images.add(row["image"])
-        if leads_out(os.path.relpath(row["image"], source.images)):
-            reading.wrong(where, "an image outside the folder of images", str(row["image"]))
-        relative = os.path.relpath(row["image"], output.parent)
+        image = row["image"]
+        if isinstance(image, bytes):
+            content, image = image, _named(source.images, image)
+            if image not in images and (problem := image_problem(content)) is not None:
+                reading.wrong(where, *problem)
+                continue
+            beside.write(image, content)
+        images.add(image)
+        if leads_out(os.path.relpath(image, source.images)):
+            reading.wrong(where, "an image outside the folder of images", str(image))
+        row["image"] = os.path.relpath(image, output.parent)
+        if row.get("mask") is not None:
+            mask = _named(output.with_name(f"{output.stem}_masks"), row["mask"])
+            beside.write(mask, row["mask"])
+            row["mask"] = os.path.relpath(mask, output.parent)
         kept = {key: value for key, value in row.items() if value is not None}
-        line = json.dumps(kept | {"image": relative, "split": split}, ensure_ascii=False)
+        line = json.dumps(kept | {"split": split}, ensure_ascii=False)
         if not is_text(line):
             reading.wrong(where, "not text", "half of a surrogate pair in it")
         lines.append(line)
     reading.stop()
     if not lines:
-        raise UserError(f"{source.questions}: nothing in it")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(output, "\n".join(lines) + "\n")
-    return len(lines), len(images)
+        left = "; ".join(f"{count} {what}" for what, count in source.told.items())
+        raise UserError(f"{source.questions}: nothing in it" + f" for --split {split} ({left})" * bool(left))
+    return lines, len(images)
+
+
+def _named(folder: Path, content: bytes) -> Path:
+    """Name a file by what is in it: what a name stands for is never replaced by something else."""
+    suffix = next((suffix for start, suffix in _SUFFIXES.items() if content.startswith(start)), "")
+    return folder / f"{hashlib.blake2b(content, digest_size=16).hexdigest()}{suffix}"
+
+
+_SUFFIXES = {JPEG: ".jpg", PNG: ".png"}
+
+
+class _Beside:
+    """The files that are written while entries are read, for there may be more of them than fit in memory."""
+
+    def __init__(self) -> None:
+        self.made: list[Path] = []  # folders and files, in this order
+
+    def write(self, path: Path, content: bytes) -> None:
+        if path.is_file() and path.stat().st_size == len(content):
+            return
+        for folder in reversed(path.parents):
+            if not folder.exists():
+                folder.mkdir(exist_ok=True)
+                self.made.append(folder)
+        self.made.append(path)
+        path.write_bytes(content)
+
+    def undo(self) -> None:
+        for path in reversed(self.made):
+            try:
+                path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+            except OSError:  # somebody else has written to the folder meanwhile
+                continue
 
 
 _DIRECT = TEXTS.or_else(None)
@@ -246,7 +294,13 @@ def _easy_vqa(source: Source) -> Iterator[Row]:
         }
 
 
-_ANNOTATED = ("ok_vqa",)  # with answers in a file of their own
+# Options that one data set alone has, and what is said of the others.
+_OPTIONS = (
+    ("annotations", "ok_vqa", "has its answers in the first file"),
+    ("masks", "clevr", "has no masks"),
+    ("language", "slake", "is in one language"),
+)
+_IN_PARTS = WITH_IMAGES = ("path_vqa",)  # in several files; with the images in them
 
 # The official formats, by the name of the data set.
 READERS: Mapping[str, Callable[[Source], Iterator[Row]]] = {
@@ -258,4 +312,9 @@ READERS: Mapping[str, Callable[[Source], Iterator[Row]]] = {
     "nocaps": _nocaps,
     "coco_captions": _coco_captions,
     "easy_vqa": _easy_vqa,
+    "clevr": clevr,
+    "snli_ve": snli_ve,
+    "vqa_rad": vqa_rad,
+    "slake": slake,
+    "path_vqa": path_vqa,
 }
