@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
-from clipmapper.evaluation.statistics import Interval, bootstrap_interval, bootstrap_intervals
+from clipmapper.evaluation.statistics import bootstrap_interval
 
 Masks = Sequence[Bool[np.ndarray, "_ _"]] | Bool[np.ndarray, "samples height width"]
 
@@ -44,13 +44,6 @@ class Localisation:
     rank: Float[np.ndarray, "samples"]
     pointing: Float[np.ndarray, "samples"]
     area: Float[np.ndarray, "samples"]
-
-    def summary(self, *, confidence: float = 0.95, seed: int = 0) -> dict[str, Interval]:
-        """Mean and bootstrap interval of each score, all from the same resamples of the samples."""
-        names = ("mass", "rank", "pointing", "area")
-        columns = np.stack([getattr(self, name) for name in names], axis=1)
-        intervals = bootstrap_intervals(columns, confidence=confidence, seed=seed)
-        return dict(zip(names, intervals, strict=True))
 
 
 def image_cells(relevance: Float[np.ndarray, "samples rows columns"], masks: Masks) -> Cells:

@@ -30,17 +30,6 @@ class AreaRow:
     difference: Interval | None
     reference: str | None
 
-    def as_dict(self) -> dict[str, object]:
-        return {
-            "modality": self.modality,
-            "direction": self.direction,
-            "score": self.score,
-            "method": self.method,
-            "area": self.area.as_dict(),
-            "difference": None if self.difference is None else self.difference.as_dict(),
-            "reference": self.reference,
-        }
-
 
 @dataclass(frozen=True)
 class PerturbationScores:
