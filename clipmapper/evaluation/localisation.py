@@ -9,7 +9,7 @@ ties. Ours gives the expectation under random tie-breaking, in closed form.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -44,6 +44,12 @@ class Localisation:
     rank: Float[np.ndarray, "samples"]
     pointing: Float[np.ndarray, "samples"]
     area: Float[np.ndarray, "samples"]
+
+    @classmethod
+    def concatenate(cls, parts: "Sequence[Localisation]") -> "Localisation":
+        """The samples of all parts, in order."""
+        names = (score.name for score in fields(cls))
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 def image_cells(relevance: Float[np.ndarray, "samples rows columns"], masks: Masks) -> Cells:

@@ -282,12 +282,7 @@ def joined_localisation(reports: Sequence[Report]) -> dict[str, dict[str, Locali
     parts = [report.localisation for report in reports]
     return {
         method: {
-            name: Localisation(
-                *(
-                    np.concatenate([getattr(part[method][name], score.name) for part in having])
-                    for score in fields(Localisation)
-                )
-            )
+            name: Localisation.concatenate([part[method][name] for part in having])
             for name in sorted({name for part in parts for name in part[method]})
             if (having := [part for part in parts if name in part[method]])
         }
