@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from clipmapper.commands.compose import data_settings
 from clipmapper.commands.mistakes import fail, mistakes_end_it
-from clipmapper.errors import UserError, visible
+from clipmapper.errors import RunInterrupted, UserError, visible
 from clipmapper.host.progress import print_on_own_line
 from clipmapper.host.stopping import a_command
 from clipmapper.settings.checks import check_overrides, checked, describe_failure
@@ -48,13 +48,9 @@ def train(arguments: Sequence[str] | None = None) -> None:
     def work(config: TrainConfig) -> float | None:
         with lasting_imports():
             from clipmapper.commands.train import train
-            from clipmapper.training.interruption import RunInterrupted
             from clipmapper.training.run_folder import objective
 
-        try:
-            return objective(train(config))
-        except RunInterrupted as stop:
-            raise KeyboardInterrupt(str(stop)) from stop
+        return objective(train(config))
 
     _run("train", TrainConfig, work, arguments)
 
@@ -81,13 +77,9 @@ def perturb(arguments: Sequence[str] | None = None) -> None:
     def work(config: PerturbConfig) -> None:
         with lasting_imports():
             from clipmapper.commands.perturb import perturb_checkpoint
-            from clipmapper.training.interruption import RunInterrupted
 
         config.data = data_settings(of_data) if of_data and of_data != ["data=null"] else None
-        try:
-            perturb_checkpoint(config)
-        except RunInterrupted as stop:
-            raise KeyboardInterrupt(str(stop)) from stop
+        perturb_checkpoint(config)
 
     _run("perturb", PerturbConfig, work, [argument for argument in given if argument not in of_data])
 
@@ -110,13 +102,8 @@ def pretrain_clip(arguments: Sequence[str] | None = None) -> None:
     def work(config: PretrainConfig) -> None:
         with lasting_imports():
             from clipmapper.commands.pretrain_clip import run_pretraining
-            from clipmapper.training.interruption import RunInterrupted
 
-        try:
-            scores = run_pretraining(config)
-        except RunInterrupted as stop:
-            raise KeyboardInterrupt(str(stop)) from stop
-        for name, score in scores.items():
+        for name, score in run_pretraining(config).items():
             print(f"{name}: {score:.3f}")
 
     _run("pretrain_clip", PretrainConfig, work, arguments)
@@ -201,7 +188,10 @@ def _composed(
         # Here and not below: Hydra would print a line of its own before it lets the exception through.
         with mistakes_end_it(), warnings.catch_warnings():
             warnings.showwarning = _warn
-            found = work(checked(config, schema))
+            try:
+                found = work(checked(config, schema))
+            except RunInterrupted as stop:
+                raise KeyboardInterrupt(str(stop)) from stop
         composing = True  # the next of a sweep
         return found  # a sweeper may look for the highest
 

@@ -1,4 +1,4 @@
-"""The exceptions that stand for a user's mistakes."""
+"""The exceptions that stand for a user's mistakes, and for the wish to stop."""
 
 import re
 from collections.abc import Sequence
@@ -28,6 +28,10 @@ class UserErrors(UserError):
     def __init__(self, lines: Sequence[str]) -> None:
         self.lines = [visible(line) for line in lines]
         super().__init__("\n".join(self.lines))
+
+
+class RunInterrupted(Exception):
+    """The user stopped the run. The message says what of it is on the disk."""
 
 
 # Control characters but tab and line feed, line separators, what changes the order in which a terminal shows

@@ -16,9 +16,9 @@ def explain(model: nn.Module, image, *asked, method: str | None = None, **settin
     ``clipmapper.relevance.METHODS`` (default: "weighted"). Everything else is the task's:
 
     ``explain(model, image, question, method, answer)`` of a model that answers questions: see
-    :meth:`clipmapper.tasks.vqa.task.VQA.explain`. ``explain(model, image, caption, method, word=...,
+    :func:`clipmapper.tasks.vqa.explain.explain_answers`. ``explain(model, image, caption, method, word=...,
     word_weights=..., scalar=..., decoding=..., references=..., frequencies=...)`` of one that writes
-    captions, all of them optional: see :meth:`clipmapper.tasks.captioning.task.Captioning.explain`.
+    captions, all of them optional: see :func:`clipmapper.tasks.captioning.explain.explain_captions`.
 
     Raises ``UserError`` for an unknown method, an unreadable image, and what belongs to another task.
     """

@@ -179,7 +179,7 @@ def test_report_explains_the_model_s_captions(model, samples, report):
         pixels = samples.images[row : row + 1]
         for name in ("weighted", "gae"):
             explanation = report.explanations[name][row]
-            (expected,) = explain_captions(model, pixels, [name], decoding=GREEDY)
+            (expected,) = explain_captions(model, pixels, methods=[name], decoding=GREEDY)
             assert explanation.caption == expected.caption == model.caption(pixels, GREEDY)
             np.testing.assert_allclose(explanation.maps, expected.maps, rtol=1e-4, atol=1e-7)
             chosen = report.chosen[row]
@@ -199,7 +199,7 @@ def test_localisation_of_words(model, samples, report):
     """Recomputed from explanations of the known captions, one by one."""
     expected: dict[str, list[float]] = {}
     for row, known in enumerate(samples.known):
-        explanation = explain_captions(model, samples.images[row], ["gae"], caption=known.text)[0]
+        explanation = explain_captions(model, samples.images[row], methods=["gae"], caption=known.text)[0]
         by_kind: dict[str, list[float]] = {}
         for place, (kind, mask) in known.words.items():
             scores = image_localisation(explanation.maps[place][None], mask[None])

@@ -421,17 +421,3 @@ def test_published_counts():
     assert counts.tolist() == [
         published["testlen"], published["reflen"], *published["correct"], *published["guess"]
     ]  # fmt: skip
-
-
-def test_the_summary_has_an_interval_of_every_score():
-    from clipmapper.evaluation.statistics import bootstrap_interval
-
-    predictions = ["a red ring", "two blue squares", "a disc"]
-    found = score_captions(predictions, [["a red ring left"], ["two blue squares"], ["a green square"]])
-    summary = found.summary(confidence=0.95)
-    assert set(summary) == set(found.samples)
-    for name, interval in summary.items():
-        expected = bootstrap_interval(found.samples[name])
-        assert (interval.mean, interval.low, interval.high) == pytest.approx(
-            (expected.mean, expected.low, expected.high)
-        )

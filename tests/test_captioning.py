@@ -26,7 +26,7 @@ from clipmapper.data.world.caption_truth import CaptionTruth
 from clipmapper.data.world.captions import draw_caption
 from clipmapper.data.world.data import ScenesCaptions
 from clipmapper.data.world.scenes import Scene, draw_scene
-from clipmapper.errors import UserError
+from clipmapper.errors import RunInterrupted, UserError
 from clipmapper.evaluation.captions.ngram_scores import cider_d
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
 from clipmapper.evaluation.captions.scores import score_captions
@@ -41,7 +41,6 @@ from clipmapper.tasks.captioning.training import CaptionModule, JudgedCaption, S
 from clipmapper.tasks.registry import task_of
 from clipmapper.training.batches import Labelled, StepBatches
 from clipmapper.training.checkpoint_data import data_for
-from clipmapper.training.interruption import RunInterrupted
 from clipmapper.training.launching import less_noise
 from clipmapper.training.processes import WHOLE
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS

@@ -61,7 +61,7 @@ def test_what_is_run_again_is_what_was_traced(architecture, picture, case, scala
 
 def test_occlusion_is_what_the_word_loses_without_a_patch(architecture, picture):
     model = caption_models.captioner(architecture).float()
-    found = explain_captions(model, picture, ["occlusion", "legrad"], caption=CAPTION)[0]
+    found = explain_captions(model, picture, methods=["occlusion", "legrad"], caption=CAPTION)[0]
     pixels = clip_input(picture[None], model.encoder.clip.visual)
     text = model.tokenize(CAPTION)
     lost = torch.zeros(8, 9)

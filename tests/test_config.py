@@ -457,7 +457,7 @@ def test_other_errors_keep_their_traceback(run):
 
 
 def test_interruption_is_one_line(run):
-    from clipmapper.training.interruption import RunInterrupted
+    from clipmapper.errors import RunInterrupted
 
     run.raises = KeyboardInterrupt()
     assert run("train") == (130, "", "interrupted\n")  # no promise: nobody has looked at the disk

@@ -79,7 +79,7 @@ def separately(model, pixels, method, scalar):
 )
 def test_all_words_at_once_are_each_on_its_own(model, picture, scalar):
     pixels = pixels_of(model, picture)
-    together = explain_captions(model, pixels, list(METHODS), caption=CAPTION, scalar=scalar)
+    together = explain_captions(model, pixels, methods=list(METHODS), caption=CAPTION, scalar=scalar)
     for explanation, method in zip(together, METHODS, strict=True):
         maps, matrix = separately(model, pixels, method, scalar)
         assert (explanation.method, explanation.words, explanation.caption) == (method, WORDS, CAPTION)

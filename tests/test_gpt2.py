@@ -238,14 +238,14 @@ def test_every_word_is_explained_with_its_own_tokenizer(own_tokens):
 
 def check_explanation(model, caption, methods=("weighted", "gae", "occlusion")):
     picture, model = caption_models.picture(), rounded(model)
-    found = explain_captions(model, picture, methods, caption=caption)
+    found = explain_captions(model, picture, methods=methods, caption=caption)
     for explanation in found:
         assert explanation.words == tuple(caption.split())
         # For occlusion, and where every gradient × attention is negative, a word may owe the image nothing.
         assert np.isfinite(explanation.maps).all() and explanation.maps.any(axis=(1, 2)).mean() > 0.5
         assert not np.triu(explanation.word_matrix, 1).any()
         assert np.tril(explanation.word_matrix, -1)[1:].any()
-    one = explain_captions(model, picture, methods, caption=caption, word="ring")
+    one = explain_captions(model, picture, methods=methods, caption=caption, word="ring")
     for explanation, alone in zip(found, one, strict=True):
         np.testing.assert_allclose(explanation.maps[2], alone.maps[0], rtol=1e-3, atol=1e-5)
 

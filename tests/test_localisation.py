@@ -196,18 +196,3 @@ def test_refuses_maps_without_meaning():
         word_cells(np.ones((1, 2)), np.zeros((1, 2), dtype=bool))
     with pytest.raises(ValueError, match="at least as many pixels"):
         image_cells(np.ones((1, 5, 2)), mask)
-
-
-def test_the_summary_is_the_bootstrap_of_each_score():
-    from clipmapper.evaluation.statistics import bootstrap_interval
-
-    generator = np.random.default_rng(0)
-    masks = generator.random((9, 4, 4)) < 0.3
-    masks[:, 0, 0] = True
-    found = image_localisation(generator.random((9, 2, 2)), masks)
-    summary = found.summary(confidence=0.9, seed=3)
-    assert list(summary) == ["mass", "rank", "pointing", "area"]
-    for name, interval in summary.items():
-        assert interval == bootstrap_interval(getattr(found, name), confidence=0.9, seed=3)
-        assert interval.low <= interval.mean <= interval.high
-    assert found.summary()["mass"].low < summary["mass"].low

@@ -15,11 +15,10 @@ from support import training_models
 from support.training_models import same_bits
 
 from clipmapper.commands.train import train
-from clipmapper.errors import UserError
+from clipmapper.errors import RunInterrupted, UserError
 from clipmapper.tasks.registry import load
 from clipmapper.tasks.vqa.training import VQAModule
 from clipmapper.training.checkpoint import previous_of, restore_checkpoint, write_checkpoint
-from clipmapper.training.interruption import RunInterrupted
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
 
 TINY_RUN = (

@@ -325,7 +325,6 @@ def test_summary_and_curves():
                 assert row.difference is None and row.reference is None
             else:
                 assert row.difference.mean == pytest.approx((areas[1, 1, at] - areas[1, 1, 0]).mean())
-    assert rows[1].as_dict()["area"].keys() == {"mean", "low", "high"}
     curves = scores.curves("probability")
     assert set(curves) == {"image/positive", "image/negative", "text/positive", "text/negative"}
     mean, low, high = curves["image/negative"]["again"]
@@ -376,18 +375,10 @@ def equal(a, b):
     )
 
 
-def test_saves_and_loads(tmp_path):
-    model = BagOfTokens(samples=4)
-    scores = model.perturb(model.relevances())
-    scores.save(tmp_path / "scores.npz")
-    assert equal(PerturbationScores.load(tmp_path / "scores.npz"), scores)
-    assert [p.name for p in tmp_path.iterdir()] == ["scores.npz"]  # nothing temporary stays
-
-
 def test_interrupted_run_goes_on(tmp_path, caplog):
     model = BagOfTokens(samples=10)
     relevance = model.relevances()
-    computed, done = [], []
+    computed = []
 
     def compute(positions, fail_at=None):
         if positions.start == fail_at:
@@ -395,11 +386,9 @@ def test_interrupted_run_goes_on(tmp_path, caplog):
         computed.append(positions)
         return model.perturb(relevance, positions=positions)
 
-    def run(key="a", chunk_size=4, folder=tmp_path, progress=None, **options):
+    def run(key="a", chunk_size=4, folder=tmp_path, **options):
         computed.clear()
-        return run_in_chunks(
-            10, chunk_size, lambda p: compute(p, **options), folder=folder, key=key, progress=progress
-        )
+        return run_in_chunks(10, chunk_size, lambda p: compute(p, **options), folder=folder, key=key)
 
     expected = run(folder=None)
     assert computed == [range(0, 4), range(4, 8), range(8, 10)] and not list(tmp_path.iterdir())
@@ -407,8 +396,8 @@ def test_interrupted_run_goes_on(tmp_path, caplog):
     with pytest.raises(KeyboardInterrupt):
         run(fail_at=4)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["chunk_00000.npz"]
-    assert equal(run(progress=done.append), expected)
-    assert computed == [range(4, 8), range(8, 10)] and done == [4, 4, 2]
+    assert equal(run(), expected)
+    assert computed == [range(4, 8), range(8, 10)]
     assert equal(run(), expected) and computed == []
     assert equal(run(key="b"), expected) and len(computed) == 3  # other settings: nothing is reused
     assert equal(run(key="b", chunk_size=5), expected) and len(computed) == 2  # nor chunks cut otherwise

@@ -13,6 +13,7 @@ from support.slow import mostly_slow
 from support.small_records import VOCABULARY, Stored, records_in
 
 from clipmapper.data import token_cache
+from clipmapper.data.pixels import PixelReader
 from clipmapper.data.readers.manifest import manifest_data
 from clipmapper.data.records import Record, RecordData
 from clipmapper.data.token_cache import TokenStore
@@ -77,8 +78,10 @@ def test_images_of_captions_have_their_own_tokens(tmp_path):
 
 
 def test_files_are_known_by_their_content(model, tmp_path):
+    reader = PixelReader(model.encoder.clip.visual.preprocess_cfg)
+
     def digest(folder: Path) -> str:
-        return different_images(records_in_place(folder), model.encoder.reader(), tmp_path)[0].digest()
+        return different_images(records_in_place(folder), reader, tmp_path)[0].digest()
 
     def records_in_place(folder: Path) -> list[Record]:
         return [Record(n, folder / f"{n}.png", str(folder / f"{n}.png")) for n in range(2)]
@@ -94,7 +97,7 @@ def test_files_are_known_by_their_content(model, tmp_path):
         digest(tmp_path / "there")
     # And what is not a file.
     records = records_in(tmp_path / "here")
-    images, _ = different_images(records, model.encoder.reader(), tmp_path)
+    images, _ = different_images(records, reader, tmp_path)
     assert images.digest() == different_images(records[:3], images.reader, tmp_path)[0].digest()
     others = [records[0], records[1], Record(2, Stored(Image.new("RGB", (80, 52))), "2")]
     assert images.digest() != different_images(others, images.reader, tmp_path)[0].digest()

@@ -12,9 +12,8 @@ from support import training_models
 from support.slow import mostly_slow
 
 from clipmapper.commands.train import train
-from clipmapper.errors import UserError
+from clipmapper.errors import RunInterrupted, UserError
 from clipmapper.tasks.vqa.training import VQAModule
-from clipmapper.training.interruption import RunInterrupted
 from clipmapper.training.run_folder import CHECKPOINT
 
 SETTINGS = (

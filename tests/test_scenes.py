@@ -59,6 +59,11 @@ RELATIONS = ("relation_choose", "relation_open", "relation_yes_no", "comparison"
 # ---------------------------------------------------------------- what the tests look at
 
 
+def object_mask(rendered, scene, objects):
+    """Boolean [height, width]: the visible pixels of the given objects of one scene."""
+    return np.isin(rendered.instances[scene], [k + 1 for k in objects])
+
+
 @pytest.fixture(scope="module")
 def scenes():
     return [draw_scene(3, "train", i) for i in range(700)]
@@ -217,7 +222,7 @@ def test_pixels_have_the_colour_of_their_object(scenes):
         spread = image.max(-1) - image.min(-1)
         background.append(spread[shrink(instances == 0)])
         for j, item in enumerate(scene.objects):
-            inner = image[shrink(rendered.object_mask(k, [j]))]
+            inner = image[shrink(object_mask(rendered, k, [j]))]
             objects.append(inner.max(-1) - inner.min(-1))
             names = [nearest_hue(pixel) for pixel in inner]
             pixels, right = pixels + len(names), right + names.count(item.colour)
@@ -246,7 +251,7 @@ def test_masks_have_the_place_and_form_of_their_object(scenes):
         distance = np.hypot(columns - item.x, rows - item.y)
         reach = 1.25 * item.radius + 1  # corners stick out of the circle that a square is as large as
         assert not (mask & (distance > reach)).any()
-        assert not (rendered.object_mask(k, [j]) & ~mask).any()
+        assert not (object_mask(rendered, k, [j]) & ~mask).any()
         border = mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any()
         if not border:
             assert mask.sum() == pytest.approx(AREAS[item.shape] * item.radius**2, rel=0.12)
@@ -266,7 +271,7 @@ def test_objects_are_inside_and_hardly_covered(scenes, confusable, kind):
     for k, j, mask in lone_renders(some):
         item = some[k].objects[j]
         assert 0 < item.x < IMAGE_SIZE and 0 < item.y < IMAGE_SIZE
-        shares.append(rendered.object_mask(k, [j]).sum() / mask.sum())
+        shares.append(object_mask(rendered, k, [j]).sum() / mask.sum())
         inside.append(mask.sum() / (AREAS[item.shape] * item.radius**2))
     shares, inside = np.array(shares), np.array(inside)
     assert shares.min() > 0.7 and (shares > 0.9).mean() > 0.97
@@ -633,7 +638,7 @@ def test_a_split_holds_the_scenes_and_questions_it_promises(data):
             assert scene_checker.answer(question.text, some[image].objects) == question.answer
             mask, instances = record.truth.mask(), record.truth.instances
             assert (instances == rendered.instances[image]).all()
-            assert mask.any() and (mask == rendered.object_mask(image, question.deciding_objects)).all()
+            assert mask.any() and (mask == object_mask(rendered, image, question.deciding_objects)).all()
             assert set(np.unique(instances[mask]) - 1) == set(question.deciding_objects)
 
 

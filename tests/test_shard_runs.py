@@ -19,14 +19,13 @@ from clipmapper.commands.make_shards import main as make_shards
 from clipmapper.commands.train import train
 from clipmapper.data.records import RecordData
 from clipmapper.data.shards.data import ShardData
-from clipmapper.errors import UserError
+from clipmapper.errors import RunInterrupted, UserError
 from clipmapper.settings.checks import built
 from clipmapper.tasks.captioning.task import CaptionRun
 from clipmapper.tasks.captioning.training import CaptionModule
 from clipmapper.tasks.vqa.task import VQARun
 from clipmapper.tasks.vqa.training import VQAModule
 from clipmapper.training.batches import StepBatches
-from clipmapper.training.interruption import RunInterrupted
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
 
 TRAIN, VALIDATION = 8, 3

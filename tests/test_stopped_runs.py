@@ -19,9 +19,9 @@ from support.slow import mostly_slow
 from support.training_models import PATIENCE, same_bits
 
 from clipmapper.commands.train import train
+from clipmapper.errors import RunInterrupted
 from clipmapper.host.stopping import Stopped
 from clipmapper.tasks.vqa.training import VQAModule
-from clipmapper.training.interruption import RunInterrupted
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
 
 TINY_RUN = (

@@ -28,14 +28,13 @@ from clipmapper.data.tables.base import RecordList
 from clipmapper.data.token_cache import TokenStore
 from clipmapper.data.world.data import RenderedImage
 from clipmapper.data.world.questions import ANSWERS, SceneQuestion
-from clipmapper.errors import UserError
+from clipmapper.errors import RunInterrupted, UserError
 from clipmapper.tasks.vqa import report as explanation_report
 from clipmapper.tasks.vqa import task as vqa_run
 from clipmapper.tasks.vqa.batches import QuestionBatches
 from clipmapper.tasks.vqa.model import build_clipmapper
 from clipmapper.tasks.vqa.training import VQAModule, answer_loss, blind_accuracy
 from clipmapper.training.batches import Labelled, StepBatches
-from clipmapper.training.interruption import RunInterrupted
 from clipmapper.training.launching import less_noise
 from clipmapper.training.module import adamw, warmup_cosine
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS, folder_to_resume, new_run_folder

@@ -84,7 +84,7 @@ def explanation(options: Namespace) -> dict:
     text = model.tokenize(caption)
 
     def explain(**more):
-        return explain_captions(model, images, [options.method], caption=caption, **more)[0]
+        return explain_captions(model, images, methods=[options.method], caption=caption, **more)[0]
 
     words = len(explain().words)
 

@@ -15,6 +15,7 @@ from clipmapper.benchmarks.subjects import scenes_mapper, tokens_of_texts, vit_b
 from clipmapper.benchmarks.timing import machine, measured, ratio_chart
 from clipmapper.commands.explain import chosen_device
 from clipmapper.commands.mistakes import seconds, whole
+from clipmapper.data.images import input_size
 from clipmapper.evaluation.perturbation import (
     FRACTIONS,
     ModalityRelevance,
@@ -94,8 +95,7 @@ class _Run:
         torch.manual_seed(0)
         self.model, self.samples, self.batch_size = model.eval(), options.samples, options.batch_size
         visual = model.encoder.clip.visual
-        size = visual.image_size if isinstance(visual.image_size, tuple) else (visual.image_size,) * 2
-        self.images = torch.randn(self.samples, 3, *size, device=model.device)
+        self.images = torch.randn(self.samples, 3, *input_size(visual), device=model.device)
         self.text = tokens_of_texts(model, self.samples)
         self.targets = torch.rand(self.samples, len(model.answers))
         rows, columns = model.encoder.grid

@@ -8,6 +8,7 @@ import open_clip
 import torch
 from torch import Tensor, nn
 
+from clipmapper.data.images import input_size
 from clipmapper.models.clip_weights import open_clip_log, registered_name
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.relevance import Again, AttentionTrace, Node, record
@@ -214,8 +215,7 @@ def _clip(architecture: str, device: torch.device, **more) -> nn.Module:
 
 
 def _images(visual: nn.Module, batch: int, device: torch.device) -> Tensor:
-    size = visual.image_size if isinstance(visual.image_size, tuple) else (visual.image_size,) * 2
-    return torch.randn(batch, 3, *size, device=device)
+    return torch.randn(batch, 3, *input_size(visual), device=device)
 
 
 def _ids(clip: nn.Module, batch: int, length: int, device: torch.device) -> Tensor:

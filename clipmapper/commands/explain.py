@@ -9,7 +9,7 @@ import torch
 from clipmapper.errors import UserError
 from clipmapper.host.outputs import check_folder
 from clipmapper.relevance import COMPARED
-from clipmapper.settings.commands import ExplainConfig, device_problem
+from clipmapper.settings.commands import ExplainConfig, device_problems
 from clipmapper.tasks.registry import load, task_of
 from clipmapper.training.explained import Explanation
 from clipmapper.training.shown import console, files_table
@@ -22,8 +22,8 @@ _ASKED = ("question", "answer", "caption", "word", "word_weights")  # settings t
 def chosen_device(name: str) -> torch.device:
     """ "auto", "cpu", "cuda", "cuda:1", "mps". Raises ``UserError`` for another name and for one that is not
     there."""
-    if problem := device_problem(name):
-        raise UserError(f"device: {problem}")
+    for key, problem in device_problems(name):
+        raise UserError(f"{key}: {problem}")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)

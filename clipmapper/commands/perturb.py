@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from clipmapper.commands.explain import chosen_device
-from clipmapper.errors import UserError
+from clipmapper.errors import RunInterrupted, UserError
 from clipmapper.evaluation.perturbation import finished_chunks
 from clipmapper.host.outputs import NO_ROOM, check_folder
 from clipmapper.host.progress import progress
@@ -15,7 +15,6 @@ from clipmapper.models.tokens import cut_texts_said_once
 from clipmapper.settings.commands import PerturbConfig
 from clipmapper.tasks.registry import load, task_of
 from clipmapper.training.checkpoint_data import data_for
-from clipmapper.training.interruption import RunInterrupted
 from clipmapper.training.run_folder import RESULTS, write_json
 from clipmapper.training.shown import console, files_table
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning
 import torch
 
-from clipmapper.errors import RunCutShort, UserError
+from clipmapper.errors import RunCutShort, RunInterrupted, UserError
 from clipmapper.host.outputs import NO_ROOM, check_file, check_folder
 from clipmapper.host.stopping import forks_ignore_signals
 from clipmapper.models.clip_weights import save_clip_weights
@@ -23,7 +23,7 @@ from clipmapper.training.checkpoint import (
 )
 from clipmapper.training.contrastive import ContrastiveModule, contrastive_loader, retrieval_score
 from clipmapper.training.endings import killed_worker
-from clipmapper.training.interruption import GracefulInterrupt, RunInterrupted, SaveSteps
+from clipmapper.training.interruption import GracefulInterrupt, SaveSteps
 from clipmapper.training.launching import less_noise
 from clipmapper.training.run_folder import only_one
 from clipmapper.training.trainer import steps_progress
@@ -41,7 +41,7 @@ def run_pretraining(config: PretrainConfig) -> dict[str, float]:
     """Train, write the weights with their card, and return the retrieval scores on held-out scenes.
 
     Raises ``UserError`` for settings and files that cannot be, before anything long begins, and where the run
-    cannot go on; :class:`~clipmapper.training.interruption.RunInterrupted` when the user stops it.
+    cannot go on; :class:`~clipmapper.errors.RunInterrupted` when the user stops it.
     """
     check_file(Path(config.output), f"output={config.output}")
     check_folder(_LAST.parent, f"{_LAST.parent} (where the run saves)")

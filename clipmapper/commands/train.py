@@ -64,7 +64,7 @@ def train(config: TrainConfig, data: RecordData | None = None) -> Path:
 
     Raises ``UserError`` for settings that cannot work, before anything long begins, and where the run cannot
     go on (no room on the disk, a loss that is no number); and
-    :class:`~clipmapper.training.interruption.RunInterrupted` when the user stops the run.
+    :class:`~clipmapper.errors.RunInterrupted` when the user stops the run.
     """
     with forks_ignore_signals():
         unfinished = Unfinished(config)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from clipmapper.host.outputs import write_whole
+
 INDEX = "file_digests.json"
 
 
@@ -64,9 +66,7 @@ def file_digests(
     if any(known.get(name) != entry for name, entry in kept.items()):
         with contextlib.suppress(OSError):  # where it can't be kept, they are read again the next time
             index.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(known | kept))
-            os.replace(temporary, file)
+            write_whole(file, json.dumps(known | kept), durable=False)
     return digests
 
 

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from clipmapper.data.images import NO_FILE, image_problem
 from clipmapper.data.record import Problem, StoredImage, stop_for
 from clipmapper.data.tables.columns import Columns, RecordTable, StoredBytes, together
+from clipmapper.host.outputs import whole_file
 from clipmapper.host.progress import progress
 
 _TOGETHER = 16  # images that a thread is handed at once: of small ones it checks ten thousand a second ...
@@ -174,14 +176,10 @@ def remember(folder: Path | None, fine: np.ndarray) -> None:
     content = io.BytesIO()
     np.save(content, kept, allow_pickle=False)
     body = content.getbuffer()
-    temporary = folder / f"{FILE}.{os.getpid()}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            file.write(hashlib.blake2b(body, digest_size=_DIGEST).digest())
-            file.write(body)
-        os.replace(temporary, folder / FILE)
-    except OSError:  # no room: the next run checks again
-        temporary.unlink(missing_ok=True)
+    # No room: the next run checks again.
+    with suppress(OSError), whole_file(folder / FILE, durable=False) as file:
+        file.write(hashlib.blake2b(body, digest_size=_DIGEST).digest())
+        file.write(body)
 
 
 def _read(folder: Path | None) -> np.ndarray:

@@ -165,6 +165,20 @@ def _from_file(file: BytesIO | str | Path, reduced: bool) -> Image.Image:
         return _upright_rgb(opened)
 
 
+def input_size(visual: nn.Module) -> tuple[int, int]:
+    """(rows, columns) of the pixels that ``visual`` (an ``open_clip`` image tower) reads."""
+    side = visual.image_size
+    return tuple(side) if isinstance(side, tuple) else (side, side)
+
+
+def mean_and_std(
+    visual: nn.Module, device: torch.device
+) -> tuple[Float[Tensor, "3 1 1"], Float[Tensor, "3 1 1"]]:
+    """By which the input of ``visual`` is normalised."""
+    mean, std = (torch.tensor(v, device=device)[:, None, None] for v in (visual.image_mean, visual.image_std))
+    return mean, std
+
+
 def clip_input(
     images: UInt8[np.ndarray, "n side side 3"], visual: nn.Module
 ) -> Float[Tensor, "n 3 height width"]:
@@ -174,12 +188,11 @@ def clip_input(
     slower and gives the same to a level of 255 or so.
     """
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    side = visual.image_size
-    size = list(side) if isinstance(side, tuple) else [side, side]
+    size = list(input_size(visual))
     if list(pixels.shape[2:]) != size:
         interpolation = InterpolationMode(visual.preprocess_cfg["interpolation"])
         pixels = resize(pixels, size, interpolation, antialias=True)
-    mean, std = (torch.tensor(v)[:, None, None] for v in (visual.image_mean, visual.image_std))
+    mean, std = mean_and_std(visual, pixels.device)
     return (pixels.float() / 255 - mean) / std
 
 
@@ -192,8 +205,7 @@ def seen_part(
     Patches lie on this picture as they lie on the tower's input, whatever the shapes. ``fill``: the colour of
     what is padded; None: the transform's own.
     """
-    side = visual.image_size
-    rows, columns = side if isinstance(side, tuple) else (side, side)
+    rows, columns = input_size(visual)
     mode = visual.preprocess_cfg["resize_mode"]
     width, height = image.size
     if mode == "squash":
@@ -226,9 +238,7 @@ def displayed_image(
     pixels: Float[Tensor, "1 3 height width"], visual: nn.Module
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Undo the normalisation of ``visual`` (an ``open_clip`` image tower): the image as the model saw it."""
-    mean, std = (
-        torch.tensor(v, device=pixels.device)[:, None, None] for v in (visual.image_mean, visual.image_std)
-    )
+    mean, std = mean_and_std(visual, pixels.device)
     image = (pixels[0] * std + mean).clamp(0, 1) * 255
     return image.round().byte().permute(1, 2, 0).cpu().numpy()
 

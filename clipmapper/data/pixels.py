@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms import ToTensor
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, resize
 
+from clipmapper.data.images import mean_and_std
 from clipmapper.data.record import Record, StoredImage
 
 DECODING = ("fast", "exact")
@@ -77,9 +78,7 @@ def normalised(
     it is where it is normalised already."""
     if pixels.is_floating_point():
         return pixels
-    mean, std = (
-        torch.tensor(v, device=pixels.device)[:, None, None] for v in (visual.image_mean, visual.image_std)
-    )
+    mean, std = mean_and_std(visual, pixels.device)
     return (pixels.float() / 255).sub_(mean).div_(std)
 
 

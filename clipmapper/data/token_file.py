@@ -19,6 +19,7 @@ from torch import Tensor
 
 from clipmapper.data.content import file_stamp
 from clipmapper.errors import UserError
+from clipmapper.host.outputs import write_whole
 
 TOKENS = "tokens.npy"
 KEY = "key.json"
@@ -115,10 +116,8 @@ class TokenFile:
         self._note_verified(stamp)
 
     def _note_verified(self, stamp: list[int]) -> None:
-        temporary = self.folder / f"{_VERIFIED}.{os.getpid()}.tmp"
         with contextlib.suppress(OSError):  # a folder that may only be read: it is compared every time
-            temporary.write_text(json.dumps(stamp))
-            os.replace(temporary, self.folder / _VERIFIED)
+            write_whole(self.folder / _VERIFIED, json.dumps(stamp), durable=False)
 
     def _marks(self) -> np.ndarray:
         """Read each part's digest, a row of bytes."""

@@ -9,12 +9,12 @@ ties. Ours gives the expectation under random tie-breaking, in closed form.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from jaxtyping import Bool, Float
 
-from clipmapper.evaluation.statistics import Interval, bootstrap_interval, bootstrap_intervals
+from clipmapper.evaluation.statistics import bootstrap_interval
 
 Masks = Sequence[Bool[np.ndarray, "_ _"]] | Bool[np.ndarray, "samples height width"]
 
@@ -45,12 +45,11 @@ class Localisation:
     pointing: Float[np.ndarray, "samples"]
     area: Float[np.ndarray, "samples"]
 
-    def summary(self, *, confidence: float = 0.95, seed: int = 0) -> dict[str, Interval]:
-        """Mean and bootstrap interval of each score, all from the same resamples of the samples."""
-        names = ("mass", "rank", "pointing", "area")
-        columns = np.stack([getattr(self, name) for name in names], axis=1)
-        intervals = bootstrap_intervals(columns, confidence=confidence, seed=seed)
-        return dict(zip(names, intervals, strict=True))
+    @classmethod
+    def concatenate(cls, parts: "Sequence[Localisation]") -> "Localisation":
+        """The samples of all parts, in order."""
+        names = (score.name for score in fields(cls))
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 def image_cells(relevance: Float[np.ndarray, "samples rows columns"], masks: Masks) -> Cells:

@@ -25,7 +25,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from clipmapper.errors import visible
-from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES, PerturbationScores, write_arrays
+from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES, PerturbationScores
+from clipmapper.host.outputs import whole_file
 
 FRACTIONS = (0.0, 0.05, 0.10, 0.15, 0.20, 0.25, 0.50, 0.75, 1.0)
 
@@ -238,14 +239,13 @@ def run_in_chunks(
     *,
     folder: Path | None,
     key: str,
-    progress: Callable[[int], None] | None = None,
 ) -> PerturbationScores:
     """Scores of samples 0 … n_samples − 1, `chunk_size` at a time; `compute` gets the positions of one chunk.
 
     With a `folder`, each finished chunk is kept as `chunk_00000.npz` and so on, together with `key`: a string
     that names everything the numbers depend on (checkpoint, data, methods, seed, fractions …). A later run
     takes a chunk with the same key and the same positions from its file; any other file is replaced, a
-    damaged one with a warning in the log. `progress` is told the number of samples each chunk settled.
+    damaged one with a warning in the log.
     """
     if n_samples < 1 or chunk_size < 1:
         raise ValueError(f"needs at least one sample and a chunk of at least one: {n_samples}, {chunk_size}")
@@ -261,10 +261,9 @@ def run_in_chunks(
         if scores is None:
             scores = compute(positions)
             if path is not None:
-                write_arrays(path, {**scores.to_arrays(), "key": np.array(chunk_key)})
+                with whole_file(path, durable=False) as file:
+                    np.savez(file, **scores.to_arrays(), key=np.array(chunk_key))
         chunks.append(scores)
-        if progress is not None:
-            progress(len(positions))
     return PerturbationScores.concatenate(chunks)
 
 

@@ -1,9 +1,7 @@
 """Results of a perturbation test: curves, areas, intervals, files of them, and the names of its scores."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -29,17 +27,6 @@ class AreaRow:
     area: Interval
     difference: Interval | None
     reference: str | None
-
-    def as_dict(self) -> dict[str, object]:
-        return {
-            "modality": self.modality,
-            "direction": self.direction,
-            "score": self.score,
-            "method": self.method,
-            "area": self.area.as_dict(),
-            "difference": None if self.difference is None else self.difference.as_dict(),
-            "reference": self.reference,
-        }
 
 
 @dataclass(frozen=True)
@@ -160,26 +147,6 @@ class PerturbationScores:
             arrays["sample_ids"],
             arrays["values"],
         )
-
-    def save(self, path: Path) -> None:
-        """Write an .npz file; it appears complete or not at all."""
-        write_arrays(path, self.to_arrays())
-
-    @classmethod
-    def load(cls, path: Path) -> "PerturbationScores":
-        with np.load(path, allow_pickle=False) as stored:
-            return cls.from_arrays(stored)
-
-
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write `arrays` as .npz under a temporary name, then rename: no half file after an interruption."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez(file, **arrays)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def perturbation_numbers(scores: PerturbationScores, confidence: float, seed: int) -> dict:

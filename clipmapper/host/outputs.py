@@ -6,7 +6,10 @@ import os
 import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from clipmapper.errors import UserError, visible
 
@@ -37,20 +40,29 @@ def check_file(file: Path, named: str) -> None:
     _check(file.parent, f".{file.name}", named)
 
 
-def write_whole(path: Path, content: str | bytes) -> Path:
-    """Write a file that is on the disk as a whole, or not at all: what was there before stays then.
+@contextmanager
+def whole_file(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """Inside, write a file that is there as a whole, or not at all: what was there before stays then.
 
-    Nothing else is left where there is no room. Text is written as UTF-8. Returns the path.
+    Nothing else is left where there is no room. ``durable``: it is on the disk (fsync) before it takes its
+    place.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes, *, durable: bool = True) -> Path:
+    """Write a :func:`whole_file`, text as UTF-8. Returns the path."""
+    with whole_file(path, durable=durable) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
     return path
 
 

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float, Int, Num
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor, nn
 
-from clipmapper.data.images import as_pil
-from clipmapper.data.pixels import PixelReader, normalised
+from clipmapper.data.images import as_pil, input_size
+from clipmapper.data.pixels import normalised
 from clipmapper.errors import UserError
 from clipmapper.models.clip_weights import build_clip, build_tokenizer, registered_name
 from clipmapper.models.image_towers import image_tower
@@ -85,10 +85,6 @@ class ClipEncoder(nn.Module):
         """The image transform that belongs to the weights: PIL image → Float[3, height, width]."""
         return image_transform_v2(PreprocessCfg(**self.clip.visual.preprocess_cfg), is_train=False)
 
-    def reader(self, decoding: str = "fast") -> PixelReader:
-        """Return a reader that prepares photographs of records for these weights, as uint8."""
-        return PixelReader(self.clip.visual.preprocess_cfg, decoding)
-
     def load_image(self, image) -> Float[Tensor, "batch 3 height width"]:
         """A path, PIL image or uint8 array [height, width, 3] as the towers read it; a tensor as it is.
 
@@ -106,10 +102,10 @@ class ClipEncoder(nn.Module):
     ) -> Float[Tensor, "batch tokens channels"]:
         """Prefix tokens, then patches row by row, after the tower's final LayerNorm.
 
-        ``images``: as :meth:`preprocess` gives them, or uint8 as a :meth:`reader` does, which are normalised
-        here, on their device. ``keep``: patches that stay (the others are physically removed); ``ignore``:
-        patches that no attention of the tower reads. See
-        :meth:`clipmapper.models.image_towers.ImageTower.forward`.
+        ``images``: as :meth:`preprocess` gives them, or uint8 as a
+        :class:`~clipmapper.data.pixels.PixelReader` does, which are normalised here, on their device.
+        ``keep``: patches that stay (the others are physically removed); ``ignore``: patches that no attention
+        of the tower reads. See :meth:`clipmapper.models.image_towers.ImageTower.forward`.
         """
         if images.dtype == torch.uint8:
             images = normalised(images, self.clip.visual)
@@ -180,13 +176,12 @@ TOKENS_VERSION = 1
 def image_identity(encoder: ClipEncoder) -> dict:
     """Architecture, weights (by their content, wherever they came from) and preprocessing of the images."""
     visual = encoder.clip.visual
-    size = visual.image_size
     return {
         **_common(encoder),
         "weights": weights_digest(visual.state_dict()),
         "preprocessing": {
             **visual.preprocess_cfg,
-            "image_size": list(size) if isinstance(size, tuple) else [size, size],
+            "image_size": list(input_size(visual)),
             "image_mean": list(visual.image_mean),
             "image_std": list(visual.image_std),
         },

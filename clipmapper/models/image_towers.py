@@ -183,8 +183,9 @@ class TimmImageTower(ImageTower):
         mask: Float[Tensor, "..."] | None,
         rotary: Float[Tensor, "..."] | None,
     ) -> Float[Tensor, "batch tokens channels"]:
+        rotated = {} if rotary is None else {"rope": rotary}
         for block in self.visual.trunk.blocks:
-            tokens = block(tokens, attn_mask=mask)
+            tokens = block(tokens, attn_mask=mask, **rotated)
         return tokens
 
     def mask_for(self, ignored: Bool[Tensor, "batch tokens"], dtype: torch.dtype) -> Float[Tensor, "..."]:
@@ -208,16 +209,6 @@ class EvaImageTower(TimmImageTower):
         trunk = self.visual.trunk
         tokens, rotary = trunk._pos_embed(trunk.patch_embed(images))
         return trunk.norm_pre(tokens), rotary
-
-    def blocks(
-        self,
-        tokens: Float[Tensor, "batch tokens channels"],
-        mask: Float[Tensor, "..."] | None,
-        rotary: Float[Tensor, "..."] | None,
-    ) -> Float[Tensor, "batch tokens channels"]:
-        for block in self.visual.trunk.blocks:
-            tokens = block(tokens, rope=rotary, attn_mask=mask)
-        return tokens
 
 
 def image_tower(visual: nn.Module, architecture: str) -> ImageTower:

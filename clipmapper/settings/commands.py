@@ -34,7 +34,7 @@ class ExplainConfig(Section):
     device: str = setting()
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        yield from _device_problems(self.device)
+        yield from device_problems(self.device)
 
 
 @dataclass
@@ -65,7 +65,7 @@ class PerturbConfig(Section):
         yield from list_problems("methods", self.methods)
         if self.caption_scores is not None:
             yield from list_problems("caption_scores", self.caption_scores)
-        yield from _device_problems(self.device)
+        yield from device_problems(self.device)
 
 
 @dataclass
@@ -106,13 +106,7 @@ class PretrainConfig(Section):
             )
 
 
-def device_problem(device: str) -> str | None:
-    """Why this is not the name of a device; None if it is."""
-    if re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
-        return None
-    return f"{device!r} is not one of auto, cpu, cuda, cuda:0 (and so on), mps"
-
-
-def _device_problems(device: str) -> Iterator[tuple[str, str]]:
-    if problem := device_problem(device):
-        yield "device", problem
+def device_problems(device: str) -> Iterator[tuple[str, str]]:
+    """As of :meth:`Section.problems`."""
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", device):
+        yield "device", f"{device!r} is not one of auto, cpu, cuda, cuda:0 (and so on), mps"

@@ -10,11 +10,11 @@ from typing import NoReturn
 
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
-from clipmapper.errors import RunCutShort, UserError
+from clipmapper.errors import RunCutShort, RunInterrupted, UserError
 from clipmapper.host.outputs import NO_ROOM
 from clipmapper.host.stopping import Stopped
 from clipmapper.settings.schema import TrainConfig
-from clipmapper.training.interruption import REQUEUE_SIGNALS, RunInterrupted, requeue_job
+from clipmapper.training.interruption import REQUEUE_SIGNALS, requeue_job
 from clipmapper.training.processes import Companions, another_has_failed, is_main, say_once
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS, folder_to_resume, saved_step
 

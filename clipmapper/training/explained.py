@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from clipmapper.data.images import seen_part
+from clipmapper.data.images import input_size, seen_part
 from clipmapper.data.pixels import normalised
 from clipmapper.data.record import Record, resized, seen_mask
 from clipmapper.errors import UserError
@@ -72,11 +72,10 @@ def mask_of(record: Record, visual: nn.Module) -> Bool[np.ndarray, "rows columns
             f"{record.source}: its mask has {mask.shape[1]} x {mask.shape[0]} pixels, its image {width} x "
             f"{height}; a mask is as large as the image"
         )
-    side = visual.image_size
-    least = side if isinstance(side, tuple) else (side, side)
     seen = seen_mask(mask, visual)
     scale = min(1.0, LARGEST / max(seen.shape))
-    rows, columns = (max(round(scale * n), few) for n, few in zip(seen.shape, least, strict=True))
+    sides = zip(seen.shape, input_size(visual), strict=True)
+    rows, columns = (max(round(scale * n), few) for n, few in sides)
     return resized(seen, (rows, columns))
 
 
@@ -282,12 +281,7 @@ def joined_localisation(reports: Sequence[Report]) -> dict[str, dict[str, Locali
     parts = [report.localisation for report in reports]
     return {
         method: {
-            name: Localisation(
-                *(
-                    np.concatenate([getattr(part[method][name], score.name) for part in having])
-                    for score in fields(Localisation)
-                )
-            )
+            name: Localisation.concatenate([part[method][name] for part in having])
             for name in sorted({name for part in parts for name in part[method]})
             if (having := [part for part in parts if name in part[method]])
         }

@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from clipmapper.errors import UserError
+from clipmapper.errors import RunInterrupted, UserError
 from clipmapper.host.stopping import SIGNALS, Stopped, of_another, reinstall
 from clipmapper.training.processes import flag_raised, from_all, in_any, is_main, raise_flag
 
@@ -85,10 +85,6 @@ def requeue_job() -> None:
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     subprocess.run(["scontrol", "requeue", job], check=True)
-
-
-class RunInterrupted(Exception):
-    """The user stopped the run. The message says what of it is on the disk."""
 
 
 class GracefulInterrupt(lightning.Callback):

@@ -1,21 +1,17 @@
 """An explained caption on one page: the map of the whole caption, and a strip with a small map a word."""
 
-from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float, UInt8
 from matplotlib.figure import Figure
 
 from clipmapper.visual.heatmap import (
-    check_mask,
     colour_key,
     draw_words,
     for_display,
     heat_scale,
     heatmap_overlay,
-    outline_region,
-    region_key,
     show_image,
     word_scale,
     words_height,
@@ -72,28 +68,20 @@ class Explained(Protocol):
 
 
 @house_style()
-def plot_caption_strip(
-    of: Explained,
-    *,
-    truth: str | None = None,
-    masks: Sequence[Bool[np.ndarray, "height width"] | None] | None = None,
-) -> Figure:
+def plot_caption_strip(of: Explained, *, truth: str | None = None) -> Figure:
     """The image, the map of the caption, and below them a small map of every explained word.
 
     Under each map stands its word, with the probability that the model gave it; words that do not count in
     the caption's map are faint. Below that come the words written before it, coloured by their relevance.
     Each map and each row of earlier words is divided by its own maximum. Punctuation marks have no map here,
-    unless nothing else was explained. ``truth``: a caption by someone who knows. ``masks``: for each
-    explained word, the pixels it speaks of, where they are known. Nothing is cut: the strip wraps into rows
-    and the figure grows.
+    unless nothing else was explained. ``truth``: a caption by someone who knows. Nothing is cut: the strip
+    wraps into rows and the figure grows.
     """
     image = of.image
     shown = [row for row, place in enumerate(of.explained) if _is_word(of.words[place])]
     shown = shown or list(range(len(of.explained)))
     words = [of.words[of.explained[row]] for row in shown]
     earlier = [[pair for pair in of.earlier_words(row) if _is_word(pair[0])] for row in shown]
-    for mask in masks or ():
-        check_mask(image, mask)
     height, width = image.shape[:2]
     scale = min(_CELL_WIDTH / width, _CELL_HEIGHT / height)
     cell_width, cell_height = scale * width, scale * height
@@ -126,16 +114,12 @@ def plot_caption_strip(
     _write_side(figure, left, top, page_width - _MARGIN - left, of, truth)
 
     _line_of_strip(figure, strip_top - 0.09)
-    y, any_mask = strip_top, False
+    y = strip_top
     for start, words_tall, row_height in zip(starts, tall, row_heights, strict=True):
         for column, k in enumerate(range(start, min(start + columns, len(words)))):
             x = _MARGIN + column * slot
-            panel = axes_at(figure, x, y, cell_width, cell_height)
-            show_image(panel, heatmap_overlay(picture, of.maps[shown[k]]))
-            mask = None if masks is None else masks[shown[k]]
-            if mask is not None and mask.any():
-                outline_region(panel, mask, picture.shape[:2], 0.7)
-                any_mask = True
+            map_of_word = heatmap_overlay(picture, of.maps[shown[k]])
+            show_image(axes_at(figure, x, y, cell_width, cell_height), map_of_word)
             label = y + cell_height + 0.17
             ink, weight = (INK, "bold") if of.weights[shown[k]] > 0 else (FAINT, "normal")
             write(figure, x, label, words[k], _WORD_SIZE, colour=ink, weight=weight)
@@ -154,9 +138,7 @@ def plot_caption_strip(
     right = page_width - _MARGIN
     if any(earlier):
         right = colour_key(figure, right, baseline, word_scale(), "earlier words") - 0.25
-    right = colour_key(figure, right, baseline, heat_scale(), "relevance ÷ maximum: patches") - 0.25
-    if any_mask:
-        region_key(figure, right, baseline, "□ what the word speaks of")
+    colour_key(figure, right, baseline, heat_scale(), "relevance ÷ maximum: patches")
     return figure
 
 

@@ -120,7 +120,6 @@ def heat_scale(alpha: float = DEFAULT_ALPHA) -> ScalarMappable:
 
 
 _EDGE = "#404040"
-REGION_KEY = "□ decides the answer"
 
 
 def check_mask(image: UInt8[np.ndarray, "..."], mask: Bool[np.ndarray, "..."] | None) -> None:
@@ -165,9 +164,9 @@ def colour_bar(axes: Axes, scale: ScalarMappable, label: str) -> None:
     )
 
 
-def region_key(figure: Figure, right: float, baseline: float, text: str = REGION_KEY) -> None:
+def region_key(figure: Figure, right: float, baseline: float) -> None:
     """The legend of `outline_region`, ending at a place in inches."""
-    write(figure, right, baseline, text, CAPTION_SIZE, colour=FAINT, align="right")
+    write(figure, right, baseline, "□ decides the answer", CAPTION_SIZE, colour=FAINT, align="right")
 
 
 def colour_key(figure: Figure, right: float, baseline: float, scale: ScalarMappable, label: str) -> float:

@@ -184,9 +184,6 @@ def flickr_captions_data(
     return data_of(
         remembered("flickr_captions", files, settings, read),
         where=tokens,
-        least_answers=1,
-        targets="soft",
-        accuracy="vqa",
         validation_share=validation_share,
         split_seed=split_seed,
         on_bad_image=on_bad_image,

@@ -85,10 +85,10 @@ def huggingface_data(
     except Exception as error:  # a damaged folder makes the library raise whatever comes
         what = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"data.path={path}: not a data set that save_to_disk wrote ({what})") from error
-    return _records_of(
+    return records_of(
         found,
-        given_path(path),
         name=path,
+        folder=given_path(path),
         least_answers=least_answers,
         targets=targets,
         accuracy=accuracy,
@@ -105,6 +105,7 @@ def records_of(
     data: Any,
     *,
     name: str = "data",
+    folder: Path | None = None,
     least_answers: int = 1,
     targets: str = "soft",
     accuracy: str = "vqa",
@@ -115,28 +116,11 @@ def records_of(
     check: str = "full",
     workers: int = 0,
 ) -> RecordData:
-    """A ``datasets.Dataset`` or ``DatasetDict`` as data to train on. ``name`` is what messages call it.
+    """A ``datasets.Dataset`` or ``DatasetDict`` as data to train on. ``name`` is what messages call it,
+    ``folder`` where the data lie (None: what is read of them is not remembered).
 
     Of a ``DatasetDict`` the splits train, validation (or val) and test are read; others raise ``UserError``.
     """
-    return _records_of(
-        data,
-        None,
-        name=name,
-        least_answers=least_answers,
-        targets=targets,
-        accuracy=accuracy,
-        validation_share=validation_share,
-        split_seed=split_seed,
-        on_bad_image=on_bad_image,
-        decoding=decoding,
-        check=check,
-        workers=workers,
-    )
-
-
-def _records_of(data: Any, folder: Path | None, *, name: str, **settings) -> RecordData:
-    """``folder``: where the data lie; None: what is read of them is not remembered."""
     datasets = _library()
     if not isinstance(data, datasets.DatasetDict | datasets.Dataset):
         advice = "; load it without streaming=True" if "Iterable" in type(data).__name__ else ""
@@ -180,7 +164,15 @@ def _records_of(data: Any, folder: Path | None, *, name: str, **settings) -> Rec
         if folder is None
         else remembered("huggingface", _files(folder), {"name": name}, read, stored),
         where=name,
-        **settings,
+        least_answers=least_answers,
+        targets=targets,
+        accuracy=accuracy,
+        validation_share=validation_share,
+        split_seed=split_seed,
+        on_bad_image=on_bad_image,
+        decoding=decoding,
+        check=check,
+        workers=workers,
     )
 
 

@@ -19,6 +19,7 @@ from clipmapper.data.records import Record, RecordData, StoredImage
 from clipmapper.data.shards.index import INDEX, PLAN, VERSION, Shard, webdataset
 from clipmapper.data.shards.samples import KEPT
 from clipmapper.errors import UserError
+from clipmapper.host.outputs import whole_file, write_whole
 
 _SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 _LOCKS = ".writing"
@@ -85,7 +86,7 @@ def _write_all(folder: Path, parts: dict, progress: Callable[[int], None]) -> No
                     continue
                 try:
                     if not (folder / name).exists():  # written by another since it was looked for
-                        for left in folder.glob(f"{name.removesuffix('.tar')}.*.tmp"):
+                        for left in folder.glob(f"*{name.removesuffix('.tar')}.*.tmp"):
                             left.unlink(missing_ok=True)  # of one that was killed: nobody else has the lock
                         _write_shard(folder / name, part, start)
                 finally:
@@ -153,22 +154,14 @@ def _plan(file: Path) -> object:
 
 def _write_shard(path: Path, images: Sequence[Sequence[Record]], first: int) -> None:
     writer = webdataset().TarWriter
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            with writer(file, encoder=False, mtime=0) as tar:
-                for number, records in enumerate(images, first):
-                    tar.write(as_sample(f"{number:09d}", records))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with whole_file(path) as file, writer(file, encoder=False, mtime=0) as tar:
+            for number, records in enumerate(images, first):
+                tar.write(as_sample(f"{number:09d}", records))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror}); the same command goes on from here"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _encoded(record: Record) -> tuple[bytes, str]:
@@ -195,9 +188,7 @@ def _read(path: Path, source: str) -> bytes:
 
 
 def _write_json(path: Path, content: dict) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # several processes may write it at the same time
     try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(content, indent=1) + "\n", durable=False)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error

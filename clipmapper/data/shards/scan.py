@@ -33,6 +33,7 @@ from clipmapper.data.shards.samples import (
     told_about,
 )
 from clipmapper.errors import UserError
+from clipmapper.host.outputs import whole_file
 from clipmapper.host.progress import progress
 
 _VERSION = 1
@@ -313,18 +314,16 @@ def _scan(path: Path, place: Path, answered: bool) -> None:
     assert all(len(name) <= 4 * LONGEST_NAME for name in names)
     content = np.frombuffer(json.dumps(told).encode(), np.uint8)
     index = place / f"{path.name}.npz"
-    temporary = index.with_name(f"{index.name}.{os.getpid()}.tmp.npz")
     try:
-        np.savez_compressed(
-            temporary,
-            places=numbers,
-            name=np.array(names or [b""], "S")[: len(names)],
-            told=content,
-            stamp=np.array(stamp),
-        )
-        os.replace(temporary, index)
+        with whole_file(index, durable=False) as file:
+            np.savez_compressed(
+                file,
+                places=numbers,
+                name=np.array(names or [b""], "S")[: len(names)],
+                told=content,
+                stamp=np.array(stamp),
+            )
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"{index}: cannot be written ({error.strerror})") from error
 
 

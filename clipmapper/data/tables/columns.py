@@ -229,29 +229,23 @@ class RecordTable(Records):
         return self.columns.record(int(self.rows[place]))
 
     def take(self, places: np.ndarray) -> "RecordTable":
-        """The records at these places (numbers, or a flag for each)."""
         return RecordTable(self.columns, self.rows[places])
 
     @property
     def images(self) -> np.ndarray:
-        """Which image each record has: int32[records], the same number for the same ``image_id``."""
         return self.columns.image_of[self.rows]
 
     @property
     def families(self) -> np.ndarray:
-        """A number for each record's family: int32[records]; :meth:`Columns.text` has its name."""
         return self.columns.family_of[self.rows]
 
     def family_name(self, number: int) -> str:
         return self.columns.text(number)
 
     def lengths(self, name: str) -> np.ndarray:
-        """How many ``answers`` or ``captions`` each record has: int32[records]."""
         return self.columns.records[name].lengths()[self.rows]
 
     def different_questions(self) -> tuple[pa.Array, np.ndarray]:
-        """The different questions, in order and :func:`packed`, and which of them each record asks:
-        int64[records]. Every record has one."""
         column = self.columns.tables[RECORDS_FILE].column("question")
         asked = column.take(pa.array(self.rows)).combine_chunks().dictionary_encode()
         order = as_numpy(pc.sort_indices(asked.dictionary)).astype(np.int64)
@@ -260,7 +254,6 @@ class RecordTable(Records):
         return asked.dictionary.take(pa.array(order)), rank[as_numpy(asked.indices)]
 
     def captions(self) -> Iterator[tuple[str, ...]]:
-        """The captions of every record."""
         return (self.columns.captions(row) for row in self.rows.tolist())
 
 

@@ -1,7 +1,7 @@
 """Questions that can be asked about a built-in scene, family by family, before a wording is chosen."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -29,32 +29,21 @@ def _unique(values: Sequence) -> list[int]:
     return [i for i, value in enumerate(values) if values.count(value) == 1]
 
 
-def _colour(scene: Scene, rng: random.Random) -> Iterator[Candidate]:
-    items = scene.objects
-    alone = _unique([o.shape for o in items])
-    for i in alone:
-        o = items[i]
-        yield Candidate(("colour", o.shape, ""), o.colour, (i,), {"a": o.shape}, (o.combination,))
-    for i in _unique([(o.size, o.shape) for o in items]):
-        o = items[i]
-        two = i not in alone
-        slots = {"a": describe(o, colour=False)}
-        stratum = ("colour", o.shape, o.size)
-        yield Candidate(stratum, o.colour, (i,), slots, (o.combination,), told_by_size=two)
+def _look(asked: str, by: str) -> Callable[[Scene, random.Random], Iterator[Candidate]]:
+    """Ask for the colour of the object of a shape, or for the shape of the one of a colour."""
 
+    def candidates(scene: Scene, rng: random.Random) -> Iterator[Candidate]:
+        items, named = scene.objects, [getattr(o, by) for o in scene.objects]
+        alone = _unique(named)
+        for i in alone:
+            o, name = items[i], named[i]
+            yield Candidate((asked, name, ""), getattr(o, asked), (i,), {"a": name}, (o.combination,))
+        for i in _unique([(o.size, name) for o, name in zip(items, named, strict=True)]):
+            o, name, two = items[i], named[i], i not in alone
+            stratum, slots = (asked, name, o.size), {"a": f"{o.size} {name}"}
+            yield Candidate(stratum, getattr(o, asked), (i,), slots, (o.combination,), told_by_size=two)
 
-def _shape(scene: Scene, rng: random.Random) -> Iterator[Candidate]:
-    items = scene.objects
-    alone = _unique([o.colour for o in items])
-    for i in alone:
-        o = items[i]
-        yield Candidate(("shape", o.colour, ""), o.shape, (i,), {"a": o.colour}, (o.combination,))
-    for i in _unique([(o.size, o.colour) for o in items]):
-        o = items[i]
-        two = i not in alone
-        slots = {"a": f"{o.size} {o.colour}"}
-        stratum = ("shape", o.colour, o.size)
-        yield Candidate(stratum, o.shape, (i,), slots, (o.combination,), told_by_size=two)
+    return candidates
 
 
 def _existence(scene: Scene, rng: random.Random) -> Iterator[Candidate]:
@@ -181,8 +170,8 @@ def _comparison(scene: Scene, rng: random.Random) -> Iterator[Candidate]:
 
 
 CANDIDATES = {
-    "colour": _colour,
-    "shape": _shape,
+    "colour": _look("colour", by="shape"),
+    "shape": _look("shape", by="colour"),
     "existence": _existence,
     "counting": _counting,
     "place": _place,

@@ -71,10 +71,6 @@ class RenderedScenes:
     images: UInt8[np.ndarray, "scenes height width 3"]
     instances: UInt8[np.ndarray, "scenes height width"]  # 0 = background, k + 1 = object k
 
-    def object_mask(self, scene: int, objects: Sequence[int]) -> np.ndarray:
-        """Boolean [height, width]: the visible pixels of the given objects of one scene."""
-        return np.isin(self.instances[scene], [k + 1 for k in objects])
-
 
 def scene_random(seed: int, split: str, index: int) -> random.Random:
     """The generator that everything symbolic about one scene is drawn from."""

@@ -24,7 +24,6 @@ from clipmapper.evaluation.captions.ngram_scores import (
     rouge_l,
 )
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
-from clipmapper.evaluation.statistics import Interval, bootstrap_intervals
 
 BLEU_NAMES = tuple(f"bleu_{order}" for order in range(1, ORDER + 1))
 # "cider" is CIDEr-D, as everywhere in the literature.
@@ -39,12 +38,6 @@ class CaptionScoresResult:
 
     corpus: Mapping[str, float]
     samples: Mapping[str, Float64[np.ndarray, "samples"]]
-
-    def summary(self, *, confidence: float = 0.95, seed: int = 0) -> dict[str, Interval]:
-        """Mean of the samples' scores with its bootstrap interval (for BLEU, METEOR not the corpus score)."""
-        columns = np.stack(list(self.samples.values()), axis=1)
-        intervals = bootstrap_intervals(columns, confidence=confidence, seed=seed)
-        return dict(zip(self.samples, intervals, strict=True))
 
 
 def score_captions(

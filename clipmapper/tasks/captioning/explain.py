@@ -99,9 +99,9 @@ class CaptionExplanation:
 def explain_captions(
     model: Captioner,
     image,
-    methods: Sequence[str],
-    *,
     caption: str | None = None,
+    methods: Sequence[str] = ("weighted",),
+    *,
     word: str | int | None = None,
     word_weights: str = "mean",
     scalar: str = "logit",
@@ -109,8 +109,19 @@ def explain_captions(
     references: Sequence[str] | None = None,
     frequencies: DocumentFrequencies | None = None,
 ) -> list[CaptionExplanation]:
-    """Several methods on the same forward; arguments and errors as in
-    :meth:`clipmapper.tasks.captioning.task.Captioning.explain`."""
+    """Explain by several methods on the same forward.
+
+    ``caption`` to explain (default: the one that the model writes, as ``decoding`` says) and ``word``, one
+    word of it alone, by name or by place (default: all). ``word_weights``: how the maps of words are averaged
+    into one of the caption: "mean" (stop-words count 0), "cider" (by the CIDEr that is lost without the word;
+    needs ``references`` and ``frequencies``) or "clip" (by the CLIPScore that is lost). ``scalar``: explain
+    each word's "logit" or "log_probability".
+
+    Raises ``UserError`` for an empty caption, words that the model cannot say, a ``word`` that the caption
+    does not have or has several times.
+    """
+    if isinstance(word, str) and word.lstrip("-").isdigit():
+        word = int(word)
     if word_weights not in WORD_WEIGHTS:
         raise UserError(f"word_weights={word_weights!r}: must be one of {', '.join(WORD_WEIGHTS)}")
     if word_weights == "cider" and not (references and frequencies):

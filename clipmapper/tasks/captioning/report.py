@@ -1,7 +1,7 @@
 """Score explanation methods on captions: relevance, perturbation and localisation in one go."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +126,7 @@ def caption_report(
     batch_size: int,
     seed: int,
     word_weights: str = "mean",
-    scores: Sequence[str] = CAPTION_SCORES,
+    caption_scores: Sequence[str] = CAPTION_SCORES,
     decoding: Decoding | None = None,
     folder: Path | None = None,
     key: str = "",
@@ -162,7 +162,7 @@ def caption_report(
             if test == "word":
                 scorer = WordScorer(kept, words[part])
             else:
-                scorer = CaptionScorer(kept, samples.references[part], samples.frequencies, scores)
+                scorer = CaptionScorer(kept, samples.references[part], samples.frequencies, caption_scores)
             maps = {
                 method: [
                     e.maps[chosen[i]] if test == "word" else e.patches
@@ -268,12 +268,8 @@ def _localised(
             scores = image_localisation(np.maximum(its.maps, 0), masks)
             for kind in sorted(set(kinds)):
                 gathered[method].setdefault(str(kind), []).append(_mean(scores, kinds == kind))
-    names = ("mass", "rank", "pointing", "area")
     return {
-        method: {
-            kind: Localisation(*(np.array([getattr(one, name)[0] for one in entries]) for name in names))
-            for kind, entries in sorted(by_kind.items())
-        }
+        method: {kind: Localisation.concatenate(entries) for kind, entries in sorted(by_kind.items())}
         for method, by_kind in gathered.items()
     }
 
@@ -296,6 +292,5 @@ def _localised_by_masks(
 
 def _mean(scores: Localisation, chosen: np.ndarray) -> Localisation:
     """The words of one kind of one caption as one entry: words of a caption are no independent samples."""
-    return Localisation(
-        *(np.array([getattr(scores, name)[chosen].mean()]) for name in ("mass", "rank", "pointing", "area"))
-    )
+    names = (score.name for score in fields(Localisation))
+    return Localisation(*(np.array([getattr(scores, name)[chosen].mean()]) for name in names))

@@ -11,6 +11,7 @@ from rich.text import Text
 from torch import Tensor
 
 from clipmapper.data.images import picture_of
+from clipmapper.errors import UserError
 from clipmapper.models.tokens import TokenizedText, merge_words
 from clipmapper.relevance import Again, Attention, AttentionTrace, Relevance, method_named, record
 from clipmapper.tasks.vqa.model import CLIPmapper
@@ -86,9 +87,19 @@ class TracedAnswers:
 
 
 def explain_answers(
-    model: CLIPmapper, image, question: str, methods: Sequence[str], answer: str | None = None
+    model: CLIPmapper,
+    image,
+    question: str | None = None,
+    methods: Sequence[str] = ("weighted",),
+    answer: str | None = None,
 ) -> list[Explanation]:
-    """Several methods on the same forward and backward."""
+    """Explain by several methods on the same forward and backward.
+
+    ``answer``: which to explain (default: the one that the model gives). Raises ``UserError`` for an answer
+    outside the vocabulary or an empty question.
+    """
+    if question is None:
+        raise UserError("question: no value; this model answers questions, give question=…")
     functions = [method_named(name) for name in methods]
     target = None if answer is None else [model.answer_index(answer)]
     text = model.tokenize(question)

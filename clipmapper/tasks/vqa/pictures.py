@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from clipmapper.data.record import resized
+from clipmapper.evaluation.localisation import LOCALISATION_SCORES
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES, SCORES
 from clipmapper.training.explained import Report
 from clipmapper.training.shown import Areas, areas_table, interval_name
@@ -64,16 +65,15 @@ def localisation_table(results: Mapping) -> Table | None:
         return None
     table = Table(title=f"Localisation against the truth (%), {interval_name(results)}", title_justify="left")
     table.add_column("method")
-    for modality in found:
-        for score in ("mass", "rank", "pointing"):
-            table.add_column(f"{modality} {score}", justify="right")
+    columns = [(modality, score) for modality in found for score in LOCALISATION_SCORES]
+    for modality, score in columns:
+        table.add_column(f"{modality} {score}", justify="right")
     for method in next(iter(found.values()))["methods"]:
         cells = []
-        for modality in found.values():
-            for score in ("mass", "rank", "pointing"):
-                value = modality["methods"][method][score]
-                half = (value["high"] - value["low"]) / 2
-                cells.append(f"{100 * value['mean']:.1f} ± {100 * half:.1f}")
+        for modality, score in columns:
+            value = found[modality]["methods"][method][score]
+            half = (value["high"] - value["low"]) / 2
+            cells.append(f"{100 * value['mean']:.1f} ± {100 * half:.1f}")
         table.add_row(method, *cells)
     baseline = ", ".join(f"{m} {100 * v['area_baseline']:.1f}" for m, v in found.items())
     table.caption = f"a uniform map reaches (mass): {baseline}"
