@@ -30,8 +30,8 @@ from clipmapper.errors import UserError, visible
 from clipmapper.evaluation.perturbation import run_in_chunks
 from clipmapper.evaluation.perturbation_scores import PerturbationScores
 from clipmapper.host.outputs import file_name_problem
-from clipmapper.models.exported import DESCRIPTION
 from clipmapper.models.clip_weights import build_clip, build_tokenizer
+from clipmapper.models.exported import DESCRIPTION
 from clipmapper.settings import compose
 from clipmapper.settings.checks import built
 from clipmapper.settings.compose import config_groups

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from support import training_models
 
 from clipmapper.errors import UserError
-from clipmapper.models.exported import DESCRIPTION
 from clipmapper.models.clip_weights import (
     EMBEDDING_IDS,
     build_clip,
@@ -21,6 +20,7 @@ from clipmapper.models.clip_weights import (
     open_clip_log,
     save_clip_weights,
 )
+from clipmapper.models.exported import DESCRIPTION
 from clipmapper.tasks.registry import load
 from clipmapper.tasks.vqa.model import build_clipmapper
 

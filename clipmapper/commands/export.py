@@ -10,7 +10,15 @@ from torch import nn
 
 from clipmapper.errors import UserError, visible
 from clipmapper.host.outputs import NO_ROOM, check_folder
-from clipmapper.models.exported import CARD, CONFIG, WEIGHTS, model_digest, model_path, read_model, write_model
+from clipmapper.models.exported import (
+    CARD,
+    CONFIG,
+    WEIGHTS,
+    model_digest,
+    model_path,
+    read_model,
+    write_model,
+)
 from clipmapper.settings.commands import ExportConfig
 from clipmapper.tasks.registry import load, task_of
 from clipmapper.training.run_folder import RESULTS
@@ -51,7 +59,9 @@ def model_card(model: nn.Module, source: Path, name: str) -> str:
     rows = {
         "task": f"{task.name}: it {task.does}",
         "encoder": described["encoder"]["architecture"],
-        "mapper": ", ".join(f"{key} {value}" for key, value in described["model"].items() if value is not None),
+        "mapper": ", ".join(
+            f"{key} {value}" for key, value in described["model"].items() if value is not None
+        ),
         "weights": f"{weights / 1e6:.2f} million",
         "made from": f"a checkpoint with the SHA-256 {model_digest(source)}",
         "exported": datetime.now(timezone.utc).date().isoformat(),
@@ -72,7 +82,12 @@ def model_card(model: nn.Module, source: Path, name: str) -> str:
     lines += ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows.items()), ""]
     if results is not None:
         scores = dict(_numbers({key: results[key] for key in ("objective", *task.scores) if key in results}))
-        lines += ["| score | |", "|---|---|", *(f"| {_cell(k)} | {_cell(v)} |" for k, v in scores.items()), ""]
+        lines += [
+            "| score | |",
+            "|---|---|",
+            *(f"| {_cell(k)} | {_cell(v)} |" for k, v in scores.items()),
+            "",
+        ]
     lines += ["```python", "import clipmapper", "", f'model = clipmapper.load("{name}")', "```", ""]
     return "\n".join(lines)
 

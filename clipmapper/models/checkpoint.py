@@ -15,7 +15,6 @@ from clipmapper.models.clip_weights import architecture_config
 from clipmapper.models.description import PREPROCESS, ModelRules, check_description, check_task
 from clipmapper.models.encoder import ClipEncoder, choose_trained, merge_adapters
 from clipmapper.models.exported import (
-    DESCRIPTION,
     model_path,
     read_model,
     shipped_models,

@@ -1,4 +1,4 @@
-"""A model as a folder that others can read: ``config.json``, ``model.safetensors`` and a card, ``README.md``."""
+"""A model as a folder that others can read: ``config.json``, ``model.safetensors`` and a card."""
 
 import hashlib
 import json

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-from clipmapper.models.exported import DESCRIPTION
 from clipmapper.models.encoder import learning_rate_scales, without_adapters
+from clipmapper.models.exported import DESCRIPTION
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.training.processes import sum_of_all, this_share
 
