@@ -15,11 +15,12 @@ from typing import NoReturn, TypeVar
 import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import Container
 from omegaconf.errors import OmegaConfBaseException
 
-from clipmapper.commands.compose import data_settings
+from clipmapper.commands.compose import data_settings, sized_by_init
 from clipmapper.commands.mistakes import fail, mistakes_end_it
 from clipmapper.errors import RunInterrupted, UserError, visible
 from clipmapper.host.progress import print_on_own_line
@@ -50,7 +51,7 @@ def train(arguments: Sequence[str] | None = None) -> None:
             from clipmapper.commands.train import train
             from clipmapper.training.run_folder import objective
 
-        return objective(train(config))
+        return objective(train(sized_by_init(config, HydraConfig.get().overrides.task)))
 
     _run("train", TrainConfig, work, arguments)
 

@@ -1,11 +1,12 @@
 """The settings of a command from Python, as the command line composes them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import Container
+from omegaconf import Container, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from clipmapper.errors import UserError
@@ -13,7 +14,7 @@ from clipmapper.settings.checks import check_overrides, checked, checked_data, d
 from clipmapper.settings.compose import conf, config_groups, quoted
 from clipmapper.settings.data import DataConfig
 from clipmapper.settings.schema import TrainConfig
-from clipmapper.tasks.registry import register_settings
+from clipmapper.tasks.registry import register_settings, task_named, task_names
 
 
 def train_settings(*overrides: str) -> TrainConfig:
@@ -21,7 +22,69 @@ def train_settings(*overrides: str) -> TrainConfig:
 
     Raises ``UserError`` for settings that are wrong, and Hydra's own exceptions for keys that do not exist.
     """
-    return checked(_composed(overrides), TrainConfig)
+    return sized_by_init(checked(_composed(overrides), TrainConfig), overrides)
+
+
+# Of the mapper: weights of another mean something else, or do not fit.
+_DECISIVE = ("mapper", "width", "heads", "mlp_ratio")
+
+
+def sized_by_init(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
+    """The settings with the sizes of the model that ``init`` names, where no override gives them.
+
+    An encoder that is not the default one counts as given. Raises ``UserError`` for a model that cannot be
+    read, and for given sizes that its weights contradict.
+    """
+    if config.init is None:
+        return config
+    from clipmapper.models.checkpoint import described  # which imports torch
+
+    try:
+        description = described(config.init, task_named, task_names())
+    except UserError as error:
+        raise UserError(f"init={str(error).removeprefix('checkpoint=')}") from error
+    given = {override.partition("=")[0].lstrip("+") for override in overrides}
+    model, sizes = config.model, description["model"]
+    for key in (field.name for field in fields(model)):
+        said = {"model", f"model.{key}"} & given or any(one.startswith(f"model.{key}.") for one in given)
+        if key in sizes and not said:
+            section = getattr(model, key)
+            setattr(model, key, replace(section, **sizes[key]) if is_dataclass(section) else sizes[key])
+    for key in _DECISIVE:
+        if getattr(model, key) != sizes[key]:
+            raise UserError(
+                f"model.{key}={getattr(model, key)}: the mapper of init={config.init} has {sizes[key]}; "
+                "leave one of the two out"
+            )
+    _encoder_of_init(config, description["encoder"], given)
+    return config
+
+
+def _encoder_of_init(config: TrainConfig, of_init: Mapping, given: Collection[str]) -> None:
+    from clipmapper.models.clip_weights import architecture_config
+
+    encoder, default = config.encoder, OmegaConf.load(conf() / "encoder" / "scenes.yaml")
+    own = of_init["config"]
+
+    def is_its(architecture: str) -> bool:
+        if own is None or not architecture.endswith(".json"):
+            return own is None and architecture == of_init["architecture"]
+        return architecture_config(architecture) == own
+
+    chosen = {"encoder", "encoder.architecture", "encoder.pretrained"} & given
+    if not chosen and encoder.architecture == default.architecture and not is_its(encoder.architecture):
+        if own is not None:
+            raise UserError(
+                f"init={config.init}: its encoder is {of_init['architecture']}, an architecture of its own; "
+                "give the file as encoder.architecture=FILE.json"
+            )
+        encoder.architecture = of_init["architecture"]
+    if not is_its(encoder.architecture):
+        return
+    if "encoder.image_size" not in given and "image_size" in of_init:
+        encoder.image_size = of_init["image_size"]
+    if not {"encoder", "encoder.pretrained"} & given:
+        encoder.pretrained = None  # init has the weights
 
 
 def data_settings(overrides: Sequence[str]) -> DataConfig:

@@ -1,5 +1,6 @@
 """The run behind ``scripts/train.py``: train, validate, explain, and say what came out."""
 
+import json
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
@@ -40,6 +41,7 @@ from clipmapper.training.processes import check_shares, in_main, is_main, this_s
 from clipmapper.training.run_folder import (
     CHECKPOINT,
     RESULTS,
+    TAKEN,
     folder_to_resume,
     new_run_folder,
     only_one,
@@ -113,6 +115,7 @@ def _train(
     model = run.model
     if described:  # an object of the caller's can't be found again from a checkpoint
         model.description["data"] = described
+    taken = None if resumed or config.init is None else run.take(_initial(config), config.init)
     out = console()
     if resumed and (line := in_main(lambda: restore_checkpoint(resumed / CHECKPOINT))):
         out.print(line, soft_wrap=True)
@@ -121,10 +124,14 @@ def _train(
         in_main(lambda: until_the_end.enter_context(only_one(folder)))
         unfinished.folder = folder
         out.print(f"Run {folder}")
+        if taken is not None and is_main():
+            write_json(folder / TAKEN, taken.results())
     else:
         done = steps_of(folder / CHECKPOINT)
         out.print(f"Resuming {folder} after step {done} of {config.training.max_steps}")
-    for line in data.summary():
+        if config.init is not None:
+            out.print(f"init={config.init} is not read again: the run goes on with its own weights")
+    for line in [*data.summary(), *([] if taken is None else taken.lines())]:
         out.print(line)
 
     model.to(device)
@@ -150,6 +157,8 @@ def _train(
         for line in left_out_lines(folder):
             out.print(line, soft_wrap=True)
         results: dict = {"name": config.name, "settings": settings, **found}
+        if config.init is not None:
+            results["init"] = json.loads((folder / TAKEN).read_text())
         scored = f"{run.validation_splits[0]}/{run.objective}"
         results["objective"] = {"name": scored, "value": float(trainer.callback_metrics[scored])}
         if run.validated.counts:
@@ -173,6 +182,15 @@ def _train(
     out.print(files_table(files))
     out.print(f"{results['seconds']:.0f} s in all")
     return folder
+
+
+def _initial(config: TrainConfig) -> nn.Module:
+    """The model that ``init`` names."""
+    own = config.encoder.architecture
+    try:
+        return load(config.init, architecture=own if names_tokenizer(own) else None)
+    except UserError as error:
+        raise UserError(f"init={str(error).removeprefix('checkpoint=')}") from error
 
 
 def _resumed(config: TrainConfig, settings: Mapping) -> Path | None:

@@ -155,6 +155,14 @@ def answer_vocabulary(table: RecordTable, least: int, rule: str) -> AnswerVocabu
 
 def unknown_answers(table: RecordTable, vocabulary: AnswerVocabulary) -> list[str]:
     """How many questions the model can't get right, whatever it learns."""
+    lost = questions_without_answer(table, vocabulary)
+    if not lost:
+        return []
+    return [f"validation: {lost} of {len(table)} questions have no answer among the {len(vocabulary)}"]
+
+
+def questions_without_answer(table: RecordTable, vocabulary: AnswerVocabulary) -> int:
+    """Count the questions of which no answer of the vocabulary is right in the least."""
     names, numbers = _normalised(table)
     known = np.array([name in vocabulary for name in names], bool)
     lost = 0
@@ -165,9 +173,7 @@ def unknown_answers(table: RecordTable, vocabulary: AnswerVocabulary) -> list[st
         fine = np.zeros(len(found.weight), bool)
         fine[found.record[right]] = True
         lost += int(found.weight[~fine].sum())
-    if not lost:
-        return []
-    return [f"validation: {lost} of {len(table)} questions have no answer among the {len(vocabulary)}"]
+    return lost
 
 
 def _normalised(table: RecordTable) -> tuple[list[str], np.ndarray]:

@@ -2,7 +2,8 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -15,6 +16,7 @@ from clipmapper.models.clip_weights import architecture_config
 from clipmapper.models.description import PREPROCESS, ModelRules, check_description, check_task
 from clipmapper.models.encoder import ClipEncoder, choose_trained, merge_adapters
 from clipmapper.models.exported import (
+    ModelFile,
     model_path,
     read_model,
     shipped_models,
@@ -103,24 +105,61 @@ def load_checkpoint(
 
     Otherwise as :func:`clipmapper.tasks.registry.load`, which calls it.
     """
-    path = model_path(path)
-    if not path.exists():
-        raise UserError(f"checkpoint={path}: no such file{_shipped_hint()}")
-    try:
-        found = read_model(path)
-        description, state = found.description, found.state
-        check_task(description, names)
-        task = task_named(description["task"])
-        check_description(description, task.rules(), len(state), named=architecture is not None)
-        if architecture is not None:
-            _check_architecture(description["encoder"], architecture)
+    with _named(path) as file:
+        found = read_model(file)
+        state = found.state
+        task = _checked(found, task_named, names, architecture)
         # Without room for a number: a description may ask for more than there is memory.
         with torch.device("meta"):
-            wanted = _empty(task, description).state_dict()
+            wanted = _empty(task, found.description).state_dict()
         spread_embeddings(found, wanted)
         check_sizes(wanted, state)
-        model = _empty(task, description)
+        model = _empty(task, found.description)
         model.load_state_dict(state)
+    merge_adapters(model.encoder)
+    return model.to(device).eval()
+
+
+def described(
+    path: str | Path, task_named: Callable[[str], Buildable], names: Sequence[str] | None
+) -> Mapping:
+    """What a checkpoint says of its model, checked as :func:`load_checkpoint` does; of its weights only what
+    the check takes is read.
+
+    An architecture of one's own may name a tokenizer here: whoever builds the model names the file.
+    """
+    with _named(path) as file:
+        found = read_model(file, whole=False)
+        _checked(found, task_named, names, architecture=None, named=True)
+        return found.description
+
+
+def _checked(
+    found: ModelFile,
+    task_named: Callable[[str], Buildable],
+    names: Sequence[str] | None,
+    architecture: str | None,
+    named: bool = False,
+) -> Buildable:
+    """The task of a description, behind all checks of what it says."""
+    description = found.description
+    check_task(description, names)
+    task = task_named(description["task"])
+    check_description(description, task.rules(), len(found.state), named=named or architecture is not None)
+    if architecture is not None:
+        _check_architecture(description["encoder"], architecture)
+    return task
+
+
+@contextmanager
+def _named(given: str | Path) -> Iterator[Path]:
+    """The file that is given; whatever is wrong with it is a ``UserError`` that names it."""
+    path = model_path(given)
+    if not path.exists():
+        known = ", ".join(shipped_models())
+        raise UserError(f"checkpoint={given}: no such file, and not a model that is shipped ({known})")
+    try:
+        yield path
     except Unreadable as error:
         raise UserError(f"checkpoint={path}: not a readable checkpoint of clipmapper ({error})") from error
     except UserError as error:
@@ -129,12 +168,6 @@ def load_checkpoint(
     except Exception as error:
         line = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"checkpoint={path}: not a readable checkpoint of clipmapper ({line})") from error
-    merge_adapters(model.encoder)
-    return model.to(device).eval()
-
-
-def _shipped_hint() -> str:
-    return f", and not one of the shipped models ({', '.join(shipped_models())})"
 
 
 def _check_architecture(encoder: Mapping, architecture: str) -> None:

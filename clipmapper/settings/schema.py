@@ -187,6 +187,7 @@ class TrainConfig(Section):
     name: str = setting()
     output: str = setting()
     seed: int = setting(minimum=0, maximum=SEED_LIMIT)
+    init: str | None = setting()
     resume: Any = setting(text=True)  # a bool, or the folder of a run: OmegaConf has no such type
     encoder: EncoderConfig = setting()
     model: ModelConfig = setting()

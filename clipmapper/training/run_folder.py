@@ -25,13 +25,19 @@ RESULTS = "results.json"
 JOB = "slurm_job"
 NUMBER = "number"
 PROCESSES = "processes"
+TAKEN = "init.json"  # what was taken of the model that the run began with
 _DEPTH = 20  # of what is nested in a file of settings
 
 # Settings that say where and how long, what is looked at first, and what to do about an image that it stopped
 # at: a run may go on with others.
-_FREE = ("output", "trainer.timeout_minutes", "data.check", "data.on_bad_image")
+_FREE = ("output", "init", "trainer.timeout_minutes", "data.check", "data.on_bad_image")
 # What runs did that were begun before there was such a setting.
-_BEFORE = {"training.validation_samples": None, "data.decoding": "exact", "data.validation_path": None}
+_BEFORE = {
+    "init": None,
+    "training.validation_samples": None,
+    "data.decoding": "exact",
+    "data.validation_path": None,
+}
 
 
 def new_run_folder(output: str, name: str, settings: Mapping) -> Path:

@@ -20,6 +20,7 @@ from clipmapper.settings.schema import TrainConfig
 from clipmapper.training.batches import SplitBatches
 from clipmapper.training.encoder_tokens import token_store
 from clipmapper.training.explained import Explanation, Report, Samples
+from clipmapper.training.initial import Taken, take_alike, take_encoder, take_mapper
 from clipmapper.training.module import TaskModule
 from clipmapper.training.processes import Share, this_share
 from clipmapper.training.record_tokens import check_room
@@ -116,6 +117,24 @@ class TaskRun(ABC):
         """The settings that every :class:`TaskModule` takes."""
         names = ("learning_rate", "weight_decay", "warmup_steps", "max_steps")
         return {name: getattr(self.config.training, name) for name in names}
+
+    def take(self, other: nn.Module, source: str) -> Taken:
+        """Give the model what fits of ``other``, a trained one of any task, called ``source`` in messages."""
+        taken = Taken(source)
+        if self.config.encoder.pretrained is None:
+            take_encoder(self.model, other, taken)
+        else:
+            taken.nothing("encoder", self.model.encoder, "encoder.pretrained says which")
+        take_mapper(self.model, other, taken)
+        self.take_head(other, taken)
+        return taken
+
+    def take_head(self, other: nn.Module, taken: Taken) -> None:
+        """Of a model of the same task, what has the same name and size."""
+        if other.task == self.model.task:
+            take_alike(self.model.head, other.head, "head", taken)
+        else:
+            taken.nothing("head", self.model.head, f"that model is for {other.task}")
 
     @abstractmethod
     def prepare(self, folder: Path) -> None:

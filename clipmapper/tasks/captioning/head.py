@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel
 
 from clipmapper.errors import UserError
 from clipmapper.models.tokens import TokenizedText, padding_id, text_ids, warn_of_cut
+from clipmapper.training.initial import Taken
 
 
 class UnsayableToken(UserError):
@@ -126,6 +127,32 @@ class GPT2Head(Vocabulary):
     def known_scores(self, text: Float[Tensor, "*batch inner"]) -> Float[Tensor, "*batch known"]:
         weight = self._scores[0].weight
         return F.linear(text, weight if self.tokens is None else weight[self.tokens])
+
+
+def take_words(head: Vocabulary, other: Vocabulary, taken: Taken) -> None:
+    """Give a head the weights of another: of those with a row a token, the rows that both have."""
+    if type(head) is not type(other) or head.vocabulary != other.vocabulary:
+        taken.nothing("head", head, "that one is of another kind")
+        return
+    every = torch.arange(head.vocabulary)
+    mine, its = (every if one.tokens is None else one.tokens.cpu() for one in (head, other))
+    both = torch.isin(mine, its)
+    there, rows = dict(other.named_parameters()), torch.searchsorted(its, mine[both])
+    for name, weight in head.named_parameters():
+        value, count = there[name], 0
+        with torch.no_grad():
+            if weight.shape == value.shape and torch.equal(mine, its):
+                weight.copy_(value)
+                count = weight.numel()
+            elif len(weight) == len(mine) and weight.shape[1:] == value.shape[1:]:
+                weight[both] = value[rows]
+                count = value[rows].numel()
+            elif weight.shape == value.shape:
+                weight.copy_(value)
+                count = weight.numel()
+        taken.add("head", count, weight.numel())
+    if not both.all():
+        taken.add("head", 0, 0, f"{int(both.sum())} of {len(mine)} tokens known")
 
 
 @dataclass(frozen=True)

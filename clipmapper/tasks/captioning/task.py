@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning
 import torch
 from rich.table import Table
+from torch import nn
 
 from clipmapper.data.answer_rule import write_captions_file
 from clipmapper.data.records import RecordData
@@ -25,6 +26,7 @@ from clipmapper.tasks.captioning.batches import CaptionBatches, Stage, StreamedC
 from clipmapper.tasks.captioning.build import DescribedCaptioner, build_captioner
 from clipmapper.tasks.captioning.decoding import Decoding
 from clipmapper.tasks.captioning.explain import explain_captions
+from clipmapper.tasks.captioning.head import take_words
 from clipmapper.tasks.captioning.model import Captioner
 from clipmapper.tasks.captioning.report import caption_report
 from clipmapper.tasks.captioning.results import (
@@ -37,6 +39,7 @@ from clipmapper.tasks.captioning.results import (
 )
 from clipmapper.tasks.captioning.samples import caption_samples
 from clipmapper.tasks.captioning.training import SCORES, CaptionModule, JudgedCaption, SelfCriticalModule
+from clipmapper.training.initial import Taken, take_alike
 from clipmapper.training.loggers import log_media
 from clipmapper.training.shown import Media, MediaTable, Picture, console
 from clipmapper.training.task import Task, TaskRun
@@ -56,6 +59,17 @@ class CaptionRun(TaskRun):
             self.model = build_captioner(asdict(config.encoder), asdict(config.model), captions=captions)
         else:
             self.model = _loaded(config)
+
+    def take_head(self, other: nn.Module, taken: Taken) -> None:
+        if other.task != self.model.task:
+            super().take_head(other, taken)
+            return
+        take_words(self.model.head, other.head, taken)
+        mine, its = getattr(self.model, "decoder", None), getattr(other, "decoder", None)
+        if mine is not None and its is not None and mine.cross == its.cross:
+            take_alike(mine, its, "decoder", taken)
+        elif mine is not None:
+            taken.nothing("decoder", mine, "that model has none of its kind")
 
     def prepare(self, folder: Path) -> None:
         training = self.config.training

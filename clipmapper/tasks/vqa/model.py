@@ -7,12 +7,14 @@ import torch
 from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 
+from clipmapper.data.answers import normalised
 from clipmapper.errors import UserError
 from clipmapper.models.checkpoint import build_encoder, build_mapper, describe
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.mapper import Mapper
 from clipmapper.models.tokens import TokenizedText, padding_id, tokenize
 from clipmapper.tasks.recording import TwoStage
+from clipmapper.training.initial import Taken, take_alike
 
 
 class VQAHead(nn.Module):
@@ -176,6 +178,30 @@ class CLIPmapper(TwoStage):
         with self.evaluating():
             logits = self(self.load_image(image), self.tokenize(question))
         return self.answers[int(logits.argmax())]
+
+
+def take_answers(model: CLIPmapper, other: CLIPmapper, taken: Taken) -> None:
+    """Give the head the hidden layer of another, and of its last layer the rows of answers that it knows.
+
+    Answers are the same by name, as VQA's official scorer compares them: order and number do not matter.
+    """
+    names = {normalised(answer): row for row, answer in reversed(list(enumerate(other.answers)))}
+    known = [row for row, answer in enumerate(model.answers) if normalised(answer) in names]
+    new = [answer for answer in model.answers if normalised(answer) not in names]
+    taken.facts["answers"] = {"known": len(known), "new": len(new)}
+    mine, its = model.head.layers, other.head.layers
+    if mine[0].weight.shape != its[0].weight.shape:
+        taken.nothing("head", model.head, "another width of its hidden layer (model.head_width)")
+        return
+    for layer in (0, 1):
+        take_alike(mine[layer], its[layer], "head", taken)
+    rows = [names[normalised(model.answers[row])] for row in known]
+    with torch.no_grad():
+        mine[-1].weight[known], mine[-1].bias[known] = its[-1].weight[rows], its[-1].bias[rows]
+    size = 1 + mine[-1].weight.shape[1]
+    some = f"; new: {', '.join(new[:5])}{', …' * (len(new) > 5)}" if new else ""
+    note = f"{len(known)} of {len(model.answers)} answers known{some}"
+    taken.add("head", size * len(known), size * len(model.answers), note)
 
 
 def build_clipmapper(encoder: Mapping, model: Mapping, answers: Sequence[str]) -> CLIPmapper:

@@ -7,8 +7,10 @@ from pathlib import Path
 import lightning
 import torch
 from rich.table import Table
+from torch import nn
 
 from clipmapper.data.answer_rule import write_results
+from clipmapper.data.answers import AnswerVocabulary, questions_without_answer
 from clipmapper.data.records import RecordData
 from clipmapper.errors import UserError
 from clipmapper.models.description import MAPPER, WIDTH, ModelRules
@@ -16,10 +18,11 @@ from clipmapper.settings.plain_values import list_of, section, text
 from clipmapper.settings.schema import TrainConfig
 from clipmapper.tasks.vqa.batches import QuestionBatches, StreamedQuestions, drawn_batches, question_batches
 from clipmapper.tasks.vqa.explain import explain_answers
-from clipmapper.tasks.vqa.model import CLIPmapper, build_clipmapper
+from clipmapper.tasks.vqa.model import CLIPmapper, build_clipmapper, take_answers
 from clipmapper.tasks.vqa.report import answer_report
 from clipmapper.tasks.vqa.samples import question_samples
 from clipmapper.tasks.vqa.training import VQAModule, blind_accuracy
+from clipmapper.training.initial import Taken
 from clipmapper.training.shown import console
 from clipmapper.training.task import Task, TaskRun
 
@@ -40,6 +43,17 @@ class VQARun(TaskRun):
             if family not in self.data.families:
                 known = ", ".join(self.data.families)
                 raise UserError(f"training.first_families: there is no {family!r}; the data has {known}")
+
+    def take_head(self, other: nn.Module, taken: Taken) -> None:
+        if other.task != self.model.task:
+            super().take_head(other, taken)
+            return
+        take_answers(self.model, other, taken)
+        train = self.data.splits.get("train")
+        if train is not None and len(train):  # a stream is not looked through
+            lost = questions_without_answer(train, AnswerVocabulary(other.answers, self.data.vocabulary.rule))
+            share = taken.facts["questions_known"] = 1 - lost / len(train)
+            taken.add("head", 0, 0, f"{100 * share:.1f} % of the training questions have a known one")
 
     def prepare(self, folder: Path) -> None:
         training, data, seed = self.config.training, self.data, self.config.seed
