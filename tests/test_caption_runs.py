@@ -136,6 +136,7 @@ def test_explain_writes_a_strip(command, picture, tmp_path):
         assert [word for word in ("red", "ring", "left", "cross") if word in line] == words
 
 
+@pytest.mark.slow
 def test_perturb(command, tmp_path, monkeypatch):
     monkeypatch.setattr("clipmapper.commands.perturb._PICTURES", 1)
     settings = ("samples=3", "methods=[weighted,random]", "output=result", "word_weights=cider")

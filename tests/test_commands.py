@@ -359,6 +359,7 @@ def test_mistake_is_one_line(mistake, tmp_path, command, change, says):
     assert line.startswith(says) or (change.startswith("output") and says in line)
 
 
+@pytest.mark.slow
 def test_mistake_in_a_process_of_its_own(tmp_path, picture):
     """No warning of a library stands before the line."""
     (tmp_path / "bad.ckpt").write_bytes(b"\x80\x02}q\x00.")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from support import caption_models, training_models
 from support.compared_methods import METHODS
-from support.slow import once_each
+from support.slow import mostly_slow
 
 import clipmapper
 from clipmapper.errors import UserError
@@ -75,7 +75,7 @@ def separately(model, pixels, method, scalar):
 
 
 @pytest.mark.parametrize(
-    ("model", "scalar"), once_each(product(MAPPERS, ["logit", "log_probability"])), indirect=["model"]
+    ("model", "scalar"), mostly_slow(product(MAPPERS, ["logit", "log_probability"]), 4), indirect=["model"]
 )
 def test_all_words_at_once_are_each_on_its_own(model, picture, scalar):
     pixels = pixels_of(model, picture)
@@ -121,7 +121,7 @@ def test_the_image_passes_its_tower_once(plain, picture, monkeypatch):
 
 @pytest.mark.parametrize(
     ("model", "decoding"),
-    once_each(product(MAPPERS, [None, Decoding("greedy", max_length=6), Decoding("nucleus", seed=3)])),
+    mostly_slow(product(MAPPERS, [None, Decoding("greedy", max_length=6), Decoding("nucleus", seed=3)]), 6),
     indirect=["model"],
 )
 def test_the_model_s_own_caption(model, picture, decoding):

@@ -131,7 +131,7 @@ def test_tensorboard_has_numbers_pictures_and_words(tmp_path):
     assert text == "| says | share |\n| --- | --- |\n| a\\|b | 0.5 |"
 
 
-@pytest.mark.parametrize("place", ["run", "a run #1 é"])
+@pytest.mark.parametrize("place", mostly_slow(["run", "a run #1 é"], ["a run #1 é"]))
 def test_mlflow_has_numbers_pictures_and_tables(tmp_path, place):
     pytest.importorskip("mlflow")
     pytest.importorskip("alembic")
@@ -299,7 +299,8 @@ def test_wandb_is_in_one_file():
     assert found == {"wandb_runs.py"}
 
 
-@pytest.mark.parametrize("kind", mostly_slow(["tensorboard", "mlflow", "lines"], ["tensorboard"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tensorboard", "mlflow", "lines"])
 def test_a_run_logs_where_it_is_told_to(tmp_path, kind):
     """The numbers of ``results.json``, by the command's own way, and never to W&B or CSV instead."""
     chosen = [f"logger={kind}"]

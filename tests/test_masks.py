@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.photographs import run
+from support.slow import mostly_slow
 from torch import nn
 
 from clipmapper.commands.compose import train_settings
@@ -49,7 +50,7 @@ def saved(folder, name: str, mask: np.ndarray | Image.Image) -> str:
     return f"masks/{name}"
 
 
-@pytest.mark.parametrize("captions", [False, True], ids=["questions", "captions"])
+@pytest.mark.parametrize("captions", mostly_slow([False, True], [False]), ids=["questions", "captions"])
 def test_a_run_says_how_well_maps_find_the_mask(tmp_path, captions):
     """Half of the image decides; of the rows of validation one has no mask."""
     name = saved(tmp_path, "left.png", left_half())

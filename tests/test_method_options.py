@@ -5,6 +5,7 @@ import torch
 from support import families
 from support.own_layers import TOKENS, Doing, Mixed
 from support.recordings import maps
+from support.slow import mostly_slow
 from torch import nn
 
 from clipmapper.errors import UserError
@@ -78,7 +79,11 @@ def test_methods_that_run_the_model_again_do_not_explain_another_scalar(vit):
         METHODS["occlusion"](trace, logits[:, 2])
 
 
-@pytest.mark.parametrize("name", SIGNED)
+# With LibraGrad the same functions run, on another recording.
+QUICK = [name for name in METHODS if not name.endswith("_libra") and name != "beyond_intuition"]
+
+
+@pytest.mark.parametrize("name", mostly_slow(SIGNED, QUICK))
 def test_negative_is_the_method_for_the_opposite_and_both_their_difference(vit, name):
     for_it, against_it = (explained(vit, lambda out, f=f: f * (out[:, 2] - out[:, 0])) for f in (1, -1))
     positive, negative, both = (image(name, for_it, sign=s) for s in ("positive", "negative", "both"))
@@ -148,7 +153,7 @@ def test_the_methods_that_accumulate_have_start_layer():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LAYERED)
+@pytest.mark.parametrize("name", mostly_slow(LAYERED, QUICK))
 def test_start_layer_leaves_out_what_is_before(vit, name):
     """The second of two layers alone: nothing of the first layer's attention matters."""
     trace = explained(vit, lambda out: out[:, 1])

@@ -283,7 +283,7 @@ class NanGradient(torch.autograd.Function):
     [
         ("the loss", lambda loss: loss * torch.nan),
         pytest.param("the loss", lambda loss: loss + torch.inf, marks=pytest.mark.slow),
-        ("the gradient", NanGradient.apply),
+        pytest.param("the gradient", NanGradient.apply, marks=pytest.mark.slow),
     ],
     ids=["nan", "inf", "gradient"],
 )

@@ -231,7 +231,7 @@ def test_settings_that_nothing_can_be_done_with_are_named(manifests, tmp_path, c
     assert ("image_tokens" in task.batch_at(0, WHOLE)) == (more == ())
 
 
-@pytest.mark.parametrize("captions", [False, True])
+@pytest.mark.parametrize("captions", mostly_slow([False, True], [True]))
 def test_a_disk_that_is_too_small_for_all_splits_together_is_told_before_any_is_computed(
     manifests, captions, tmp_path, monkeypatch, capsys
 ):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.slow import mostly_slow
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipmapper.data.answers import AnswerVocabulary
@@ -244,7 +245,7 @@ class Steps(IterableDataset):
             yield step, self.batch_at(step, self.share)
 
 
-@pytest.mark.parametrize("first", [1, 4])
+@pytest.mark.parametrize("first", mostly_slow([1, 4], [4]))
 def test_training_resumed_at_a_step_sees_the_samples_that_it_would_have_seen(folder, first):
     def batches(first: int, share: Share) -> dict[int, list[int]]:
         items = ReadableItems(tiny, "error", folder)

@@ -424,7 +424,7 @@ def assert_same_end(folder: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("way", "step"), [(CACHED, 2), (TUNED, 4)], ids=["frozen, before a validation", "tuned"]
+    ("way", "step"), mostly_slow([(CACHED, 2), (TUNED, 4)], 2), ids=["frozen, before a validation", "tuned"]
 )
 def test_interrupted_and_resumed_is_as_if_never_interrupted(settings, whole_run, monkeypatch, way, step):
     whole = whole_run(*way)
@@ -453,7 +453,7 @@ def test_killed_run_goes_on_from_its_last_saving(settings, whole_run, monkeypatc
 @pytest.mark.parametrize(
     ("moment", "interval"),
     mostly_slow(
-        [("last step", 3), ("last validation", "null"), ("validation behind fit", 3), ("baseline", 3)], 4
+        [("last step", 3), ("last validation", "null"), ("validation behind fit", 3), ("baseline", 3)], ()
     ),
 )
 def test_stopped_at_the_end_and_resumed(settings, whole_run, monkeypatch, moment, interval):

@@ -117,6 +117,7 @@ def test_table_of_explanations(offline, trained):
     assert 0 < cells["probability"] < 1
 
 
+@pytest.mark.slow
 def test_csv_holds_the_same_numbers(tmp_path):
     """With a validation in the middle of training, one at the end, and one behind the last whole interval."""
     architecture = training_models.tiny_clip(tmp_path)
@@ -163,6 +164,7 @@ def offline_logger(tmp_path, monkeypatch):
     return lambda: run_logger(settings, tmp_path / "run", "small")
 
 
+@pytest.mark.slow
 def test_run_beside_one_of_the_calling_program(tmp_path, monkeypatch):
     """W&B's service then runs already, in another working directory, and the output's path is relative."""
     architecture = training_models.tiny_clip(tmp_path)

@@ -43,6 +43,7 @@ class OfflineRun:
     def __init__(self, folder: Path) -> None:
         (path,) = folder.glob("run-*.wandb")
         self.folder, self.history, self.artifacts, self.files = folder, [], [], []
+        self.status: int | None = None  # of a run that has not ended
         for record in records(path):
             kind = record.WhichOneof("record_type")
             if kind == "history":
@@ -55,7 +56,8 @@ class OfflineRun:
                 self.files += [file.path for file in record.files.files]
             elif kind == "run":
                 self.run = record.run
-        self.status = record.exit.exit_code if kind == "exit" else None  # None: not ended
+            elif kind == "exit":  # the last, or, on a busy machine, followed by what the service still had
+                self.status = record.exit.exit_code
 
     def logged(self, key: str) -> list:
         return [row[key] for row in self.history if key in row]
