@@ -27,7 +27,7 @@ from clipmapper.host.progress import print_on_own_line
 from clipmapper.host.stopping import a_command
 from clipmapper.settings.checks import check_overrides, checked, describe_failure
 from clipmapper.settings.commands import ExplainConfig, ExportConfig, PerturbConfig, PretrainConfig
-from clipmapper.settings.compose import config_groups, quoted
+from clipmapper.settings.compose import completed, config_groups, quoted
 from clipmapper.settings.keys import Section
 from clipmapper.settings.schema import TrainConfig
 from clipmapper.shipped import shipped_root
@@ -208,7 +208,8 @@ def _composed(
             return
         given = _flags_first(given)
         flags = _parsed(given)
-        sys.argv = [original[0], *quoted(given, schema, sweep=flags.multirun)]
+        given = quoted(given, schema, sweep=flags.multirun)
+        sys.argv = [original[0], *(completed(given) if schema is TrainConfig else given)]
         check_overrides(_parsed(sys.argv[1:]).overrides, schema, groups, sweep=flags.multirun)
         hydra.main(version_base="1.3", config_path=str(conf), config_name=name)(task)()
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:

@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from clipmapper.errors import UserError
 from clipmapper.settings.checks import check_overrides, checked, checked_data, describe_failure
-from clipmapper.settings.compose import conf, config_groups, quoted
+from clipmapper.settings.compose import completed, conf, config_groups, quoted
 from clipmapper.settings.data import DataConfig
 from clipmapper.settings.schema import TrainConfig
 from clipmapper.tasks.registry import register_settings, task_named, task_names
@@ -113,6 +113,6 @@ def _composed(overrides: Sequence[str]) -> Container:
     GlobalHydra.instance().hydra = None
     try:
         with initialize_config_dir(str(conf()), version_base="1.3"):
-            return compose("train", quoted(overrides, TrainConfig))
+            return compose("train", completed(quoted(overrides, TrainConfig)))
     finally:
         GlobalHydra.instance().hydra = before

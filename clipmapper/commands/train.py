@@ -25,6 +25,7 @@ from clipmapper.settings.checks import built
 from clipmapper.settings.schema import TrainConfig
 from clipmapper.tasks.registry import load, task_named
 from clipmapper.training.batches import Labelled, StepBatches, left_out_lines
+from clipmapper.training.best import KeepBest
 from clipmapper.training.checkpoint import (
     check_resumable,
     check_same_model,
@@ -39,6 +40,7 @@ from clipmapper.training.launching import less_noise, start_processes
 from clipmapper.training.loggers import check_logger, logged_files, run_logger
 from clipmapper.training.processes import check_shares, in_main, is_main, this_share
 from clipmapper.training.run_folder import (
+    BEST,
     CHECKPOINT,
     RESULTS,
     TAKEN,
@@ -49,6 +51,7 @@ from clipmapper.training.run_folder import (
     write_json,
 )
 from clipmapper.training.shown import console, files_table
+from clipmapper.training.steps import TimeLeft, in_steps
 from clipmapper.training.task import TaskRun
 from clipmapper.training.trainer import build_trainer, steps_between_validations, steps_progress
 
@@ -106,6 +109,8 @@ def _train(
     described = None if data else data_description(config.data)
     data = data or built(asdict(config.data))
     task = task_named(config.training.task)
+    length = in_steps(config, data)
+    config = length.config
     if data.kind != task.records:
         raise UserError(
             f"data: it has {data.kind} and no {task.records}, but training is for {task.name}; choose "
@@ -131,7 +136,8 @@ def _train(
         out.print(f"Resuming {folder} after step {done} of {config.training.max_steps}")
         if config.init is not None:
             out.print(f"init={config.init} is not read again: the run goes on with its own weights")
-    for line in [*data.summary(), *([] if taken is None else taken.lines())]:
+    told = [*data.summary(), *([] if taken is None else taken.lines())]
+    for line in [*told, *([] if length.line is None else [length.line])]:
         out.print(line)
 
     model.to(device)
@@ -143,13 +149,13 @@ def _train(
         out.print(line)
     with run_logger(config.logger, folder, config.name) if is_main() else nullcontext(False) as logger:
         with less_noise():
-            trainer = _fit(config, run, explainer, logger, folder, resumed is not None)
-            trainer.save_checkpoint(folder / CHECKPOINT)
+            trainer, best = _fit(config, run, explainer, logger, folder, resumed is not None)
         unfinished.companions.end()
         if not is_main():
             return folder
         sharded = config.trainer.strategy == "fsdp2"
-        _make_plain(model, folder / CHECKPOINT, config.encoder.architecture, sharded)
+        kept = folder / (CHECKPOINT if best is None else BEST)
+        _make_plain(model, kept, config.encoder.architecture, sharded)
         model.to(device)
 
         with torch.compiler.set_stance("force_eager"):
@@ -161,10 +167,17 @@ def _train(
             results["init"] = json.loads((folder / TAKEN).read_text())
         scored = f"{run.validation_splits[0]}/{run.objective}"
         results["objective"] = {"name": scored, "value": float(trainer.callback_metrics[scored])}
+        if best is not None:
+            results["best"] = best.results()
+            out.print(best.line())
         if run.validated.counts:
             results["validated"] = run.validated.numbers()
-        files = {"checkpoint": folder / CHECKPOINT, "results": folder / RESULTS}
+        files = {"checkpoint": kept, "results": folder / RESULTS}
+        if best is not None:
+            files["last checkpoint"] = folder / CHECKPOINT
         for table in run.tables(found):
+            if best is not None:
+                table.title = f"{table.title}, of step {best.best[0]}"
             out.print(table)
         for line in run.validated.lines():
             out.print(line)
@@ -178,7 +191,8 @@ def _train(
     results["files"] = {what: str(path) for what, path in files.items()}
     results["seconds"] = round(time.monotonic() - began, 1)
     write_json(folder / RESULTS, results)
-    previous_of(folder / CHECKPOINT).unlink(missing_ok=True)  # the run is finished: nothing resumes it
+    for file in (CHECKPOINT, BEST):  # the run is finished: nothing resumes it
+        previous_of(folder / file).unlink(missing_ok=True)
     out.print(files_table(files))
     out.print(f"{results['seconds']:.0f} s in all")
     return folder
@@ -218,7 +232,8 @@ def _fit(
     logger: Logger | bool,
     folder: Path,
     resume: bool,
-) -> lightning.Trainer:
+) -> tuple[lightning.Trainer, KeepBest | None]:
+    """The trainer behind its last validation, and what the best one was where there are several."""
     training = config.training
     checkpoint = folder / CHECKPOINT
     first_step = steps_of(checkpoint) if resume else 0
@@ -229,11 +244,14 @@ def _fit(
         saving,
         GracefulInterrupt(saving),
         steps_progress(20),
+        TimeLeft(),
     ]
+    best = _keeping_best(config, run, folder / BEST) if between < training.max_steps else None
+    if best is not None:
+        callbacks.append(best)
     if explainer is not None:
         callbacks.append(explainer)
-    if resume:
-        callbacks.append(DueValidation(between))
+    callbacks.append(DueValidation(between, first=config.init is not None and best is not None))
     trainer = build_trainer(config.trainer, training.max_steps, folder, logger, callbacks)
     module = run.module()
     module.layer_decay = training.layer_decay
@@ -261,11 +279,21 @@ def _fit(
     try:
         trainer.fit(module, loader, validation, ckpt_path=checkpoint if resume else None, weights_only=True)
         # A run that was stopped in its last validation is resumed behind its last step: fit does nothing.
-        if first_step == training.max_steps or training.max_steps % between:
+        behind = first_step == training.max_steps or training.max_steps % between
+        if behind and not (best and best.stopped):
+            trainer.validate(module, validation, verbose=False)
+        trainer.save_checkpoint(checkpoint)
+        if best is not None and best.put_back(trainer, module):
             trainer.validate(module, validation, verbose=False)
     finally:
         module.leave_validation()
-    return trainer
+    return trainer, best
+
+
+def _keeping_best(config: TrainConfig, run: TaskRun, path: Path) -> KeepBest:
+    monitor = config.trainer.monitor or f"{run.validation_splits[0]}/{run.objective}"
+    mode = config.trainer.mode or ("min" if monitor.endswith("loss") else "max")
+    return KeepBest(path, monitor, mode, config.trainer.patience)
 
 
 def _make_plain(model: nn.Module, checkpoint: Path, architecture: str, sharded: bool) -> None:

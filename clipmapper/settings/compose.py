@@ -54,6 +54,17 @@ def quoted(arguments: Sequence[str], schema: type[Section], sweep: bool = False)
     return found
 
 
+# Settings of which one says what the other would.
+_EITHER = (("training.max_steps", "training.max_epochs"), ("training.warmup_steps", "training.warmup_share"))
+
+
+def completed(arguments: Sequence[str]) -> list[str]:
+    """Overrides of ``clipmapper train``, and null for what one that is given stands in place of."""
+    given = {argument.partition("=")[0].lstrip("+") for argument in arguments}
+    both = [*_EITHER, *((other, one) for one, other in _EITHER)]
+    return [*arguments, *(f"{other}=null" for one, other in both if one in given and other not in given)]
+
+
 def _in_quotes(value: str) -> str:
     if re.fullmatch(r"'.*'|\".*\"", value, re.DOTALL):  # in quotes already
         return _literal(value)

@@ -58,7 +58,7 @@ class ModelConfig(Section):
 
 @dataclass
 class TrainingConfig(Section):
-    """The optimisation, in steps (batches).
+    """The optimisation, in steps (batches) or in epochs, of which steps are made.
 
     ``task``: the one that it is for, by its name in :mod:`clipmapper.tasks.registry`. ``records``: what the
     task's records must have, "questions" or "captions". ``world``: whether it is for the built-in world
@@ -70,16 +70,29 @@ class TrainingConfig(Section):
     world: ClassVar[bool | None] = None
 
     batch_size: int = setting(minimum=1)
-    max_steps: int = setting(minimum=1)
+    max_steps: int | None = setting(minimum=1)
+    max_epochs: float | None = setting(above=0)
     learning_rate: float = setting(above=0)
     weight_decay: float = setting(minimum=0)
-    warmup_steps: int = setting(minimum=0)
+    warmup_steps: int | None = setting(minimum=0)
+    warmup_share: float | None = setting(minimum=0, below=1)
     layer_decay: float = setting(above=0, maximum=1)
     token_cache: bool = setting()
     token_cache_folder: str | None = setting()
     token_precision: str = setting(choices=("float16", "float32"))
     token_workers: int = setting(minimum=0)
     validation_samples: int | None = setting(minimum=1)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        for one, other in (("max_steps", "max_epochs"), ("warmup_steps", "warmup_share")):
+            if (getattr(self, one) is None) == (getattr(self, other) is None):
+                both = "both" if getattr(self, one) is not None else "neither"
+                yield (
+                    one,
+                    f"{both} of {one} and training.{other} are given; give one of them, null for the other",
+                )
+        if self.world and self.max_epochs is not None:
+            yield "max_epochs", "scenes are drawn for every step, without epochs; give training.max_steps"
 
 
 @dataclass
@@ -96,6 +109,9 @@ class TrainerConfig(Section):
     compile: bool = setting()
     ema_decay: float | None = setting(above=0, below=1)
     val_check_interval: int | None = setting(minimum=1)
+    monitor: str | None = setting()
+    mode: str | None = setting(choices=("max", "min"))
+    patience: int | None = setting(minimum=1)
     checkpoint_interval: int = setting(minimum=1)
     timeout_minutes: float = setting(above=0)
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import lightning
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from clipmapper.host.progress import progress
 from clipmapper.relevance import method_named
+from clipmapper.training.best import KeepBest
 from clipmapper.training.explained import Report, Samples
 from clipmapper.training.interruption import GracefulInterrupt
 from clipmapper.training.loggers import log_media
@@ -69,9 +71,16 @@ class RelevanceCallback(lightning.Callback):
         self.validations = state_dict["validations"]
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        self.validations += 1
-        if self.validations % self.every_n_validations and trainer.global_step < trainer.max_steps:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting and trainer.global_step == 0:
             return
+        self.validations += 1
+        last = not fitting or trainer.global_step >= trainer.max_steps or trainer.should_stop
+        if self.validations % self.every_n_validations and not last:
+            return
+        keeping = next((one for one in trainer.callbacks if isinstance(one, KeepBest)), None)
+        if keeping is not None and last and not (keeping.is_best or keeping.over):
+            return  # the best weights are put back, and explained then
         if self._prepared is None:
             raise ValueError("call RelevanceCallback.prepare(task, samples, folder) before fit")
         task, samples, folder = self._prepared
@@ -90,9 +99,10 @@ class RelevanceCallback(lightning.Callback):
             return
         self.report = reports[0] if len(reports) == 1 else type(reports[0]).together(samples, reports)
         self.written = self.report.write(folder, count=self.pictures, confidence=self.confidence)
-        for logger in trainer.loggers:
+        loggers = trainer.loggers if keeping is None else [*trainer.loggers, *keeping.loggers]
+        for logger in loggers:
             logger.log_metrics(self.report.scalars(), step=trainer.global_step)
-        log_media(trainer.loggers, partial(self.report.media, folder), step=trainer.global_step)
+        log_media(loggers, partial(self.report.media, folder), step=trainer.global_step)
 
     def _explain(
         self,

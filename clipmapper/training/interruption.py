@@ -51,15 +51,16 @@ class DueValidation(lightning.Callback):
 
     :class:`~clipmapper.training.interruption.SaveSteps` saves before a validation. Lightning takes one that
     such a checkpoint belongs to for done; a run that is resumed is to have made every one that an
-    uninterrupted run makes. ``every``: steps between two validations. To be the last callback.
+    uninterrupted run makes. ``every``: steps between two validations. ``first``: validate the weights that
+    the run begins with, too. To be the last callback.
     """
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self, every: int, first: bool = False) -> None:
+        self.every, self.first = every, first
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         step = trainer.global_step
-        if step == 0 or step % self.every or step >= trainer.max_steps:
+        if (step == 0 and not self.first) or step % self.every or step >= trainer.max_steps:
             return
         # As Lightning's loop over batches does behind a step.
         loop = trainer.fit_loop.epoch_loop.val_loop

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from clipmapper.models.encoder import learning_rate_scales, without_adapters
 from clipmapper.models.exported import DESCRIPTION
 from clipmapper.models.tokens import TokenizedText
+from clipmapper.training.best import KeepBest
 from clipmapper.training.processes import sum_of_all, this_share
 
 
@@ -117,6 +118,9 @@ class TaskModule(lightning.LightningModule):
 
     def on_validation_end(self) -> None:
         self.leave_validation()
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, KeepBest):
+                callback.save(self.trainer)
 
     def leave_validation(self) -> None:
         """Also of one that was broken off; without one it does nothing."""

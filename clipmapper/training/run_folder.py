@@ -20,6 +20,7 @@ from clipmapper.training.checkpoint import previous_of, steps_of
 from clipmapper.training.processes import this_share
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
+BEST = CHECKPOINT.with_name("best.ckpt")  # the weights of the best validation
 CONFIG = "config.yaml"
 RESULTS = "results.json"
 JOB = "slurm_job"
@@ -34,6 +35,11 @@ _FREE = ("output", "init", "trainer.timeout_minutes", "data.check", "data.on_bad
 # What runs did that were begun before there was such a setting.
 _BEFORE = {
     "init": None,
+    "training.max_epochs": None,
+    "training.warmup_share": None,
+    "trainer.monitor": None,
+    "trainer.mode": None,
+    "trainer.patience": None,
     "training.validation_samples": None,
     "data.decoding": "exact",
     "data.validation_path": None,

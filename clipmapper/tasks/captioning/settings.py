@@ -59,6 +59,7 @@ class CaptionTrainingConfig(TrainingConfig):
     logged_captions: int = setting(minimum=0)
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
         if self.objective == "scst" and self.checkpoint is None:
             yield (
                 "checkpoint",

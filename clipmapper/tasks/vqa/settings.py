@@ -61,6 +61,7 @@ class ScenesVQATrainingConfig(VQATrainingConfig):
     told_by_size: float = setting(minimum=0, maximum=1)
 
     def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
         yield from list_problems("first_families", self.first_families)
 
 
