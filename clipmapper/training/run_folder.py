@@ -31,7 +31,12 @@ _DEPTH = 20  # of what is nested in a file of settings
 # at: a run may go on with others.
 _FREE = ("output", "trainer.timeout_minutes", "data.check", "data.on_bad_image")
 # What runs did that were begun before there was such a setting.
-_BEFORE = {"training.validation_samples": None, "data.decoding": "exact", "data.validation_path": None}
+_BEFORE = {
+    "training.validation_samples": None,
+    "data.decoding": "exact",
+    "data.validation_path": None,
+    "data.augment": "none",
+}
 
 
 def new_run_folder(output: str, name: str, settings: Mapping) -> Path:
