@@ -11,9 +11,9 @@ from torchvision.transforms.v2.functional import InterpolationMode
 
 from clipmapper.data.images import levels
 
-# Questions ask where things are and how many there are, so whole objects should stay: a crop keeps seven tenths
-# of the image at least, which cuts a fifth of a side off at most. Its sides differ by a tenth at most, for a
-# square is to stay one.
+# Questions ask where things are and how many there are, so whole objects should stay: a crop keeps seven
+# tenths of the image at least, which cuts a fifth of a side off at most. Its sides differ by a tenth at most,
+# for a square is to stay one.
 _AREA, _RATIO = (0.7, 1.0), (0.9, 1 / 0.9)
 # Colours are asked for too: they become paler, brighter or darker by a fifth at most, and their hue stays.
 _COLOUR = {"brightness": 0.2, "contrast": 0.2, "saturation": 0.2}
@@ -70,3 +70,4 @@ def _randaugment(visual: nn.Module) -> nn.Module:
 
 
 _TRANSFORMS = {"crop": _crop, "colour": _colour, "randaugment": _randaugment}
+AUGMENT = ("none", *_TRANSFORMS)

@@ -222,9 +222,7 @@ def picture_of(
     return displayed_image(pixels, visual) if isinstance(image, Tensor) else seen_part(as_pil(image), visual)
 
 
-def levels(
-    images: Num[Tensor, "n 3 height width"], visual: nn.Module
-) -> UInt8[Tensor, "n 3 height width"]:
+def levels(images: Num[Tensor, "n 3 height width"], visual: nn.Module) -> UInt8[Tensor, "n 3 height width"]:
     """Undo the normalisation of ``visual`` (an ``open_clip`` image tower); uint8 is given back as it is."""
     if not images.is_floating_point():
         return images

@@ -58,7 +58,8 @@ class RecordData:
     accuracy : how answers are scored, a key of :data:`clipmapper.data.answers.ACCURACIES`.
     decoding : how photographs are read, one of :data:`clipmapper.data.pixels.DECODING`.
     workers : processes that decode images, 0 for none.
-    augment : how images of training are altered, one of :data:`AUGMENT`. No others ever are.
+    augment : how images of training are altered, one of
+        :data:`clipmapper.data.augment.AUGMENT`; no others ever are.
     notes : lines that the run prints about the data (images left out, answers unknown to the vocabulary).
 
     ``validation_splits`` are scored in every validation, at most ``labelled_at_most`` records in a batch.

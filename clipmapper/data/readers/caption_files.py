@@ -69,9 +69,7 @@ def coco_captions_data(
     found = remembered("coco_captions", files, {"folder": folder, "karpathy": karpathy}, read)
     readable, notes = readable_only(found.splits, on_bad_image, check=check)
     notes += found.notes
-    return RecordData(
-        readable, None, decoding=decoding, workers=workers, augment=augment, notes=notes
-    )
+    return RecordData(readable, None, decoding=decoding, workers=workers, augment=augment, notes=notes)
 
 
 def read_coco_captions(folder: Path, subset: str, notes: list[str]) -> Iterator[Record]:

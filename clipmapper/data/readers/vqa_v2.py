@@ -107,8 +107,9 @@ def vqa_v2_data(
     train, validation, test : the splits that are trained on, scored, and answered in a results file.
     least_answers : an answer that is the ``multiple_choice_answer`` of as many questions of train2014 and
         val2014 (where their annotations are there) is in the vocabulary: 3129 answers with 9, as is usual.
-    targets : a key of :data:`clipmapper.data.answers.RULES`. accuracy, on_bad_image, check, decoding, workers,
-        augment : as of :func:`clipmapper.data.readers.manifest.manifest_data`.
+    targets : a key of :data:`clipmapper.data.answers.RULES`.
+    accuracy, on_bad_image, check, decoding, workers, augment : as of
+        :func:`clipmapper.data.readers.manifest.manifest_data`.
 
     Raises ``UserError`` for missing files, and ``UserErrors`` with every entry that is wrong and every
     question without an annotation. Numbers written as text, and answers that are numbers, are converted and
