@@ -146,6 +146,7 @@ def _train(
         samples = task.samples(model, data, "validation", explainer.samples, explainer.seed)
         explainer.prepare(task, samples, folder / "pictures")
     run.prepare(folder)
+    run.augment()
     for line in run.validated.lines():
         out.print(line)
     with run_logger(config.logger, folder, config.name) if is_main() else nullcontext(False) as logger:

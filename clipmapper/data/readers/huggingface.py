@@ -74,6 +74,7 @@ def huggingface_data(
     decoding: str = "fast",
     check: str = "full",
     workers: int = 0,
+    augment: str = "none",
 ) -> RecordData:
     """A folder that ``save_to_disk`` wrote, with the columns of a manifest; ``image`` is an ``Image`` feature
     or a path. Parameters and errors otherwise as of
@@ -98,6 +99,7 @@ def huggingface_data(
         decoding=decoding,
         check=check,
         workers=workers,
+        augment=augment,
     )
 
 
@@ -115,6 +117,7 @@ def records_of(
     decoding: str = "fast",
     check: str = "full",
     workers: int = 0,
+    augment: str = "none",
 ) -> RecordData:
     """A ``datasets.Dataset`` or ``DatasetDict`` as data to train on. ``name`` is what messages call it,
     ``folder`` where the data lie (None: what is read of them is not remembered).
@@ -173,6 +176,7 @@ def records_of(
         decoding=decoding,
         check=check,
         workers=workers,
+        augment=augment,
     )
 
 

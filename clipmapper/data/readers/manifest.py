@@ -39,6 +39,7 @@ def manifest_data(
     decoding: str = "fast",
     check: str = "full",
     workers: int = 0,
+    augment: str = "none",
 ) -> RecordData:
     """Read one file with all splits, or one for each.
 
@@ -58,6 +59,7 @@ def manifest_data(
     check : which images are opened before training: "full", all that were not yet found readable as they are
         now (by size and time); "sample", a few hundred of them, drawn by a fixed seed; "none".
     workers : processes that decode images while training.
+    augment : how images of training are altered, one of :data:`clipmapper.data.augment.AUGMENT`.
 
     Raises ``UserErrors`` with everything that is wrong, before anything else happens.
     """
@@ -96,6 +98,7 @@ def manifest_data(
         decoding=decoding,
         check=check,
         workers=workers,
+        augment=augment,
         folder=given["train"].parent if images is None else given_path(images),
     )
 
@@ -119,6 +122,7 @@ def data_of(
     decoding: str,
     check: str,
     workers: int,
+    augment: str,
     folder: Path | None = None,
 ) -> RecordData:
     """Check records as a whole and complete their splits. ``where``: the name of the data in messages;
@@ -155,6 +159,7 @@ def data_of(
         accuracy=accuracy,
         decoding=decoding,
         workers=workers,
+        augment=augment,
         notes=notes,
     )
 
