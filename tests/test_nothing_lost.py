@@ -192,6 +192,7 @@ def test_full_disk_is_one_line_and_takes_nothing(tmp_path, steps):
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_full_disk_during_a_run(settings, whole, monkeypatch):
     config = settings("name=full")
 

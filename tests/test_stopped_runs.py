@@ -106,6 +106,7 @@ def test_validation_stops_between_two_batches(settings, whole, monkeypatch, requ
     assert same_end(train(replace(config, resume=True)), whole)
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_in_the_last_validation(settings, whole, monkeypatch):
     """Before the first saving by interval: what is promised is there."""
     config = settings("name=twice")
