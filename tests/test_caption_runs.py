@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from support import training_models
 from support.offline_run import OfflineRun
+from support.slow import mostly_slow
 
 from clipmapper import cli
 from clipmapper.commands.train import train
