@@ -247,6 +247,7 @@ def test_two_damaged_checkpoints_are_one_line(tmp_path, how):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_run_goes_on_from_the_one_before(settings, whole, monkeypatch, capsys):
     config = settings("name=damaged")
 

@@ -86,6 +86,7 @@ def in_validation(monkeypatch, step: int, *signals: signal.Signals) -> list[int]
     return batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "number"),
     mostly_slow([(2, signal.SIGTERM), (4, signal.SIGHUP)], 2),

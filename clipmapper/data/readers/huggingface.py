@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from clipmapper.data.readers.manifest import data_of, normalised_notes
+from clipmapper.data.readers.manifest import data_of, notes_of
 from clipmapper.data.readers.manifest_files import named, namings
 from clipmapper.data.readers.rows import RowReader
 from clipmapper.data.records import RecordData
@@ -157,7 +157,7 @@ def records_of(
                 if encoded:
                     row["image"] = RowImage(images, number, source)
                 reader.add(source, row, _KNOWN_SPLITS.get(split))
-        found = table_of_whole(table.finish(), reader.problems, normalised_notes([reader]))
+        found = table_of_whole(table.finish(), reader.problems, notes_of([reader]))
         if not found.problems:
             found.columns.objects = stored  # the same images, made when they are asked for
         return found
