@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from clipmapper.data.answer_rule import (
@@ -151,6 +151,21 @@ def answer_vocabulary(table: RecordTable, least: int, rule: str) -> AnswerVocabu
         if count:
             again[normalised(name)] += count
     return AnswerVocabulary(most_frequent(again, least), rule)
+
+
+def usual_answers(table: RecordTable, vocabulary: AnswerVocabulary) -> Int[np.ndarray, "records"]:
+    """The answer that most people gave to each question, by its place in the vocabulary; -1: it is not there.
+
+    Of several the one that was given first.
+    """
+    names, numbers = _normalised(table)
+    place = np.array([vocabulary.index.get(name, -1) for name in names], np.int64)
+    usual = np.full(table.columns.count, -1, np.int64)
+    for part, found in enumerate(_counted(table, numbers)):
+        order = np.lexsort((found.first, -found.count, found.record))
+        records, first = np.unique(found.record[order], return_index=True)
+        usual[part * ROWS + records] = place[found.answer[order[first]]]
+    return usual[table.rows]
 
 
 def unknown_answers(table: RecordTable, vocabulary: AnswerVocabulary) -> list[str]:

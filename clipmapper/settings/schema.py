@@ -251,6 +251,8 @@ class TrainConfig(Section):
                     "an experiment (experiment=vqa_scenes, experiment=caption_scenes) chooses what belongs "
                     "together",
                 )
+        if self.data.streamed and getattr(self.training, "balance", "none") != "none":
+            yield "training.balance", "answers of a stream (data=shards) can't be counted; give none"
         if self.data.streamed and self.training.token_cache:
             yield "training.token_cache", "a stream (data=shards) has no end to cache; give false"
         if self.training.world is not None and self.training.world != self.data.world:

@@ -44,6 +44,7 @@ _BEFORE = {
     "data.decoding": "exact",
     "data.validation_path": None,
     "data.augment": "none",
+    "training.balance": "none",
 }
 
 

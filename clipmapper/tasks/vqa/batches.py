@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipmapper.data.answers import AnswerVocabulary, annotators
+from clipmapper.data.answers import AnswerVocabulary, annotators, usual_answers
 from clipmapper.data.records import Record, RecordData, RecordDataset
 from clipmapper.data.tables.base import Records
 from clipmapper.data.token_cache import TokenCache, TokenStore
@@ -52,7 +52,7 @@ class QuestionBatches(SplitBatches):
     def __init__(
         self, model: CLIPmapper, data: RecordData, name: str, records: Records, store: TokenStore | None
     ) -> None:
-        self.records, self.labelled_at_most = records, data.labelled_at_most
+        self.records, self.labelled_at_most, self.vocabulary = records, data.labelled_at_most, data.vocabulary
         reader = data.reader(model.encoder)
         self.dataset = RecordDataset(records, reader)
         self.collate = VQACollate(partial(tokenize, model.encoder.tokenizer), data.vocabulary)
@@ -100,6 +100,25 @@ def question_batches(split: QuestionBatches, *, batch_size: int, seed: int) -> C
     """A share of the training batch of every step: every question once an epoch."""
     numbers_at = epochs(len(split.records), batch_size, seed)
     return lambda step, share=WHOLE: split.batch(torch.tensor(share.rows(numbers_at(step))))
+
+
+def balanced_batches(split: QuestionBatches, *, batch_size: int, seed: int) -> Callable[[int, Share], dict]:
+    """A share of the batch of every step, in which every answer of the data is asked for equally often.
+
+    Drawn by (seed, step), with replacement: an answer, and one of the questions that most people gave it to.
+    Questions whose usual answer the model does not know are not asked.
+    """
+    usual = usual_answers(split.records, split.vocabulary)
+    order = np.argsort(usual, kind="stable")[(usual < 0).sum() :]
+    answers, first, count = np.unique(usual[order], return_index=True, return_counts=True)
+
+    def batch_at(step: int, share: Share = WHOLE) -> dict:
+        rng = np.random.default_rng((seed, step))
+        drawn = rng.integers(len(answers), size=batch_size)
+        places = first[drawn] + (rng.random(batch_size) * count[drawn]).astype(np.int64)
+        return split.batch(torch.tensor(share.rows(order[places].tolist())))
+
+    return batch_at
 
 
 def drawn_batches(

@@ -39,13 +39,19 @@ class FamilySharesConfig(Section):
 
 @dataclass
 class VQATrainingConfig(TrainingConfig):
-    """Settings of training on questions."""
+    """Settings of training on questions. ``balance``: "answers" asks for every answer equally often."""
 
     task = "vqa"
     records = "questions"
     world = False
 
     blind_steps: int = setting(minimum=0)
+    balance: str = setting(choices=("none", "answers"))
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        yield from super().problems()
+        if self.world and self.balance != "none":
+            yield "balance", "how often a family of the built-in world is asked is said by training.shares"
 
 
 @dataclass

@@ -16,7 +16,13 @@ from clipmapper.errors import UserError
 from clipmapper.models.description import MAPPER, WIDTH, ModelRules
 from clipmapper.settings.plain_values import list_of, section, text
 from clipmapper.settings.schema import TrainConfig
-from clipmapper.tasks.vqa.batches import QuestionBatches, StreamedQuestions, drawn_batches, question_batches
+from clipmapper.tasks.vqa.batches import (
+    QuestionBatches,
+    StreamedQuestions,
+    balanced_batches,
+    drawn_batches,
+    question_batches,
+)
 from clipmapper.tasks.vqa.explain import explain_answers
 from clipmapper.tasks.vqa.model import CLIPmapper, build_clipmapper, take_answers
 from clipmapper.tasks.vqa.report import answer_report
@@ -81,7 +87,8 @@ class VQARun(TaskRun):
                 seed=seed,
             )
         else:
-            self.batch_at = question_batches(self._train, batch_size=training.batch_size, seed=seed)
+            batches = balanced_batches if training.balance == "answers" else question_batches
+            self.batch_at = batches(self._train, batch_size=training.batch_size, seed=seed)
 
     def module(self) -> VQAModule:
         self._module = VQAModule(
