@@ -279,13 +279,15 @@ def test_perturbation_of_data_that_the_user_names(canary, tmp_path, content, cap
     ("data", "says"),
     [
         (["data.path=x"], "data.path=x: of which data set?"),
-        (["data=manifets"], "did you mean manifest?"),
-        (["data=manifest"], "data.path: no value"),
+        pytest.param(["data=manifets"], "did you mean manifest?", marks=pytest.mark.slow),
+        pytest.param(["data=manifest"], "data.path: no value", marks=pytest.mark.slow),
         (["data=scenes_captions"], "it answers questions, but these data have captions"),
         (["data=manifest", "data.path=${oc.env:HOME}"], "${oc.env:HOME}: no such file"),
         (["data=scenes", "data._target_=os.system"], "_target_=os.system: "),
-        (["data=scenes", "data._target_=no.such.Data"], "_target_=no.such.Data: "),
-        (["data=shards", "data.path=nowhere"], "data.path=nowhere: "),
+        pytest.param(
+            ["data=scenes", "data._target_=no.such.Data"], "_target_=no.such.Data: ", marks=pytest.mark.slow
+        ),
+        pytest.param(["data=shards", "data.path=nowhere"], "data.path=nowhere: ", marks=pytest.mark.slow),
     ],
 )
 def test_mistakes_in_the_data_of_perturb(one_line, tmp_path, content, data, says):

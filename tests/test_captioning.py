@@ -507,6 +507,7 @@ def test_checkpoint_of_a_run_writes_the_captions_of_its_results(finished):
         assert sample["reference"] == split[sample["image"]].captions[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", mostly_slow(["gpt2_prefix", "gpt2_cross"], ["gpt2_cross"]))
 def test_a_run_with_gpt2(settings, decoder):
     """Trained, judged and saved by the same command; the file alone writes the captions of the results."""

@@ -233,6 +233,7 @@ def test_clip_weighs_words_by_what_is_lost_without_them(plain, picture):
 # Pictures and mistakes
 
 
+@pytest.mark.slow
 def test_plot_writes_a_picture(plain, picture, tmp_path):
     long = " and ".join([CAPTION] * 3)
     sizes = []

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 from support import tiny_models
-from support.slow import once_each
+from support.slow import mostly_slow, once_each
 
 from clipmapper.benchmarks import subjects
 from clipmapper.errors import UserError
@@ -117,12 +117,14 @@ def test_relevance_of_what_was_recorded_is_exact(recorded, name):
 IN_EVERY_MODE = ("weighted", "gae", "alti", "token_tm", "grad_cam", *LRP)
 
 
+# With LibraGrad the same functions run, on another recording.
+CASES = [(m, case) for m, case in product(METHODS, RECORDED) if case[1] == "autocast" or m in IN_EVERY_MODE]
+LIBRA = [case for case in CASES if case[0].endswith("_libra")]
+
+
 @pytest.mark.parametrize(
     ("name", "recorded"),
-    once_each(
-        (name, case) for name, case in product(METHODS, RECORDED)
-        if case[1] == "autocast" or name in IN_EVERY_MODE
-    ),
+    [*once_each(case for case in CASES if case not in LIBRA), *mostly_slow(LIBRA, ())],
     indirect=["recorded"],
     ids=name_of,
 )  # fmt: skip

@@ -12,7 +12,6 @@ from lightning.pytorch.loggers import Logger
 from PIL import Image
 from support import training_models
 from support.offline_run import OfflineRun
-from support.slow import mostly_slow
 
 from clipmapper.commands.train import train
 from clipmapper.errors import UserError
@@ -131,7 +130,8 @@ def test_tensorboard_has_numbers_pictures_and_words(tmp_path):
     assert text == "| says | share |\n| --- | --- |\n| a\\|b | 0.5 |"
 
 
-@pytest.mark.parametrize("place", mostly_slow(["run", "a run #1 é"], ["a run #1 é"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["run", "a run #1 é"])
 def test_mlflow_has_numbers_pictures_and_tables(tmp_path, place):
     pytest.importorskip("mlflow")
     pytest.importorskip("alembic")
@@ -232,7 +232,7 @@ def test_every_logger_is_the_one_that_was_asked_for(tmp_path):
     [
         (other("pathlib.Path"), "pathlib.Path: not a subclass of Lightning's Logger"),
         (other("lightning.fabric.loggers.CSVLogger", root_dir="x"), "not a subclass of Lightning's Logger"),
-        (other("my_package.Logger"), "_target_=my_package.Logger: "),
+        (other("my_package.Logger"), "logger._target_=my_package.Logger: "),
         (other(CSV._target_, colour="red"), "got an unexpected keyword argument 'colour'"),
         (other(f"{LIGHTNING}.WandbLogger", colour="red"), "got an unexpected keyword argument 'colour'"),
     ],
@@ -264,6 +264,12 @@ def test_what_is_found_out_late_is_one_line_too(tmp_path, monkeypatch):
     monkeypatch.setattr(Lines, "__init__", lambda self, save_dir: __import__("no_such_package"))
     with (
         pytest.raises(UserError, match="Lines: No module named 'no_such_package'"),
+        run_logger(other(f"{__name__}.Lines"), tmp_path, "small"),
+    ):
+        pass
+    monkeypatch.setattr(Lines, "__init__", lambda self, save_dir: {}["key"])
+    with (
+        pytest.raises(UserError, match=r"_target_=.*Lines: it did not start \(KeyError: 'key'\)\Z"),
         run_logger(other(f"{__name__}.Lines"), tmp_path, "small"),
     ):
         pass

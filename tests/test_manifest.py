@@ -374,6 +374,13 @@ def test_csv_mistakes(folder):
     assert told(str(folder / "my.csv")) == [f"{folder / 'my.csv'}:1: the same column twice: question"]
 
 
+def test_columns_that_mean_nothing_are_named(folder):
+    entries = [row | {"Mask": "m.png", f"extra {n % 12}": n} for n, row in enumerate(rows())]
+    notes = manifest_data(lines(folder / "my.jsonl", entries)).notes
+    (line,) = (note for note in notes if "not read" in note)
+    assert line.startswith("columns that are not read: 'Mask', 'extra 0', ") and line.endswith(" and 3 more")
+
+
 def test_a_leak_and_unknown_answers_are_said(folder):
     entries = [row | {"split": "train"} for row in rows(6)]
     entries += [{"image": f"{n}.png", "question": "q?", "answer": "a zebra", "split": "val"} for n in (5, 6)]

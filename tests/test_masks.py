@@ -146,6 +146,8 @@ def bad(folder, kind: str) -> str:
         (folder / "masks" / "m.png").mkdir()
     elif kind == "size":
         saved(folder, "m.png", left_half()[:, :40])
+    elif kind == "jpeg":
+        Image.fromarray(left_half()).convert("L").save(folder / "masks" / "m.png", "JPEG")
     elif kind == "empty":
         saved(folder, "m.png", 0 * left_half())
     return "masks/m.png"
@@ -156,7 +158,8 @@ def bad(folder, kind: str) -> str:
     [
         ("missing", "my.jsonl:2: no such mask: "),
         ("folder", "my.jsonl:2: no such mask: "),
-        ("text", "my.jsonl:2: its mask: "),
+        ("text", "m.png: not a readable mask"),
+        ("jpeg", "m.png: a mask has to be a PNG, not JPEG"),
         ("size", "my.jsonl:2: its mask has 40 x 64 pixels, its image 64 x 64; a mask is as large as"),
         ("empty", "the deciding pixels of none of its questions can be seen"),
     ],

@@ -288,6 +288,10 @@ NAIVE = {
 RELATIVE = ("token_tm", "token_tm_libra")  # an MLP behind the last attention only scales its result
 
 
+# Compared with naive code where their rules are tested (test_lrp_rules.py, test_published_rules.py).
+ELSEWHERE = ("random", "transformer_attribution", "partial_lrp")
+
+
 def expected(col, row, method):
     """Compute a sample's relevance by naive code: per stream, or all tokens in one; None: no reference."""
     rules = "libra" if method.endswith("_libra") else "plain"
@@ -309,6 +313,7 @@ def expected(col, row, method):
         return captum(col, row, base, rules) if row == 0 else None
     if base == "legrad":
         return legrad(col, row, rules)
+    assert base in ELSEWHERE, f"{base}: no naive code to compare it with; write it, in NAIVE"
     return None
 
 

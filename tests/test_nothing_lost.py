@@ -192,6 +192,7 @@ def test_full_disk_is_one_line_and_takes_nothing(tmp_path, steps):
     assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_full_disk_during_a_run(settings, whole, monkeypatch):
     config = settings("name=full")
 
@@ -246,6 +247,7 @@ def test_two_damaged_checkpoints_are_one_line(tmp_path, how):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_run_goes_on_from_the_one_before(settings, whole, monkeypatch, capsys):
     config = settings("name=damaged")
 

@@ -154,6 +154,7 @@ def test_interrupted_pretraining_goes_on_to_the_same_weights(architecture, tmp_p
         torch.testing.assert_close(two.state_dict()[name], weight, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_the_card_is_in_the_file(architecture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scores = run_pretraining(settings(architecture, "clip.safetensors", max_steps=1, precision="bf16-mixed"))

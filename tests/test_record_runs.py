@@ -13,6 +13,7 @@ from PIL import Image
 from support import training_models
 from support.official_files import coco_folder, flickr_folder, vqa_v2_folder
 from support.photographs import photograph, photographs_in, run
+from support.slow import mostly_slow
 
 import clipmapper
 from clipmapper import cli
@@ -98,20 +99,20 @@ def command(tmp_path, monkeypatch, capfd):
     return run
 
 
-def test_perturb_works_where_the_truth_is_unknown(answering, captioning, place, command, monkeypatch):
+@pytest.mark.parametrize("task", mostly_slow(["questions", "captions"], ["questions"]))
+def test_perturb_works_where_the_truth_is_unknown(request, place, command, monkeypatch, task):
     monkeypatch.setattr("clipmapper.commands.perturb._PICTURES", 1)
-    few = ("methods=[weighted,random]", "samples=2")
-    for folder, name in ((answering, "questions"), (captioning, "captions")):
-        checkpoint = f"checkpoint={folder / CHECKPOINT}"
-        few = ("data=manifest", f"data.path={place / name}.jsonl", *few[-2:])
-        status, printed, errors = command("perturb", checkpoint, *few)
-        assert status == 0, errors
-        assert "Perturbation" in printed and "Localisation" not in printed
+    folder = request.getfixturevalue({"questions": "answering", "captions": "captioning"}[task])
+    few = ("data=manifest", f"data.path={place / task}.jsonl", "methods=[weighted,random]", "samples=2")
+    checkpoint = f"checkpoint={folder / CHECKPOINT}"
+    status, printed, errors = command("perturb", checkpoint, *few)
+    assert status == 0, errors
+    assert "Perturbation" in printed and "Localisation" not in printed
     status, _, errors = command("perturb", checkpoint, "split=held_out", *few)
     assert (status, errors) == (2, "error: split=held_out: the data has train, validation, test\n")
-    few = ("data=manifest", f"data.path={place / 'questions.jsonl'}", *few[-2:])
-    status, _, errors = command("perturb", f"checkpoint={answering / CHECKPOINT}", "split=test", *few)
-    assert (status, errors) == (2, "error: split=test: its questions have no answers\n")
+    if task == "questions":
+        status, _, errors = command("perturb", checkpoint, "split=test", *few)
+        assert (status, errors) == (2, "error: split=test: its questions have no answers\n")
 
 
 def test_the_other_task_is_refused(place, command):

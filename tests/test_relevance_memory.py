@@ -84,6 +84,7 @@ def test_a_boolean_mask_is_made_numbers_once():
     assert len(saved.kept) <= 1
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_number_of_tokens(folder):
     """From 10 × 10 to 20 × 20 patches, four times the tokens, four times the memory (not sixteen)."""
     peaks = {}

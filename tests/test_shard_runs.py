@@ -135,6 +135,7 @@ def test_a_run_that_is_resumed_sees_the_batches_that_it_would_have_seen(place, n
         assert len(told) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mostly_slow(["questions", "captions"], ["questions"]))
 def test_a_run_that_is_stopped_goes_on_with_the_next_batches(place, name, monkeypatch):
     """The whole way: stopped by a signal, resumed by the run itself, to the last bit of the weights."""

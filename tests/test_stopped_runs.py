@@ -86,6 +86,7 @@ def in_validation(monkeypatch, step: int, *signals: signal.Signals) -> list[int]
     return batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "number"),
     mostly_slow([(2, signal.SIGTERM), (4, signal.SIGHUP)], 2),
@@ -106,6 +107,7 @@ def test_validation_stops_between_two_batches(settings, whole, monkeypatch, requ
     assert same_end(train(replace(config, resume=True)), whole)
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_in_the_last_validation(settings, whole, monkeypatch):
     """Before the first saving by interval: what is promised is there."""
     config = settings("name=twice")

@@ -135,16 +135,18 @@ def _train(
         done = steps_of(folder / CHECKPOINT)
         out.print(f"Resuming {folder} after step {done} of {config.training.max_steps}")
         if config.init is not None:
-            out.print(f"init={config.init} is not read again: the run goes on with its own weights")
+            line = f"init={config.init} is not read again: the run goes on with its own weights"
+            out.print(line, soft_wrap=True)
     told = [*data.summary(), *([] if taken is None else taken.lines())]
     for line in [*told, *([] if length.line is None else [length.line])]:
-        out.print(line)
+        out.print(line, soft_wrap=True)
 
     model.to(device)
     if explainer is not None:
         samples = task.samples(model, data, "validation", explainer.samples, explainer.seed)
         explainer.prepare(task, samples, folder / "pictures")
     run.prepare(folder)
+    run.augment()
     for line in run.validated.lines():
         out.print(line)
     with run_logger(config.logger, folder, config.name) if is_main() else nullcontext(False) as logger:
@@ -169,7 +171,7 @@ def _train(
         results["objective"] = {"name": scored, "value": float(trainer.callback_metrics[scored])}
         if best is not None:
             results["best"] = best.results()
-            out.print(best.line())
+            out.print(best.line(), soft_wrap=True)
         if run.validated.counts:
             results["validated"] = run.validated.numbers()
         files = {"checkpoint": kept, "results": folder / RESULTS}

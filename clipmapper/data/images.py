@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Num, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import InterpolationMode, resize
@@ -234,13 +234,19 @@ def picture_of(
     return displayed_image(pixels, visual) if isinstance(image, Tensor) else seen_part(as_pil(image), visual)
 
 
+def levels(images: Num[Tensor, "n 3 height width"], visual: nn.Module) -> UInt8[Tensor, "n 3 height width"]:
+    """Undo the normalisation of ``visual`` (an ``open_clip`` image tower); uint8 is given back as it is."""
+    if not images.is_floating_point():
+        return images
+    mean, std = mean_and_std(visual, images.device)
+    return ((images * std + mean).clamp(0, 1) * 255).round().byte()
+
+
 def displayed_image(
     pixels: Float[Tensor, "1 3 height width"], visual: nn.Module
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Undo the normalisation of ``visual`` (an ``open_clip`` image tower): the image as the model saw it."""
-    mean, std = mean_and_std(visual, pixels.device)
-    image = (pixels[0] * std + mean).clamp(0, 1) * 255
-    return image.round().byte().permute(1, 2, 0).cpu().numpy()
+    """The image as ``visual`` (an ``open_clip`` image tower) saw it."""
+    return levels(pixels, visual)[0].permute(1, 2, 0).cpu().numpy()
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:

@@ -37,10 +37,18 @@ class MaskFile:
         return None
 
     def mask(self) -> Bool[np.ndarray, "height width"]:
-        found = np.asarray(as_pil(self.path)).any(axis=2)
-        with Image.open(self.path) as opened:
-            # The numbers of instances in 16 bits, 1, 2 …, would all be black as an image of 8 bits.
-            return np.asarray(opened) > 0 if opened.mode.startswith("I") else found
+        """Raises ``UserError`` for a file that is none, and for one that is no PNG: pixels of a JPEG are not
+        exactly those that were drawn."""
+        try:
+            with Image.open(self.path) as opened:
+                if opened.format != "PNG":
+                    raise UserError(f"{self.path}: a mask has to be a PNG, not {opened.format}")
+                # The numbers of instances in 16 bits, 1, 2 …, would all be black as an image of 8 bits.
+                if opened.mode.startswith("I"):
+                    return np.asarray(opened) > 0
+                return np.asarray(as_pil(opened)).any(axis=2)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise UserError(f"{self.path}: not a readable mask") from error
 
 
 def seen_mask(mask: Bool[np.ndarray, "height width"], visual: nn.Module) -> Bool[np.ndarray, "rows columns"]:

@@ -58,6 +58,8 @@ class RecordData:
     accuracy : how answers are scored, a key of :data:`clipmapper.data.answers.ACCURACIES`.
     decoding : how photographs are read, one of :data:`clipmapper.data.pixels.DECODING`.
     workers : processes that decode images, 0 for none.
+    augment : how images of training are altered, one of
+        :data:`clipmapper.data.augment.AUGMENT`; no others ever are.
     notes : lines that the run prints about the data (images left out, answers unknown to the vocabulary).
 
     ``validation_splits`` are scored in every validation, at most ``labelled_at_most`` records in a batch.
@@ -79,6 +81,7 @@ class RecordData:
         accuracy: str = "vqa",
         decoding: str = "fast",
         workers: int = 0,
+        augment: str = "none",
         notes: Sequence[str] = (),
     ) -> None:
         self.accuracy = ACCURACIES[accuracy]
@@ -86,6 +89,7 @@ class RecordData:
         self.vocabulary = vocabulary
         self.decoding = decoding
         self.workers = workers
+        self.augment = augment
         self.notes = list(notes)
 
     @property

@@ -25,6 +25,7 @@ class DataConfig(Section):
     streamed: ClassVar[bool] = False
 
     _target_: str = setting()
+    augment: str = setting(choices=("none", "crop", "colour", "randaugment"))
 
 
 @dataclass

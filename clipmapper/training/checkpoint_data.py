@@ -25,6 +25,7 @@ def data_description(config: DataConfig) -> dict:
     """
     settings = asdict(config)
     target = settings.pop("_target_")
+    del settings["augment"]  # which is of the training, not of the data
     shipped = data_targets().get(config.choice) == target
     return {"name": config.choice if shipped else target, "settings": settings}
 
@@ -52,7 +53,7 @@ def _world(described: object, checkpoint: str) -> RecordData:
             f"data=… data.KEY=… as for training (data={choice})"
         )
     try:
-        check = section_of_numbers(worlds[name], leaving=("_target_",))
+        check = section_of_numbers(worlds[name], leaving=("_target_", "augment"))
         check(settings, f"checkpoint={checkpoint}: its data")
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -153,11 +153,13 @@ def _digest(image: bytes | StoredImage) -> str:
     return content_digest(found if isinstance(found, bytes) else np.asarray(found))
 
 
-def token_store(config: TrainConfig, encoder: ClipEncoder, *, texts: bool) -> TokenStore | None:
+def token_store(
+    config: TrainConfig, encoder: ClipEncoder, *, texts: bool, augment: str = "none"
+) -> TokenStore | None:
     """Where the settings want tokens kept; None where every step is to encode.
 
     Settings that nothing can be done with are named in a line. ``texts``: whether tokens of texts are to be
-    kept as well.
+    kept as well. ``augment``: how images of training are altered.
     """
     training = config.training
     folder = None if training.token_cache_folder is None else Path(training.token_cache_folder)
@@ -165,6 +167,11 @@ def token_store(config: TrainConfig, encoder: ClipEncoder, *, texts: bool) -> To
     if not training.token_cache:
         if folder is not None:
             why = "training.token_cache_folder is not used, for training.token_cache=false"
+    elif augment != "none":
+        why = (
+            f"data.augment={augment} and training.token_cache=true exclude each other, for every step has "
+            "other images: the token cache was switched off"
+        )
     elif not config.encoder.frozen:
         why = "no token cache, for the encoder is trained (encoder.frozen=false): it runs in every step"
     elif texts and encoder.text_tower.appended_class_token:

@@ -92,7 +92,7 @@ def take_mapper(model: nn.Module, other: nn.Module, taken: Taken) -> None:
     old, new = dict(other.mapper.named_parameters()), dict(model.mapper.named_parameters())
     strange = set() if alike else {"project_image.weight", "project_text.weight", "positions", "class_token"}
     strange |= set() if same_words else {"project_text.weight"}
-    count = 0
+    count, missing = 0, set()
     with torch.no_grad():
         for name, weight in new.items():
             value = None if name in strange else old.get(name)
@@ -101,7 +101,10 @@ def take_mapper(model: nn.Module, other: nn.Module, taken: Taken) -> None:
             if value is not None and value.shape == weight.shape:
                 weight.copy_(value)
                 count += weight.numel()
-    notes = []
+            elif name.startswith("blocks.") and int(name.split(".")[1]) < len(other.mapper.blocks):
+                missing.add(name.split(".")[2])
+    # Of a captioner, whose image reads no words, to one that answers.
+    notes = [f"new in its blocks: {', '.join(sorted(missing))}"] if missing else []
     blocks, there = len(model.mapper.blocks), len(other.mapper.blocks)
     if blocks != there:
         notes.append(f"{min(blocks, there)} of its {there} blocks are the first of these {blocks}")

@@ -30,7 +30,10 @@ def check_logger(settings: LoggerConfig) -> None:
 
     To be called before data are read.
     """
-    target = named(settings._target_).func
+    try:
+        target = named(settings._target_).func
+    except UserError as error:
+        raise UserError(f"logger.{error}") from error
     if isinstance(target, type) and not issubclass(target, Logger):
         raise _no_logger(settings)
     _known(target).check(settings)
@@ -104,6 +107,9 @@ class _Known:
         except ImportError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"logger._target_={settings._target_}: {reason}") from error
+        except Exception as error:  # of another's code: a key that is missing, a server that is away
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise UserError(f"logger._target_={settings._target_}: it did not start ({reason})") from error
         if not isinstance(logger, Logger):
             raise _no_logger(settings)
         try:

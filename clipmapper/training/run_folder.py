@@ -43,6 +43,7 @@ _BEFORE = {
     "training.validation_samples": None,
     "data.decoding": "exact",
     "data.validation_path": None,
+    "data.augment": "none",
 }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from rich.table import Table
 from torch import nn
 
+from clipmapper.data.augment import Augmentation
 from clipmapper.data.records import RecordData
 from clipmapper.data.tables.base import Records
 from clipmapper.data.token_cache import TokenStore
@@ -23,7 +24,7 @@ from clipmapper.training.evaluated import Evaluation, Forwards
 from clipmapper.training.explained import Explanation, Report, Samples
 from clipmapper.training.initial import Taken, take_alike, take_encoder, take_mapper
 from clipmapper.training.module import TaskModule
-from clipmapper.training.processes import Share, this_share
+from clipmapper.training.processes import WHOLE, Share, this_share
 from clipmapper.training.record_tokens import check_room
 
 
@@ -109,10 +110,24 @@ class TaskRun(ABC):
         """Where the settings want tokens of these splits kept, for which there is room; None where every step
         is to encode. ``texts``: whether tokens of questions are to be kept as well."""
         encoder = self.model.encoder
-        store = token_store(self.config, encoder, texts=texts)
+        store = token_store(self.config, encoder, texts=texts, augment=self.data.augment)
         if store is not None:
             check_room(encoder, store, splits, self.data.reader(encoder), texts=texts)
         return store
+
+    def augment(self) -> None:
+        """Behind ``prepare``: have the images of training batches, and no others, altered as the data's
+        settings say (``data.augment``)."""
+        if self.data.augment == "none":
+            return
+        alter = Augmentation(self.data.augment, self.model.encoder.clip.visual, self.config.seed)
+        unaltered = self.batch_at
+
+        def batch_at(step: int, share: Share = WHOLE) -> dict:
+            batch = unaltered(step, share)
+            return batch | {"images": alter(batch["images"], step, batch["ids"])}
+
+        self.batch_at = batch_at
 
     def schedule(self) -> dict[str, float]:
         """The settings that every :class:`TaskModule` takes."""

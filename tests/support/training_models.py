@@ -15,14 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
+from clipmapper.commands.compose import train_settings as composed
 from clipmapper.data.world.data import ScenesVQA
 from clipmapper.data.world.questions import ANSWERS
-from clipmapper.settings.checks import checked
 from clipmapper.settings.schema import TrainConfig
-from clipmapper.tasks.registry import register_settings
 from clipmapper.tasks.vqa.model import CLIPmapper, build_clipmapper
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,9 +99,7 @@ def train_settings(*overrides: str) -> TrainConfig:
     """The settings of ``clipmapper train`` as the command line would compose them; a later one wins."""
     if "callbacks=none" in overrides:
         overrides = tuple(one for one in overrides if not one.startswith("callbacks."))
-    register_settings()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return checked(compose("train", list(overrides)), TrainConfig)
+    return composed(*overrides)
 
 
 def same_bits(a: object, b: object) -> bool:

@@ -34,6 +34,7 @@ def coco_captions_data(
     decoding: str = "fast",
     check: str = "full",
     workers: int = 0,
+    augment: str = "none",
 ) -> RecordData:
     """``folder`` holds ``annotations/captions_train2014.json``, ``captions_val2014.json`` and the images,
     ``train2014/`` and ``val2014/`` (or all of 2017).
@@ -67,7 +68,8 @@ def coco_captions_data(
     files += [] if karpathy is None else [root / karpathy]
     found = remembered("coco_captions", files, {"folder": folder, "karpathy": karpathy}, read)
     readable, notes = readable_only(found.splits, on_bad_image, check=check)
-    return RecordData(readable, None, decoding=decoding, workers=workers, notes=[*notes, *found.notes])
+    notes += found.notes
+    return RecordData(readable, None, decoding=decoding, workers=workers, augment=augment, notes=notes)
 
 
 def read_coco_captions(folder: Path, subset: str, notes: list[str]) -> Iterator[Record]:
@@ -136,6 +138,7 @@ def flickr_captions_data(
     decoding: str = "fast",
     check: str = "full",
     workers: int = 0,
+    augment: str = "none",
 ) -> RecordData:
     """Read a token file, ``1000092795.jpg#0<tab>caption`` a line (``results_20130124.token``,
     ``Flickr8k.token.txt``), or the same as a table, whose first line is ``image,caption`` or
@@ -190,6 +193,7 @@ def flickr_captions_data(
         decoding=decoding,
         check=check,
         workers=workers,
+        augment=augment,
         folder=folder,
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from clipmapper.data.readers.manifest import data_of, normalised_notes
+from clipmapper.data.readers.manifest import data_of, notes_of
 from clipmapper.data.readers.manifest_files import named, namings
 from clipmapper.data.readers.rows import RowReader
 from clipmapper.data.records import RecordData
@@ -74,6 +74,7 @@ def huggingface_data(
     decoding: str = "fast",
     check: str = "full",
     workers: int = 0,
+    augment: str = "none",
 ) -> RecordData:
     """A folder that ``save_to_disk`` wrote, with the columns of a manifest; ``image`` is an ``Image`` feature
     or a path. Parameters and errors otherwise as of
@@ -98,6 +99,7 @@ def huggingface_data(
         decoding=decoding,
         check=check,
         workers=workers,
+        augment=augment,
     )
 
 
@@ -115,6 +117,7 @@ def records_of(
     decoding: str = "fast",
     check: str = "full",
     workers: int = 0,
+    augment: str = "none",
 ) -> RecordData:
     """A ``datasets.Dataset`` or ``DatasetDict`` as data to train on. ``name`` is what messages call it,
     ``folder`` where the data lie (None: what is read of them is not remembered).
@@ -154,7 +157,7 @@ def records_of(
                 if encoded:
                     row["image"] = RowImage(images, number, source)
                 reader.add(source, row, _KNOWN_SPLITS.get(split))
-        found = table_of_whole(table.finish(), reader.problems, normalised_notes([reader]))
+        found = table_of_whole(table.finish(), reader.problems, notes_of([reader]))
         if not found.problems:
             found.columns.objects = stored  # the same images, made when they are asked for
         return found
@@ -173,6 +176,7 @@ def records_of(
         decoding=decoding,
         check=check,
         workers=workers,
+        augment=augment,
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from clipmapper.data.answers import answer_vocabulary, unknown_answers
 from clipmapper.data.image_checks import readable_only
-from clipmapper.data.readers.fields import NUMBER, TEXT, Entries
+from clipmapper.data.readers.fields import NUMBER, TEXT, Entries, shown
 from clipmapper.data.readers.manifest_files import manifest_rows
 from clipmapper.data.readers.rows import RowReader
 from clipmapper.data.record import Problem, stop_for
@@ -22,6 +22,8 @@ from clipmapper.data.tables.whole import shared_images, split_by_image, table_of
 from clipmapper.data.text_files import given_path
 from clipmapper.errors import UserError
 from clipmapper.host.progress import counted
+
+_NAMED = 10  # columns in a note
 
 
 def manifest_data(
@@ -39,6 +41,7 @@ def manifest_data(
     decoding: str = "fast",
     check: str = "full",
     workers: int = 0,
+    augment: str = "none",
 ) -> RecordData:
     """Read one file with all splits, or one for each.
 
@@ -58,6 +61,7 @@ def manifest_data(
     check : which images are opened before training: "full", all that were not yet found readable as they are
         now (by size and time); "sample", a few hundred of them, drawn by a fixed seed; "none".
     workers : processes that decode images while training.
+    augment : how images of training are altered, one of :data:`clipmapper.data.augment.AUGMENT`.
 
     Raises ``UserErrors`` with everything that is wrong, before anything else happens.
     """
@@ -81,7 +85,7 @@ def manifest_data(
                 rows.problems.append(Problem(str(file), "no lines in it"))
             readers.append(rows)
         problems = [problem for rows in readers for problem in rows.problems]
-        return table_of_whole(table.finish(), problems, normalised_notes(readers))
+        return table_of_whole(table.finish(), problems, notes_of(readers))
 
     settings = {"splits": list(given), "images": images}
     return data_of(
@@ -96,14 +100,20 @@ def manifest_data(
         decoding=decoding,
         check=check,
         workers=workers,
+        augment=augment,
         folder=given["train"].parent if images is None else given_path(images),
     )
 
 
-def normalised_notes(readers: Sequence[RowReader]) -> list[str]:
-    """How many questions' answers are not as they were written."""
+def notes_of(readers: Sequence[RowReader]) -> list[str]:
+    """How many questions' answers are not as they were written, and which columns were not read."""
     count = sum(reader.normalised for reader in readers)
-    return [f"answers: normalised where all of a question were alike, of {count} questions"] * bool(count)
+    notes = [f"answers: normalised where all of a question were alike, of {count} questions"] * bool(count)
+    unread = sorted({shown(name) for reader in readers for name in reader.unread})
+    if unread:
+        more = f" and {len(unread) - _NAMED} more" if len(unread) > _NAMED else ""
+        notes.append(f"columns that are not read: {', '.join(unread[:_NAMED])}{more}")
+    return notes
 
 
 def data_of(
@@ -119,6 +129,7 @@ def data_of(
     decoding: str,
     check: str,
     workers: int,
+    augment: str,
     folder: Path | None = None,
 ) -> RecordData:
     """Check records as a whole and complete their splits. ``where``: the name of the data in messages;
@@ -155,6 +166,7 @@ def data_of(
         accuracy=accuracy,
         decoding=decoding,
         workers=workers,
+        augment=augment,
         notes=notes,
     )
 

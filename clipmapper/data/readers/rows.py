@@ -34,6 +34,7 @@ _SPLITS = {
     "test": "test",
 }  # fmt: skip
 _SHOWN = 60
+_KINDS_OF_ROWS = 100  # whose columns are looked at
 
 
 class Mistake(Exception):
@@ -46,16 +47,22 @@ class RowReader:
     ``folder``: what relative paths of images are relative to. ``table``: where :meth:`add` puts records;
     those of a row without a split to the split ``None``. ``problems``: in the order of rows, but for ids that
     come twice (:meth:`clipmapper.data.tables.builder.FinishedTable.without_doubles`). ``normalised``: how
-    many questions had answers that were changed.
+    many questions had answers that were changed. ``unread``: columns that mean nothing here.
     """
 
     def __init__(self, folder: Path, table: TableBuilder | None = None) -> None:
         self.folder, self.table = folder, table
         self.problems: list[Problem] = []
         self.normalised = 0
+        self.unread: dict[str, None] = {}
+        self._seen: set[tuple] = set()
 
     def add(self, source: str, row: Mapping, split: str | None = None) -> None:
         """``split``: the one that the file stands for; its rows may not say another."""
+        columns = tuple(row)
+        if columns not in self._seen and len(self._seen) < _KINDS_OF_ROWS:
+            self._seen.add(columns)
+            self.unread |= {str(name): None for name in columns if name not in _NAME_OF}
         found = self.read(source, row, split)
         if found is not None:
             self.table.add(*found)

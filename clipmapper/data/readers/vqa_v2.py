@@ -94,6 +94,7 @@ def vqa_v2_data(
     decoding: str = "fast",
     check: str = "full",
     workers: int = 0,
+    augment: str = "none",
 ) -> RecordData:
     """``folder`` holds the official files under their own names, and COCO's images in folders of theirs.
 
@@ -106,8 +107,9 @@ def vqa_v2_data(
     train, validation, test : the splits that are trained on, scored, and answered in a results file.
     least_answers : an answer that is the ``multiple_choice_answer`` of as many questions of train2014 and
         val2014 (where their annotations are there) is in the vocabulary: 3129 answers with 9, as is usual.
-    targets : a key of :data:`clipmapper.data.answers.RULES`. accuracy, on_bad_image, check, decoding, workers
-    : as of :func:`clipmapper.data.readers.manifest.manifest_data`.
+    targets : a key of :data:`clipmapper.data.answers.RULES`.
+    accuracy, on_bad_image, check, decoding, workers, augment : as of
+        :func:`clipmapper.data.readers.manifest.manifest_data`.
 
     Raises ``UserError`` for missing files, and ``UserErrors`` with every entry that is wrong and every
     question without an annotation. Numbers written as text, and answers that are numbers, are converted and
@@ -150,7 +152,13 @@ def vqa_v2_data(
         notes.append(f"validation: {validation} is trained on, so its accuracy says nothing about new images")
     notes += unknown_answers(readable["validation"], vocabulary)
     return RecordData(
-        readable, vocabulary, accuracy=accuracy, decoding=decoding, workers=workers, notes=notes
+        readable,
+        vocabulary,
+        accuracy=accuracy,
+        decoding=decoding,
+        workers=workers,
+        augment=augment,
+        notes=notes,
     )
 
 

@@ -113,6 +113,7 @@ class ShardData(RecordData):
     decoding : how photographs are read, one of :data:`clipmapper.data.pixels.DECODING`.
     check : which images of the other splits are opened before training, as of ``manifest_data``.
     workers : processes that read and decode, 0 for none.
+    augment : how images of training are altered, one of :data:`clipmapper.data.augment.AUGMENT`.
     on_bad_image : "error" or "skip": what is no sample (an image without text, a damaged file) is named, or
         left out and counted. Images of the other splits are decoded here, those of training while training.
 
@@ -135,6 +136,7 @@ class ShardData(RecordData):
         decoding: str = "fast",
         check: str = "full",
         workers: int = 0,
+        augment: str = "none",
     ) -> None:
         self.path, self.buffer, self.on_bad_image = path, buffer, on_bad_image
         folder = Path(local("data.path", path))
@@ -160,7 +162,13 @@ class ShardData(RecordData):
             if vocabulary:
                 notes += unknown_answers(others["validation"], vocabulary)
         super().__init__(
-            others, vocabulary, accuracy=accuracy, decoding=decoding, workers=workers, notes=notes
+            others,
+            vocabulary,
+            accuracy=accuracy,
+            decoding=decoding,
+            workers=workers,
+            augment=augment,
+            notes=notes,
         )
 
     @property

@@ -60,7 +60,8 @@ class World(RecordData):
 
     Parameters: ``sizes``, numbers of scenes of each split (train, simple, validation, held_out). "simple" has
     scenes of one or two objects and is for the first part of training; "held_out" is about colour-shape
-    combinations that training never sees.
+    combinations that training never sees. ``augment``: how images of training are altered, one of
+    :data:`clipmapper.data.augment.AUGMENT`.
     """
 
     validation_splits = ("validation", "held_out")
@@ -68,9 +69,13 @@ class World(RecordData):
     drawn_anew = True
 
     def __init__(
-        self, sizes: tuple[int, int, int, int], seed: int, vocabulary: AnswerVocabulary | None
+        self,
+        sizes: tuple[int, int, int, int],
+        seed: int,
+        vocabulary: AnswerVocabulary | None,
+        augment: str,
     ) -> None:
-        super().__init__({}, vocabulary)
+        super().__init__({}, vocabulary, augment=augment)
         self.seed = seed
         self.sizes = dict(zip(("train", "simple", "validation", "held_out"), sizes, strict=True))
         self.splits = _Drawn(self.sizes, self._drawn)
@@ -170,10 +175,11 @@ class ScenesVQA(World):
         held_out_scenes: int,
         train_questions: int,
         seed: int,
+        augment: str = "none",
     ) -> None:
         self.train_questions = train_questions
         sizes = (train_scenes, simple_scenes, validation_scenes, held_out_scenes)
-        super().__init__(sizes, seed, AnswerVocabulary(ANSWERS))
+        super().__init__(sizes, seed, AnswerVocabulary(ANSWERS), augment)
 
     def records(self, name: str, scenes: list[Scene]) -> RecordList:
         asked = balanced_questions(
@@ -248,9 +254,11 @@ class ScenesCaptions(World):
         held_out_scenes: int,
         references: int,
         seed: int,
+        augment: str = "none",
     ) -> None:
         self.references = references
-        super().__init__((train_scenes, simple_scenes, validation_scenes, held_out_scenes), seed, None)
+        sizes = (train_scenes, simple_scenes, validation_scenes, held_out_scenes)
+        super().__init__(sizes, seed, None, augment)
 
     @staticmethod
     def wordings() -> list[str]:

@@ -1,0 +1,289 @@
+"""Beginning with the weights of a trained model: what is taken, what is new, and what is said of it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from support import caption_models, training_models
+from support.photographs import photographs_in, run
+
+import clipmapper
+from clipmapper.commands.compose import train_settings
+from clipmapper.errors import UserError
+from clipmapper.models.exported import CARD, CONFIG, WEIGHTS, read_model, write_model
+from clipmapper.models.weight_files import Unreadable
+from clipmapper.tasks.captioning.head import take_words
+from clipmapper.tasks.vqa.model import build_clipmapper, take_answers
+from clipmapper.training.initial import Taken, take_encoder, take_mapper
+from clipmapper.training.run_folder import BEST, CHECKPOINT, RESULTS
+
+COLOURS = ("red", "green", "blue", "a ring", "yellow")
+
+
+@pytest.fixture(scope="module")
+def architecture(tmp_path_factory):
+    return training_models.tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+def answering(architecture, answers, seed, **mapper):
+    encoder = {"architecture": architecture, "pretrained": None, "frozen": True}
+    torch.manual_seed(seed)
+    model = build_clipmapper(encoder, training_models.TINY_MAPPER | mapper, answers)
+    training_models.spread_out(model, seed)
+    return model.eval()
+
+
+def logits(model):
+    images = torch.stack([torch.from_numpy(training_models.picture(n)) for n in range(3)]).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        return model(images, model.tokenize(["what colour is the ring?", "is there one?", "how many?"]))
+
+
+def taken_over(model, other) -> Taken:
+    taken = Taken("other")
+    take_encoder(model, other, taken)
+    take_mapper(model, other, taken)
+    take_answers(model, other, taken)
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("answers", "known"),
+    [
+        (COLOURS, 5),
+        (COLOURS[::-1], 5),
+        (("purple", "Blue.", "teal", "ring", "red"), 3),  # as the official scorer compares them
+        (("blue",), 1),
+        (("teal", "mauve"), 0),
+        ((*COLOURS, "teal", "mauve", "ochre"), 5),
+    ],
+    ids=["same", "permuted", "overlapping", "smaller", "disjoint", "larger"],
+)
+def test_answers_keep_their_rows_by_name(architecture, answers, known):
+    other, model = answering(architecture, COLOURS, 1), answering(architecture, answers, 2)
+    before = model.head.layers[-1].weight.detach().clone()
+    taken = taken_over(model, other)
+    assert taken.facts["answers"] == {"known": known, "new": len(answers) - known}
+    names = {"Blue.": "blue", "ring": "a ring"}
+    found, expected = logits(model), logits(other)
+    for column, answer in enumerate(answers):
+        name = names.get(answer, answer)
+        if name in COLOURS:
+            assert torch.equal(found[:, column], expected[:, COLOURS.index(name)])
+        else:
+            assert torch.equal(model.head.layers[-1].weight[column], before[column])
+
+
+def test_more_and_fewer_blocks(architecture):
+    other = answering(architecture, COLOURS, 1, depth=2)
+    for depth in (1, 3):
+        model = answering(architecture, COLOURS, 2, depth=depth)
+        old = model.mapper.blocks[-1].image_self.query.weight.detach().clone()
+        taken = taken_over(model, other)
+        first = [one.mapper.blocks[0].image_self.query.weight for one in (model, other)]
+        assert torch.equal(*first)
+        if depth == 3:
+            assert torch.equal(model.mapper.blocks[-1].image_self.query.weight, old)
+        assert taken.notes["mapper"] == [f"{min(depth, 2)} of its 2 blocks are the first of these {depth}"]
+
+
+def test_another_encoder_leaves_blocks_alone(architecture, tmp_path):
+    config = json.loads((tmp_path / "..").joinpath(architecture).read_text())
+    config["vision_cfg"]["layers"] = 2
+    other_file = tmp_path / "another-clip-for-tests.json"
+    other_file.write_text(json.dumps(config))
+    other, model = answering(architecture, COLOURS, 1), answering(str(other_file), COLOURS, 2)
+    projection = model.mapper.project_image.weight.detach().clone()
+    taken = taken_over(model, other)
+    assert taken.weights["encoder"][0] == 0 and taken.notes["encoder"] == ["another architecture"]
+    assert torch.equal(model.mapper.project_image.weight, projection)
+    assert torch.equal(
+        model.mapper.blocks[0].image_cross.output.weight, other.mapper.blocks[0].image_cross.output.weight
+    )
+    assert "new, for another encoder" in taken.notes["mapper"][0]
+
+
+def test_places_of_another_grid_are_interpolated(architecture):
+    encoder = {"architecture": architecture, "pretrained": None, "frozen": True, "image_size": 96}
+    torch.manual_seed(2)
+    model = build_clipmapper(encoder, training_models.TINY_MAPPER, COLOURS)
+    other = answering(architecture, COLOURS, 1)
+    with torch.no_grad():  # a slope over the rows
+        other.mapper.positions[1:] = torch.arange(3.0).repeat_interleave(3)[:, None]
+    taken = taken_over(model, other)
+    assert taken.weights["mapper"][0] == taken.weights["mapper"][1]
+    assert torch.equal(model.mapper.positions[0], other.mapper.positions[0])
+    rows = model.mapper.positions[1:].detach().view(4, 4, -1).mean(dim=(1, 2))
+    assert (rows.diff() > 0).all() and rows.mean() == pytest.approx(1, abs=1e-5)
+
+
+def test_words_that_both_can_say_keep_their_rows(architecture):
+    one = caption_models.captioner(architecture, vocabulary="data", said=["a red ring above a blue cross"])
+    two = caption_models.captioner(architecture, vocabulary="data", said=["a green ring above a red one"])
+    mine, its = (model.head.tokens.tolist() for model in (two, one))
+    before = two.head.layer.weight.detach().clone()
+    taken = Taken("one")
+    take_words(two.head, one.head, taken)
+    for row, token in enumerate(mine):
+        expected = one.head.layer.weight[its.index(token)] if token in its else before[row]
+        assert torch.equal(two.head.layer.weight[row], expected)
+    assert taken.notes["head"] == [f"{len({*mine} & {*its})} of {len(mine)} tokens known"]
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return photographs_in(tmp_path_factory.mktemp("photographs"))
+
+
+@pytest.fixture(scope="module")
+def first(place):
+    return run(
+        place, "data=manifest", f"data.path={place / 'questions.jsonl'}", "callbacks=none", "name=first"
+    )
+
+
+QUICK = ("callbacks=none", "training.blind_steps=0")
+
+
+def test_a_model_on_its_own_data_begins_where_it_ended(place, first):
+    """To the digit, as a checkpoint and as a folder; what was taken is in the results."""
+    folder = place / "exported"
+    write_model(clipmapper.load(first / BEST), folder, "card")
+    before = json.loads((first / RESULTS).read_text())
+    for source in (first / BEST, folder):
+        done = run(place, "data=manifest", f"data.path={place / 'questions.jsonl'}", f"init={source}", *QUICK)
+        results = json.loads((done / RESULTS).read_text())
+        step, score = results["best"]["validations"][0]
+        assert (step, score) == (0, before["objective"]["value"])
+        assert results["init"]["answers"] == {"known": 2, "new": 0}
+        assert results["init"]["questions_known"] == 1 and results["init"]["from"] == str(source)
+        for part in ("encoder", "mapper", "head"):
+            assert results["init"][part]["taken"] == results["init"][part]["of"] > 0
+
+
+def test_from_answers_to_captions_and_back(place, first, capsys):
+    captions = ("experiment=caption_manifest", f"data.path={place / 'captions.jsonl'}")
+    writer = run(place, *captions, f"init={first / CHECKPOINT}", "callbacks=none")
+    assert "head new; that model is for vqa" in capsys.readouterr().out
+    results = json.loads((writer / RESULTS).read_text())
+    assert results["init"]["mapper"]["taken"] == results["init"]["mapper"]["of"]
+    again = ("data=manifest", f"data.path={place / 'questions.jsonl'}", f"init={writer / CHECKPOINT}")
+    answers = json.loads((run(place, *again, *QUICK) / RESULTS).read_text())
+    assert 0 < answers["init"]["mapper"]["taken"] < answers["init"]["mapper"]["of"]
+    assert answers["init"]["mapper"]["notes"] == ["new in its blocks: image_cross"]
+    assert answers["init"]["head"]["taken"] == 0
+
+
+def test_resuming_wins(place, first, capsys):
+    given = ("data=manifest", f"data.path={place / 'questions.jsonl'}", "name=resumed", *QUICK)
+    done = run(place, *given, f"init={first / CHECKPOINT}")
+    (done / RESULTS).unlink()
+    capsys.readouterr()
+    assert run(place, *given, f"init={first / CHECKPOINT}", "resume=true") == done
+    assert "is not read again: the run goes on with its own weights" in capsys.readouterr().out
+    assert json.loads((done / RESULTS).read_text())["init"]["answers"] == {"known": 2, "new": 0}
+
+
+# Settings
+
+
+def sizes(first, *more):
+    return train_settings("data=manifest", "data.path=x.jsonl", f"init={first / CHECKPOINT}", *more)
+
+
+def test_sizes_come_from_the_model_unless_given(first, architecture):
+    config = sizes(first, f"encoder.architecture={first.parents[2] / 'tiny-scenes-clip-for-tests.json'}")
+    assert (config.model.width, config.model.depth, config.encoder.pretrained) == (128, 2, None)
+    assert sizes(first, "encoder=vit_b_32", "model.depth=5").model.depth == 5
+    assert sizes(first, "encoder=vit_b_32").encoder.pretrained == "openai"
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["model.width=64", "encoder=vit_b_32"], "model.width=64: the mapper of init="),
+        (["model.mapper=single_flow", "encoder=vit_b_32"], "model.mapper=single_flow: the mapper of init="),
+        (["model.heads=4", "encoder=vit_b_32"], "model.heads=4: the mapper of init="),
+        (["model=paper_dual_flow", "encoder=vit_b_32"], "model.width=512: the mapper of init="),
+        ([], "give the file as encoder.architecture=FILE.json"),
+        (["init=nowhere.ckpt"], "init=nowhere.ckpt: no such file, and not a model that is shipped"),
+    ],
+)
+def test_what_contradicts_is_one_line(first, given, says):
+    with pytest.raises(UserError, match=r"\A.*\Z") as stopped:
+        sizes(first, *given)
+    assert says in str(stopped.value)
+
+
+# Folders
+
+
+@pytest.fixture
+def exported(architecture, tmp_path):
+    model = answering(architecture, COLOURS, 3)
+    with torch.no_grad():  # as the shipped encoder: tokens that training never saw embed as zero
+        model.encoder.clip.token_embedding.weight[300:49400] = 0
+    write_model(model, tmp_path / "model", "a card", precision=torch.float16)
+    return model, tmp_path / "model"
+
+
+def test_a_folder_holds_the_model_in_half_precision(exported):
+    model, folder = exported
+    found = clipmapper.load(folder)
+    assert found.answers == COLOURS and found.description == model.description
+    for name, weight in model.state_dict().items():
+        assert torch.equal(
+            found.state_dict()[name], weight.half().float() if weight.is_floating_point() else weight
+        )
+    assert (folder / WEIGHTS).stat().st_size < 110_000  # of 600,000 numbers of the embedding few are there
+    assert (folder / CARD).read_text() == "a card"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda folder: (folder / CONFIG).unlink(), "a folder without config.json"),
+        (lambda folder: (folder / CONFIG).write_text("{"), "config.json is no JSON"),
+        (lambda folder: (folder / CONFIG).write_text("[" * 100_000), "config.json is no JSON"),
+        (lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-10]), "cut short"),
+        (lambda folder: (folder / WEIGHTS).write_bytes(b"\x80\x02}q\x00."), "of another program"),
+        (lambda folder: changed(folder, lambda c: c["model"].update(width=10**9)), "is not"),
+        (
+            lambda folder: changed(
+                folder, lambda c: c["encoder"]["config"]["text_cfg"].update(vocab_size=9_999_999)
+            ),
+            "do not fit",
+        ),
+        (lambda folder: changed(folder, lambda c: c.update(_target_="os.system")), "is not one of the keys"),
+    ],
+)
+def test_a_folder_that_is_none(exported, spoil, says):
+    _, folder = exported
+    spoil(folder)
+    with pytest.raises(UserError, match=r"\A.*\Z") as stopped:
+        clipmapper.load(folder)
+    assert says in str(stopped.value) and str(stopped.value).startswith(f"checkpoint={folder}: ")
+
+
+def vocabulary(config, count: int) -> None:
+    config["encoder"]["config"]["text_cfg"]["vocab_size"] = count
+
+
+def changed(folder, change) -> None:
+    config = json.loads((folder / CONFIG).read_text())
+    change(config)
+    (folder / CONFIG).write_text(json.dumps(config))
+
+
+def test_numbers_of_a_folder_are_finite(exported, tmp_path):
+    model, folder = exported
+    with torch.no_grad():
+        model.mapper.positions[0, 0] = float("nan")
+    shutil.rmtree(folder)
+    write_model(model, folder, "")
+    with pytest.raises(Unreadable, match=r"mapper\.positions hold numbers that are not finite"):
+        read_model(folder)
