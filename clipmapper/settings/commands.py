@@ -1,7 +1,6 @@
 # ruff: noqa: RUF009 (setting() is dataclasses.field)
 """The settings of the commands that do not train CLIPmapper."""
 
-import csv
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -116,7 +115,7 @@ class EvaluateConfig(Section):
             if inside is None or Path(given).exists():
                 self.checkpoint = [given]
             else:
-                (self.checkpoint,) = csv.reader([inside[1]], skipinitialspace=True) if inside[1] else ([],)
+                self.checkpoint = [one.strip().strip("'\"") for one in inside[1].split(",")]
 
     def problems(self) -> Iterator[tuple[str, str]]:
         if not isinstance(self.checkpoint, list) or not all(isinstance(one, str) for one in self.checkpoint):
