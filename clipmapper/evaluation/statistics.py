@@ -6,6 +6,7 @@ is for the caller to decide (and to report), not for an average.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -52,14 +53,17 @@ def bootstrap_intervals(
 
 def bootstrap_score(
     values: Float[np.ndarray, "samples statistics"],
-    score: Callable[[Float[np.ndarray, "*sets statistics"]], Float[np.ndarray, "*sets"]],
+    score: Callable[[Float[np.ndarray, "*sets statistics"]], Any],
     *,
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """The interval of a ``score`` that is a function of means over samples, such as BLEU of a corpus; of the
-    same resamples as those of :func:`bootstrap_intervals`, whose errors it has."""
+    """The interval of a ``score`` that is a function of means over samples, such as BLEU of a corpus.
+
+    ``score`` gives one number for each row of means. The resamples are those of :func:`bootstrap_intervals`,
+    and so are the errors.
+    """
     _check(values, confidence, resamples)
     values = values.astype(np.float64)
     tail = (1 - confidence) / 2

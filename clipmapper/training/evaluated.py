@@ -35,7 +35,7 @@ _WAIT = 0.2  # seconds between two looks for what other processes have done
 _log = logging.getLogger(__name__)
 
 
-def _first(means: Float[np.ndarray, "*sets columns"]) -> Float[np.ndarray, "*sets"]:
+def _first(means: np.ndarray) -> Any:
     return means[..., 0]
 
 
@@ -59,8 +59,10 @@ class Measure:
     def difference(self, other: "Measure", confidence: float, seed: int) -> Interval:
         """This score less another of the same samples, which are drawn together."""
         count, score = self.columns.shape[1], self.score
+        if score is other.score is _first:
+            return self._interval(self.columns - other.columns, _first, confidence, seed)
 
-        def differ(means: np.ndarray) -> np.ndarray:
+        def differ(means: np.ndarray) -> Any:
             return score(means[..., :count]) - other.score(means[..., count:])
 
         both = np.concatenate([self.columns, other.columns], axis=1)
