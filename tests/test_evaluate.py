@@ -363,7 +363,8 @@ def test_mistakes_are_one_line(mine, data, trained, tmp_path, monkeypatch, capsy
 
 def test_a_task_without_evaluation_says_so():
     with pytest.raises(UserError, match=r"its task \(matching\) has no evaluation"):
-        Matching().evaluation(torch.nn.Identity(), None, None, Forwards())
+        data = training_models.small_scenes()
+        Matching().evaluation(torch.nn.Identity(), data, data.validation, Forwards())
 
 
 # Parts

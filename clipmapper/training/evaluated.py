@@ -96,7 +96,7 @@ class Evaluation(ABC):
 
     file: ClassVar[str]
     noun: ClassVar[str]
-    titles: ClassVar[Mapping[str, tuple[str, float]]]
+    titles: ClassVar[Mapping[str, tuple[str, int]]]
 
     def __init__(self, model: Any, data: RecordData, records: Records, forwards: Forwards) -> None:
         self.model, self.data, self.records, self.forwards = model, data, records, forwards
@@ -360,7 +360,7 @@ def scores_table(results: Mapping, evaluation: Evaluation, confidence: float) ->
     return table
 
 
-def _cell(interval: Mapping, factor: float, signed: bool = False) -> str:
+def _cell(interval: Mapping, factor: int, signed: bool = False) -> str:
     digits = 1 if factor == 100 else 2
     sign = "+" if signed else ""
     mean, low, high = (f"{factor * interval[key]:{sign}.{digits}f}" for key in ("mean", "low", "high"))
