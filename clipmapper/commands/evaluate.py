@@ -193,10 +193,11 @@ def _scores(config: EvaluateConfig, subjects: Sequence[_Subject], files: dict[st
         models[subject.name] = {"checkpoint": str(subject.path), "sha256": subject.digest, "file": str(file)}
     scored, count = len(first.scored()), len(first.records)
     if scored < count:
-        what = "no" if not scored else f"{count - scored:,} of {count:,}"
+        what = "none" if not scored else f"{scored:,}"
         out.print(
-            f"split={config.split}: {what} {first.noun} have {first.file} of people to score against"
-            + (f"; the {first.file} for an upload are written" if not scored else "; the others are scored")
+            f"split={config.split}: {what} of {count:,} {first.noun} have {first.file} of people to score "
+            f"against; the {first.file} of all are written, for an upload",
+            soft_wrap=True,
         )
     results: dict = {"scored": scored, "models": models}
     if not scored:
