@@ -26,7 +26,13 @@ from clipmapper.errors import RunInterrupted, UserError, visible
 from clipmapper.host.progress import print_on_own_line
 from clipmapper.host.stopping import a_command
 from clipmapper.settings.checks import check_overrides, checked, describe_failure
-from clipmapper.settings.commands import ExplainConfig, ExportConfig, PerturbConfig, PretrainConfig
+from clipmapper.settings.commands import (
+    EvaluateConfig,
+    ExplainConfig,
+    ExportConfig,
+    PerturbConfig,
+    PretrainConfig,
+)
 from clipmapper.settings.compose import completed, config_groups, quoted
 from clipmapper.settings.keys import Section
 from clipmapper.settings.schema import TrainConfig
@@ -71,18 +77,25 @@ def explain(arguments: Sequence[str] | None = None) -> None:
 def perturb(arguments: Sequence[str] | None = None) -> None:
     """Compare explanation methods by perturbation."""
 
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    # What train's group `data` holds chooses other groups of train as well: it is composed by itself.
-    of_data = [argument for argument in given if re.match(r"[+~]*data[=.]", argument)]
-
     def work(config: PerturbConfig) -> None:
         with lasting_imports():
             from clipmapper.commands.perturb import perturb_checkpoint
 
-        config.data = data_settings(of_data) if of_data and of_data != ["data=null"] else None
         perturb_checkpoint(config)
 
-    _run("perturb", PerturbConfig, work, [argument for argument in given if argument not in of_data])
+    _run_on_data("perturb", PerturbConfig, work, arguments)
+
+
+def evaluate(arguments: Sequence[str] | None = None) -> None:
+    """Score trained models on any data set."""
+
+    def work(config: EvaluateConfig) -> None:
+        with lasting_imports():
+            from clipmapper.commands.evaluate import evaluate
+
+        evaluate(config)
+
+    _run_on_data("evaluate", EvaluateConfig, work, arguments)
 
 
 def export(arguments: Sequence[str] | None = None) -> None:
@@ -138,6 +151,7 @@ _SETTINGS = {
     "train": train,
     "explain": explain,
     "perturb": perturb,
+    "evaluate": evaluate,
     "export": export,
     "pretrain_clip": pretrain_clip,
 }
@@ -163,6 +177,21 @@ def main() -> None:
     else:
         what = f"unknown command {name!r}" if name else "no command"
         fail(f"{what}; usage: clipmapper {'|'.join(_COMMANDS)} [key=value ...]")
+
+
+def _run_on_data(
+    name: str, schema: type[_Schema], work: Callable[[_Schema], object], arguments: Sequence[str] | None
+) -> None:
+    """:func:`_run` of a command that takes ``data=… data.KEY=…`` as ``clipmapper train`` does."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # What train's group `data` holds chooses other groups of train as well: it is composed by itself.
+    of_data = [argument for argument in given if re.match(r"[+~]*data[=.]", argument)]
+
+    def with_data(config: _Schema) -> None:
+        config.data = data_settings(of_data) if of_data and of_data != ["data=null"] else None
+        work(config)
+
+    _run(name, schema, with_data, [argument for argument in given if argument not in of_data])
 
 
 def _run(

@@ -38,6 +38,14 @@ KEYS = {
         "confidence": [*NUMBER, "0", "1"], "methods": ["[]", "x", "[x]", "[gae,gae]", "null"],
         "split": CHOICE, "device": ["x", "''"], "resume": ["x"], "output": ["''"], "nothing": ["1"],
     },
+    "evaluate": {
+        "samples": [*WHOLE, "0"], "batch_size": [*WHOLE[:2], "[1]", "true", "1e400", "nan", "''", "0"],
+        "chunk": [*WHOLE, "0"], "seed": [*WHOLE, "-1"], "confidence": [*NUMBER, "0", "1"],
+        "methods": ["[]", "x", "[x]", "[gae,gae]", "null"], "split": CHOICE, "precision": CHOICE,
+        "token_precision": CHOICE, "accelerator": CHOICE, "devices": ["x", "0", "-2", "1.5", "'1,'"],
+        "resume": ["x"], "explain": ["x", "2"], "output": ["''"], "nothing": ["1"],
+        "checkpoint": ["''", "null", "[]", "[a,a]", "[a,]"],
+    },
     "pretrain_clip": {
         "max_steps": [*WHOLE, "0"], "batch_size": [*WHOLE, "0", "7"], "workers": [*WHOLE, "-1"],
         "learning_rate": [*NUMBER, "0"], "weight_decay": NUMBER, "precision": CHOICE, "seed": [*WHOLE, "-1"],
@@ -47,6 +55,7 @@ KEYS = {
 # `word_weights=null` is no mistake: it is the default, the task's own choice.
 MUST = {
     "train": (), "explain": ("checkpoint=x", "image=x"), "perturb": ("checkpoint=x",), "pretrain_clip": (),
+    "evaluate": ("checkpoint=x",),
 }  # fmt: skip
 SETTINGS = [
     (command, f"{key}={value}", key.rpartition(".")[2])
@@ -117,7 +126,7 @@ def test_rows_of_a_manifest(ends, tmp_path, row, names):
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"PK\x03\x04", b"\x80\x04.", b"{}", b"\x1b[31m"])
-@pytest.mark.parametrize("command", ["explain", "perturb", "attention_causality"])
+@pytest.mark.parametrize("command", ["explain", "perturb", "evaluate", "attention_causality"])
 def test_checkpoints(ends, tmp_path, command, content):
     (tmp_path / "x.ckpt").write_bytes(content)
     if command == "attention_causality":

@@ -20,7 +20,13 @@ from clipmapper import cli
 from clipmapper.errors import UserError
 from clipmapper.settings import schema as config
 from clipmapper.settings.checks import built
-from clipmapper.settings.commands import ExplainConfig, PerturbConfig, PretrainConfig
+from clipmapper.settings.commands import (
+    EvaluateConfig,
+    ExplainConfig,
+    ExportConfig,
+    PerturbConfig,
+    PretrainConfig,
+)
 from clipmapper.settings.compose import quoted
 from clipmapper.settings.data import ScenesCaptionsConfig, ScenesVQAConfig
 from clipmapper.settings.keys import Section, setting_named
@@ -45,6 +51,18 @@ COMMANDS = {
         "perturb_checkpoint",
         PerturbConfig,
         ["checkpoint=model.ckpt"],
+    ),
+    "evaluate": (
+        "clipmapper.commands.evaluate",
+        "evaluate",
+        EvaluateConfig,
+        ["checkpoint=[runs/a=1.ckpt, model.ckpt]"],
+    ),
+    "export": (
+        "clipmapper.commands.export",
+        "export_checkpoint",
+        ExportConfig,
+        ["checkpoint=model.ckpt", "folder=mine"],
     ),
     "pretrain_clip": ("clipmapper.commands.pretrain_clip", "run_pretraining", PretrainConfig, []),
 }
@@ -234,6 +252,7 @@ def test_methods_are_those_that_exist():
     for section, key in (
         (ExplainConfig, "method"),
         (PerturbConfig, "methods"),
+        (EvaluateConfig, "methods"),
         (config.RelevanceCallbackConfig, "methods"),
     ):
         (field,) = [field for field in fields(section) if field.name == key]
@@ -405,6 +424,15 @@ def test_mistake_in_the_settings_of_training(run, arguments, key, says):
             "model: there is no such setting; there are answer, architecture, caption, c",
         ),
         ("perturb", ["checkpoint=a", "split=heldout"], "split: 'heldout' is not one of validation, held_out"),
+        ("evaluate", ["checkpoint=[]"], "checkpoint: is empty"),
+        ("evaluate", ["checkpoint=[a, b, a]"], "checkpoint: 'a' is listed twice"),
+        ("evaluate", ["checkpoint=null"], "checkpoint: None is not a path, and not a list of some, as [a,b]"),
+        ("evaluate", ["checkpoint=a", "devices=all"], "devices: 'all' is not a number of devices"),
+        (
+            "evaluate",
+            ["checkpoint=a", "explain=true", "split=all"],
+            "explain: the samples that are explained",
+        ),
         ("pretrain_clip", ["variants=7"], "batch_size: "),
         ("pretrain_clip", ["steps=7"], "steps: there is no such setting; did you mean max_steps"),
     ],
@@ -515,7 +543,7 @@ def test_commands_with_options(run, command):
 @pytest.mark.parametrize(("arguments", "says"), [([], "no command"), (["trian"], "unknown command 'trian'")])
 def test_unknown_command(run, arguments, says):
     line = run.error(*arguments)
-    assert says in line and "usage: clipmapper train|explain|perturb|pretrain_clip" in line
+    assert says in line and "usage: clipmapper train|explain|perturb|evaluate|export|pretrain_clip" in line
 
 
 _PIECES = st.one_of(st.text(max_size=3), st.sampled_from(["${", "${oc.env:HOME}", "$", "{", "}", "\\", "'"]))
@@ -540,6 +568,17 @@ def test_free_text_of_a_whole_run(run):
         "explain", f"checkpoint={checkpoint}", "image=b", "answer=null", f"question={question}"
     )
     assert (given.question, given.checkpoint, given.answer) == (question, checkpoint, None)
+
+
+def test_one_checkpoint_or_several(run, tmp_path):
+    """A path may have commas and an equals sign; one that is written as a list is looked for first."""
+    assert run.config("evaluate", "checkpoint=runs/epoch=3,step=4.ckpt").checkpoint == [
+        "runs/epoch=3,step=4.ckpt"
+    ]
+    given = run.config("evaluate", "checkpoint=[runs/a=1.ckpt, 'scenes vqa']")
+    assert given.checkpoint == ["runs/a=1.ckpt", "scenes vqa"]
+    (tmp_path / "[a,b]").mkdir()
+    assert run.config("evaluate", "checkpoint=[a,b]").checkpoint == ["[a,b]"]
 
 
 def test_settings_are_found_by_their_key():

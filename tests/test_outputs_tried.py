@@ -32,6 +32,7 @@ COMMANDS = {
     ),
     "pretrain_clip": (cli.pretrain_clip, ["architecture=missing.json", "output={out}/weights.safetensors"]),
     "perturb": (cli.perturb, ["checkpoint=missing.ckpt", "output={out}"]),
+    "evaluate": (cli.evaluate, ["checkpoint=missing.ckpt", "output={out}"]),
     "explain": (
         cli.explain,
         ["checkpoint=missing.ckpt", "image=missing.png", "question=what?", "output={out}"],

@@ -5,7 +5,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from torch import nn
+
 from clipmapper.commands.explain import chosen_device
+from clipmapper.data.records import RecordData
 from clipmapper.errors import RunInterrupted, UserError
 from clipmapper.evaluation.perturbation import finished_chunks
 from clipmapper.host.outputs import NO_ROOM, check_folder
@@ -17,8 +20,10 @@ from clipmapper.tasks.registry import load, task_of
 from clipmapper.training.checkpoint_data import data_for
 from clipmapper.training.run_folder import RESULTS, write_json
 from clipmapper.training.shown import console, files_table
+from clipmapper.training.task import Task
 
 _PICTURES = 8
+_PICTURES_FOLDER = "pictures"
 _SOME_TASKS = ("word_weights", "caption_scores")  # settings that some tasks have
 
 
@@ -33,12 +38,19 @@ def perturb_checkpoint(config: PerturbConfig) -> Path:
     check_folder(Path(config.output), f"output={config.output}")
     model = load(config.checkpoint, chosen_device(config.device), config.architecture)
     task = task_of(model)
-    options = {name: value for name in _SOME_TASKS if (value := getattr(config, name)) is not None}
-    for name in options:
-        if name not in task.perturb_settings:
-            raise UserError(f"{name}: this checkpoint {task.does}, it has no such setting")
-    task.check_settings(**options)
+    _options(config, task)
     data = data_for(task, model, config.data, config.checkpoint)
+    numbers = explanation_scores(config, task, model, data)
+    folder = Path(config.output)
+    results = {"settings": asdict(config), "explanations": numbers}
+    write_json(folder / RESULTS, results | {"seconds": round(time.monotonic() - began, 1)})
+    console().print(files_table({"results": folder / RESULTS, "pictures": folder / _PICTURES_FOLDER}))
+    return folder
+
+
+def explanation_scores(config: PerturbConfig, task: Task, model: nn.Module, data: RecordData) -> dict:
+    """The scores for ``results.json``, printed as well; pictures and chunks lie in ``output``."""
+    options = _options(config, task)
     samples = task.samples(model, data, config.split, config.samples, config.seed)
     out = console()
     if line := samples.note():
@@ -75,17 +87,21 @@ def perturb_checkpoint(config: PerturbConfig) -> Path:
             raise
         raise UserError(f"no room to write ({error.strerror}) in {folder}; {_kept(chunks, key)}") from error
     numbers = report.numbers(config.confidence, config.seed)
-    pictures = report.write(
-        folder / "pictures", count=min(_PICTURES, len(samples)), confidence=config.confidence
-    )
-    write_json(
-        folder / RESULTS,
-        {"settings": settings, "explanations": numbers, "seconds": round(time.monotonic() - began, 1)},
-    )
+    count = min(_PICTURES, len(samples))
+    report.write(folder / _PICTURES_FOLDER, count=count, confidence=config.confidence)
     for table in report.tables(numbers):
         out.print(table)
-    out.print(files_table({"results": folder / RESULTS, "pictures": pictures[0].parent}))
-    return folder
+    return numbers
+
+
+def _options(config: PerturbConfig, task: Task) -> dict:
+    """The settings that some tasks have, where they are given; checked."""
+    options = {name: value for name in _SOME_TASKS if (value := getattr(config, name)) is not None}
+    for name in options:
+        if name not in task.perturb_settings:
+            raise UserError(f"{name}: this checkpoint {task.does}, it has no such setting")
+    task.check_settings(**options)
+    return options
 
 
 def _kept(chunks: Path, key: str) -> str:

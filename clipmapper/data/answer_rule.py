@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -200,6 +200,12 @@ class VQASoftAccuracy(Metric):
             name: torch.tensor(mean, dtype=torch.float32, device=self.scores.device)
             for name, mean in means.items()
         }
+
+
+def mean_accuracy(scores: Sequence[float] | Float[np.ndarray, "questions"]) -> float:
+    """The mean as :class:`VQASoftAccuracy` computes it, of scores of the questions (at least one)."""
+    total = sum(round(score * _UNITS) for score in map(float, scores))
+    return float(np.float32(total / (_UNITS * len(scores))))
 
 
 def _strip(answer: str) -> str:

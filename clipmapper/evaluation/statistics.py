@@ -4,8 +4,9 @@ Missing values are an error everywhere: a NaN means that a sample had no score, 
 is for the caller to decide (and to report), not for an average.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -39,8 +40,39 @@ def bootstrap_intervals(
     the columns. One sample gives an interval of width 0: it says nothing about the spread. Raises ValueError
     without samples, for values that are not finite, and for a confidence outside (0, 1).
     """
-    samples, statistics = values.shape
-    if samples == 0:
+    _check(values, confidence, resamples)
+    # Relative to the first sample: rounding scales with the spread, and equal values give exactly width 0.
+    origin = values[0].astype(np.float64)
+    relative = values.astype(np.float64) - origin
+    means = _resampled_means(relative, resamples, seed)
+    tail = (1 - confidence) / 2
+    mean = origin + relative.mean(axis=0)
+    low, high = origin + np.quantile(means, [tail, 1 - tail], axis=0)
+    return [Interval(float(m), float(lo), float(hi)) for m, lo, hi in zip(mean, low, high, strict=True)]
+
+
+def bootstrap_score(
+    values: Float[np.ndarray, "samples statistics"],
+    score: Callable[[Float[np.ndarray, "*sets statistics"]], Any],
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """The interval of a ``score`` that is a function of means over samples, such as BLEU of a corpus.
+
+    ``score`` gives one number for each row of means. The resamples are those of :func:`bootstrap_intervals`,
+    and so are the errors.
+    """
+    _check(values, confidence, resamples)
+    values = values.astype(np.float64)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(score(_resampled_means(values, resamples, seed)), [tail, 1 - tail])
+    return Interval(float(score(values.mean(axis=0))), float(low), float(high))
+
+
+def _check(values: Float[np.ndarray, "samples statistics"], confidence: float, resamples: int) -> None:
+    if len(values) == 0:
         raise ValueError("an interval needs at least one sample")
     if not np.isfinite(values).all():
         raise ValueError("an interval needs finite values: leave out the samples without a score, and say so")
@@ -49,10 +81,12 @@ def bootstrap_intervals(
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, not {resamples}")
 
+
+def _resampled_means(
+    values: Float[np.ndarray, "samples statistics"], resamples: int, seed: int
+) -> Float[np.ndarray, "resamples statistics"]:
+    samples, statistics = values.shape
     generator = np.random.default_rng(seed)
-    # Relative to the first sample: rounding scales with the spread, and equal values give exactly width 0.
-    origin = values[0].astype(np.float64)
-    relative = values.astype(np.float64) - origin
     means = np.empty((resamples, statistics))
     chunk = max(1, _CHUNK_ENTRIES // samples)
     for start in range(0, resamples, chunk):
@@ -61,11 +95,8 @@ def bootstrap_intervals(
         # How often each sample was drawn: then all statistics of a chunk are one matrix product.
         flat = (drawn + samples * np.arange(rows)[:, None]).ravel()
         times = np.bincount(flat, minlength=rows * samples).reshape(rows, samples)
-        means[start : start + rows] = times.astype(np.float64) @ relative / samples
-    tail = (1 - confidence) / 2
-    mean = origin + relative.mean(axis=0)
-    low, high = origin + np.quantile(means, [tail, 1 - tail], axis=0)
-    return [Interval(float(m), float(lo), float(hi)) for m, lo, hi in zip(mean, low, high, strict=True)]
+        means[start : start + rows] = times.astype(np.float64) @ values / samples
+    return means
 
 
 def bootstrap_interval(

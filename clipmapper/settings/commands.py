@@ -4,9 +4,18 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 from clipmapper.settings.data import DataConfig
-from clipmapper.settings.keys import SEED_LIMIT, Section, explanation_methods, list_problems, setting
+from clipmapper.settings.keys import (
+    SEED_LIMIT,
+    Section,
+    devices_problems,
+    explanation_methods,
+    list_problems,
+    setting,
+)
 
 
 @dataclass
@@ -66,6 +75,57 @@ class PerturbConfig(Section):
         if self.caption_scores is not None:
             yield from list_problems("caption_scores", self.caption_scores)
         yield from device_problems(self.device)
+
+
+@dataclass
+class EvaluateConfig(Section):
+    """``clipmapper evaluate``.
+
+    ``checkpoint``: one, or several as ``[a,b]``, of which the first is what others are compared with.
+    ``data``: as of :class:`PerturbConfig`. ``chunk``: how many samples are settled between two savings.
+    ``methods`` and ``samples`` are of ``explain``, as of :class:`PerturbConfig`.
+    """
+
+    # As of TrainerConfig, of which devices are started.
+    num_nodes: ClassVar[int] = 1
+    timeout_minutes: ClassVar[float] = 30.0
+
+    checkpoint: Any = setting(text=True)  # OmegaConf has no type for a text or a list
+    architecture: str | None = setting()
+    data: DataConfig | None = setting()
+    split: str = setting(choices=("validation", "held_out", "train", "test", "all"))
+    output: str = setting()
+    resume: bool = setting()
+    batch_size: int | None = setting(minimum=1)
+    chunk: int = setting(minimum=1)
+    precision: str = setting(choices=("32-true", "16-mixed", "bf16-mixed"))
+    token_precision: str = setting(choices=("float16", "float32"))
+    accelerator: str = setting(choices=("auto", "cpu", "gpu", "cuda", "mps"))
+    devices: str = setting()
+    confidence: float = setting(above=0, below=1)
+    seed: int = setting(minimum=0, maximum=SEED_LIMIT)
+    explain: bool = setting()
+    methods: list[str] = setting(choices=explanation_methods)
+    samples: int = setting(minimum=1)
+
+    def __post_init__(self) -> None:
+        given = self.checkpoint
+        if isinstance(given, str):
+            inside = re.fullmatch(r"\s*\[(.*)\]\s*", given, re.DOTALL)
+            if inside is None or Path(given).exists():
+                self.checkpoint = [given]
+            else:
+                self.checkpoint = [one.strip().strip("'\"") for one in inside[1].split(",")]
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if not isinstance(self.checkpoint, list) or not all(isinstance(one, str) for one in self.checkpoint):
+            yield "checkpoint", f"{self.checkpoint!r} is not a path, and not a list of some, as [a,b]"
+        else:
+            yield from list_problems("checkpoint", self.checkpoint)
+        if self.explain and self.split == "all":
+            yield "explain", "the samples that are explained are of one split; give split=…, or explain=false"
+        yield from devices_problems(self.devices)
+        yield from list_problems("methods", self.methods)
 
 
 @dataclass

@@ -81,6 +81,7 @@ SCHEMAS = {
     "train_schema": schema.TrainConfig,
     "explain_schema": commands.ExplainConfig,
     "perturb_schema": commands.PerturbConfig,
+    "evaluate_schema": commands.EvaluateConfig,
     "export_schema": commands.ExportConfig,
     "pretrain_clip_schema": commands.PretrainConfig,
     "wandb_logger_schema": schema.WandbLoggerConfig,

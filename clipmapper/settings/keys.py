@@ -3,6 +3,7 @@
 Names that older runs and checkpoints have are compared, never imported: only today's names lead anywhere.
 """
 
+import re
 import types
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import Field, field, fields
@@ -47,6 +48,12 @@ def list_problems(key: str, values: list[str]) -> Iterator[tuple[str, str]]:
     twice = [value for i, value in enumerate(values) if value in values[:i]]
     if twice:
         yield key, f"{twice[0]!r} is listed twice"
+
+
+def devices_problems(devices: str) -> Iterator[tuple[str, str]]:
+    """Problems of a number of devices, or a list of them, for Lightning."""
+    if not re.fullmatch(r"auto|-1|[1-9]\d*|\d+(,\d+)+", devices):
+        yield "devices", f"{devices!r} is not a number of devices (1, 2 …), a list as '0,1', or auto"
 
 
 def is_text(declared: Field, hint: Any) -> bool:

@@ -6,7 +6,6 @@ number can be changed in one place. Groups with several implementations (data, l
 class for each, which the group's file names in its defaults list; ``_target_`` in the file is what is built.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isfinite
@@ -15,7 +14,14 @@ from typing import Any, ClassVar
 
 from clipmapper.host.outputs import file_name_problem
 from clipmapper.settings.data import DataConfig
-from clipmapper.settings.keys import SEED_LIMIT, Section, explanation_methods, list_problems, setting
+from clipmapper.settings.keys import (
+    SEED_LIMIT,
+    Section,
+    devices_problems,
+    explanation_methods,
+    list_problems,
+    setting,
+)
 
 # As YAML and OmegaConf read them.
 _TRUE_FALSE = {True: ("true", "yes", "on", "y", "1"), False: ("false", "no", "off", "n", "0")}
@@ -116,8 +122,7 @@ class TrainerConfig(Section):
     timeout_minutes: float = setting(above=0)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        if not re.fullmatch(r"auto|-1|[1-9]\d*|\d+(,\d+)+", self.devices):
-            yield "devices", f"{self.devices!r} is not a number of devices (1, 2 …), a list as '0,1', or auto"
+        yield from devices_problems(self.devices)
         if self.strategy == "fsdp2" and self.ema_decay is not None:
             yield "ema_decay", "sharded weights cannot be averaged; give strategy=ddp, or ema_decay=null"
         if self.strategy == "fsdp2" and self.precision == "16-mixed":

@@ -30,6 +30,16 @@ class Unfinished:
     folder: Path | None = None
     companions: Companions = field(default_factory=Companions)
 
+    @property
+    def output(self) -> str:
+        """Where the settings say that its folder is to be."""
+        return self.config.output
+
+    @property
+    def patience(self) -> str:
+        """How long one of several processes waits for another, and which setting says so."""
+        return f"{self.config.trainer.timeout_minutes:g} minutes (trainer.timeout_minutes)"
+
     def way_on(self) -> str:
         """How to go on with the run, as the disk has it at this moment."""
         if self.folder is None:
@@ -115,7 +125,7 @@ def _line(error: BaseException, run: Unfinished) -> str | None:
         return f"{line}. {run.way_on()}" if full else line
     if isinstance(error, OSError):
         if error.errno in NO_ROOM:
-            where = error.filename or run.config.output
+            where = error.filename or run.output
             return f"no room to write ({error.strerror}): {where}. {run.way_on()}"
         if run.folder is not None and error.filename and _within(Path(error.filename), run.folder):
             return f"{error.filename}: can't be written or read ({error.strerror}). {run.way_on()}"
@@ -128,8 +138,7 @@ def _of_other_processes(error: RuntimeError, run: Unfinished) -> tuple[str, bool
     """The line for what others have done to this process, and whether it is for this one to say."""
     held = run.companions.stopped()
     if held or "imed out" in str(error):
-        waited = f"{run.config.trainer.timeout_minutes:g} minutes (trainer.timeout_minutes)"
-        line = f"{held or 'another process'}: no answer for {waited}; {_ALONE}. {run.way_on()}"
+        line = f"{held or 'another process'}: no answer for {run.patience}; {_ALONE}. {run.way_on()}"
         return line, run.companions.is_first_left()
     missing = run.companions.missing(_OF_OTHERS)
     if not run.companions.without_main() and another_has_failed():

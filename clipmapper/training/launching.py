@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from subprocess import Popen
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import lightning
 import torch
@@ -21,7 +21,6 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment
 from torch import distributed
 
 from clipmapper.errors import UserError
-from clipmapper.settings.schema import TrainerConfig
 from clipmapper.training.processes import Companions, form_group, is_main
 
 # Until all have read their libraries, from a disk that is busy with them: the setting is for later.
@@ -37,9 +36,19 @@ class Started(NamedTuple):
     local: int
 
 
-def start_processes(trainer: TrainerConfig) -> tuple[torch.device, Companions]:
+@runtime_checkable
+class Devices(Protocol):
+    """The settings of devices: those of ``trainer``, or of another command."""
+
+    accelerator: str
+    devices: str
+    num_nodes: int
+    timeout_minutes: float
+
+
+def start_processes(trainer: Devices, named: str = "trainer.") -> tuple[torch.device, Companions]:
     """Make this process one of as many as there are devices; returns the one that is its own, and who
-    watches over the others.
+    watches over the others. ``named``: what its settings' names begin with in messages.
 
     They are started here (by Lightning, with this process's own command line), unless ``torchrun`` or SLURM
     has started them. Raises ``UserError`` where those have started another number than the settings say, and
@@ -48,7 +57,7 @@ def start_processes(trainer: TrainerConfig) -> tuple[torch.device, Companions]:
     started = started_by()
     wanted = _devices(trainer.devices)
     if wanted is not None:
-        _check_count(trainer, started, wanted)
+        _check_count(trainer, started, wanted, named)
     timeout = timedelta(minutes=trainer.timeout_minutes)
 
     def fabric(**options) -> lightning.Fabric:
@@ -63,11 +72,11 @@ def start_processes(trainer: TrainerConfig) -> tuple[torch.device, Companions]:
     try:
         found = fabric()
         if wanted is None:
-            _check_count(trainer, started, getattr(found.strategy, "num_processes", 1))
+            _check_count(trainer, started, getattr(found.strategy, "num_processes", 1), named)
         if found.world_size > 1:
             found = fabric(strategy=DDPStrategy(timeout=max(timeout, _JOINING)))
     except (RuntimeError, ValueError, MisconfigurationException) as error:
-        line = f"trainer: {str(error).splitlines()[0]}"
+        line = f"{named.rstrip('.') or 'devices'}: {str(error).splitlines()[0]}"
         _one_says(line, started is None or started.local == 0)
     if found.world_size == 1:
         return found.device, Companions()
@@ -75,7 +84,7 @@ def start_processes(trainer: TrainerConfig) -> tuple[torch.device, Companions]:
     if launcher is not None and _in_sweep():
         raise UserError(
             f"--multirun with {found.world_size} processes a run: each would be started with the sweep's "
-            "command line; use trainer.devices=1, or a launcher that starts them itself "
+            f"command line; use {named}devices=1, or a launcher that starts them itself "
             "(hydra/launcher=submitit_slurm)"
         )
     with less_noise(), _joining(found.world_size) as children:
@@ -123,19 +132,19 @@ def _devices(given: str) -> int | None:
     return len(given.split(",")) if "," in given else int(given)
 
 
-def _check_count(trainer: TrainerConfig, started: Started | None, devices: int) -> None:
+def _check_count(trainer: Devices, started: Started | None, devices: int, named: str) -> None:
     wanted = devices * trainer.num_nodes
     if started is None or started.count == wanted:
         return
     fits = (
-        f"give trainer.devices={started.count // trainer.num_nodes}"
+        f"give {named}devices={started.count // trainer.num_nodes}"
         if started.count % trainer.num_nodes == 0
-        else "give trainer.devices and trainer.num_nodes whose product it is"
+        else f"give {named}devices and {named}num_nodes whose product it is"
     )
     _one_says(
-        f"trainer.devices: {started.by} has started {started.count} "
+        f"{named}devices: {started.by} has started {started.count} "
         f"process{'es' if started.count > 1 else ''}, but {devices} devices × {trainer.num_nodes} machines "
-        f"(trainer.num_nodes) are {wanted}; {fits}, or start {wanted}",
+        f"({named}num_nodes) are {wanted}; {fits}, or start {wanted}",
         started.rank == 0,
     )
 

@@ -20,6 +20,7 @@ from clipmapper.models.description import ModelRules
 from clipmapper.settings.schema import TrainConfig
 from clipmapper.training.batches import SplitBatches
 from clipmapper.training.encoder_tokens import token_store
+from clipmapper.training.evaluated import Evaluation, Forwards
 from clipmapper.training.explained import Explanation, Report, Samples
 from clipmapper.training.initial import Taken, take_alike, take_encoder, take_mapper
 from clipmapper.training.module import TaskModule
@@ -234,6 +235,15 @@ class Task(ABC):
     def explain(self, model: nn.Module, image, methods: Sequence[str], **settings) -> list[Explanation]:
         """Explain what the model says about one image, by several methods on the same forward and
         backward."""
+
+    def evaluation(
+        self, model: nn.Module, data: RecordData, records: Records, forwards: Forwards
+    ) -> Evaluation:
+        """A trained model on records, for ``clipmapper evaluate``. Raises ``UserError`` for a task that has
+        none."""
+        raise UserError(
+            f"this checkpoint {self.does}: its task ({self.name}) has no evaluation, only training scores it"
+        )
 
     def check_settings(self, **settings) -> None:  # noqa: B027 (most tasks have nothing to check)
         """Raise ``UserError`` where the settings of :meth:`report` can't be, before anything is read."""

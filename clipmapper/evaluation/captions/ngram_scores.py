@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Float64, Int64
+from jaxtyping import Float64, Int64, Num
 
 ORDER = 4
 Words = Sequence[str]
@@ -69,7 +69,7 @@ def bleu_counts(
     return counts
 
 
-def bleu(counts: Int64[np.ndarray, "*samples 10"]) -> Float64[np.ndarray, "*samples 4"]:
+def bleu(counts: Num[np.ndarray, "*samples 10"]) -> Float64[np.ndarray, "*samples 4"]:
     """BLEU-1 to BLEU-4 (Papineni et al. 2002) of :func:`bleu_counts`: a score for each row.
 
     For a corpus give the sum over its samples, `bleu(counts.sum(axis=0))`: corpus BLEU is not the mean of the

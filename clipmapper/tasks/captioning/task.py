@@ -25,6 +25,7 @@ from clipmapper.settings.schema import TrainConfig
 from clipmapper.tasks.captioning.batches import CaptionBatches, Stage, StreamedCaptions, drawn_batches
 from clipmapper.tasks.captioning.build import DescribedCaptioner, build_captioner
 from clipmapper.tasks.captioning.decoding import Decoding
+from clipmapper.tasks.captioning.evaluation import CaptionEvaluation
 from clipmapper.tasks.captioning.explain import explain_captions
 from clipmapper.tasks.captioning.head import take_words
 from clipmapper.tasks.captioning.model import Captioner
@@ -251,6 +252,7 @@ class Captioning(DescribedCaptioner, Task):
 
     run, samples = CaptionRun, staticmethod(caption_samples)
     report, explain = staticmethod(caption_report), staticmethod(explain_captions)
+    evaluation = CaptionEvaluation
 
     def check_settings(self, **settings) -> None:
         """Raise ``UserError`` for a score that there is not, or that needs a Java that is not there."""

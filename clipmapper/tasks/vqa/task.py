@@ -23,6 +23,7 @@ from clipmapper.tasks.vqa.batches import (
     drawn_batches,
     question_batches,
 )
+from clipmapper.tasks.vqa.evaluation import AnswerEvaluation
 from clipmapper.tasks.vqa.explain import explain_answers
 from clipmapper.tasks.vqa.model import CLIPmapper, build_clipmapper, take_answers
 from clipmapper.tasks.vqa.report import answer_report
@@ -169,6 +170,7 @@ class VQA(Task):
 
     run, samples = VQARun, staticmethod(question_samples)
     report, explain = staticmethod(answer_report), staticmethod(explain_answers)
+    evaluation = AnswerEvaluation
 
     def rules(self) -> ModelRules:
         return ModelRules(section(MAPPER | {"head_width": WIDTH}), {"answers": list_of(text(10_000), 1)})
