@@ -2,13 +2,16 @@
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from clipmapper.errors import UserError
@@ -74,17 +77,11 @@ class KeepBest(lightning.Callback):
         step, score = trainer.global_step, float(trainer.callback_metrics[self.monitor])
         self.validations = [[at, was] for at, was in self.validations if at != step] + [[step, score]]
         # Also where the validation of the best step is made again, by a run that was killed behind it.
-        self.is_best = self.best is None or self.best[0] == step or self._better(score, self.best[1])
+        self.is_best = self.best is None or self.best[0] == step or better(score, self.best[1], self.mode)
         if self.is_best:
             self.best = [step, score]
         if self.patience is not None and self.since_best() >= self.patience:
             self.stopped = trainer.should_stop = True
-
-    def _better(self, score: float, other: float) -> bool:
-        """Nothing is better than a number by not being one."""
-        if not (math.isfinite(score) and math.isfinite(other)):
-            return math.isfinite(score)
-        return score > other if self.mode == "max" else score < other
 
     def since_best(self) -> int:
         """How many validations came after the best one."""
@@ -105,10 +102,7 @@ class KeepBest(lightning.Callback):
             return False
         self.loggers, trainer.loggers = list(trainer.loggers), []
         state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True))
-        else:
-            module.load_state_dict(state)
+        put_weights(trainer, module, state)
         return True
 
     def line(self) -> str:
@@ -131,3 +125,23 @@ class KeepBest(lightning.Callback):
             "validations": [[at, was if math.isfinite(was) else None] for at, was in self.validations],
             "stopped_early": self.stopped,
         }
+
+
+def better(score: float, other: float, mode: str) -> bool:
+    """Nothing is better than a number by not being one."""
+    if not (math.isfinite(score) and math.isfinite(other)):
+        return math.isfinite(score)
+    return score > other if mode == "max" else score < other
+
+
+def put_weights(
+    trainer: lightning.Trainer, module: lightning.LightningModule, state: Mapping[str, Tensor]
+) -> None:
+    """Give the module these weights, behind its training. All of several processes call it."""
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        set_model_state_dict(module, dict(state), options=StateDictOptions(full_state_dict=True))
+        return
+    module.load_state_dict(state)
+    for callback in trainer.callbacks:  # which would put its averages in for a validation
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            callback._average_model.module.load_state_dict(state)
