@@ -156,19 +156,19 @@ def _train(
     for line in run.validated.lines():
         out.print(line)
     clip = None if config.encoder.frozen else ClipRetrieval(data, config.seed, folder)
-    between = _interpolation(config, run, folder)
+    interpolation = _interpolation(config, run, folder)
     if not resumed:
-        in_main(lambda: _keep_what_was(model.encoder, clip, between))
+        in_main(lambda: _keep_what_was(model.encoder, clip, interpolation))
     with run_logger(config.logger, folder, config.name) if is_main() else nullcontext(False) as logger:
         with less_noise():
             config = found(config, run, folder, resumed is not None)
-            trainer, best = _fit(config, run, explainer, logger, folder, resumed is not None, between)
+            trainer, best = _fit(config, run, explainer, logger, folder, resumed is not None, interpolation)
         unfinished.companions.end()
         if not is_main():
             return folder
         sharded = config.trainer.strategy == "fsdp2"
         kept = folder / (CHECKPOINT if best is None else BEST)
-        if between is not None and between.chosen < 1:
+        if interpolation is not None and interpolation.chosen < 1:
             kept = folder / INTERPOLATED
         _make_plain(model, kept, config.encoder.architecture, sharded)
         model.to(device)
@@ -187,9 +187,9 @@ def _train(
         if best is not None:
             results["best"] = best.results()
             out.print(best.line())
-        if between is not None:
-            results["interpolation"] = between.results()
-            out.print(between.line())
+        if interpolation is not None:
+            results["interpolation"] = interpolation.results()
+            out.print(interpolation.line())
         if clip is not None:
             results["clip"] = clip.results(model.encoder)
             out.print(clip.line(results["clip"]), soft_wrap=True)
@@ -255,7 +255,7 @@ def _fit(
     logger: Logger | bool,
     folder: Path,
     resume: bool,
-    between: Interpolation | None,
+    interpolation: Interpolation | None,
 ) -> tuple[lightning.Trainer, KeepBest | None]:
     """The trainer behind its last validation, and what the best one was where there are several."""
     training = config.training
@@ -310,9 +310,9 @@ def _fit(
             trainer.validate(module, validation, verbose=False)
         trainer.save_checkpoint(checkpoint)
         others = best is not None and best.put_back(trainer, module)
-        if between is not None:
+        if interpolation is not None:
             kept = folder / (CHECKPOINT if best is None else BEST)
-            others = _interpolated(between, trainer, module, kept, validation, explainer, others)
+            others = _interpolated(interpolation, trainer, module, kept, validation, explainer, others)
         if others:
             trainer.validate(module, validation, verbose=False)
     finally:
@@ -333,8 +333,8 @@ def _check_frozen_steps(config: TrainConfig) -> None:
     frozen, steps = config.encoder.frozen_steps, config.training.max_steps
     if not config.encoder.frozen and frozen >= steps:
         raise UserError(
-            f"encoder.frozen_steps={frozen}: training ends behind {steps} steps, so that the encoder would never "
-            "be trained; give fewer, or encoder.frozen=true"
+            f"encoder.frozen_steps={frozen}: training ends behind {steps} steps, so that the encoder would "
+            "never be trained; give fewer, or encoder.frozen=true"
         )
 
 
@@ -345,16 +345,18 @@ def _interpolation(config: TrainConfig, run: TaskRun, folder: Path) -> Interpola
     return Interpolation(folder / ENCODER_BEFORE, weights, *_monitored(config, run))
 
 
-def _keep_what_was(encoder: ClipEncoder, clip: ClipRetrieval | None, between: Interpolation | None) -> None:
+def _keep_what_was(
+    encoder: ClipEncoder, clip: ClipRetrieval | None, interpolation: Interpolation | None
+) -> None:
     """Of an encoder that is to be trained."""
     if clip is not None:
         clip.before(encoder)
-    if between is not None:
-        between.keep(encoder)
+    if interpolation is not None:
+        interpolation.keep(encoder)
 
 
 def _interpolated(
-    between: Interpolation,
+    interpolation: Interpolation,
     trainer: lightning.Trainer,
     module: lightning.LightningModule,
     kept: Path,
@@ -375,7 +377,7 @@ def _interpolated(
         trainer.validate(module, validation, verbose=False)
 
     try:
-        chosen = between.choose(trainer, module, kept, validate, kept.with_name(INTERPOLATED.name))
+        chosen = interpolation.choose(trainer, module, kept, validate, kept.with_name(INTERPOLATED.name))
         if chosen == 1 and not others:  # explained already
             validate()
             return False

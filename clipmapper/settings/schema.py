@@ -133,7 +133,7 @@ class TrainerConfig(Section):
             if self.strategy == "fsdp2" and getattr(self, key):
                 yield (
                     key,
-                    "not with sharded weights (strategy=fsdp2); search by one process with strategy=ddp",
+                    "not with sharded weights (strategy=fsdp2); search in one process",
                 )
         if self.strategy == "fsdp2" and self.precision == "16-mixed":
             yield "precision", "sharded weights cannot be trained in 16-mixed; give bf16-mixed or 32-true"

@@ -67,14 +67,7 @@ class KeepBest(lightning.Callback):
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         if self.over:
             return
-        if self.monitor not in trainer.callback_metrics:
-            known = ", ".join(
-                sorted(name for name in trainer.callback_metrics if not name.startswith("train/"))
-            )
-            raise UserError(
-                f"trainer.monitor={self.monitor}: a validation logs no such score; it logs {known}"
-            )
-        step, score = trainer.global_step, float(trainer.callback_metrics[self.monitor])
+        step, score = trainer.global_step, monitored(trainer, self.monitor)
         self.validations = [[at, was] for at, was in self.validations if at != step] + [[step, score]]
         # Also where the validation of the best step is made again, by a run that was killed behind it.
         self.is_best = self.best is None or self.best[0] == step or better(score, self.best[1], self.mode)
@@ -125,6 +118,14 @@ class KeepBest(lightning.Callback):
             "validations": [[at, was if math.isfinite(was) else None] for at, was in self.validations],
             "stopped_early": self.stopped,
         }
+
+
+def monitored(trainer: lightning.Trainer, name: str) -> float:
+    """A score of the last validation. Raises ``UserError`` for one that it has not logged."""
+    if name not in trainer.callback_metrics:
+        known = ", ".join(sorted(one for one in trainer.callback_metrics if not one.startswith("train/")))
+        raise UserError(f"trainer.monitor={name}: a validation logs no such score; it logs {known}")
+    return float(trainer.callback_metrics[name])
 
 
 def better(score: float, other: float, mode: str) -> bool:

@@ -1,7 +1,7 @@
 """Weights of the encoder between those before and behind training, chosen in validation.
 
-WiSE-FT (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", arXiv 2109.01903, eq. 1). The mapper and
-the head have no weights of before that would mean anything: only the encoder's are interpolated.
+WiSE-FT (Wortsman et al. 2022, "Robust fine-tuning of zero-shot models", arXiv 2109.01903, eq. 1). The mapper
+and the head have no weights of before that would mean anything: only the encoder's are interpolated.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.exported import DESCRIPTION
-from clipmapper.training.best import better, put_weights
+from clipmapper.training.best import better, monitored, put_weights
 from clipmapper.training.checkpoint import write_checkpoint
 from clipmapper.training.processes import is_main
 
@@ -57,7 +57,7 @@ class Interpolation:
         for weight in self.weights:
             put_weights(trainer, module, between(before, trained["state_dict"], weight))
             validate()
-            score = float(trainer.callback_metrics[self.monitor])
+            score = monitored(trainer, self.monitor)
             self.tried.append((weight, score))
             if best is None or better(score, best[1], self.mode):
                 best = weight, score
@@ -73,8 +73,8 @@ class Interpolation:
         """Say how good each was."""
         scores = ", ".join(f"{weight:g}: {score:.4g}" for weight, score in self.tried)
         return (
-            f"encoder between before (0) and behind training (1), {self.monitor}: {scores}; what follows is of "
-            f"{self.chosen:g}"
+            f"encoder between before (0) and behind training (1), {self.monitor}: {scores}; what follows is "
+            f"of {self.chosen:g}"
         )
 
     def results(self) -> dict:

@@ -88,9 +88,9 @@ class ClipRetrieval:
 
         images, texts = results["images"], results[self.kind]
         return (
-            f"the CLIP itself, {images:,} validation images and their {texts:,} {self.kind}: image to text top-1 "
-            f"{change(_SCORES[0])} (top-5 {change(_SCORES[1])}), text to image top-1 {change(_SCORES[2])} "
-            f"(top-5 {change(_SCORES[3])})"
+            f"the CLIP itself, {images:,} validation images and their {texts:,} {self.kind}: image to text "
+            f"top-1 {change(_SCORES[0])} (top-5 {change(_SCORES[1])}), text to image top-1 "
+            f"{change(_SCORES[2])} (top-5 {change(_SCORES[3])})"
         )
 
 

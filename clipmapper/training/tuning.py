@@ -10,8 +10,8 @@ from pathlib import Path
 
 import lightning
 import torch
-from lightning.fabric.utilities.seed import isolate_rng
 from lightning.pytorch.tuner import Tuner
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch.utils.data import DataLoader, IterableDataset
 
 from clipmapper.errors import UserError
@@ -37,9 +37,7 @@ def check_alone(config: TrainConfig) -> None:
     """Raise ``UserError`` where several processes are to search: each would find another answer."""
     for key in ("find_batch_size", "find_learning_rate"):
         if getattr(config.trainer, key) and this_share().of > 1:
-            raise UserError(
-                f"trainer.{key}: not by several processes; search with trainer.devices=1, and give what is found"
-            )
+            raise UserError(f"trainer.{key}: not by several processes; search in one, and give what it finds")
 
 
 def found(config: TrainConfig, run: TaskRun, folder: Path, resumed: bool) -> TrainConfig:
@@ -109,9 +107,13 @@ class _Parts(IterableDataset):
     def __iter__(self) -> Iterator[dict]:
         size = self.module.batch_size
         if size < 1:
-            raise UserError(f"trainer.find_batch_size: not even one sample fits in memory{taken()}")
+            raise UserError(_nothing_fits())
         for step in range(_STEPS + 1):  # one is fetched ahead
             yield self.batch_at(step, Share(0, _parts(self.whole, size)))
+
+
+def _nothing_fits() -> str:
+    return f"trainer.find_batch_size: not even one sample fits in memory{taken()}"
 
 
 def _most_that_fits(config: TrainConfig, run: TaskRun, folder: Path) -> int:
@@ -123,19 +125,12 @@ def _most_that_fits(config: TrainConfig, run: TaskRun, folder: Path) -> int:
         tuner = Tuner(_trainer(config, folder, 1))
         try:
             size = tuner.scale_batch_size(
-                module,
-                loader,
-                init_val=1,
-                max_trials=trials,
-                steps_per_trial=_STEPS,
-                batch_arg_name="batch_size",
+                module, loader, init_val=1, max_trials=trials, steps_per_trial=_STEPS
             )
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            raise UserError(
-                f"trainer.find_batch_size: not even one sample fits in memory{taken()}"
-            ) from error
+            raise UserError(_nothing_fits()) from error
     return min(size, whole)
 
 
