@@ -12,7 +12,7 @@ from clipmapper.commands import train as run
 from clipmapper.commands.train import train
 from clipmapper.errors import RunInterrupted, UserError
 from clipmapper.tasks.vqa.training import VQAModule
-from clipmapper.training import callback, memory, tuning
+from clipmapper.training import memory, tuning
 from clipmapper.training.interruption import GracefulInterrupt
 from clipmapper.training.processes import Share
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS
@@ -77,16 +77,14 @@ def test_all_ways_to_say_it(error):
 
 def test_no_memory_is_one_line_with_what_helps(settings, monkeypatch):
     fits(monkeypatch, 4)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(memory, "taken", lambda: " (at most 78.5 of 79.2 GiB were taken)")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError) as caught:
         train(settings("trainer.accumulate_grad_batches=2"))
     line = str(caught.value)
     assert line == (
         "out of memory with training.batch_size=12, 6 at a time (at most 78.5 of 79.2 GiB were taken); "
-        "trainer.accumulate_grad_batches=4 trains the same in smaller parts; training.batch_size=6 takes less. "
-        "nothing was saved: there is nothing to resume"
+        "trainer.accumulate_grad_batches=4 trains the same in smaller parts; training.batch_size=6 takes "
+        "less. nothing was saved: there is nothing to resume"
     )
 
 
@@ -106,7 +104,6 @@ def test_no_memory_to_explain_names_its_own_setting(settings, monkeypatch):
     def explain(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(callback.RelevanceCallback, "_explain", callback.RelevanceCallback._explain)
     explained = (
         "callbacks=relevance",
         "callbacks.samples=2",
@@ -136,7 +133,7 @@ def test_a_batch_is_worked_off_in_parts_that_fit(settings, monkeypatch, capsys):
     with monkeypatch.context() as patched:
         tried = fits(patched, 4)
         folder = train(settings("name=found", "trainer.find_batch_size=true"))
-    # 1, 2, 4 and 8 (which are 6, a part of 12), three steps each but the last; then the run, two steps in parts.
+    # 1, 2, 4 and 8 (which are 6, a part of 12), three steps each but the last; then two steps of the run.
     assert tried == [*[1] * 3, *[2] * 3, *[4] * 3, 6, *[4] * 6]
     results = json.loads((folder / RESULTS).read_text())
     assert results["found"] == {"batch_size": 4} and results["settings"]["trainer"]["find_batch_size"]
@@ -157,7 +154,7 @@ def test_a_batch_that_fits_is_taken_at_once(settings, monkeypatch):
 
 def test_not_even_one_sample_is_one_line(settings, monkeypatch):
     fits(monkeypatch, 0)
-    with pytest.raises(UserError, match="trainer.find_batch_size: not even one sample fits in memory"):
+    with pytest.raises(UserError, match="not even one sample fits in memory"):
         train(settings("trainer.find_batch_size=true"))
 
 

@@ -98,6 +98,17 @@ def _parts(batch_size: int, fits: int) -> int:
     return next(n for n in range(1, batch_size + 1) if batch_size % n == 0 and batch_size // n <= fits)
 
 
+class _Loaded(lightning.LightningDataModule):
+    """Where Lightning's search for a size wants its batches from."""
+
+    def __init__(self, batches: IterableDataset) -> None:
+        super().__init__()
+        self.batches = batches
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(self.batches, batch_size=None)
+
+
 class _Parts(IterableDataset):
     """The parts that a step would be worked off in, were no more of them to fit than the module says."""
 
@@ -121,11 +132,11 @@ def _most_that_fits(config: TrainConfig, run: TaskRun, folder: Path) -> int:
     with _as_it_was(run) as module:
         module.batch_size = 1
         trials = math.ceil(math.log2(whole)) + 1
-        loader = DataLoader(_Parts(run.batch_at, module, whole), batch_size=None)
+        tried = _Loaded(_Parts(run.batch_at, module, whole))
         tuner = Tuner(_trainer(config, folder, 1))
         try:
             size = tuner.scale_batch_size(
-                module, loader, init_val=1, max_trials=trials, steps_per_trial=_STEPS
+                module, datamodule=tried, init_val=1, max_trials=trials, steps_per_trial=_STEPS
             )
         except RuntimeError as error:
             if not out_of_memory(error):
@@ -142,7 +153,7 @@ def _learning_rate(config: TrainConfig, run: TaskRun, folder: Path) -> float | N
         tuner = Tuner(_trainer(config, folder, parts))
         search = tuner.lr_find(
             module,
-            DataLoader(batches, batch_size=None),
+            datamodule=_Loaded(batches),
             min_lr=_LOWEST,
             max_lr=_HIGHEST,
             num_training=_RATES,
