@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,7 @@ from clipmapper.errors import UserError
 from clipmapper.host.outputs import check_folder
 from clipmapper.host.stopping import forks_ignore_signals
 from clipmapper.models.clip_weights import names_tokenizer
-from clipmapper.models.encoder import merge_adapters
+from clipmapper.models.encoder import ClipEncoder, merge_adapters
 from clipmapper.models.tokens import cut_texts_said_once
 from clipmapper.settings.checks import built
 from clipmapper.settings.schema import TrainConfig
@@ -35,13 +35,18 @@ from clipmapper.training.checkpoint import (
 )
 from clipmapper.training.checkpoint_data import data_description
 from clipmapper.training.endings import Unfinished, ending, give_up
+from clipmapper.training.interpolation import Interpolation
 from clipmapper.training.interruption import DueValidation, GracefulInterrupt, SaveSteps, StopAtNonFinite
 from clipmapper.training.launching import less_noise, start_processes
 from clipmapper.training.loggers import check_logger, logged_files, run_logger
 from clipmapper.training.processes import check_shares, in_main, is_main, this_share
+from clipmapper.training.retrieval import ClipRetrieval
 from clipmapper.training.run_folder import (
     BEST,
     CHECKPOINT,
+    ENCODER_BEFORE,
+    FOUND,
+    INTERPOLATED,
     RESULTS,
     TAKEN,
     folder_to_resume,
@@ -54,6 +59,7 @@ from clipmapper.training.shown import console, files_table
 from clipmapper.training.steps import TimeLeft, in_steps
 from clipmapper.training.task import TaskRun
 from clipmapper.training.trainer import build_trainer, steps_between_validations, steps_progress
+from clipmapper.training.tuning import check_alone, found
 
 _CHOOSE = {
     "captions": "experiment=caption_manifest, or training=captioning with a captioner as model",
@@ -97,6 +103,7 @@ def _train(
 ) -> Path:
     began = time.monotonic()
     in_main(lambda: check_logger(config.logger))
+    check_alone(config)
     check_shares(config.training.batch_size, config.trainer.accumulate_grad_batches)
     settings = {key: value for key, value in asdict(config).items() if key != "resume"}
     explainer = None if config.callbacks is None else built(asdict(config.callbacks))
@@ -111,6 +118,7 @@ def _train(
     task = task_named(config.training.task)
     length = in_steps(config, data)
     config = length.config
+    _check_frozen_steps(config)
     if data.kind != task.records:
         raise UserError(
             f"data: it has {data.kind} and no {task.records}, but training is for {task.name}; choose "
@@ -149,35 +157,50 @@ def _train(
     run.augment()
     for line in run.validated.lines():
         out.print(line)
+    clip = None if config.encoder.frozen else ClipRetrieval(data, config.seed, folder)
+    interpolation = _interpolation(config, run, folder)
+    if not resumed:
+        in_main(lambda: _keep_what_was(model.encoder, clip, interpolation))
     with run_logger(config.logger, folder, config.name) if is_main() else nullcontext(False) as logger:
         with less_noise():
-            trainer, best = _fit(config, run, explainer, logger, folder, resumed is not None)
+            config = found(config, run, folder, resumed is not None)
+            trainer, best = _fit(config, run, explainer, logger, folder, resumed is not None, interpolation)
         unfinished.companions.end()
         if not is_main():
             return folder
         sharded = config.trainer.strategy == "fsdp2"
         kept = folder / (CHECKPOINT if best is None else BEST)
+        if interpolation is not None and interpolation.chosen < 1:
+            kept = folder / INTERPOLATED
         _make_plain(model, kept, config.encoder.architecture, sharded)
         model.to(device)
 
         with torch.compiler.set_stance("force_eager"):
-            found = run.results(trainer, folder)
+            scored = run.results(trainer, folder)
         for line in left_out_lines(folder):
             out.print(line, soft_wrap=True)
-        results: dict = {"name": config.name, "settings": settings, **found}
+        results: dict = {"name": config.name, "settings": settings, **scored}
         if config.init is not None:
             results["init"] = json.loads((folder / TAKEN).read_text())
-        scored = f"{run.validation_splits[0]}/{run.objective}"
-        results["objective"] = {"name": scored, "value": float(trainer.callback_metrics[scored])}
+        objective = f"{run.validation_splits[0]}/{run.objective}"
+        results["objective"] = {"name": objective, "value": float(trainer.callback_metrics[objective])}
+        if (folder / FOUND).is_file():
+            results["found"] = json.loads((folder / FOUND).read_text())
         if best is not None:
             results["best"] = best.results()
             out.print(best.line(), soft_wrap=True)
+        if interpolation is not None:
+            results["interpolation"] = interpolation.results()
+            out.print(interpolation.line(), soft_wrap=True)
+        if clip is not None:
+            results["clip"] = clip.results(model.encoder)
+            out.print(clip.line(results["clip"]), soft_wrap=True)
         if run.validated.counts:
             results["validated"] = run.validated.numbers()
         files = {"checkpoint": kept, "results": folder / RESULTS}
         if best is not None:
             files["last checkpoint"] = folder / CHECKPOINT
-        for table in run.tables(found):
+        for table in run.tables(scored):
             if best is not None:
                 table.title = f"{table.title}, of step {best.best[0]}"
             out.print(table)
@@ -234,6 +257,7 @@ def _fit(
     logger: Logger | bool,
     folder: Path,
     resume: bool,
+    interpolation: Interpolation | None,
 ) -> tuple[lightning.Trainer, KeepBest | None]:
     """The trainer behind its last validation, and what the best one was where there are several."""
     training = config.training
@@ -257,6 +281,8 @@ def _fit(
     trainer = build_trainer(config.trainer, training.max_steps, folder, logger, callbacks)
     module = run.module()
     module.layer_decay = training.layer_decay
+    module.encoder_learning_rate = config.encoder.learning_rate
+    module.frozen_steps = config.encoder.frozen_steps
     if resume:
         check_same_model(checkpoint, module)
         check_resumable(checkpoint, trainer, module, whole=config.trainer.strategy != "fsdp2")
@@ -285,7 +311,11 @@ def _fit(
         if behind and not (best and best.stopped):
             trainer.validate(module, validation, verbose=False)
         trainer.save_checkpoint(checkpoint)
-        if best is not None and best.put_back(trainer, module):
+        others = best is not None and best.put_back(trainer, module)
+        if interpolation is not None:
+            kept = folder / (CHECKPOINT if best is None else BEST)
+            others = _interpolated(interpolation, trainer, module, kept, validation, explainer, others)
+        if others:
             trainer.validate(module, validation, verbose=False)
     finally:
         module.leave_validation()
@@ -293,9 +323,69 @@ def _fit(
 
 
 def _keeping_best(config: TrainConfig, run: TaskRun, path: Path) -> KeepBest:
+    return KeepBest(path, *_monitored(config, run), config.trainer.patience)
+
+
+def _monitored(config: TrainConfig, run: TaskRun) -> tuple[str, str]:
     monitor = config.trainer.monitor or f"{run.validation_splits[0]}/{run.objective}"
-    mode = config.trainer.mode or ("min" if monitor.endswith("loss") else "max")
-    return KeepBest(path, monitor, mode, config.trainer.patience)
+    return monitor, config.trainer.mode or ("min" if monitor.endswith("loss") else "max")
+
+
+def _check_frozen_steps(config: TrainConfig) -> None:
+    frozen, steps = config.encoder.frozen_steps, config.training.max_steps
+    if not config.encoder.frozen and frozen >= steps:
+        raise UserError(
+            f"encoder.frozen_steps={frozen}: training ends behind {steps} steps, so that the encoder would "
+            "never be trained; give fewer, or encoder.frozen=true"
+        )
+
+
+def _interpolation(config: TrainConfig, run: TaskRun, folder: Path) -> Interpolation | None:
+    weights = config.encoder.interpolation
+    if weights is None:
+        return None
+    return Interpolation(folder / ENCODER_BEFORE, weights, *_monitored(config, run))
+
+
+def _keep_what_was(
+    encoder: ClipEncoder, clip: ClipRetrieval | None, interpolation: Interpolation | None
+) -> None:
+    """Of an encoder that is to be trained."""
+    if clip is not None:
+        clip.before(encoder)
+    if interpolation is not None:
+        interpolation.keep(encoder)
+
+
+def _interpolated(
+    interpolation: Interpolation,
+    trainer: lightning.Trainer,
+    module: lightning.LightningModule,
+    kept: Path,
+    validation: Sequence[DataLoader],
+    explainer: Callback | None,
+    others: bool,
+) -> bool:
+    """Choose among weights between; whether those that are in now are to be validated and explained.
+
+    What is tried is neither logged nor explained. ``others``: the weights of ``kept`` are not those that were
+    validated last.
+    """
+    callbacks, loggers = trainer.callbacks, trainer.loggers
+    trainer.callbacks = [callback for callback in callbacks if callback is not explainer]
+    trainer.loggers = []
+
+    def validate() -> None:
+        trainer.validate(module, validation, verbose=False)
+
+    try:
+        chosen = interpolation.choose(trainer, module, kept, validate, kept.with_name(INTERPOLATED.name))
+        if chosen == 1 and not others:  # explained already
+            validate()
+            return False
+    finally:
+        trainer.callbacks, trainer.loggers = callbacks, loggers
+    return True
 
 
 def _make_plain(model: nn.Module, checkpoint: Path, architecture: str, sharded: bool) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from importlib.metadata import version
 
@@ -27,7 +27,10 @@ class ClipEncoder(nn.Module):
     Parameters: ``architecture``, ``pretrained`` and ``image_size`` as in
     :func:`clipmapper.models.clip_weights.build_clip`. ``frozen``: its weights take no gradient and it stays
     in evaluation mode; :mod:`clipmapper.models.encoder` says which of one that is not frozen are trained.
+    ``resting``: for now its tokens take no gradient back to its weights, which spares a step half its work.
     """
+
+    resting = False
 
     def __init__(
         self,
@@ -109,7 +112,8 @@ class ClipEncoder(nn.Module):
         """
         if images.dtype == torch.uint8:
             images = normalised(images, self.clip.visual)
-        return self.image_tower(images, keep=keep, ignore=ignore)
+        with self._gradients():
+            return self.image_tower(images, keep=keep, ignore=ignore)
 
     def text_tokens(
         self,
@@ -131,12 +135,16 @@ class ClipEncoder(nn.Module):
             ids = nn.functional.pad(ids, (0, extra), value=padding_id(self.tokenizer))
             valid = nn.functional.pad(valid, (0, extra), value=False)
             ignore = None if ignore is None else nn.functional.pad(ignore, (0, extra), value=False)
-        tokens = self.text_tower(ids, keep=keep, ignore=ignore, valid=valid)
+        with self._gradients():
+            tokens = self.text_tower(ids, keep=keep, ignore=ignore, valid=valid)
         if keep is not None or tokens.shape[1] == given:
             return tokens
         if self.text_tower.appended_class_token:
             return torch.cat([tokens[:, :given], tokens[:, -1:]], dim=1)
         return tokens[:, :given]
+
+    def _gradients(self):
+        return torch.no_grad() if self.resting else nullcontext()
 
     @property
     def tokenizer(self):
@@ -240,9 +248,10 @@ def choose_trained(encoder: ClipEncoder, blocks: int | None, lora_rank: int | No
             module.requires_grad_(True)
 
 
-def learning_rate_scales(encoder: ClipEncoder, decay: float) -> dict[nn.Parameter, float]:
+def learning_rate_scales(encoder: ClipEncoder, decay: float, whole: float = 1.0) -> dict[nn.Parameter, float]:
     """Layer-wise learning-rate decay (BEiT, arXiv 2106.08254, appendix): the nearer to the input, the slower.
 
+    ``whole``: of all of the encoder, by which the rest is multiplied.
     ``decay`` ** k, k = 0 for what comes behind a tower's blocks, 1 for its last block and so on; what comes
     before its D blocks has k = D + 1.
     """
@@ -254,7 +263,8 @@ def learning_rate_scales(encoder: ClipEncoder, decay: float) -> dict[nn.Paramete
         for k, block in enumerate(reversed(tower), start=1):
             scales |= dict.fromkeys(block.parameters(), decay**k)
     last = [weight for module in _last_norms(encoder) for weight in module.parameters()]
-    return scales | dict.fromkeys(last, 1.0)
+    scales |= dict.fromkeys(last, 1.0)
+    return {weight: whole * scale for weight, scale in scales.items()}
 
 
 @contextmanager

@@ -41,7 +41,7 @@ class Section:
         yield from ()
 
 
-def list_problems(key: str, values: list[str]) -> Iterator[tuple[str, str]]:
+def list_problems(key: str, values: list) -> Iterator[tuple[str, str]]:
     """Problems of a list that is empty or has something twice."""
     if not values:
         yield key, "is an empty list"

@@ -37,11 +37,18 @@ class EncoderConfig(Section):
     image_size: int | None = setting(minimum=1)
     trained_blocks: int | None = setting(minimum=1)
     lora_rank: int | None = setting(minimum=1)
+    frozen_steps: int = setting(minimum=0)
+    learning_rate: float | None = setting(above=0)
+    interpolation: list[float] | None = setting(minimum=0, maximum=1)
 
     def problems(self) -> Iterator[tuple[str, str]]:
-        for key in ("trained_blocks", "lora_rank"):
+        for key in ("trained_blocks", "lora_rank", "learning_rate", "interpolation"):
             if self.frozen and getattr(self, key) is not None:
                 yield key, "a frozen encoder trains nothing; give encoder.frozen=false as well, or null"
+        if self.frozen and self.frozen_steps:
+            yield "frozen_steps", "a frozen encoder is never trained; give encoder.frozen=false as well, or 0"
+        if self.interpolation is not None:
+            yield from list_problems("interpolation", self.interpolation)
 
 
 @dataclass
@@ -119,12 +126,20 @@ class TrainerConfig(Section):
     mode: str | None = setting(choices=("max", "min"))
     patience: int | None = setting(minimum=1)
     checkpoint_interval: int = setting(minimum=1)
+    find_batch_size: bool = setting()
+    find_learning_rate: bool = setting()
     timeout_minutes: float = setting(above=0)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from devices_problems(self.devices)
         if self.strategy == "fsdp2" and self.ema_decay is not None:
             yield "ema_decay", "sharded weights cannot be averaged; give strategy=ddp, or ema_decay=null"
+        for key in ("find_batch_size", "find_learning_rate"):
+            if self.strategy == "fsdp2" and getattr(self, key):
+                yield (
+                    key,
+                    "not with sharded weights (strategy=fsdp2); search in one process",
+                )
         if self.strategy == "fsdp2" and self.precision == "16-mixed":
             yield "precision", "sharded weights cannot be trained in 16-mixed; give bf16-mixed or 32-true"
 

@@ -2,13 +2,16 @@
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from clipmapper.errors import UserError
@@ -64,27 +67,14 @@ class KeepBest(lightning.Callback):
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         if self.over:
             return
-        if self.monitor not in trainer.callback_metrics:
-            known = ", ".join(
-                sorted(name for name in trainer.callback_metrics if not name.startswith("train/"))
-            )
-            raise UserError(
-                f"trainer.monitor={self.monitor}: a validation logs no such score; it logs {known}"
-            )
-        step, score = trainer.global_step, float(trainer.callback_metrics[self.monitor])
+        step, score = trainer.global_step, monitored(trainer, self.monitor)
         self.validations = [[at, was] for at, was in self.validations if at != step] + [[step, score]]
         # Also where the validation of the best step is made again, by a run that was killed behind it.
-        self.is_best = self.best is None or self.best[0] == step or self._better(score, self.best[1])
+        self.is_best = self.best is None or self.best[0] == step or better(score, self.best[1], self.mode)
         if self.is_best:
             self.best = [step, score]
         if self.patience is not None and self.since_best() >= self.patience:
             self.stopped = trainer.should_stop = True
-
-    def _better(self, score: float, other: float) -> bool:
-        """Nothing is better than a number by not being one."""
-        if not (math.isfinite(score) and math.isfinite(other)):
-            return math.isfinite(score)
-        return score > other if self.mode == "max" else score < other
 
     def since_best(self) -> int:
         """How many validations came after the best one."""
@@ -105,10 +95,7 @@ class KeepBest(lightning.Callback):
             return False
         self.loggers, trainer.loggers = list(trainer.loggers), []
         state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True))
-        else:
-            module.load_state_dict(state)
+        put_weights(trainer, module, state)
         return True
 
     def line(self) -> str:
@@ -131,3 +118,31 @@ class KeepBest(lightning.Callback):
             "validations": [[at, was if math.isfinite(was) else None] for at, was in self.validations],
             "stopped_early": self.stopped,
         }
+
+
+def monitored(trainer: lightning.Trainer, name: str) -> float:
+    """A score of the last validation. Raises ``UserError`` for one that it has not logged."""
+    if name not in trainer.callback_metrics:
+        known = ", ".join(sorted(one for one in trainer.callback_metrics if not one.startswith("train/")))
+        raise UserError(f"trainer.monitor={name}: a validation logs no such score; it logs {known}")
+    return float(trainer.callback_metrics[name])
+
+
+def better(score: float, other: float, mode: str) -> bool:
+    """Nothing is better than a number by not being one."""
+    if not (math.isfinite(score) and math.isfinite(other)):
+        return math.isfinite(score)
+    return score > other if mode == "max" else score < other
+
+
+def put_weights(
+    trainer: lightning.Trainer, module: lightning.LightningModule, state: Mapping[str, Tensor]
+) -> None:
+    """Give the module these weights, behind its training. All of several processes call it."""
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        set_model_state_dict(module, dict(state), options=StateDictOptions(full_state_dict=True))
+        return
+    module.load_state_dict(state)
+    for callback in trainer.callbacks:  # which would put its averages in for a validation
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            callback._average_model.module.load_state_dict(state)

@@ -8,12 +8,14 @@ import lightning
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
+from clipmapper.errors import RunCutShort
 from clipmapper.host.progress import progress
 from clipmapper.relevance import method_named
 from clipmapper.training.best import KeepBest
 from clipmapper.training.explained import Report, Samples
 from clipmapper.training.interruption import GracefulInterrupt
 from clipmapper.training.loggers import log_media
+from clipmapper.training.memory import explaining_line, out_of_memory
 from clipmapper.training.processes import from_all, is_main, this_share
 from clipmapper.training.task import Task
 
@@ -91,6 +93,10 @@ class RelevanceCallback(lightning.Callback):
             report = None if mine is None else self._explain(task, module.model, mine, stopping)
         except _Told:
             stopped = True
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise RunCutShort(explaining_line(self.batch_size)) from error
         told = from_all((report, stopped))
         if any(stopped for _, stopped in told):
             stopping.leave(f"stopped in the explanations after step {trainer.global_step}")

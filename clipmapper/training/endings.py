@@ -15,6 +15,7 @@ from clipmapper.host.outputs import NO_ROOM
 from clipmapper.host.stopping import Stopped
 from clipmapper.settings.schema import TrainConfig
 from clipmapper.training.interruption import REQUEUE_SIGNALS, requeue_job
+from clipmapper.training.memory import memory_line, out_of_memory
 from clipmapper.training.processes import Companions, another_has_failed, is_main, say_once
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS, folder_to_resume, saved_step
 
@@ -129,6 +130,8 @@ def _line(error: BaseException, run: Unfinished) -> str | None:
             return f"no room to write ({error.strerror}): {where}. {run.way_on()}"
         if run.folder is not None and error.filename and _within(Path(error.filename), run.folder):
             return f"{error.filename}: can't be written or read ({error.strerror}). {run.way_on()}"
+    if out_of_memory(error):
+        return f"{memory_line(run.config)}. {run.way_on()}"
     if isinstance(error, RuntimeError) and (line := killed_worker(error)):
         return f"{line}. {run.way_on()}"
     return None

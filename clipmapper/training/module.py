@@ -1,7 +1,7 @@
 """The part that the modules of all tasks share: the model, its optimiser, its shards, its description."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
 
@@ -76,10 +76,14 @@ class TaskModule(lightning.LightningModule):
     """A model in training: AdamW, warm-up, cosine, in steps. A batch is a dictionary.
 
     ``layer_decay``: of the encoder's learning rates
-    (:func:`clipmapper.models.encoder.learning_rate_scales`), to be set before ``fit``.
+    (:func:`clipmapper.models.encoder.learning_rate_scales`). ``encoder_learning_rate``: of the encoder, None:
+    that of all. ``frozen_steps``: how many steps the encoder rests at first; its rate then rises as that of
+    the others did. All are to be set before ``fit``.
     """
 
     layer_decay = 1.0
+    encoder_learning_rate: float | None = None
+    frozen_steps = 0
 
     def __init__(
         self, model: nn.Module, learning_rate: float, weight_decay: float, warmup_steps: int, max_steps: int
@@ -91,8 +95,18 @@ class TaskModule(lightning.LightningModule):
         self._plain = ExitStack()
 
     def configure_optimizers(self) -> dict:
-        scales = learning_rate_scales(self.model.encoder, self.layer_decay)
-        optimiser = adamw(self.model, self.learning_rate, self.weight_decay, scales=scales)
+        encoder, own = self.model.encoder, self.encoder_learning_rate
+        whole = 1.0 if own is None else own / self.learning_rate
+        scales = learning_rate_scales(encoder, self.layer_decay, whole)
+        later = set(encoder.parameters()) if self.frozen_steps else ()
+        optimiser = adamw(
+            self.model,
+            self.learning_rate,
+            self.weight_decay,
+            scales=scales,
+            later=later,
+            begins=self.frozen_steps,
+        )
         if isinstance(self, FSDPModule):
             with_state_of_all(optimiser)
         schedule = warmup_cosine(optimiser, self.warmup_steps, self.max_steps)
@@ -109,6 +123,19 @@ class TaskModule(lightning.LightningModule):
         blocks = [block for tower in towers for block in tower.attention_blocks()]
         for part in (*blocks, *self.model.mapper.blocks, self.model.head):
             part.compile()
+
+    def on_train_batch_start(self, batch: dict, index: int) -> None:
+        self.model.encoder.resting = self.trainer.global_step < self.frozen_steps
+
+    def on_train_batch_end(self, *_) -> None:
+        self.model.encoder.resting = False  # explanations need its gradients
+
+    def on_before_optimizer_step(self, optimiser: torch.optim.Optimizer) -> None:
+        # Words that don't pass the text tower are its embeddings all the same. What has no gradient has no
+        # part in the norm that is clipped, and AdamW leaves it and its state as they are.
+        if self.model.encoder.resting:
+            for weight in self.model.encoder.parameters():
+                weight.grad = None
 
     def on_validation_start(self) -> None:
         """Validate and explain with a plain model: whole, without adapters, and not compiled."""
@@ -153,20 +180,24 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.98),
     fused: bool | None = None,
     scales: Mapping[nn.Parameter, float] = MappingProxyType({}),
+    later: Collection[nn.Parameter] = (),
+    begins: int = 0,
 ) -> torch.optim.AdamW:
     """AdamW over what takes a gradient; no decay on norms, biases, embeddings' vectors and scalars.
 
-    ``scales``: of the learning rate, of parameters that have another than 1.
+    ``scales``: of the learning rate, of parameters that have another than 1. ``later``: those that are
+    trained from step ``begins`` on only; their groups say so, to :func:`warmup_cosine`.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     trained = [p for p in module.parameters() if p.requires_grad]
     for weight in sorted(trained, key=lambda p: p.ndim < 2):  # with decay first; otherwise in their order
-        key = (weight_decay if weight.ndim >= 2 else 0.0, scales.get(weight, 1.0))
+        key = (weight_decay if weight.ndim >= 2 else 0.0, scales.get(weight, 1.0), weight in later)
         groups.setdefault(key, []).append(weight)
     return torch.optim.AdamW(
         [
             {"params": weights, "weight_decay": decay, "lr": learning_rate * scale}
-            for (decay, scale), weights in groups.items()
+            | ({"begins": begins} if late else {})
+            for (decay, scale, late), weights in groups.items()
         ],
         lr=learning_rate,
         betas=betas,
@@ -177,12 +208,21 @@ def adamw(
 def warmup_cosine(
     optimiser: torch.optim.Optimizer, warmup_steps: int, total_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up, then a half cosine to zero; stepped once an optimiser step."""
+    """Linear warm-up, then a half cosine to zero; stepped once an optimiser step.
 
-    def factor(step: int) -> float:
+    A group that begins later has a warm-up of its own, on the same cosine.
+    """
+
+    def factor(step: int, begins: int) -> float:
+        if step < begins:
+            return 0.0
+        rising = min(1.0, (step - begins + 1) / warmup_steps) if warmup_steps else 1.0
         if step < warmup_steps:
-            return (step + 1) / warmup_steps
+            return rising
         progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return rising * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-    return torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+    begins = [group.get("begins", 0) for group in optimiser.param_groups]
+    # Functions: of other objects a checkpoint would hold the attributes.
+    factors = [lambda step, begins=one: factor(step, begins) for one in begins]
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, factors)

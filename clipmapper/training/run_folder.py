@@ -21,11 +21,15 @@ from clipmapper.training.processes import this_share
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 BEST = CHECKPOINT.with_name("best.ckpt")  # the weights of the best validation
+INTERPOLATED = CHECKPOINT.with_name("interpolated.ckpt")  # those, with part of the encoder's from before
+ENCODER_BEFORE = CHECKPOINT.with_name("encoder_before.ckpt")  # what the encoder began with, to interpolate
 CONFIG = "config.yaml"
 RESULTS = "results.json"
 JOB = "slurm_job"
 NUMBER = "number"
 PROCESSES = "processes"
+CLIP_BEFORE = "clip_before.json"  # how the encoder retrieved when it began
+FOUND = "found.json"  # by trainer.find_batch_size and trainer.find_learning_rate
 TAKEN = "init.json"  # what was taken of the model that the run began with
 _DEPTH = 20  # of what is nested in a file of settings
 
@@ -35,11 +39,16 @@ _FREE = ("output", "init", "trainer.timeout_minutes", "data.check", "data.on_bad
 # What runs did that were begun before there was such a setting.
 _BEFORE = {
     "init": None,
+    "encoder.frozen_steps": 0,
+    "encoder.learning_rate": None,
+    "encoder.interpolation": None,
     "training.max_epochs": None,
     "training.warmup_share": None,
     "trainer.monitor": None,
     "trainer.mode": None,
     "trainer.patience": None,
+    "trainer.find_batch_size": False,
+    "trainer.find_learning_rate": False,
     "training.validation_samples": None,
     "data.decoding": "exact",
     "data.validation_path": None,
