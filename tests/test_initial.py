@@ -9,10 +9,20 @@ from support import caption_models, training_models
 from support.photographs import photographs_in, run
 
 import clipmapper
+from clipmapper import cli
 from clipmapper.commands.compose import train_settings
 from clipmapper.errors import UserError
-from clipmapper.models.exported import CARD, CONFIG, WEIGHTS, read_model, write_model
+from clipmapper.models.exported import (
+    CARD,
+    CONFIG,
+    WEIGHTS,
+    model_path,
+    read_model,
+    shipped_models,
+    write_model,
+)
 from clipmapper.models.weight_files import Unreadable
+from clipmapper.shipped import shipped_root
 from clipmapper.tasks.captioning.head import take_words
 from clipmapper.tasks.vqa.model import build_clipmapper, take_answers
 from clipmapper.training.initial import Taken, take_encoder, take_mapper
@@ -287,3 +297,45 @@ def test_numbers_of_a_folder_are_finite(exported, tmp_path):
     write_model(model, folder, "")
     with pytest.raises(Unreadable, match=r"mapper\.positions hold numbers that are not finite"):
         read_model(folder)
+
+
+def test_the_command_writes_a_folder_with_its_card(first, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cli.export([f"checkpoint={first / BEST}", "folder=my|model", "precision=float16"])
+    card = (tmp_path / "my|model" / CARD).read_text()
+    results = json.loads((first / RESULTS).read_text())
+    assert "| seed | 0 |" in card and "| trained on | data=manifest |" in card
+    assert f"| objective value | {round(results['objective']['value'], 4)} |" in card
+    assert "| accuracy overall validation |" in card and 'clipmapper.load("my|model")' in card
+    answered = [clipmapper.load(path).answers for path in (first / BEST, "my|model")]
+    assert answered[0] == answered[1]
+    (tmp_path / "my|model" / "notes.txt").touch()
+    with pytest.raises(SystemExit):
+        cli.export([f"checkpoint={first / BEST}", "folder=my|model"])
+    assert "notes.txt in it already; give a folder of its own" in capsys.readouterr().err
+    shutil.copy(first / BEST, tmp_path / "alone.ckpt")
+    cli.export(["checkpoint=alone.ckpt", "folder=alone"])
+    assert "No scores are known" in (tmp_path / "alone" / CARD).read_text()
+
+
+@pytest.mark.parametrize("name", ["scenes-vqa", "scenes-captioner"])
+def test_shipped_models(name):
+    """Loaded by name; of at most 4 MB, with a card that says how they were made."""
+    folder = shipped_root() / "checkpoints" / name
+    assert name in shipped_models() and model_path(name) == folder
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 4_000_000
+    card = (folder / CARD).read_text()
+    assert "| seed | 0 |" in card and "| exported | 20" in card and "| objective value | 0." in card
+    model = clipmapper.load(name)
+    image = training_models.picture(0)
+    if name == "scenes-vqa":
+        assert model.answer(image, "is there a red ring?") in ("yes", "no")
+    else:
+        assert len(model.caption(image).split()) > 3
+
+
+def test_a_path_of_the_same_name_goes_before_a_shipped_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scenes-vqa").mkdir()
+    with pytest.raises(UserError, match=r"a folder without config\.json"):
+        clipmapper.load("scenes-vqa")
