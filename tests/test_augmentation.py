@@ -179,6 +179,7 @@ digest = hashlib.sha256(torch.cat(drawn).numpy()).hexdigest()
 """
 
 
+@pytest.mark.slow
 def test_another_process_draws_the_same():
     here: dict = {}
     exec(DIGEST, here)
@@ -369,6 +370,7 @@ def test_the_line_is_said_where_the_two_meet(place, capsys, more):
     assert (EXCLUDE.format("crop") in printed) == config.training.token_cache
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_goes_on_with_the_images_that_it_would_have_seen(place, monkeypatch):
     seen, stop_in = [], None
     original = VQAModule.training_step

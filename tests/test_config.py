@@ -302,7 +302,7 @@ MISTAKES = [
     ),
     (["~logger"], "~logger", "cannot be deleted"),
     # values of a wrong type
-    (["training.max_steps=abc"], "training.max_steps", "'abc' is not an int"),
+    (["training.max_steps=abc"], "training.max_steps", "'abc' is not an int or null"),
     (["seed=true"], "seed", "true is not an int"),
     # values that are not allowed
     (["model.mapper=dual"], "model.mapper", "not one of dual_flow, single_flow; did you mean dual_flow?"),
@@ -363,8 +363,8 @@ MORE_MISTAKES = [
     (["experiment=vqa_scene"], "experiment", "did you mean vqa_scenes?"),
     (["logger=null"], "logger", "csv, mlflow, other, tensorboard, wandb"),
     (["model=3"], "model", "paper_dual_flow"),
-    (["training.max_steps=1.5"], "training.max_steps", "1.5 is not an int"),
-    (["training.max_steps=null"], "training.max_steps", "null is not an int"),
+    (["training.max_steps=1.5"], "training.max_steps", "1.5 is not an int or null"),
+    (["training.max_steps=null"], "training.max_steps", "neither of it and training.max_epochs are given"),
     (["encoder.frozen=2"], "encoder.frozen", "2 is not true or false"),
     (["training=5"], "training", "'5' is not one of captioning, captioning_scenes, vqa"),
     (["callbacks.methods=[gae,weigthed]"], "callbacks.methods", "did you mean weighted?"),
@@ -444,7 +444,13 @@ def test_mistake_in_the_settings_of_other_commands(run, command, arguments, says
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("training:\n  max_steps: many\n", "experiment/mine.yaml: training.max_steps: 'many' is not an int"),
+        (
+            "training:\n  max_steps: many\n",
+            "experiment/mine.yaml: training.max_steps: 'many' is not an int or null",
+        ),
+            "training:\n  max_steps: many\n",
+            "experiment/mine.yaml: training.max_steps: 'many' is not an int or null",
+        ),
         ("training:\n  max_step: 3\n", "experiment/mine.yaml: training.max_step: there is no such setting"),
         ("trainng:\n  max_steps: 3\n", "experiment/mine.yaml: trainng: there is no such setting"),
         ("training: [1\n", "mine.yaml"),
@@ -600,7 +606,7 @@ def test_settings_are_found_by_their_key():
             "+training.max_step=3",
             "error: training.max_step: there is no such setting; did you mean training.max_steps?\n",
         ),
-        ("training.max_steps=abc", "error: training.max_steps: 'abc' is not an int\n"),
+        ("training.max_steps=abc", "error: training.max_steps: 'abc' is not an int or null\n"),
     ],
 )
 def test_script_in_a_process_of_its_own(tmp_path, argument, says):

@@ -143,6 +143,7 @@ def test_a_run_that_is_stopped_while_the_encoder_rests_goes_on_the_same(settings
     assert same_bits(checkpoint(whole, INTERPOLATED), checkpoint(again, INTERPOLATED))
 
 
+@pytest.mark.slow
 def test_explanations_have_the_gradients_of_an_encoder_that_rests(settings):
     """As if it did not: it rests in training steps alone."""
     explained = ("callbacks=relevance", "callbacks.methods=[weighted,gae]", "callbacks.samples=2")

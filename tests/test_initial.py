@@ -175,6 +175,7 @@ def test_a_model_on_its_own_data_begins_where_it_ended(place, first):
             assert results["init"][part]["taken"] == results["init"][part]["of"] > 0
 
 
+@pytest.mark.slow
 def test_from_answers_to_captions_and_back(place, first, capsys):
     captions = ("experiment=caption_manifest", f"data.path={place / 'captions.jsonl'}")
     writer = run(place, *captions, f"init={first / CHECKPOINT}", "callbacks=none")
@@ -188,6 +189,7 @@ def test_from_answers_to_captions_and_back(place, first, capsys):
     assert answers["init"]["head"]["taken"] == 0
 
 
+@pytest.mark.slow
 def test_resuming_wins(place, first, capsys):
     given = ("data=manifest", f"data.path={place / 'questions.jsonl'}", "name=resumed", *QUICK)
     done = run(place, *given, f"init={first / CHECKPOINT}")

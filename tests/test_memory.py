@@ -164,6 +164,7 @@ def test_not_even_one_sample_is_one_line(settings, monkeypatch):
         train(settings("trainer.find_batch_size=true"))
 
 
+@pytest.mark.slow
 def test_a_learning_rate_is_found_and_trained_with(settings, monkeypatch, capsys):
     """The model, the random state and the optimiser begin as if the rate had been given."""
     monkeypatch.setattr(tuning, "_RATES", 30)
@@ -179,6 +180,7 @@ def test_a_learning_rate_is_found_and_trained_with(settings, monkeypatch, capsys
     assert not list(folder.glob(".lr_find*"))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_searches_nothing(settings, monkeypatch, capsys):
     monkeypatch.setattr(tuning, "_RATES", 30)
     find = ("trainer.find_learning_rate=true", "name=stopped")

@@ -122,7 +122,8 @@ def test_a_later_run_finds_the_tokens_and_other_images_do_not(model, tmp_path):
 
 
 def settings_of(folder: Path, captions: bool, *more: str):
-    small = ("model.width=32", "model.depth=1", "training.batch_size=4", "training.warmup_steps=1")
+    small = ("model.width=32", "model.depth=1", "training.batch_size=4")
+    small += ("training.max_steps=9", "training.warmup_steps=1")
     chosen = ("experiment=caption_manifest",) if captions else ("data=manifest", "model.head_width=16")
     return training_models.train_settings(
         *chosen, f"data.path={folder / 'mine.jsonl'}", *small, "encoder.pretrained=null", "callbacks=none",

@@ -72,10 +72,10 @@ def _check_output(options: Namespace) -> None:
     if output.suffix != ".jsonl":
         raise UserError(f"{named}: a manifest of JSON lines is written, so its name ends in .jsonl")
     check_file(output, named)
-    if options.images.exists() and not options.images.is_dir():
-        raise UserError(f"--images {options.images}: a file, not the folder of the images")
     if options.name in WITH_IMAGES:
         check_folder(options.images, f"--images {options.images}")
+    elif options.images.exists() and not options.images.is_dir():
+        raise UserError(f"--images {options.images}: a file, not the folder of the images")
     for file in (*options.questions, options.annotations):
         if file is not None and os.path.realpath(file) == os.path.realpath(output):
             raise UserError(f"{named}: the file that is read; it would be lost")
