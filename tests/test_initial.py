@@ -327,7 +327,7 @@ def test_shipped_models(name):
     assert name in shipped_models() and model_path(name) == folder
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 4_000_000
     card = (folder / CARD).read_text()
-    assert "| seed | 0 |" in card and "| exported | 20" in card and "| objective value | 0." in card
+    assert "| seed | 0 |" in card and "| exported | 20" in card and "| objective value | " in card
     model = clipmapper.load(name)
     image = training_models.picture(0)
     if name == "scenes-vqa":
