@@ -144,6 +144,9 @@ def test_words_that_both_can_say_keep_their_rows(architecture):
 # Runs
 
 
+QUICK = ("callbacks=none", "training.blind_steps=0", "trainer.val_check_interval=1")
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     return photographs_in(tmp_path_factory.mktemp("photographs"))
@@ -151,12 +154,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first(place):
-    return run(
-        place, "data=manifest", f"data.path={place / 'questions.jsonl'}", "callbacks=none", "name=first"
-    )
-
-
-QUICK = ("callbacks=none", "training.blind_steps=0")
+    return run(place, "data=manifest", f"data.path={place / 'questions.jsonl'}", *QUICK, "name=first")
 
 
 def test_a_model_on_its_own_data_begins_where_it_ended(place, first):

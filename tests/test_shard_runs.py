@@ -31,6 +31,7 @@ from clipmapper.training.run_folder import CHECKPOINT, RESULTS
 TRAIN, VALIDATION = 8, 3
 SMALL = (
     "encoder.pretrained=null", "training.batch_size=4", "training.max_steps=3", "training.warmup_steps=1",
+    "trainer.val_check_interval=3",
     "model.depth=1", "logger=csv",
 )  # fmt: skip
 ANSWERING = ("data=shards", "model.width=16", "model.head_width=16", "training.blind_steps=2")

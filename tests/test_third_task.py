@@ -25,6 +25,7 @@ def run(tmp_path_factory):
         "experiment=caption_scenes", f"encoder.architecture={training_models.tiny_clip(folder)}",
         "encoder.pretrained=null", "data.train_scenes=64", "data.simple_scenes=8",
         "data.validation_scenes=12", "data.held_out_scenes=12", "training.max_steps=6",
+        "trainer.val_check_interval=6",
         "training.batch_size=8", "callbacks=relevance",
         "callbacks.samples=4", "callbacks.pictures=1", "callbacks.methods=[weighted,gae]", "logger=csv",
         f"output={folder}",

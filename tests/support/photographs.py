@@ -10,6 +10,7 @@ from support import training_models
 
 SETTINGS = (
     "encoder.pretrained=null", "training.batch_size=8", "training.max_steps=2", "training.warmup_steps=1",
+    "trainer.val_check_interval=2",  # once: tests of several are those of the best one
     "callbacks.samples=3", "callbacks.pictures=1", "callbacks.methods=[weighted,random]", "logger=csv",
 )  # fmt: skip
 
@@ -43,8 +44,7 @@ def photographs_in(folder):
 
 
 def run(place, *settings: str):
-    # Later ones win, and architecture is of a CLIP with room for few patches.
-    architecture = training_models.tiny_clip(place)
+    architecture = training_models.tiny_clip(place)  # with room for few patches
     given = SETTINGS if "callbacks=none" not in settings else [s for s in SETTINGS if "callbacks." not in s]
-    common = (*given, f"encoder.architecture={architecture}", f"output={place / 'outputs'}")
-    return train(training_models.train_settings(*settings, *common))
+    common = (f"encoder.architecture={architecture}", f"output={place / 'outputs'}")
+    return train(training_models.train_settings(*given, *settings, *common))
