@@ -204,7 +204,7 @@ class Program:
         scenes = [one for one in TINY_RUN if not one.startswith("data.")]
         arguments = [
             *(*scenes, *common, "data=manifest", f"data.path={folder}/data.jsonl", "data.workers=2"),
-            *("training.max_steps=100000", "trainer.val_check_interval=null"),
+            *("training.max_steps=100000", "trainer.val_check_interval=100000"),
             *("trainer.checkpoint_interval=3", f"output={folder}", "name=run", *overrides),
         ]
         # A file: the command line by which a further process is started too.

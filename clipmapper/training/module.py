@@ -60,6 +60,9 @@ def gathered(module: nn.Module) -> Iterator[None]:
     processes at once.
     """
     sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    if isinstance(module, FSDPModule):
+        # A validation before the first step calls blocks before the root, which has to be set up first.
+        module._get_fsdp_state()._lazy_init()
     for part in sharded:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
