@@ -331,7 +331,7 @@ MISTAKES = [
 # Of the same kinds.
 MORE_MISTAKES = [
     (["training={max_step: 3}"], "training.max_step", "did you mean training.max_steps?"),
-    (["+zzz=3"], "zzz", "there are callbacks, data, encoder, experiment, logger, model, name"),
+    (["+zzz=3"], "zzz", "there are callbacks, data, encoder, experiment, init, logger, model, name"),
     (["training.zzz.yyy=3"], "training.zzz.yyy", "no such setting"),
     (["logger=other"], "logger._target_", "no value"),
     (["hydra.job.nmae=x"], "hydra.job.nmae", "no such setting"),
@@ -364,7 +364,11 @@ MORE_MISTAKES = [
     (["logger=null"], "logger", "csv, mlflow, other, tensorboard, wandb"),
     (["model=3"], "model", "paper_dual_flow"),
     (["training.max_steps=1.5"], "training.max_steps", "1.5 is not an int or null"),
-    (["training.max_steps=null"], "training.max_steps", "neither of it and training.max_epochs are given"),
+    (
+        ["training.max_steps=null"],
+        "training.max_steps",
+        "neither of max_steps and training.max_epochs are given",
+    ),
     (["encoder.frozen=2"], "encoder.frozen", "2 is not true or false"),
     (["training=5"], "training", "'5' is not one of captioning, captioning_scenes, vqa"),
     (["callbacks.methods=[gae,weigthed]"], "callbacks.methods", "did you mean weighted?"),
