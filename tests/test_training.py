@@ -457,9 +457,9 @@ def test_killed_run_goes_on_from_its_last_saving(settings, whole_run, monkeypatc
     ),
 )
 def test_stopped_at_the_end_and_resumed(settings, whole_run, monkeypatch, moment, interval):
-    whole = whole_run(*CACHED)
-    intervals = (f"trainer.val_check_interval={interval}", "trainer.checkpoint_interval=7")
-    stopped = settings(f"name=stopped in {moment}", *CACHED, *intervals)
+    validated = f"trainer.val_check_interval={interval}"  # which says what the best is chosen from
+    whole = whole_run(*CACHED, validated)
+    stopped = settings(f"name=stopped in {moment}", *CACHED, validated, "trainer.checkpoint_interval=7")
     with monkeypatch.context() as patched:
         if moment == "last step":
             during_step(6, patched, ctrl_c)
