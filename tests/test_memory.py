@@ -49,13 +49,7 @@ def architecture(tmp_path_factory):
 
 @pytest.fixture
 def settings(architecture, tmp_path):
-    where = (f"encoder.architecture={architecture}", f"output={tmp_path}")
-
-    def with_these(*overrides: str):
-        run = [one for one in TINY_RUN if one != "callbacks=none" or "callbacks=relevance" not in overrides]
-        return training_models.train_settings(*run, *where, *overrides)
-
-    return with_these
+    return training_models.settings_of_run(TINY_RUN, architecture, tmp_path)
 
 
 def fits(monkeypatch, most: int) -> list[int]:

@@ -1,6 +1,7 @@
 """The settings of a command from Python, as the command line composes them."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 
 from hydra import compose, initialize_config_dir
@@ -29,6 +30,15 @@ def train_settings(*overrides: str) -> TrainConfig:
 _DECISIVE = ("mapper", "width", "heads", "mlp_ratio")
 
 
+@contextmanager
+def told_of_init() -> Iterator[None]:
+    """Inside, what is wrong with a checkpoint is said of ``init``."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"init={str(error).removeprefix('checkpoint=')}") from error
+
+
 def sized_by_init(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     """The settings with the sizes of the model that ``init`` names, where no override gives them.
 
@@ -39,10 +49,8 @@ def sized_by_init(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
         return config
     from clipmapper.models.checkpoint import described  # which imports torch
 
-    try:
+    with told_of_init():
         description = described(config.init, task_named, task_names())
-    except UserError as error:
-        raise UserError(f"init={str(error).removeprefix('checkpoint=')}") from error
     given = {override.partition("=")[0].lstrip("+") for override in overrides}
     model, sizes = config.model, description["model"]
     for key in (field.name for field in fields(model)):

@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 from torch.utils.data import DataLoader
 
+from clipmapper.commands.compose import told_of_init
 from clipmapper.data.records import RecordData
 from clipmapper.errors import UserError
 from clipmapper.host.outputs import check_folder
@@ -226,10 +227,8 @@ def _train(
 def _initial(config: TrainConfig) -> nn.Module:
     """The model that ``init`` names."""
     own = config.encoder.architecture
-    try:
+    with told_of_init():
         return load(config.init, architecture=own if names_tokenizer(own) else None)
-    except UserError as error:
-        raise UserError(f"init={str(error).removeprefix('checkpoint=')}") from error
 
 
 def _resumed(config: TrainConfig, settings: Mapping) -> Path | None:

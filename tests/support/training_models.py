@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,20 @@ def train_settings(*overrides: str) -> TrainConfig:
     if "callbacks=none" in overrides:
         overrides = tuple(one for one in overrides if not one.startswith("callbacks."))
     return composed(*overrides)
+
+
+def settings_of_run(run: Sequence[str], architecture: str, folder: Path) -> Callable[..., TrainConfig]:
+    """Makes the settings of runs in ``folder``, as ``run`` has them and with what is given besides.
+
+    ``callbacks=relevance`` takes the place of ``callbacks=none``.
+    """
+    where = (f"encoder.architecture={architecture}", f"output={folder}")
+
+    def with_these(*overrides: str) -> TrainConfig:
+        mine = [one for one in run if one != "callbacks=none" or "callbacks=relevance" not in overrides]
+        return train_settings(*mine, *where, *overrides)
+
+    return with_these
 
 
 def same_bits(a: object, b: object) -> bool:
