@@ -27,7 +27,8 @@ from clipmapper.tasks.captioning.evaluation import CaptionEvaluation
 from clipmapper.tasks.registry import register_settings
 from clipmapper.tasks.vqa.evaluation import AnswerEvaluation, calibration
 from clipmapper.tasks.vqa.model import build_clipmapper
-from clipmapper.training.evaluated import Forwards, Measure
+from clipmapper.training.evaluated import Forwards
+from clipmapper.training.measures import Measure
 from clipmapper.training.run_folder import CHECKPOINT
 
 RUN = (

@@ -22,17 +22,9 @@ from clipmapper.settings.commands import EvaluateConfig, PerturbConfig
 from clipmapper.tasks.registry import load, task_of
 from clipmapper.training.checkpoint_data import data_for
 from clipmapper.training.endings import Unfinished, ending, give_up
-from clipmapper.training.evaluated import (
-    Chunks,
-    Evaluation,
-    Forwards,
-    Measures,
-    differences,
-    intervals,
-    records_of,
-    scores_table,
-)
+from clipmapper.training.evaluated import Chunks, Evaluation, Forwards, records_of
 from clipmapper.training.launching import less_noise, start_processes
+from clipmapper.training.measures import Measures, differences, intervals, scores_table
 from clipmapper.training.processes import in_main, is_main
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS, only_one, write_json
 from clipmapper.training.shown import console, files_table
@@ -214,7 +206,8 @@ def _scores(config: EvaluateConfig, subjects: Sequence[_Subject], files: dict[st
             subject.name: differences(of_each[subject.name], reference, config.confidence, config.seed)
             for subject in subjects[1:]
         }
-    out.print(scores_table(results | {"split": config.split}, first, config.confidence))
+    told = results | {"split": config.split}
+    out.print(scores_table(told, first.titles, first.noun, config.confidence))
     for subject in subjects:
         for shown in subject.evaluation.shown(subject.name, models[subject.name]):
             out.print(shown)

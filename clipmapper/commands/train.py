@@ -1,8 +1,7 @@
 """The run behind ``scripts/train.py``: train, validate, explain, and say what came out."""
 
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from clipmapper.commands.compose import told_of_init
+from clipmapper.commands.train_folds import in_folds, train_folds
+from clipmapper.commands.train_results import Trained, results_of
 from clipmapper.data.records import RecordData
 from clipmapper.errors import UserError
 from clipmapper.host.outputs import check_folder
@@ -25,7 +26,7 @@ from clipmapper.models.tokens import cut_texts_said_once
 from clipmapper.settings.checks import built
 from clipmapper.settings.schema import TrainConfig
 from clipmapper.tasks.registry import load, task_named
-from clipmapper.training.batches import Labelled, StepBatches, left_out_lines
+from clipmapper.training.batches import Labelled, StepBatches
 from clipmapper.training.best import KeepBest
 from clipmapper.training.checkpoint import (
     check_resumable,
@@ -46,7 +47,6 @@ from clipmapper.training.run_folder import (
     BEST,
     CHECKPOINT,
     ENCODER_BEFORE,
-    FOUND,
     INTERPOLATED,
     RESULTS,
     TAKEN,
@@ -71,6 +71,8 @@ _CHOOSE = {
 def train(config: TrainConfig, data: RecordData | None = None) -> Path:
     """Train with these settings; returns the run's folder. See the README for what is in it.
 
+    With ``data.folds`` it is a folder of as many runs (:mod:`clipmapper.commands.train_folds`).
+
     ``data``: in place of the settings'; :func:`clipmapper.data.readers.huggingface.records_of` makes it of an
     object.
 
@@ -78,8 +80,17 @@ def train(config: TrainConfig, data: RecordData | None = None) -> Path:
     go on (no room on the disk, a loss that is no number); and
     :class:`~clipmapper.errors.RunInterrupted` when the user stops the run.
     """
+    if data is None and in_folds(config):
+        return train_folds(config, _train_one)
+    return _train_one(config, data)
+
+
+def _train_one(
+    config: TrainConfig, data: RecordData | None = None, of_several: Callable[[], str] | None = None
+) -> Path:
+    """One run. ``of_several``: see :class:`~clipmapper.training.endings.Unfinished`."""
     with forks_ignore_signals():
-        unfinished = Unfinished(config)
+        unfinished = Unfinished(config, of_several)
         try:
             device, unfinished.companions = start_processes(config.trainer)
             unfinished.companions.watch(lambda: give_up(unfinished))
@@ -176,43 +187,8 @@ def _train(
         _make_plain(model, kept, config.encoder.architecture, sharded)
         model.to(device)
 
-        with torch.compiler.set_stance("force_eager"):
-            scored = run.results(trainer, folder)
-        for line in left_out_lines(folder):
-            out.print(line, soft_wrap=True)
-        results: dict = {"name": config.name, "settings": settings, **scored}
-        if config.init is not None:
-            results["init"] = json.loads((folder / TAKEN).read_text())
-        objective = f"{run.validation_splits[0]}/{run.objective}"
-        results["objective"] = {"name": objective, "value": float(trainer.callback_metrics[objective])}
-        if (folder / FOUND).is_file():
-            results["found"] = json.loads((folder / FOUND).read_text())
-        if best is not None:
-            results["best"] = best.results()
-            out.print(best.line(), soft_wrap=True)
-        if interpolation is not None:
-            results["interpolation"] = interpolation.results()
-            out.print(interpolation.line(), soft_wrap=True)
-        if clip is not None:
-            results["clip"] = clip.results(model.encoder)
-            out.print(clip.line(results["clip"]), soft_wrap=True)
-        if run.validated.counts:
-            results["validated"] = run.validated.numbers()
-        files = {"checkpoint": kept, "results": folder / RESULTS}
-        if best is not None:
-            files["last checkpoint"] = folder / CHECKPOINT
-        for table in run.tables(scored):
-            if best is not None:
-                table.title = f"{table.title}, of step {best.best[0]}"
-            out.print(table)
-        for line in run.validated.lines():
-            out.print(line)
-        if explainer is not None and explainer.report is not None:
-            results["explanations"] = explainer.report.numbers(explainer.confidence, explainer.seed)
-            for table in explainer.report.tables(results["explanations"]):
-                out.print(table)
-            files |= {"heat maps": folder / "pictures", "methods": folder / "pictures" / "methods.png"}
-            files["perturbation curves"] = folder / "pictures" / explainer.report.curves
+        trained = Trained(config, run, trainer, explainer, folder, kept, best, interpolation, clip)
+        results, files = results_of(trained, settings)
     files |= logged_files(logger, folder)
     results["files"] = {what: str(path) for what, path in files.items()}
     results["seconds"] = round(time.monotonic() - began, 1)

@@ -88,7 +88,23 @@ class SplitsConfig(RecordDataConfig):
 
 
 @dataclass
-class ManifestConfig(SplitsConfig, AnswersConfig):
+class FoldsConfig(SplitsConfig):
+    """How data without enough for validation are validated in parts
+    (:func:`clipmapper.data.tables.whole.fold_by_image`)."""
+
+    folds: int | None = setting(minimum=2)
+    fold: int | None = setting(minimum=1)
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        if self.fold is not None and (self.folds is None or self.fold > self.folds):
+            yield (
+                "fold",
+                f"{self.fold} is none of the parts that data.folds={self.folds} says".replace("None", "null"),
+            )
+
+
+@dataclass
+class ManifestConfig(FoldsConfig, AnswersConfig):
     """Parameters of :func:`clipmapper.data.readers.manifest.manifest_data`."""
 
     choice = "manifest"
@@ -100,7 +116,7 @@ class ManifestConfig(SplitsConfig, AnswersConfig):
 
 
 @dataclass
-class HuggingFaceConfig(SplitsConfig, AnswersConfig):
+class HuggingFaceConfig(FoldsConfig, AnswersConfig):
     """Parameters of :func:`clipmapper.data.readers.huggingface.huggingface_data`."""
 
     choice = "huggingface"

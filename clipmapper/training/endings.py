@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,9 +26,11 @@ _OF_OTHERS = 3.0  # seconds in which the system tells of a process whose connect
 
 @dataclass
 class Unfinished:
-    """A run that has not come to its end. ``folder``: its own, once there is one."""
+    """A run that has not come to its end. ``folder``: its own, once there is one. ``of_several``: of one that
+    is for a part of the data, says how to go on with all of them."""
 
     config: TrainConfig
+    of_several: Callable[[], str] | None = None
     folder: Path | None = None
     companions: Companions = field(default_factory=Companions)
 
@@ -43,6 +46,8 @@ class Unfinished:
 
     def way_on(self) -> str:
         """How to go on with the run, as the disk has it at this moment."""
+        if self.of_several is not None:
+            return self.of_several()
         if self.folder is None:
             return "nothing was begun"
         if (self.folder / RESULTS).exists():

@@ -1,4 +1,4 @@
-"""A trained model on the records of a split: what it says about each, in chunks, and what that is worth."""
+"""A trained model on the records of a split: what it says about each, in chunks."""
 
 import hashlib
 import json
@@ -23,59 +23,15 @@ from clipmapper.data.content import content_digest
 from clipmapper.data.records import Record, RecordData
 from clipmapper.data.tables.base import RecordList, Records
 from clipmapper.data.tables.columns import RecordTable, StoredBytes, together
-from clipmapper.errors import UserError, visible
-from clipmapper.evaluation.statistics import Interval, bootstrap_interval, bootstrap_score
+from clipmapper.errors import UserError
 from clipmapper.host.outputs import write_whole
+from clipmapper.training.measures import Measures
 from clipmapper.training.processes import WHOLE, Companions, another_has_failed, batches_of, this_share
 
 ALL = "all"
-OVERALL = "overall"
 _HALF = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 _WAIT = 0.2  # seconds between two looks for what other processes have done
 _log = logging.getLogger(__name__)
-
-
-def _first(means: np.ndarray) -> Any:
-    return means[..., 0]
-
-
-@dataclass(frozen=True)
-class Measure:
-    """A score of some samples that is a function of means over them.
-
-    ``value``: as a training run has it, to the digit. ``columns``: the numbers of each sample. ``score``: of
-    means of the columns; where it is not given there is one column, and its mean is the score.
-    """
-
-    value: float
-    columns: Float[np.ndarray, "samples columns"]
-    score: Callable[[np.ndarray], Any] = _first
-
-    def interval(self, confidence: float, seed: int) -> Interval:
-        found = self._interval(self.columns, self.score, confidence, seed)
-        # The value may have been rounded to float32.
-        return Interval(self.value, min(found.low, self.value), max(found.high, self.value))
-
-    def difference(self, other: "Measure", confidence: float, seed: int) -> Interval:
-        """This score less another of the same samples, which are drawn together."""
-        count, score = self.columns.shape[1], self.score
-        if score is other.score is _first:
-            return self._interval(self.columns - other.columns, _first, confidence, seed)
-
-        def differ(means: np.ndarray) -> Any:
-            return score(means[..., :count]) - other.score(means[..., count:])
-
-        both = np.concatenate([self.columns, other.columns], axis=1)
-        return self._interval(both, differ, confidence, seed)
-
-    @staticmethod
-    def _interval(columns: np.ndarray, score: Callable, confidence: float, seed: int) -> Interval:
-        if score is _first:
-            return bootstrap_interval(columns[:, 0], confidence=confidence, seed=seed)
-        return bootstrap_score(columns, score, confidence=confidence, seed=seed)
-
-
-Measures = Mapping[str, Mapping[str, Measure]]  # by group (OVERALL, and each family) and by score
 
 
 @dataclass(frozen=True)
@@ -308,60 +264,3 @@ class _Batches(Dataset):
 
     def __getitem__(self, number: int) -> dict:
         return self.evaluation.batch(self.batches[number])
-
-
-def intervals(measures: Measures, confidence: float, seed: int) -> dict:
-    """For ``results.json``: group → how many samples, and the interval of each score."""
-    return {
-        group: {"samples": len(next(iter(of_group.values())).columns)}
-        | {name: measure.interval(confidence, seed).as_dict() for name, measure in of_group.items()}
-        for group, of_group in measures.items()
-    }
-
-
-def differences(measures: Measures, reference: Measures, confidence: float, seed: int) -> dict:
-    """For ``results.json``: group → score → the interval of its difference to that of another model."""
-    return {
-        group: {
-            name: measure.difference(reference[group][name], confidence, seed).as_dict()
-            for name, measure in of_group.items()
-        }
-        for group, of_group in measures.items()
-    }
-
-
-def scores_table(results: Mapping, evaluation: Evaluation, confidence: float) -> Table:
-    """Scores of all models by group, and paired differences to the first of them."""
-    models = results["models"]
-    table = Table(title=f"{results['split']}, {100 * confidence:g} % intervals", title_justify="left")
-    table.add_column("of")
-    table.add_column(evaluation.noun, justify="right")
-    for name in models:
-        table.add_column(visible(name), justify="right")
-        if name in results.get("differences", ()):
-            table.add_column("difference", justify="right")
-    scores = {name: model["scores"] for name, model in models.items()}
-    first = next(iter(scores.values()))
-    for group in (*(name for name in first if name != OVERALL), OVERALL):
-        for score in (name for name in first[group] if name != "samples"):
-            title, factor = evaluation.titles[score]
-            what = title if len(evaluation.titles) > 1 else ""
-            label = ", ".join(filter(None, (group.replace("_", " "), what)))
-            cells = []
-            for name in models:
-                cells.append(_cell(scores[name][group][score], factor))
-                if name in results.get("differences", ()):
-                    cells.append(_cell(results["differences"][name][group][score], factor, signed=True))
-            style = "bold" if group == OVERALL else None
-            table.add_row(label, str(first[group]["samples"]), *cells, style=style)
-    if len(models) > 1:
-        table.caption = f"difference: to {next(iter(models))}, of the same {evaluation.noun} (paired)"
-        table.caption_justify = "left"
-    return table
-
-
-def _cell(interval: Mapping, factor: int, signed: bool = False) -> str:
-    digits = 1 if factor == 100 else 2
-    sign = "+" if signed else ""
-    mean, low, high = (f"{factor * interval[key]:{sign}.{digits}f}" for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"

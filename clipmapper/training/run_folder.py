@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +29,7 @@ JOB = "slurm_job"
 NUMBER = "number"
 PROCESSES = "processes"
 CLIP_BEFORE = "clip_before.json"  # how the encoder retrieved when it began
+FOLDS = "folds"  # of how many runs, one for each part of the data, a folder is
 FOUND = "found.json"  # by trainer.find_batch_size and trainer.find_learning_rate
 TAKEN = "init.json"  # what was taken of the model that the run began with
 _DEPTH = 20  # of what is nested in a file of settings
@@ -53,12 +54,14 @@ _BEFORE = {
     "data.decoding": "exact",
     "data.validation_path": None,
     "data.augment": "none",
+    "data.folds": None,
+    "data.fold": None,
     "training.balance": "none",
 }
 
 
-def new_run_folder(output: str, name: str, settings: Mapping) -> Path:
-    """``output/name/date_time`` with the run's settings in it."""
+def new_run_folder(output: str, name: str, settings: Mapping, folds: int | None = None) -> Path:
+    """``output/name/date_time`` with the run's settings in it. ``folds``: of how many runs it is to be."""
     place = Path(output) / name
     number = max((_number(run) for run in _runs(place)), default=0) + 1
     begun = folder = place / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -68,7 +71,10 @@ def new_run_folder(output: str, name: str, settings: Mapping) -> Path:
             break
         except FileExistsError:  # another run of this second, or of one that a clock has shown twice
             folder = begun.with_name(f"{begun.name}+{again}")
-    (folder / CHECKPOINT.parent).mkdir()
+    if folds is None:
+        (folder / CHECKPOINT.parent).mkdir()
+    else:
+        (folder / FOLDS).write_text(str(folds))
     (folder / NUMBER).write_text(str(number))
     (folder / PROCESSES).write_text(str(this_share().of))
     (folder / CONFIG).write_text(yaml.safe_dump(dict(settings), sort_keys=False))
@@ -77,14 +83,26 @@ def new_run_folder(output: str, name: str, settings: Mapping) -> Path:
     return folder
 
 
-def run_of_requeued_job(output: str, name: str) -> Path | None:
-    """The unfinished run that this SLURM job had begun before it went back into the queue, if it saved."""
+def of_folds(folder: Path) -> bool:
+    """Whether a folder is of several runs, one for each part of the data."""
+    return (folder / FOLDS).is_file()
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any((folder / file).exists() for file in (CHECKPOINT, previous_of(CHECKPOINT)))
+
+
+def run_of_requeued_job(
+    output: str, name: str, kind: Callable[[Path], bool] = _has_checkpoint
+) -> Path | None:
+    """The unfinished run that this SLURM job had begun before it went back into the queue, if it saved.
+    ``kind``: which folders can be of such a run."""
     if not int(os.environ.get("SLURM_RESTART_COUNT", "0")):
         return None
     for folder in _newest_first(Path(output, name)):
         note = folder / JOB
         of_this_job = note.is_file() and note.read_text() == _slurm_job()
-        if of_this_job and _has_checkpoint(folder) and not (folder / RESULTS).exists():
+        if of_this_job and kind(folder) and not (folder / RESULTS).exists():
             return folder
     return None
 
@@ -117,6 +135,33 @@ def folder_to_resume(output: str, name: str, settings: Mapping, resume: bool | s
         others = [run for run in _newest_first(folder.parent) if _can_go_on(run)]
         way_on = f"resume={others[0]} goes on with the last that is not" if others else "start a new one"
         raise UserError(f"{said}: {which} is finished; {way_on}{'' if others else ' without it'}")
+    _check_settings(folder, settings, said)
+    _check_processes(folder, said)
+    return folder
+
+
+def folds_to_resume(output: str, name: str, settings: Mapping, resume: bool | str = True) -> Path:
+    """The newest folder of that name that is of several runs, or the one that ``resume`` names; errors as of
+    :func:`folder_to_resume`."""
+    said = f"resume={'true' if resume is True else resume}"
+    if resume is True:
+        folder = next(filter(of_folds, _newest_first(Path(output, name))), None)
+        if folder is None:
+            raise UserError(
+                f"resume=true: no runs on parts of the data (data.folds) in {Path(output, name)}; "
+                "start them without it"
+            )
+    else:
+        folder = Path(resume)
+        if not (of_folds(folder) and (folder / CONFIG).is_file()):
+            raise UserError(f"{said}: not true, not false and not the folder of runs on parts of the data")
+    if (folder / RESULTS).exists():
+        raise UserError(f"{said}: {folder} is finished; start a new one without it")
+    _check_settings(folder, settings, said)
+    return folder
+
+
+def _check_settings(folder: Path, settings: Mapping, said: str) -> None:
     before, now = _flat(_settings_of(folder, said)), _flat(settings)
     before = {key: value for key, value in _BEFORE.items() if key in now} | {
         key: name_today(value) for key, value in before.items() if key not in GONE
@@ -131,8 +176,6 @@ def folder_to_resume(output: str, name: str, settings: Mapping, resume: bool | s
             f"{said}: {changed[0]} is not what {folder} was started with{was}; "
             "resume with the same settings or start a new run"
         )
-    _check_processes(folder, said)
-    return folder
 
 
 def _check_processes(folder: Path, said: str) -> None:
@@ -144,6 +187,11 @@ def _check_processes(folder: Path, said: str) -> None:
             f"{said}: {folder} was started with {visible(before[:20])} processes (trainer.devices × "
             f"trainer.num_nodes), these are {now}; resume it with as many or start a new run"
         )
+
+
+def finished_run(place: Path) -> Path | None:
+    """The newest run in ``place`` that has results."""
+    return next((run for run in _newest_first(place) if (run / RESULTS).exists()), None)
 
 
 def newest_run(place: Path) -> Path | None:
@@ -179,10 +227,6 @@ def _age(name: str) -> tuple[str, int, str]:
     """``…+9`` comes before ``…+20``."""
     begun, _, again = name.partition("+")
     return begun, int(again) if again.isdecimal() else 1, name
-
-
-def _has_checkpoint(folder: Path) -> bool:
-    return any((folder / file).exists() for file in (CHECKPOINT, previous_of(CHECKPOINT)))
 
 
 def _can_go_on(folder: Path) -> bool:

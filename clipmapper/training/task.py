@@ -168,6 +168,15 @@ class TaskRun(ABC):
     def tables(self, results: Mapping) -> list[Table]:
         """``results`` to be printed."""
 
+    def warnings(self) -> list[str]:
+        """Lines to be printed behind the tables."""
+        return []
+
+    def said(self, split: str) -> Sequence | None:
+        """What the model said of each record of a split in the last validation, as the task's
+        :class:`~clipmapper.training.evaluated.Evaluation` has it; None for a task that has none."""
+        return None
+
 
 class Task(ABC):
     """A kind of work that a two-stage model is trained for and explained at: all that differs between tasks.
@@ -244,6 +253,11 @@ class Task(ABC):
         raise UserError(
             f"this checkpoint {self.does}: its task ({self.name}) has no evaluation, only training scores it"
         )
+
+    def validation_scores(self, results: Mapping) -> Mapping[str, tuple[float | None, int]]:
+        """Scores of validation by their titles, of a run's ``results.json``; each with what it is multiplied
+        by in tables."""
+        return {results["objective"]["name"]: (results["objective"]["value"], 1)}
 
     def check_settings(self, **settings) -> None:  # noqa: B027 (most tasks have nothing to check)
         """Raise ``UserError`` where the settings of :meth:`report` can't be, before anything is read."""

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
 from clipmapper.data.answers import answer_vocabulary, unknown_answers
 from clipmapper.data.image_checks import readable_only
 from clipmapper.data.readers.fields import NUMBER, TEXT, Entries, shown
@@ -16,9 +18,9 @@ from clipmapper.data.readers.rows import RowReader
 from clipmapper.data.record import Problem, stop_for
 from clipmapper.data.records import RecordData
 from clipmapper.data.tables.builder import TableBuilder
-from clipmapper.data.tables.columns import RecordTable
+from clipmapper.data.tables.columns import RecordTable, together
 from clipmapper.data.tables.remembered import Found, remembered
-from clipmapper.data.tables.whole import shared_images, split_by_image, table_of_whole
+from clipmapper.data.tables.whole import fold_by_image, shared_images, split_by_image, table_of_whole
 from clipmapper.data.text_files import given_path
 from clipmapper.errors import UserError
 from clipmapper.host.progress import counted
@@ -37,6 +39,8 @@ def manifest_data(
     accuracy: str = "vqa",
     validation_share: float = 0.1,
     split_seed: int = 0,
+    folds: int | None = None,
+    fold: int | None = None,
     on_bad_image: str = "error",
     decoding: str = "fast",
     check: str = "full",
@@ -56,6 +60,8 @@ def manifest_data(
     targets : how right an answer is: a key of :data:`clipmapper.data.answers.RULES`.
     accuracy : a key of :data:`clipmapper.data.answers.ACCURACIES`.
     validation_share, split_seed : of the images, where no split for validation is given.
+    folds, fold : of all images but those of the test split, as many parts, and which of them (from 1 on) is
+        for validation; those that are given for validation train in turn.
     on_bad_image : "error" or "skip".
     decoding : how photographs are read, one of :data:`clipmapper.data.pixels.DECODING`.
     check : which images are opened before training: "full", all that were not yet found readable as they are
@@ -96,6 +102,8 @@ def manifest_data(
         accuracy=accuracy,
         validation_share=validation_share,
         split_seed=split_seed,
+        folds=folds,
+        fold=fold,
         on_bad_image=on_bad_image,
         decoding=decoding,
         check=check,
@@ -125,6 +133,8 @@ def data_of(
     accuracy: str = "vqa",
     validation_share: float,
     split_seed: int,
+    folds: int | None = None,
+    fold: int | None = None,
     on_bad_image: str,
     decoding: str,
     check: str,
@@ -144,7 +154,23 @@ def data_of(
     train = readable.get("train", ())
     if not len(train):
         stop_for([Problem(where, "nothing to train on", f"its splits are {', '.join(readable) or 'none'}")])
-    if "validation" not in readable:
+    if folds is not None:
+        given = [readable.pop(name) for name in ("train", "validation") if name in readable]
+        images = np.unique(np.concatenate([some.images for some in given]))
+        if len(images) < folds:
+            stop_for([Problem(where, "fewer images than data.folds", f"{len(images)}, but {folds} parts")])
+        if fold is None:
+            raise UserError(
+                f"data.folds={folds}: data.fold says which part is for validation, 1 to {folds}; only "
+                "training takes one after the other by itself"
+            )
+        readable["train"], readable["validation"] = fold_by_image(
+            together(given), fold, folds, split_seed, folder
+        )
+        notes.append(
+            f"validation: part {fold} of {folds} of the images (data.folds), by data.split_seed={split_seed}"
+        )
+    elif "validation" not in readable:
         if (train.images == train.images[0]).all():
             stop_for([Problem(where, "only one image", "validation needs another")])
         readable["train"], readable["validation"] = split_by_image(

@@ -127,15 +127,36 @@ def split_by_image(
     have the same splits.
     """
     table = as_table(records)
-    numbers, image = np.unique(table.images, return_inverse=True)
-    ids = [_moved(table.columns, number, folder) for number in numbers.tolist()]
-    places = np.fromiter((_place(one, seed) for one in ids), float, len(numbers))
+    ids, image = _images(table, folder)
+    places = np.fromiter((_place(one, seed) for one in ids), float, len(ids))
     held = places < validation_share
-    if len(numbers) and not held.any():
+    if len(ids) and not held.any():
         held[_outermost(ids, places, min)] = True
-    if len(numbers) > 1 and held.all():
+    if len(ids) > 1 and held.all():
         held[_outermost(ids, places, max)] = False
     return table.take(~held[image]), table.take(held[image])
+
+
+def fold_by_image(
+    records: Sequence[Record], fold: int, folds: int, seed: int, folder: Path | None = None
+) -> tuple[RecordTable, RecordTable]:
+    """(train, validation), of which the latter is part ``fold``, from 1 on, of ``folds``.
+
+    Every image is in one part, whose numbers of images differ by one at most. ``folder``: as of
+    :func:`split_by_image`.
+    """
+    table = as_table(records)
+    ids, image = _images(table, folder)
+    drawn = sorted(range(len(ids)), key=lambda one: (_place(ids[one], seed), ids[one]))
+    held = np.zeros(len(ids), bool)
+    held[drawn[fold - 1 :: folds]] = True
+    return table.take(~held[image]), table.take(held[image])
+
+
+def _images(table: RecordTable, folder: Path | None) -> tuple[list[str], np.ndarray]:
+    """The ids of the images, and which of them each record has."""
+    numbers, image = np.unique(table.images, return_inverse=True)
+    return [_moved(table.columns, number, folder) for number in numbers.tolist()], image
 
 
 def _moved(columns: Columns, image: int, folder: Path | None) -> str:

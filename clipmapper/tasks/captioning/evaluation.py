@@ -13,7 +13,8 @@ from clipmapper.evaluation.captions.scores import score_captions
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions
 from clipmapper.tasks.captioning.results import truth_numbers
 from clipmapper.tasks.captioning.training import SCORES, JudgedCaption
-from clipmapper.training.evaluated import OVERALL, Evaluation, Measure, Measures
+from clipmapper.training.evaluated import Evaluation
+from clipmapper.training.measures import OVERALL, Measure, Measures
 
 _TRUE = ("correct", "complete")
 

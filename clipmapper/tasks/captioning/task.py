@@ -167,6 +167,9 @@ class CaptionRun(TaskRun):
         console().print(f"captions, validation: {file}")
         return {"captions": splits, "samples": rows, "written": {"validation": str(file)}}
 
+    def said(self, split: str) -> list[str]:
+        return [one.caption for one in self._module.written[split]]
+
     def tables(self, results: Mapping) -> list[Table]:
         scores, validation = score_table(results["captions"]), results["captions"]["validation"]
         more = [truth_table(validation)] if "drawn" in validation else []
@@ -253,6 +256,15 @@ class Captioning(DescribedCaptioner, Task):
     run, samples = CaptionRun, staticmethod(caption_samples)
     report, explain = staticmethod(caption_report), staticmethod(explain_captions)
     evaluation = CaptionEvaluation
+
+    def validation_scores(self, results: Mapping) -> Mapping[str, tuple[float | None, int]]:
+        found = results["captions"]["validation"]
+        told = found | found["greedy"]
+        return {
+            title: (told[name], factor)
+            for name, (title, factor) in self.evaluation.titles.items()
+            if name in told
+        }
 
     def check_settings(self, **settings) -> None:
         """Raise ``UserError`` for a score that there is not, or that needs a Java that is not there."""

@@ -16,7 +16,8 @@ from clipmapper.data.answer_rule import mean_accuracy, write_results
 from clipmapper.data.answers import annotators, normalised
 from clipmapper.evaluation.statistics import bootstrap_interval
 from clipmapper.models.tokens import tokenize
-from clipmapper.training.evaluated import OVERALL, Evaluation, Measure, Measures
+from clipmapper.training.evaluated import Evaluation
+from clipmapper.training.measures import OVERALL, Measure, Measures
 
 _CONFUSIONS = 20
 _RIGHT = 0.5  # an accuracy from which on an answer counts as right, where it has to be right or wrong

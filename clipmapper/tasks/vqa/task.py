@@ -1,6 +1,6 @@
 """Answering questions: the task (:class:`clipmapper.training.task.Task`), and a run of it on some data."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,13 +23,16 @@ from clipmapper.tasks.vqa.batches import (
     drawn_batches,
     question_batches,
 )
+from clipmapper.tasks.vqa.blind import beyond_blind, blind_accuracies, blind_answers, unseeing_lines
 from clipmapper.tasks.vqa.evaluation import AnswerEvaluation
 from clipmapper.tasks.vqa.explain import explain_answers
 from clipmapper.tasks.vqa.model import CLIPmapper, build_clipmapper, take_answers
 from clipmapper.tasks.vqa.report import answer_report
 from clipmapper.tasks.vqa.samples import question_samples
-from clipmapper.tasks.vqa.training import VQAModule, blind_accuracy
+from clipmapper.tasks.vqa.training import VQAModule
+from clipmapper.training.evaluated import Forwards
 from clipmapper.training.initial import Taken
+from clipmapper.training.measures import Measures
 from clipmapper.training.shown import console
 from clipmapper.training.task import Task, TaskRun
 
@@ -41,6 +44,7 @@ class VQARun(TaskRun):
 
     def __init__(self, config: TrainConfig, data: RecordData) -> None:
         super().__init__(config, data)
+        self._warnings: list[str] = []
         if config.training.world:
             self._check_families()
         self.model = build_clipmapper(asdict(config.encoder), asdict(config.model), data.vocabulary.answers)
@@ -105,9 +109,14 @@ class VQARun(TaskRun):
         """``accuracy`` per family: how many validation questions, accuracy of every split, blind, and chance
         where it is known. None where a split asks no question of a family.
 
-        ``answers``: the files with the model's answers, in VQA's own format.
+        ``answers``: the files with the model's answers, in VQA's own format. ``beyond_blind``: the interval
+        of the accuracy of validation less the baseline's.
         """
-        blind = self._blind() if self.config.training.blind_steps else {}
+        measures = self._measures(self.said("validation"))
+        blind_measures = (
+            self._measures([[row] for row in self._blind()]) if self.config.training.blind_steps else {}
+        )
+        blind = blind_accuracies(blind_measures)
         asked = self.splits["validation"].records.family_counts()
         table = {}
         for family in (*self.data.families, "overall"):
@@ -127,7 +136,24 @@ class VQARun(TaskRun):
         for split, answers in answered.items():
             files[split] = str(write_results(folder / f"answers_{split}.json", answers))
             console().print(f"answers, {split}: {files[split]}")
-        return {"accuracy": table, "answers": files}
+        found = {"accuracy": table, "answers": files}
+        if blind:
+            found["beyond_blind"] = beyond_blind(measures, blind_measures, self.config.seed)
+            self._warnings = unseeing_lines(measures, blind_measures, found["beyond_blind"])
+        return found
+
+    def warnings(self) -> list[str]:
+        return self._warnings
+
+    def said(self, split: str) -> list[list[int]]:
+        rows = {answer: row for row, answer in enumerate(self.model.answers)}
+        return [[rows[answer]] for _, answer in self._module.answered[split]]
+
+    def _measures(self, said: Sequence) -> Measures:
+        """Of answers to the validation questions."""
+        return AnswerEvaluation(
+            self.model, self.data, self.splits["validation"].records, Forwards()
+        ).measures(said)
 
     @torch.no_grad()
     def _answers(self, split: str) -> list[tuple[int | str, str]]:
@@ -139,10 +165,10 @@ class VQARun(TaskRun):
             found += zip(batch["ids"], [self.model.answers[i] for i in best], strict=True)
         return found
 
-    def _blind(self) -> dict[str, float]:
+    def _blind(self) -> list[int]:
         console().print("question-only baseline ...")
         training = self.config.training
-        return blind_accuracy(
+        return blind_answers(
             self.model,
             asdict(self.config.model),
             self._train,
@@ -152,7 +178,6 @@ class VQARun(TaskRun):
             learning_rate=training.learning_rate,
             weight_decay=training.weight_decay,
             seed=self.config.seed,
-            score=self.data.accuracy,
         )
 
     def tables(self, results: Mapping) -> list[Table]:
@@ -171,6 +196,9 @@ class VQA(Task):
     run, samples = VQARun, staticmethod(question_samples)
     report, explain = staticmethod(answer_report), staticmethod(explain_answers)
     evaluation = AnswerEvaluation
+
+    def validation_scores(self, results: Mapping) -> Mapping[str, tuple[float | None, int]]:
+        return {family: (row["validation"], 100) for family, row in results["accuracy"].items()}
 
     def rules(self) -> ModelRules:
         return ModelRules(section(MAPPER | {"head_width": WIDTH}), {"answers": list_of(text(10_000), 1)})
