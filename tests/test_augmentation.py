@@ -266,7 +266,7 @@ def same_but_for_images(found: dict, wanted: dict) -> None:
             assert one.equal(other) if isinstance(one, torch.Tensor) else one == other, key
 
 
-@pytest.mark.parametrize("name", mostly_slow(DATA, ["questions", "shards of captions", "scenes"]))
+@pytest.mark.parametrize("name", mostly_slow(DATA, ["questions", "shards of captions"]))
 def test_batches_are_those_of_before_with_other_images(place, name):
     plain, run = prepared(place, name, "none"), prepared(place, name, "crop")
     visual = run.model.encoder.clip.visual
@@ -282,9 +282,7 @@ def test_batches_are_those_of_before_with_other_images(place, name):
     assert torch.isfinite(module.training_step(loaded(run, 0, 0, 1)[0], 0))
 
 
-@pytest.mark.parametrize(
-    "name", mostly_slow(DATA, ["captions", "shards of questions", "scenes with captions"])
-)
+@pytest.mark.parametrize("name", mostly_slow(DATA, ["captions", "scenes with captions"]))
 def test_workers_and_resumptions_have_the_same_images(place, name):
     runs = [prepared(place, name, "crop") for _ in range(2)]
     whole = loaded(runs[0], 2)
@@ -316,7 +314,7 @@ def test_other_epochs_have_other_images(place):
         assert len({one[sample].numpy().tobytes() for one in epochs}) == 3
 
 
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("name", mostly_slow(DATA, ["questions", "scenes with captions"]))
 def test_what_is_validated_and_explained_is_not_altered(place, name):
     """Applied to these, it fails here: the images must be those of a run without it, to the last bit."""
     found = []
@@ -399,6 +397,7 @@ def test_a_run_that_is_stopped_goes_on_with_the_images_that_it_would_have_seen(p
     assert training_models.same_bits(resumed, whole)
 
 
+@pytest.mark.slow
 def test_a_run_of_before_the_setting_goes_on_without_it(place, tmp_path):
     settings = asdict(config_of(place, "questions", f"output={tmp_path}", "name=old"))
     folder = new_run_folder(str(tmp_path), "old", settings)

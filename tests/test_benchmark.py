@@ -226,6 +226,7 @@ def test_under_autocast_it_says_how_far_relevance_is_off(relevance_command, caps
     assert all("deviation" not in row for row in relevance_command("--models", "tower"))
 
 
+@pytest.mark.slow
 def test_an_interrupted_benchmark_goes_on(relevance_command, monkeypatch, tmp_path, capsys):
     measure, seen = relevance._measure, []
 
@@ -312,6 +313,7 @@ def test_what_would_not_fit_into_memory_is_left_out(small_subjects, monkeypatch,
     assert "would take about" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_method_can_be_measured(small_subjects):
     subject = small_subjects["tower"](1, torch.device("cpu"))
     for method in ("weighted_token", "weighted_libra", "input_x_gradient"):

@@ -120,6 +120,7 @@ def test_the_steps_at_rest_are_those_of_a_frozen_encoder(settings, steps, more):
 
 
 @pytest.mark.parametrize("stopped", mostly_slow([1, 2, 3], [2]))
+@pytest.mark.slow
 def test_a_run_that_is_stopped_while_the_encoder_rests_goes_on_the_same(settings, monkeypatch, stopped):
     rests = ("encoder.frozen_steps=2", "encoder.learning_rate=1e-4", "encoder.interpolation=[0.5]")
     whole = train(settings("name=whole", *rests))
@@ -284,6 +285,7 @@ def test_both_ends_are_exact_and_adapters_are_interpolated_as_what_they_add():
     assert torch.equal(between(before, trained, 0.0)[ENCODER + names[2]], b0)
 
 
+@pytest.mark.slow
 def test_averages_do_not_come_back_when_other_weights_are_put_in(settings, monkeypatch):
     """Lightning's averaging swaps its own weights in for every validation."""
     seen = []

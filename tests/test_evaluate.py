@@ -236,6 +236,7 @@ def test_all_splits_and_those_who_have_answers(mine, data, tmp_path, capsys):
     assert found["models"]["model"]["scores"]["overall"]["samples"] == 40
 
 
+@pytest.mark.slow
 def test_explanations_are_scored_as_well(mine, data, tmp_path):
     given = ("explain=true", "methods=[random]", "samples=2", f"output={tmp_path}")
     found = evaluated(f"checkpoint={mine / 'a' / 'model'}", *data, *given)
@@ -304,6 +305,7 @@ def test_an_evaluation_is_made_anew(mine, data, tmp_path, counting):
     assert counting.asked == 40 and again["models"] == first["models"]
 
 
+@pytest.mark.slow
 def test_nothing_saved_is_not_promised(mine, data, tmp_path, counting):
     counting.stop = 0
     with pytest.raises(RunInterrupted, match="nothing was saved: no chunk was finished"):

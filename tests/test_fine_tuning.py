@@ -145,6 +145,7 @@ def test_merged_adapters_compute_the_same(adapted):
     assert not any("peft" in type(module).__module__ for module in adapted.modules())
 
 
+@pytest.mark.slow
 def test_run_with_adapters_loads_and_answers(tmp_path):
     """Validated, explained, saved, and loaded as a plain model."""
     pytest.importorskip("peft")

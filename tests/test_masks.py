@@ -51,6 +51,7 @@ def saved(folder, name: str, mask: np.ndarray | Image.Image) -> str:
 
 
 @pytest.mark.parametrize("captions", mostly_slow([False, True], [False]), ids=["questions", "captions"])
+@pytest.mark.slow
 def test_a_run_says_how_well_maps_find_the_mask(tmp_path, captions):
     """Half of the image decides; of the rows of validation one has no mask."""
     name = saved(tmp_path, "left.png", left_half())

@@ -128,6 +128,7 @@ def weights(folder):
     return torch.load(folder / CHECKPOINT, weights_only=True)
 
 
+@pytest.mark.slow
 def test_a_batch_is_worked_off_in_parts_that_fit(settings, monkeypatch, capsys):
     """And all else is as if the number of parts had been given."""
     with monkeypatch.context() as patched:

@@ -100,6 +100,7 @@ def command(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("task", mostly_slow(["questions", "captions"], ["questions"]))
+@pytest.mark.slow
 def test_perturb_works_where_the_truth_is_unknown(request, place, command, monkeypatch, task):
     monkeypatch.setattr("clipmapper.commands.perturb._PICTURES", 1)
     folder = request.getfixturevalue({"questions": "answering", "captions": "captioning"}[task])

@@ -103,6 +103,7 @@ def test_questions_from_manifest_to_results(place, capsys):
     assert results["explanations"]["samples"] == 2
 
 
+@pytest.mark.slow
 def test_captions_from_manifest_to_results(place):
     more = ("data.workers=0", "callbacks=none", "training.max_steps=2")
     folder = train(settings(place, "captions", *more))

@@ -80,6 +80,7 @@ def compiled(monkeypatch):
     return parts
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_validated_explained_and_kept(settings, compiled, monkeypatch):
     seen = Seen()
     original = run.build_trainer

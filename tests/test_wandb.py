@@ -201,6 +201,7 @@ def test_file_is_complete_at_once(offline_logger, tmp_path):
         assert "WANDB_SERVICE" not in os.environ  # or the next process would write by way of this one's
 
 
+@pytest.mark.slow
 def test_run_that_fails_is_complete_too(offline_logger, tmp_path):
     with pytest.raises(KeyboardInterrupt), offline_logger() as logger:
         logger.log_metrics({"number": 7})
