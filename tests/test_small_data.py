@@ -5,6 +5,7 @@ import os
 import signal
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_images_for_validation_train_in_turn_and_those_for_the_test_do_not(place
         assert any("of 3 of the images (data.folds)" in line for line in part.notes)
 
 
-def test_parts_that_cannot_be(place):
+def test_parts_that_cannot_be(place, settings):
     path = str(place / "questions.jsonl")
     with pytest.raises(UserError, match=r"fewer images than data.folds: 7, but 8 parts"):
         manifest_data(path, folds=8, fold=1)
@@ -113,6 +114,10 @@ def test_parts_that_cannot_be(place):
             training_models.train_settings(*common, *given)
     with pytest.raises(UserError, match=r"data\.folds=3: one process trains them one after the other"):
         train(training_models.train_settings(*common, "data.folds=3", "trainer.devices=2"))
+    none = settings("none", *common, "data.folds=8")
+    with pytest.raises(UserError, match="fewer images"):
+        train(none)
+    assert not list(Path(none.output).glob("*/*"))
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,7 @@ def _train_one(
 ) -> Path:
     """One run. ``of_several``: see :class:`~clipmapper.training.endings.Unfinished`."""
     with forks_ignore_signals():
-        unfinished = Unfinished(config, of_several)
+        unfinished = Unfinished(config, of_several=of_several)
         try:
             device, unfinished.companions = start_processes(config.trainer)
             unfinished.companions.watch(lambda: give_up(unfinished))

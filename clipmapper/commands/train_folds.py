@@ -5,10 +5,12 @@ Stone 1974; as in Hastie, Tibshirani & Friedman, The Elements of Statistical Lea
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
+from shutil import rmtree
 
 import numpy as np
 from rich.table import Table
@@ -59,35 +61,48 @@ def train_folds(config: TrainConfig, train: Callable[..., Path]) -> Path:
         resumed = folds_to_resume(config.output, config.name, settings, config.resume)
     check_folder(resumed or Path(config.output, config.name), f"output={config.output}")
     folder = resumed or new_run_folder(config.output, config.name, settings, folds)
-    out = console()
-    out.print(f"Runs on {folds} parts of the data: {folder}", soft_wrap=True)
+    with only_one(folder), _not_left_empty(folder):
+        runs = _runs(config, settings, folder, train)
+        results = _together(config, runs) | {"settings": settings}
+        console().print(_table(results))
+        results["seconds"] = round(time.monotonic() - began, 1)
+        write_json(folder / RESULTS, results)
+    console().print(files_table({"results": folder / RESULTS}))
+    return folder
+
+
+def _runs(config: TrainConfig, settings: Mapping, folder: Path, train: Callable[..., Path]) -> list[Path]:
+    """A finished run for each part."""
+    folds, out = config.data.folds, console()
     runs: list[Path] = []
 
     def way_on() -> str:
         return _way_on(config, settings, folder, len(runs))
 
-    with only_one(folder):
-        for number in range(1, folds + 1):
-            part = deepcopy(
-                replace(config, output=str(folder), name=f"{config.name}_fold_{number}", resume=False)
-            )
-            part.data.fold = number
-            place = folder / part.name
-            done = finished_run(place)
-            if done is None:
-                out.print(f"part {number} of {folds}", style="bold")
-                begun = newest_run(place)
-                part.resume = False if begun is None else str(begun)
-                done = train(part, None, way_on)
-            else:
-                out.print(f"part {number} of {folds}: finished, {done}", soft_wrap=True)
-            runs.append(done)
-        results = _together(config, runs) | {"settings": settings}
-        out.print(_table(results))
-        results["seconds"] = round(time.monotonic() - began, 1)
-        write_json(folder / RESULTS, results)
-    out.print(files_table({"results": folder / RESULTS}))
-    return folder
+    for number in range(1, folds + 1):
+        part = deepcopy(config)
+        part.output, part.name, part.data.fold = str(folder), f"{config.name}_fold_{number}", number
+        done = finished_run(folder / part.name)
+        if done is None:
+            out.print(f"part {number} of {folds}, in {folder}", soft_wrap=True)
+            begun = newest_run(folder / part.name)
+            part.resume = False if begun is None else str(begun)
+            done = train(part, None, way_on)
+        else:
+            out.print(f"part {number} of {folds}: finished, {done}", soft_wrap=True)
+        runs.append(done)
+    return runs
+
+
+@contextmanager
+def _not_left_empty(folder: Path) -> Iterator[None]:
+    """Take the folder away where an error comes before the first of its runs has begun."""
+    try:
+        yield
+    except BaseException:
+        if not any(one.is_dir() for one in folder.iterdir()):
+            rmtree(folder)
+        raise
 
 
 def _way_on(config: TrainConfig, settings: Mapping, folder: Path, done: int) -> str:

@@ -30,9 +30,9 @@ class Unfinished:
     is for a part of the data, says how to go on with all of them."""
 
     config: TrainConfig
-    of_several: Callable[[], str] | None = None
     folder: Path | None = None
     companions: Companions = field(default_factory=Companions)
+    of_several: Callable[[], str] | None = None
 
     @property
     def output(self) -> str:
