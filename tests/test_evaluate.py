@@ -236,6 +236,18 @@ def test_all_splits_and_those_who_have_answers(mine, data, tmp_path, capsys):
     assert found["models"]["model"]["scores"]["overall"]["samples"] == 40
 
 
+def test_a_file_of_test_questions_alone(mine, data, tmp_path):
+    rows = [json.loads(line) for line in (mine / "my.jsonl").read_text().splitlines()]
+    of_validation = [json.dumps(row | {"split": "test"}) for row in rows if row["split"] == "validation"]
+    (mine / "alone.jsonl").write_text("\n".join(of_validation))
+    common = (f"checkpoint={mine / 'a' / 'model'}", *data)
+    alone = evaluated(*common, f"data.path={mine / 'alone.jsonl'}", "split=test", f"output={tmp_path / 'a'}")
+    whole = evaluated(*common, "split=validation", f"output={tmp_path / 'b'}")
+    assert alone["models"]["model"]["scores"] == whole["models"]["model"]["scores"]
+    with pytest.raises(UserError, match="nothing to train on; the data has test"):
+        train(training_models.train_settings("data=manifest", f"data.path={mine / 'alone.jsonl'}"))
+
+
 @pytest.mark.slow
 def test_explanations_are_scored_as_well(mine, data, tmp_path):
     given = ("explain=true", "methods=[random]", "samples=2", f"output={tmp_path}")

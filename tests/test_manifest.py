@@ -358,7 +358,15 @@ def test_mistakes_of_the_whole(folder):
     assert "data.least_answers" in told(lines(path, rows()), least_answers=100)[0]
     some = [row | {"split": "train"} for row in rows()[:20]] + rows()[20:]
     assert [line.split(": ")[1] for line in told(lines(path, some))] == ["no split"] * 4
-    assert "nothing to train on" in told(lines(path, rows(split="test")))[0]
+
+
+def test_records_to_score_alone_need_none_to_train_on(folder):
+    """The model says which answers it has."""
+    data = manifest_data(lines(folder / "my.jsonl", rows(split="test")))
+    assert list(data.splits) == ["test"] and data.kind == "questions" and not data.answers
+    assert "nothing to train on: no record is of the split train" in data.notes
+    with pytest.raises(UserError, match="data: nothing to train on; the data has test and no train"):
+        data.check_training("data")
 
 
 def test_csv_mistakes(folder):

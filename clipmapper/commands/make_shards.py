@@ -44,6 +44,7 @@ def _make(options: Namespace) -> None:
             raise UserError(
                 "data: the built-in scenes are drawn anew whenever they are needed; choose another data set"
             )
+        data.check_training("data")
         images = masks = 0
         for records in data.splits.values():
             images += len(np.unique(records.images))

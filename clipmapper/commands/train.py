@@ -127,6 +127,7 @@ def _train(
     lightning.seed_everything(config.seed, verbose=False)
     described = None if data else data_description(config.data)
     data = data or built(asdict(config.data))
+    data.check_training("data")
     task = task_named(config.training.task)
     length = in_steps(config, data)
     config = length.config

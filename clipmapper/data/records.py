@@ -52,8 +52,8 @@ class RecordData:
 
     Parameters
     ----------
-    splits : name → records, kept as tables (:class:`clipmapper.data.tables.columns.RecordTable`); "train" and
-        "validation" at least, each not empty, "test" where there is one.
+    splits : name → records, kept as tables (:class:`clipmapper.data.tables.columns.RecordTable`), none
+        of them empty; "train" and "validation" where something is to be trained.
     vocabulary : the answers that the model is to know; None for captions.
     accuracy : how answers are scored, a key of :data:`clipmapper.data.answers.ACCURACIES`.
     decoding : how photographs are read, one of :data:`clipmapper.data.pixels.DECODING`.
@@ -108,6 +108,13 @@ class RecordData:
             raise UserError(f"split={name}: the data has {', '.join(self.splits)}")
         return self.splits[name]
 
+    def check_training(self, where: str) -> None:
+        """Raise ``UserError`` where there is nothing to train on. ``where``: who asks."""
+        if self.stream is None and not len(self.splits.get("train", ())):
+            raise UserError(
+                f"{where}: nothing to train on; the data has {', '.join(self.splits)} and no train"
+            )
+
     @property
     def train(self) -> Records:
         return self.splits["train"]
@@ -136,6 +143,6 @@ class RecordData:
             images = len(np.unique(records.images))
             count = len(records) if self.kind == "questions" else records.lengths("captions").sum()
             lines.append(f"{name}: {images} images, {count} {self.kind}")
-        if self.vocabulary is not None:
+        if self.answers:
             lines.append(f"{len(self.answers)} answers")
         return lines + self.notes

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clipmapper.data.answers import answer_vocabulary, unknown_answers
+from clipmapper.data.answers import AnswerVocabulary, answer_vocabulary, unknown_answers
 from clipmapper.data.image_checks import readable_only
 from clipmapper.data.readers.fields import NUMBER, TEXT, Entries, shown
 from clipmapper.data.readers.manifest_files import manifest_rows
@@ -151,10 +151,10 @@ def data_of(
     named = named or {"train": found.splits.get(None, RecordTable(found.columns))}
     readable, notes = readable_only(named, on_bad_image, found.problems, check=check)
     notes = [*found.notes, *notes]
+    if not any(map(len, readable.values())):
+        stop_for([Problem(where, "no records", f"its splits are {', '.join(readable) or 'none'}")])
     train = readable.get("train", ())
-    if not len(train):
-        stop_for([Problem(where, "nothing to train on", f"its splits are {', '.join(readable) or 'none'}")])
-    if folds is not None:
+    if folds is not None and not {"train", "validation"}.isdisjoint(readable):
         given = [readable.pop(name) for name in ("train", "validation") if name in readable]
         images = np.unique(np.concatenate([some.images for some in given]))
         if len(images) < folds:
@@ -170,21 +170,26 @@ def data_of(
         notes.append(
             f"validation: part {fold} of {folds} of the images (data.folds), by data.split_seed={split_seed}"
         )
-    elif "validation" not in readable:
+    elif len(train) and "validation" not in readable:
         if (train.images == train.images[0]).all():
             stop_for([Problem(where, "only one image", "validation needs another")])
         readable["train"], readable["validation"] = split_by_image(
             train, validation_share, split_seed, folder
         )
         notes.append(f"validation: images of train, drawn by data.split_seed={split_seed}")
-    notes += shared_images(readable)
-    vocabulary = None
-    if not train[0].captions:
+    train, vocabulary = readable.get("train", ()), None
+    if not len(train):  # to be scored or explained: the model says which answers it has
+        notes.append("nothing to train on: no record is of the split train")
+        some = next(some for some in readable.values() if len(some))
+        vocabulary = None if some[0].captions else AnswerVocabulary((), targets)
+    elif not train[0].captions:
         vocabulary = answer_vocabulary(readable["train"], least_answers, targets)
         if len(vocabulary) < 2:
             what = f"{len(vocabulary)} that occur {least_answers} times (data.least_answers)"
             stop_for([Problem(where, "fewer than two different answers in train", what)])
         notes += unknown_answers(readable["validation"], vocabulary)
+    if len(train):
+        notes += shared_images(readable)
     order = [name for name in ("train", "validation", "test") if len(readable.get(name, ()))]
     return RecordData(
         {name: readable[name] for name in order},
