@@ -12,7 +12,7 @@ from support.training_models import same_bits
 from torch import nn
 
 import clipmapper
-from clipmapper.commands import train as run
+from clipmapper.commands import train_fit
 from clipmapper.commands.train import train
 from clipmapper.errors import RunInterrupted, UserError
 from clipmapper.models.encoder import learning_rate_scales
@@ -290,13 +290,13 @@ def test_averages_do_not_come_back_when_other_weights_are_put_in(settings, monke
     """Lightning's averaging swaps its own weights in for every validation."""
     seen = []
 
-    class Seen(run.KeepBest):
+    class Seen(train_fit.KeepBest):
         def on_validation_end(self, trainer, module) -> None:
             if self.over:
                 seen.append({name: weight.clone() for name, weight in module.state_dict().items()})
             super().on_validation_end(trainer, module)
 
-    monkeypatch.setattr(run, "KeepBest", Seen)
+    monkeypatch.setattr(train_fit, "KeepBest", Seen)
     ema = ("trainer.ema_decay=0.5", "training.learning_rate=0.01", "encoder.interpolation=[0]")
     folder = train(settings(*ema))
     named = checkpoint(folder, INTERPOLATED)["state_dict"]

@@ -10,7 +10,7 @@ from support import training_models
 from torch import nn
 
 from clipmapper import cli
-from clipmapper.commands import train as run
+from clipmapper.commands import train_fit
 from clipmapper.commands.train import train
 from clipmapper.errors import UserError
 from clipmapper.tasks.vqa.training import VQAModule
@@ -83,8 +83,8 @@ def compiled(monkeypatch):
 @pytest.mark.slow
 def test_averaged_weights_are_validated_explained_and_kept(settings, compiled, monkeypatch):
     seen = Seen()
-    original = run.build_trainer
-    monkeypatch.setattr(run, "build_trainer", lambda *args: original(*args[:-1], [*args[-1], seen]))
+    original = train_fit.build_trainer
+    monkeypatch.setattr(train_fit, "build_trainer", lambda *args: original(*args[:-1], [*args[-1], seen]))
     folder = train(settings("name=ema", "trainer.ema_decay=0.5"))
     average, averages = None, []
     for step in seen.steps:

@@ -1,19 +1,17 @@
 """The run behind ``scripts/train.py``: train, validate, explain, and say what came out."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger
 from torch import nn
-from torch.utils.data import DataLoader
 
 from clipmapper.commands.compose import told_of_init
+from clipmapper.commands.train_fit import fit, interpolation_of, keep_what_was
 from clipmapper.commands.train_folds import in_folds, train_folds
 from clipmapper.commands.train_results import Trained, results_of
 from clipmapper.data.records import RecordData
@@ -21,24 +19,18 @@ from clipmapper.errors import UserError
 from clipmapper.host.outputs import check_folder
 from clipmapper.host.stopping import forks_ignore_signals
 from clipmapper.models.clip_weights import names_tokenizer
-from clipmapper.models.encoder import ClipEncoder, merge_adapters
+from clipmapper.models.encoder import merge_adapters
 from clipmapper.models.tokens import cut_texts_said_once
 from clipmapper.settings.checks import built
 from clipmapper.settings.schema import TrainConfig
 from clipmapper.tasks.registry import load, task_named
-from clipmapper.training.batches import Labelled, StepBatches
-from clipmapper.training.best import KeepBest
 from clipmapper.training.checkpoint import (
-    check_resumable,
-    check_same_model,
     previous_of,
     restore_checkpoint,
     steps_of,
 )
 from clipmapper.training.checkpoint_data import data_description
 from clipmapper.training.endings import Unfinished, ending, give_up
-from clipmapper.training.interpolation import Interpolation
-from clipmapper.training.interruption import DueValidation, GracefulInterrupt, SaveSteps, StopAtNonFinite
 from clipmapper.training.launching import less_noise, start_processes
 from clipmapper.training.loggers import check_logger, logged_files, run_logger
 from clipmapper.training.processes import check_shares, in_main, is_main, this_share
@@ -46,7 +38,6 @@ from clipmapper.training.retrieval import ClipRetrieval
 from clipmapper.training.run_folder import (
     BEST,
     CHECKPOINT,
-    ENCODER_BEFORE,
     INTERPOLATED,
     RESULTS,
     TAKEN,
@@ -57,9 +48,7 @@ from clipmapper.training.run_folder import (
     write_json,
 )
 from clipmapper.training.shown import console, files_table
-from clipmapper.training.steps import TimeLeft, in_steps
-from clipmapper.training.task import TaskRun
-from clipmapper.training.trainer import build_trainer, steps_between_validations, steps_progress
+from clipmapper.training.steps import in_steps
 from clipmapper.training.tuning import check_alone, found
 
 _CHOOSE = {
@@ -171,13 +160,13 @@ def _train(
     for line in run.validated.lines():
         out.print(line)
     clip = None if config.encoder.frozen else ClipRetrieval(data, config.seed, folder)
-    interpolation = _interpolation(config, run, folder)
+    interpolation = interpolation_of(config, run, folder)
     if not resumed:
-        in_main(lambda: _keep_what_was(model.encoder, clip, interpolation))
+        in_main(lambda: keep_what_was(model.encoder, clip, interpolation))
     with run_logger(config.logger, folder, config.name) if is_main() else nullcontext(False) as logger:
         with less_noise():
             config = found(config, run, folder, resumed is not None)
-            trainer, best = _fit(config, run, explainer, logger, folder, resumed is not None, interpolation)
+            trainer, best = fit(config, run, explainer, logger, folder, resumed is not None, interpolation)
         unfinished.companions.end()
         if not is_main():
             return folder
@@ -226,87 +215,6 @@ def _check_outputs(config: TrainConfig, resumed: Path | None) -> None:
         check_folder(Path(kept), f"training.token_cache_folder={kept}")
 
 
-def _fit(
-    config: TrainConfig,
-    run: TaskRun,
-    explainer: Callback | None,
-    logger: Logger | bool,
-    folder: Path,
-    resume: bool,
-    interpolation: Interpolation | None,
-) -> tuple[lightning.Trainer, KeepBest | None]:
-    """The trainer behind its last validation, and what the best one was where there are several."""
-    training = config.training
-    checkpoint = folder / CHECKPOINT
-    first_step = steps_of(checkpoint) if resume else 0
-    between = steps_between_validations(config.trainer, training.max_steps)
-    saving = SaveSteps(checkpoint, config.trainer.checkpoint_interval, between)
-    callbacks: list[Callback] = [
-        StopAtNonFinite(checkpoint),
-        saving,
-        GracefulInterrupt(saving),
-        steps_progress(20),
-        TimeLeft(),
-    ]
-    best = _keeping_best(config, run, folder / BEST) if between < training.max_steps else None
-    if best is not None:
-        callbacks.append(best)
-    if explainer is not None:
-        callbacks.append(explainer)
-    callbacks.append(DueValidation(between, first=config.init is not None and best is not None))
-    trainer = build_trainer(config.trainer, training.max_steps, folder, logger, callbacks)
-    module = run.module()
-    module.layer_decay = training.layer_decay
-    module.encoder_learning_rate = config.encoder.learning_rate
-    module.frozen_steps = config.encoder.frozen_steps
-    if resume:
-        check_same_model(checkpoint, module)
-        check_resumable(checkpoint, trainer, module, whole=config.trainer.strategy != "fsdp2")
-    if config.trainer.compile:
-        module.compile_trained()
-    share = this_share()
-    batches = StepBatches(
-        run.batch_at,
-        first_step,
-        training.max_steps,
-        share,
-        config.trainer.accumulate_grad_batches,
-        module.terms,
-    )
-    # Forked, so that nothing is copied and batches need not be told how to travel.
-    loading = {"num_workers": run.workers, "multiprocessing_context": "fork"} if run.workers else {}
-    validation = [
-        DataLoader(Labelled(run.splits[name], share=share), batch_size=None, **loading)
-        for name in run.validation_splits
-    ]
-    loader = DataLoader(batches, batch_size=None, **loading)
-    try:
-        trainer.fit(module, loader, validation, ckpt_path=checkpoint if resume else None, weights_only=True)
-        # A run that was stopped in its last validation is resumed behind its last step: fit does nothing.
-        behind = first_step == training.max_steps or training.max_steps % between
-        if behind and not (best and best.stopped):
-            trainer.validate(module, validation, verbose=False)
-        trainer.save_checkpoint(checkpoint)
-        others = best is not None and best.put_back(trainer, module)
-        if interpolation is not None:
-            kept = folder / (CHECKPOINT if best is None else BEST)
-            others = _interpolated(interpolation, trainer, module, kept, validation, explainer, others)
-        if others:
-            trainer.validate(module, validation, verbose=False)
-    finally:
-        module.leave_validation()
-    return trainer, best
-
-
-def _keeping_best(config: TrainConfig, run: TaskRun, path: Path) -> KeepBest:
-    return KeepBest(path, *_monitored(config, run), config.trainer.patience)
-
-
-def _monitored(config: TrainConfig, run: TaskRun) -> tuple[str, str]:
-    monitor = config.trainer.monitor or f"{run.validation_splits[0]}/{run.objective}"
-    return monitor, config.trainer.mode or ("min" if monitor.endswith("loss") else "max")
-
-
 def _check_frozen_steps(config: TrainConfig) -> None:
     frozen, steps = config.encoder.frozen_steps, config.training.max_steps
     if not config.encoder.frozen and frozen >= steps:
@@ -314,54 +222,6 @@ def _check_frozen_steps(config: TrainConfig) -> None:
             f"encoder.frozen_steps={frozen}: training ends behind {steps} steps, so that the encoder would "
             "never be trained; give fewer, or encoder.frozen=true"
         )
-
-
-def _interpolation(config: TrainConfig, run: TaskRun, folder: Path) -> Interpolation | None:
-    weights = config.encoder.interpolation
-    if weights is None:
-        return None
-    return Interpolation(folder / ENCODER_BEFORE, weights, *_monitored(config, run))
-
-
-def _keep_what_was(
-    encoder: ClipEncoder, clip: ClipRetrieval | None, interpolation: Interpolation | None
-) -> None:
-    """Of an encoder that is to be trained."""
-    if clip is not None:
-        clip.before(encoder)
-    if interpolation is not None:
-        interpolation.keep(encoder)
-
-
-def _interpolated(
-    interpolation: Interpolation,
-    trainer: lightning.Trainer,
-    module: lightning.LightningModule,
-    kept: Path,
-    validation: Sequence[DataLoader],
-    explainer: Callback | None,
-    others: bool,
-) -> bool:
-    """Choose among weights between; whether those that are in now are to be validated and explained.
-
-    What is tried is neither logged nor explained. ``others``: the weights of ``kept`` are not those that were
-    validated last.
-    """
-    callbacks, loggers = trainer.callbacks, trainer.loggers
-    trainer.callbacks = [callback for callback in callbacks if callback is not explainer]
-    trainer.loggers = []
-
-    def validate() -> None:
-        trainer.validate(module, validation, verbose=False)
-
-    try:
-        chosen = interpolation.choose(trainer, module, kept, validate, kept.with_name(INTERPOLATED.name))
-        if chosen == 1 and not others:  # explained already
-            validate()
-            return False
-    finally:
-        trainer.callbacks, trainer.loggers = callbacks, loggers
-    return True
 
 
 def _make_plain(model: nn.Module, checkpoint: Path, architecture: str, sharded: bool) -> None:
