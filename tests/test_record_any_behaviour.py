@@ -396,3 +396,13 @@ def test_the_table_of_models_names_tests_and_every_model_that_is_tested():
     assert made <= named
     for name in named - made - here - {"weighted", "rollout"}:
         assert (ROOT / "tests" / f"{name}.py").exists(), name
+
+
+def test_parts_of_a_model_keep_their_own_modes():
+    """Such as norms that are to keep their statistics while the rest is trained."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(), nn.BatchNorm1d(2)).train()
+    model[2].eval()
+    with pytest.raises(RuntimeError, match="within"), evaluating(model):
+        assert not any(part.training for part in model.modules())
+        raise RuntimeError("within")
+    assert [part.training for part in model.modules()] == [True, True, True, False]

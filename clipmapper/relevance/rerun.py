@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from clipmapper.errors import UserError
 from clipmapper.relevance.backward.rules import backward_rules
+from clipmapper.relevance.modes import evaluating
 from clipmapper.relevance.recording.capture import argument, replaced
 from clipmapper.relevance.recording.record import record
 from clipmapper.relevance.recording.step_by_step import fused_attention, without_weights
@@ -119,13 +120,8 @@ class Again:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        training = self.model.training
-        self.model.eval()
-        try:
-            with self._autocast:
-                yield
-        finally:
-            self.model.train(training)
+        with evaluating(self.model), self._autocast:
+            yield
 
 
 def again(trace: AttentionTrace, method: str) -> Again:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.mapper import DualFlowMapper, Mapper
 from clipmapper.relevance.backward.rules import backward_rules
+from clipmapper.relevance.modes import evaluating
 from clipmapper.relevance.recording.capture import Call, Capture, Watched
 from clipmapper.relevance.recording.families import sublayers_of
 from clipmapper.relevance.trace import AttentionTrace, Join, Node
@@ -88,15 +89,9 @@ class TwoStage(nn.Module):
         """A path, PIL image, uint8 array [height, width, 3] or preprocessed tensor, for the encoder."""
         return self.encoder.load_image(image).to(self.device)
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> AbstractContextManager[None]:
         """Inside, dropout is off; behind it the model is as it was."""
-        was_training = self.training
-        self.eval()
-        try:
-            yield
-        finally:
-            self.train(was_training)
+        return evaluating(self)
 
     def recorded(self, samples: Sequence[int] | None, rules: str) -> AbstractContextManager[AttentionTrace]:
         """:func:`record_clipmapper` of this model."""

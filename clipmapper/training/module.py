@@ -127,6 +127,11 @@ class TaskModule(lightning.LightningModule):
         for part in (*blocks, *self.model.mapper.blocks, self.model.head):
             part.compile()
 
+    def on_fit_start(self) -> None:
+        # Lightning trains every part in the mode that it finds it in, and a CLIP comes in evaluation mode.
+        # (What is frozen stays in it: see ClipEncoder.train.)
+        self.train()
+
     def on_train_batch_start(self, batch: dict, index: int) -> None:
         self.model.encoder.resting = self.trainer.global_step < self.frozen_steps
 

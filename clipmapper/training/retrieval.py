@@ -14,6 +14,7 @@ from torch import Tensor
 from clipmapper.data.records import Record, RecordData
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.tokens import tokenize
+from clipmapper.relevance.modes import evaluating
 from clipmapper.training.run_folder import CLIP_BEFORE, write_json
 
 _IMAGES = 1000
@@ -60,10 +61,9 @@ class ClipRetrieval:
     def scores(self, encoder: ClipEncoder) -> dict[str, float]:
         """Shares of images with one of their texts among the first of all, and of texts with an image."""
         reader, device = self.data.reader(encoder), next(encoder.parameters()).device
-        whole, training = encoder.text_tower.padding_matters, encoder.training
-        encoder.eval()
+        whole = encoder.text_tower.padding_matters
         found = []
-        try:
+        with evaluating(encoder):
             for start in range(0, max(len(self.pool.images), len(self.pool.texts)), _TOGETHER):
                 some, texts = (
                     all_[start : start + _TOGETHER] for all_ in (self.pool.images, self.pool.texts)
@@ -73,8 +73,6 @@ class ClipRetrieval:
                 ids = tokenize(encoder.tokenizer, texts or self.pool.texts[:1], whole_context=whole).ids
                 image, text = encoder.embeddings(images.to(device), ids.to(device))
                 found.append((image[: len(some)].float(), text[: len(texts)].float()))
-        finally:
-            encoder.train(training)
         image, text = (torch.cat(parts) for parts in zip(*found, strict=True))
         return retrieved((image @ text.T).cpu(), self.pool.own)
 
