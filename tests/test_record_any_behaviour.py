@@ -16,6 +16,7 @@ from torch import nn
 
 from clipmapper.errors import UserError
 from clipmapper.relevance import METHODS, Join, Node, record
+from clipmapper.relevance.modes import evaluating
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILIES = (
