@@ -1,17 +1,22 @@
 """Beginning with the weights of a trained model: what is taken, what is new, and what is said of it."""
 
 import json
+import os
 import shutil
+import signal
 
 import pytest
 import torch
 from support import caption_models, training_models
 from support.photographs import photographs_in, run
+from support.training_models import same_bits
 
 import clipmapper
 from clipmapper import cli
+from clipmapper.commands import train as command
 from clipmapper.commands.compose import train_settings
-from clipmapper.errors import UserError
+from clipmapper.data.readers.manifest import manifest_data
+from clipmapper.errors import RunInterrupted, UserError
 from clipmapper.models.exported import (
     CARD,
     CONFIG,
@@ -21,10 +26,12 @@ from clipmapper.models.exported import (
     shipped_models,
     write_model,
 )
+from clipmapper.models.tokens import tokenize
 from clipmapper.models.weight_files import Unreadable
 from clipmapper.shipped import shipped_root
 from clipmapper.tasks.captioning.head import take_words
 from clipmapper.tasks.vqa.model import build_clipmapper, take_answers
+from clipmapper.tasks.vqa.training import answer_loss
 from clipmapper.training.initial import Taken, take_encoder, take_mapper
 from clipmapper.training.run_folder import BEST, CHECKPOINT, RESULTS
 
@@ -157,6 +164,12 @@ def first(place):
     return run(place, "data=manifest", f"data.path={place / 'questions.jsonl'}", *QUICK, "name=first")
 
 
+@pytest.fixture(scope="module")
+def other_encoder(place):
+    given = ("data=manifest", f"data.path={place / 'questions.jsonl'}", "name=other", "seed=7")
+    return run(place, *given, *QUICK)
+
+
 def test_a_model_on_its_own_data_begins_where_it_ended(place, first):
     """To the digit, as a checkpoint and as a folder; what was taken is in the results."""
     folder = place / "exported"
@@ -185,6 +198,42 @@ def test_from_answers_to_captions_and_back(place, first, capsys):
     assert 0 < answers["init"]["mapper"]["taken"] < answers["init"]["mapper"]["of"]
     assert answers["init"]["mapper"]["notes"] == ["new in its blocks: image_cross"]
     assert answers["init"]["head"]["taken"] == 0
+
+
+@pytest.mark.parametrize("steps", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_run_that_is_resumed_has_the_encoder_that_it_began_with(place, other_encoder, monkeypatch, steps):
+    """Whose tokens are kept before the first step; no other file has its weights."""
+    given = (
+        "data=manifest", f"data.path={place / 'questions.jsonl'}", *QUICK, f"init={other_encoder / BEST}",
+        f"training.max_steps={steps}", "trainer.val_check_interval=2", "trainer.monitor=validation/loss",
+    )  # fmt: skip
+    whole = run(place, *given, "name=whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(command, "results_of", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(RunInterrupted):
+            run(place, *given, "name=stopped")
+    again = run(place, *given, "name=stopped", "resume=true")
+    one, other = (json.loads((folder / RESULTS).read_text()) for folder in (whole, again))
+    assert one["best"] == other["best"] and len(one["best"]["validations"]) == 1 + steps // 2
+    assert one["objective"] == other["objective"] and one["accuracy"] == other["accuracy"]
+    files = [torch.load(folder / CHECKPOINT, weights_only=True) for folder in (whole, again)]
+    assert same_bits(files[0]["state_dict"], files[1]["state_dict"])
+    assert other["best"]["value"] == loss_again(again)
+
+
+def loss_again(folder) -> float:
+    """The loss of validation of the kept weights, by hand."""
+    model = clipmapper.load(folder / BEST)
+    data = manifest_data(str(folder.parents[2] / "questions.jsonl"))
+    losses = []
+    for record in data.validation:
+        text = tokenize(model.encoder.tokenizer, [record.question])
+        with torch.no_grad():
+            image = model.encoder.image_tokens(data.reader(model.encoder)(record)[None]).half().float()
+            words = model.encoder.text_tokens(text.ids, text.valid).half().float()
+            found = model.answer_logits(image, words, text.valid)
+        losses.append(float(answer_loss(found, data.vocabulary.targets(record.answers)[None])))
+    return pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
 @pytest.mark.slow

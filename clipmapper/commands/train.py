@@ -24,11 +24,7 @@ from clipmapper.models.tokens import cut_texts_said_once
 from clipmapper.settings.checks import built
 from clipmapper.settings.schema import TrainConfig
 from clipmapper.tasks.registry import load, task_named
-from clipmapper.training.checkpoint import (
-    previous_of,
-    restore_checkpoint,
-    steps_of,
-)
+from clipmapper.training.checkpoint import previous_of, read_encoder, restore_checkpoint, steps_of
 from clipmapper.training.checkpoint_data import data_description
 from clipmapper.training.endings import Unfinished, ending, give_up
 from clipmapper.training.launching import less_noise, start_processes
@@ -134,6 +130,8 @@ def _train(
     out = console()
     if resumed and (line := in_main(lambda: restore_checkpoint(resumed / CHECKPOINT))):
         out.print(line, soft_wrap=True)
+    if resumed:
+        read_encoder(resumed / CHECKPOINT, model)
     folder = resumed or in_main(lambda: new_run_folder(config.output, config.name, settings))
     if not resumed:
         in_main(lambda: until_the_end.enter_context(only_one(folder)))

@@ -45,7 +45,9 @@ def fit(
         steps_progress(20),
         TimeLeft(),
     ]
-    best = _keeping_best(config, run, folder / BEST) if between < training.max_steps else None
+    # What init begins with may be better on own data than all that comes of it.
+    begun = config.init is not None and not training.world
+    best = _keeping_best(config, run, folder / BEST) if begun or between < training.max_steps else None
     if best is not None:
         callbacks.append(best)
     if explainer is not None:

@@ -111,6 +111,20 @@ def check_same_model(path: Path, module: nn.Module) -> None:
         raise UserError(f"resume=true: {path}: {error}; start a new run without it") from error
 
 
+def read_encoder(path: Path, model: nn.Module) -> None:
+    """Give the model the encoder of the checkpoint at ``path``.
+
+    Lightning gives it all weights, but when training begins: behind what is made of the encoder before, its
+    tokens. Of a run that began with ``init`` nothing else has them. Sizes that do not fit are left for
+    :func:`check_same_model` to say.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    prefix, wanted = "model.encoder.", model.encoder.state_dict()
+    found = {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
+    if {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}:
+        model.encoder.load_state_dict(found)
+
+
 def _problem(path: Path) -> str | None:
     """Say what is wrong with a checkpoint, None if nothing is; every byte of it is read."""
     if not path.is_file():
