@@ -222,9 +222,9 @@ def test_a_split_without_answers(mine, data, tmp_path, capsys):
         f"checkpoint={mine / 'a' / 'model'}", *data, "split=test", f"output={tmp_path}", "explain=true"
     )
     assert found["scored"] == 0 and "scores" not in found["models"]["model"] and "explanations" not in found
-    assert (
-        "split=test: none of 20 questions have answers of people to score against" in capsys.readouterr().out
-    )
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "split=test: none of 20 questions have answers of people to score against" in printed
+    assert "explain=true: nothing is explained, for explanations are scored by what is right" in printed
     written = json.loads((tmp_path / "answers_model_test.json").read_text())
     assert [entry["question_id"] for entry in written] == list(range(40, 60))
 
@@ -363,7 +363,7 @@ def test_mistakes_are_one_line(mine, data, trained, tmp_path, monkeypatch, capsy
         ((f"checkpoint={model}", *captions), "it answers questions, but these data have captions"),
         ((f"checkpoint={captioner}", *data), "it writes captions, but these data have questions"),
         ((f"checkpoint=[{model},{captioner}]", *data), "models of one task are compared"),
-        ((f"checkpoint={model}",), "say which to explain it on, with data=…"),
+        ((f"checkpoint={model}",), "say which to use, with data=…"),
         (
             (f"checkpoint={model}", *data, "split=held_out"),
             "split=held_out: the data has train, validation, test",

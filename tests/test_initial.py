@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import caption_models, training_models
 from support.photographs import photographs_in, run
 from support.training_models import same_bits
@@ -244,6 +245,8 @@ def test_resuming_wins(place, first, capsys):
     capsys.readouterr()
     assert run(place, *given, f"init={first / CHECKPOINT}", "resume=true") == done
     assert "is not read again: the run goes on with its own weights" in capsys.readouterr().out
+    cli.export([f"checkpoint={done / BEST}", f"folder={place / 'given'}"])
+    assert f"| began with | {CHECKPOINT.name} |" in (place / "given" / CARD).read_text()
     assert json.loads((done / RESULTS).read_text())["init"]["answers"] == {"known": 2, "new": 0}
 
 
@@ -338,6 +341,15 @@ def changed(folder, change) -> None:
     (folder / CONFIG).write_text(json.dumps(config))
 
 
+def test_whole_numbers_are_no_weights(exported):
+    _, folder = exported
+    state = load_file(folder / WEIGHTS)
+    name = "mapper.positions"
+    save_file(state | {name: state[name].int()}, folder / WEIGHTS)
+    with pytest.raises(UserError, match=rf"the weights {name} are of torch.int32, .* asks for torch.float32"):
+        clipmapper.load(folder)
+
+
 def test_numbers_of_a_folder_are_finite(exported, tmp_path):
     model, folder = exported
     with torch.no_grad():
@@ -358,6 +370,10 @@ def test_the_command_writes_a_folder_with_its_card(first, tmp_path, monkeypatch,
     assert "| accuracy overall validation |" in card and 'clipmapper.load("my|model")' in card
     answered = [clipmapper.load(path).answers for path in (first / BEST, "my|model")]
     assert answered[0] == answered[1]
+    assert f"| step | {results['best']['step']}, the best validation by validation/accuracy/overall |" in card
+    assert "| intervals validation overall accuracy low |" in card
+    given_away = (tmp_path / "my|model" / CONFIG).read_text()
+    assert str(first.parents[2]) not in given_away + card and "tiny-scenes-clip-for-tests.json" in given_away
     (tmp_path / "my|model" / "notes.txt").touch()
     with pytest.raises(SystemExit):
         cli.export([f"checkpoint={first / BEST}", "folder=my|model"])

@@ -213,8 +213,8 @@ def measures(**right) -> dict:
 
 def test_a_model_no_better_than_without_its_images_is_told_of():
     rng = np.random.default_rng(0)
-    model = measures(colour=rng.random(400) < 0.8, yes_no=rng.random(400) < 0.7, rare=np.arange(99) % 2 == 0)
-    blind = measures(colour=rng.random(400) < 0.3, yes_no=rng.random(400) < 0.7, rare=np.arange(99) % 2 == 1)
+    model = measures(colour=rng.random(400) < 0.8, yes_no=rng.random(400) < 0.7, rare=np.arange(99) % 3 == 0)
+    blind = measures(colour=rng.random(400) < 0.3, yes_no=rng.random(400) < 0.7, rare=np.arange(99) % 3 == 1)
     beyond = beyond_blind(model, blind, seed=1)
     for name, interval in beyond.items():
         differences = model[name]["accuracy"].columns[:, 0] - blind[name]["accuracy"].columns[:, 0]
@@ -226,6 +226,12 @@ def test_a_model_no_better_than_without_its_images_is_told_of():
         f"right, of the question-only baseline {its:.1f} %"
     )
     assert blind_accuracies(blind)["yes_no"] == pytest.approx(its / 100)
+    none, all_right = measures(rare=np.zeros(20)), measures(rare=np.ones(20))
+    lines = unseeing_lines(none, all_right, beyond_blind(none, all_right, seed=1))
+    assert len(lines) == 2 and "rare questions" in lines[1]  # worse beyond chance
+    few = measures(rare=np.arange(30) % 3 == 0), measures(rare=np.arange(30) % 3 == 1)
+    (line,) = unseeing_lines(*few, beyond_blind(*few, seed=1))
+    assert line.endswith(", of few questions)")
     (first, *_) = unseeing_lines(blind, blind, beyond_blind(blind, blind, seed=1))
     assert first.startswith("warning: the model answers") and first.endswith("(difference +0.0 [+0.0, +0.0])")
 

@@ -141,6 +141,8 @@ def _evaluate(
             for subject, given in zip(subjects, config.checkpoint, strict=True)
         }
         files["explanations"] = folder / "explanations"
+    elif config.explain:
+        out.print("explain=true: nothing is explained, for explanations are scored by what is right")
     results["files"] = {what: str(path) for what, path in files.items()}
     results["seconds"] = round(time.monotonic() - began, 1)
     write_json(folder / RESULTS, results)

@@ -21,7 +21,8 @@ from clipmapper.models.exported import (
 )
 from clipmapper.settings.commands import ExportConfig
 from clipmapper.tasks.registry import load, task_of
-from clipmapper.training.run_folder import RESULTS
+from clipmapper.training.checkpoint_data import without_texts
+from clipmapper.training.run_folder import BEST, RESULTS
 from clipmapper.training.shown import console, files_table
 
 _DEEP = 4  # of the numbers of results.json that a card shows
@@ -39,6 +40,7 @@ def export_checkpoint(config: ExportConfig) -> Path:
     if others := sorted({file.name for file in folder.glob("*")} - {CARD, CONFIG, WEIGHTS}):
         raise UserError(f"folder={config.folder}: has {others[0]} in it already; give a folder of its own")
     model = load(source, architecture=config.architecture)
+    model.description = _to_give_away(model.description)
     card = model_card(model, source, folder.resolve().name)
     try:
         write_model(model, folder, card, precision=getattr(torch, config.precision))
@@ -50,6 +52,15 @@ def export_checkpoint(config: ExportConfig) -> Path:
     out = console()
     out.print(files_table({"model": folder / WEIGHTS, "its sizes": folder / CONFIG, "card": folder / CARD}))
     return folder
+
+
+def _to_give_away(description: Mapping) -> dict:
+    """Without what is of this machine: where its data lay, and where the file of an architecture."""
+    encoder, data = description["encoder"], description.get("data")
+    if encoder["config"] is not None and Path(encoder["architecture"]).is_absolute():
+        encoder = {**encoder, "architecture": Path(encoder["architecture"]).name}
+    known = isinstance(data, Mapping) and isinstance(data.get("settings"), Mapping)
+    return {**description, "encoder": encoder} | ({"data": without_texts(data)} if known else {})
 
 
 def model_card(model: nn.Module, source: Path, name: str) -> str:
@@ -66,7 +77,8 @@ def model_card(model: nn.Module, source: Path, name: str) -> str:
         "made from": f"a checkpoint with the SHA-256 {model_digest(source)}",
         "exported": datetime.now(timezone.utc).date().isoformat(),
     }
-    if data := described.get("data"):
+    data = described.get("data")
+    if isinstance(data, Mapping) and "name" in data:
         rows["trained on"] = f"data={data['name']}"
     results = _results(source)
     lines = [f"# {name}", "", "A model of clipmapper, which trains CLIPmapper and explains it.", ""]
@@ -75,13 +87,22 @@ def model_card(model: nn.Module, source: Path, name: str) -> str:
     else:
         settings = results.get("settings", {})
         rows |= {key: settings[key] for key in ("name", "seed") if key in settings}
-        if isinstance(steps := settings.get("training", {}).get("max_steps"), int):
+        best, began = results.get("best"), results.get("init")
+        if source.name == BEST.name and isinstance(best, Mapping):
+            rows["step"] = f"{best.get('step')}, the best validation by {best.get('monitor')}"
+        elif isinstance(steps := settings.get("training", {}).get("max_steps"), int):
             rows["steps"] = steps
+        if isinstance(began, Mapping):
+            rows["began with"] = Path(str(began.get("from"))).name
         if "seconds" in results:
             rows["seconds of training"] = results["seconds"]
     lines += ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows.items()), ""]
     if results is not None:
-        scores = dict(_numbers({key: results[key] for key in ("objective", *task.scores) if key in results}))
+        scores = dict(
+            _numbers(
+                {key: results[key] for key in ("objective", *task.scores, "intervals") if key in results}
+            )
+        )
         lines += [
             "| score | |",
             "|---|---|",

@@ -91,6 +91,10 @@ def check_sizes(wanted: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> No
             raise Unreadable(
                 f"the weights {name} are {_sizes(there[name])}, its description asks for {_sizes(tensor)}"
             )
+        if tensor.is_floating_point() != there[name].is_floating_point():
+            raise Unreadable(
+                f"the weights {name} are of {there[name].dtype}, its description asks for {tensor.dtype}"
+            )
     if more := sorted(set(there) - set(wanted)):
         raise Unreadable(f"its description knows no weights {more[0]}")
 

@@ -49,7 +49,7 @@ def _world(described: object, checkpoint: str) -> RecordData:
         known = sorted(data_targets().keys() - worlds.keys())
         choice = name if name in known else f"one of {', '.join(known)}"
         raise UserError(
-            f"checkpoint={checkpoint}: {was}; a checkpoint opens no data: say which to explain it on, with "
+            f"checkpoint={checkpoint}: {was}; a checkpoint opens no data: say which to use, with "
             f"data=… data.KEY=… as for training (data={choice})"
         )
     try:
@@ -79,15 +79,26 @@ def _trained_on(name: str, settings: object) -> str:
     return f"it was trained on data={shown(name)[1:-1]}" + (f" ({', '.join(told)})" if told else "")
 
 
-def _told(settings: object) -> Iterator[str]:
-    """Paths and the like, by which the user will know the data again."""
-    texts = {
+def without_texts(described: Mapping) -> dict:
+    """A description of data (:func:`data_description`) to give away: without paths and other free text."""
+    texts = _texts()
+    settings = {key: value for key, value in described["settings"].items() if key not in texts}
+    return {**described, "settings": settings}
+
+
+def _texts() -> set[str]:
+    """The settings of data that are free text."""
+    return {
         one.name
         for schema in implementations(DataConfig)
         for one in fields(schema)
         if is_text(one, get_type_hints(schema)[one.name])
     }
-    for key in sorted(texts):
+
+
+def _told(settings: object) -> Iterator[str]:
+    """Paths and the like, by which the user will know the data again."""
+    for key in sorted(_texts()):
         value = settings.get(key) if isinstance(settings, Mapping) else None
         if isinstance(value, str):
             yield f"{key} {shown(value)}"

@@ -43,6 +43,9 @@ def in_steps(config: TrainConfig, data: RecordData) -> Steps:
             trainer = replace(trainer, val_check_interval=max(1, often))
     warmup = training.warmup_steps
     warmup = round(training.warmup_share * steps) if warmup is None else warmup
+    if warmup >= steps:
+        never = f"a warm-up of {warmup:,} steps: in {steps:,} the learning rate never gets to its value"
+        line = never if line is None else f"{line}; {never}"
     training = replace(training, max_steps=steps, max_epochs=None, warmup_steps=warmup, warmup_share=None)
     return Steps(replace(config, training=training, trainer=trainer), line)
 

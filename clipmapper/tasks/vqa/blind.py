@@ -12,7 +12,7 @@ from clipmapper.training.measures import OVERALL, Measures, differences
 from clipmapper.training.module import adamw, warmup_cosine
 
 _CONFIDENCE = 0.95
-_FEW = 100  # questions of a family, of fewer nothing is said: a model that sees would often not be told apart
+_FEW = 100  # questions: of fewer a model that sees would often not be told apart
 
 
 def blind_answers(
@@ -80,18 +80,19 @@ def beyond_blind(measures: Measures, blind: Measures, seed: int) -> dict:
 
 
 def unseeing_lines(measures: Measures, blind: Measures, beyond: Mapping) -> list[str]:
-    """A warning for all questions, and for each family that has enough of them, whose accuracy is not above
-    the baseline's by more than chance (the interval of the difference holds 0, or ends below it)."""
+    """A warning for all questions, and for each family that has enough of them or is worse, where accuracy
+    is not above the baseline's by more than chance: the interval of the difference holds 0, or ends below."""
     lines = []
     for group in (OVERALL, *(name for name in measures if name != OVERALL)):
         of_group = measures[group]["accuracy"]
-        if beyond[group]["low"] > 0 or (group != OVERALL and len(of_group.columns) < _FEW):
+        few = len(of_group.columns) < _FEW and beyond[group]["high"] >= 0
+        if beyond[group]["low"] > 0 or (group != OVERALL and few):
             continue
         about = "" if group == OVERALL else f" {group.replace('_', ' ')} questions:"
         mean, low, high = (f"{100 * beyond[group][key]:+.1f}" for key in ("mean", "low", "high"))
         lines.append(
             f"warning:{about} the model answers as if it did not see the image: {100 * of_group.value:.1f} % "
             f"are right, of the question-only baseline {100 * blind[group]['accuracy'].value:.1f} % "
-            f"(difference {mean} [{low}, {high}])"
+            f"(difference {mean} [{low}, {high}]{', of few questions' * few})"
         )
     return lines
