@@ -371,7 +371,7 @@ def test_the_command_writes_a_folder_with_its_card(first, tmp_path, monkeypatch,
     answered = [clipmapper.load(path).answers for path in (first / BEST, "my|model")]
     assert answered[0] == answered[1]
     assert f"| step | {results['best']['step']}, the best validation by validation/accuracy/overall |" in card
-    assert "| intervals validation overall accuracy low |" in card
+    assert "| interval validation overall accuracy low |" in card
     given_away = (tmp_path / "my|model" / CONFIG).read_text()
     assert str(first.parents[2]) not in given_away + card and "tiny-scenes-clip-for-tests.json" in given_away
     (tmp_path / "my|model" / "notes.txt").touch()

@@ -98,11 +98,11 @@ def model_card(model: nn.Module, source: Path, name: str) -> str:
             rows["seconds of training"] = results["seconds"]
     lines += ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows.items()), ""]
     if results is not None:
-        scores = dict(
-            _numbers(
-                {key: results[key] for key in ("objective", *task.scores, "intervals") if key in results}
-            )
-        )
+        told = {key: results[key] for key in ("objective", *task.scores) if key in results}
+        few = results.get("intervals")
+        if isinstance(few, Mapping):
+            told |= {f"interval {split}": found for split, found in few.items()}
+        scores = dict(_numbers(told))
         lines += [
             "| score | |",
             "|---|---|",
