@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import training_models
+from support import caption_models, training_models
 from support.matching import Matching
 from torchmetrics.classification import BinaryCalibrationError
 
@@ -17,6 +17,7 @@ from clipmapper.commands.evaluate import evaluate, model_names
 from clipmapper.commands.train import train
 from clipmapper.data.answer_rule import vqa_soft_accuracy
 from clipmapper.data.answers import annotators
+from clipmapper.data.readers.manifest import manifest_data
 from clipmapper.errors import RunInterrupted, UserError
 from clipmapper.evaluation.captions.ngram_scores import bleu, bleu_counts
 from clipmapper.evaluation.statistics import bootstrap_interval, bootstrap_score
@@ -24,6 +25,7 @@ from clipmapper.models.exported import write_model
 from clipmapper.settings.checks import checked
 from clipmapper.settings.commands import EvaluateConfig
 from clipmapper.tasks.captioning.evaluation import CaptionEvaluation
+from clipmapper.tasks.captioning.samples import caption_samples
 from clipmapper.tasks.registry import register_settings
 from clipmapper.tasks.vqa.evaluation import AnswerEvaluation, calibration
 from clipmapper.tasks.vqa.model import build_clipmapper
@@ -442,3 +444,33 @@ def test_differences_draw_the_same_samples():
     found = other.difference(one, 0.95, 0)
     assert found.as_dict() == pytest.approx({"mean": 0.25, "low": 0.25, "high": 0.25})
     assert CaptionEvaluation.titles.keys() > {"cider", "bleu_4", "rouge_l"}
+
+
+def test_images_of_a_test_split_are_captioned_without_captions_of_people(architecture, tmp_path):
+    """In a file of their own, and beside images that have captions; for the upload."""
+    rng = np.random.default_rng(1)
+    for number in range(4):
+        pixels = rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    model = caption_models.captioner(architecture)
+    write_model(model, tmp_path / "model", "card")
+    bare = [{"id": n, "image": f"{n}.png", "split": "test"} for n in (1, 2)]
+    bare[0]["captions"] = []
+    told = [{"id": n, "image": f"{n}.png", "split": "train", "captions": ["a red disc"]} for n in (0, 3)]
+    common = (f"checkpoint={tmp_path / 'model'}", "data=manifest", "split=test")
+    for name, rows in (("alone", bare), ("beside", bare + told), ("behind", told + bare)):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        found = evaluated(*common, f"data.path={path}", f"output={tmp_path / name}", "data.workers=0")
+        assert (found["samples"], found["scored"]) == (2, 0)
+        written = json.loads((tmp_path / name / "captions_model_test.json").read_text())
+        assert [one["image_id"] for one in written] == [1, 2]
+        with pytest.raises(UserError, match="split=test: no image has captions of people"):
+            caption_samples(model, manifest_data(str(path)), "test", 2, 0)
+    asked = {"image": "0.png", "question": "q?", "answers": ["a"]}
+    path.write_text("\n".join(map(json.dumps, [asked | {"split": "train"}] * 3 + bare)))
+    with pytest.raises(UserError, match="no question and no captions: other lines ask questions"):
+        manifest_data(str(path))
+    path.write_text(json.dumps({"image": "0.png", "split": "train"}))
+    with pytest.raises(UserError, match="no question and no captions: there is image, split"):
+        manifest_data(str(path))

@@ -181,7 +181,7 @@ def data_of(
     if not len(train):  # to be scored or explained: the model says which answers it has
         notes.append("nothing to train on: no record is of the split train")
         some = next(some for some in readable.values() if len(some))
-        vocabulary = None if some[0].captions else AnswerVocabulary((), targets)
+        vocabulary = None if some[0].question is None else AnswerVocabulary((), targets)
     elif not train[0].captions:
         vocabulary = answer_vocabulary(readable["train"], least_answers, targets)
         if len(vocabulary) < 2:

@@ -88,14 +88,18 @@ class RowReader:
             raise Mistake("no image", f"give image or image_base64; there is {there}")
         image, image_id = _image(given["image"], given["image_base64"], self.folder)
         has_caption, has_question = given["captions"] is not None, given["question"] is not None
-        if not (has_caption or has_question):
+        # An image of a test split, to be captioned. (Among questions it is refused behind the last line.)
+        bare = not answered and given["answers"] is None and not has_question
+        if not (has_caption or has_question or bare):
             raise Mistake("no question and no captions", f"there is {there}")
         if has_caption and (has_question or given["answers"] is not None):
             raise Mistake("a question and captions", "a line is about one of them")
         question, answers, captions = None, (), ()
         if has_caption:
-            captions = tuple(_texts("captions", given["captions"]))
-        else:
+            captions = (
+                () if bare and given["captions"] == [] else tuple(_texts("captions", given["captions"]))
+            )
+        elif has_question:
             question = _text("question", given["question"])
             if given["answers"] is not None:
                 answers = tuple(self._alike(_texts("answers", given["answers"])))

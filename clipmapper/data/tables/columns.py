@@ -245,6 +245,12 @@ class RecordTable(Records):
     def lengths(self, name: str) -> np.ndarray:
         return self.columns.records[name].lengths()[self.rows]
 
+    def bare(self) -> np.ndarray:
+        """Which records are an image alone, without a question and without captions: bool[records]."""
+        asked = self.columns.tables[RECORDS_FILE].column("question").is_valid().combine_chunks()
+        asked = asked.to_numpy(zero_copy_only=False)[self.rows]
+        return ~asked & (self.lengths("captions") == 0)
+
     def different_questions(self) -> tuple[pa.Array, np.ndarray]:
         column = self.columns.tables[RECORDS_FILE].column("question")
         asked = column.take(pa.array(self.rows)).combine_chunks().dictionary_encode()

@@ -22,7 +22,7 @@ def table_of_whole(lines: FinishedTable, problems: Sequence[Problem], notes: Seq
     splits, doubles = lines.without_doubles()
     problems = [*problems, *doubles, *_mixed(splits), *_partly_split(splits), *_families_of_captions(splits)]
     columns = lines.columns
-    if not problems and columns.count and bool(columns.captions(0)):
+    if not problems and columns.count and columns.question(0) is None:
         columns = _captions_together(columns, splits)
         splits = splits_of(columns, lines.split_names)
     return Found(columns, splits, problems, notes)
@@ -41,7 +41,8 @@ def shared_images(splits: Mapping[str, RecordTable]) -> list[str]:
 
 def _mixed(splits: Mapping[str | None, RecordTable]) -> list[Problem]:
     """Questions among captions, or captions among questions: whichever are fewer."""
-    told = {name: some.lengths("captions") > 0 for name, some in splits.items()}
+    bare = {name: some.bare() for name, some in splits.items()}
+    told = {name: (some.lengths("captions") > 0) | bare[name] for name, some in splits.items()}
     captions = sum(int(flags.sum()) for flags in told.values())
     questions = sum(map(len, splits.values())) - captions
     if not captions or not questions:
@@ -51,11 +52,15 @@ def _mixed(splits: Mapping[str | None, RecordTable]) -> list[Problem]:
     odd_told = captions < questions if captions != questions else not first_told
     odd, usual = ("captions", "a question") if odd_told else ("a question", "captions")
     what = f"{odd} here, {usual} on {max(captions, questions)} other lines"
-    return [
-        Problem(some.columns.source(row), "questions and captions in one data set", what)
-        for name, some in splits.items()
-        for row in some.rows[told[name] == odd_told].tolist()
-    ]
+    problems = []
+    for name, some in splits.items():
+        for place in np.flatnonzero(told[name] == odd_told).tolist():
+            source = some.columns.source(int(some.rows[place]))
+            if bare[name][place]:
+                problems.append(Problem(source, "no question and no captions", "other lines ask questions"))
+            else:
+                problems.append(Problem(source, "questions and captions in one data set", what))
+    return problems
 
 
 def _partly_split(splits: Mapping[str | None, RecordTable]) -> list[Problem]:

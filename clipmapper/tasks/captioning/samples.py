@@ -11,6 +11,7 @@ from torch import Tensor
 from clipmapper.data.content import content_digest, joint_digest
 from clipmapper.data.records import RecordData
 from clipmapper.data.world.captions import WORD_KINDS, AlignedCaption
+from clipmapper.errors import UserError
 from clipmapper.evaluation.captions.ngram_scores import DocumentFrequencies
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
 from clipmapper.evaluation.perturbation import FRACTIONS
@@ -65,10 +66,13 @@ class CaptionSamples(Samples):
 
 
 def caption_samples(model: Captioner, data: RecordData, split: str, count: int, seed: int) -> CaptionSamples:
-    """``count`` images of a split, drawn by ``seed``."""
+    """``count`` images of a split that have captions, drawn by ``seed``."""
     records = data.split(split)
+    told_of = np.flatnonzero(records.lengths("captions"))
+    if not len(told_of):
+        raise UserError(f"split={split}: no image has captions of people, by which explanations are scored")
     rng = np.random.default_rng((seed, DRAWN_IMAGES))
-    chosen = [int(number) for number in rng.permutation(len(records))[:count]]
+    chosen = told_of[rng.permutation(len(told_of))[:count]].tolist()
     told = [records[number] for number in chosen]
     known: list[KnownCaption | None] = []
     for record in told:
@@ -86,7 +90,7 @@ def caption_samples(model: Captioner, data: RecordData, split: str, count: int, 
         images=images,
         references=[list(record.captions) for record in told],
         frequencies=DocumentFrequencies.of(
-            [[ptb_tokenise(caption) for caption in captions] for captions in records.captions()]
+            [[ptb_tokenise(caption) for caption in captions] for captions in records.captions() if captions]
         ),
         known=known,
         masks=[mask_of(record, visual) for record in told],
