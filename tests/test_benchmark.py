@@ -170,6 +170,7 @@ def test_the_floor_goes_back_to_pixels_and_words(small_subjects):
         assert len(found) == leaves and all(bool(gradient.any()) for gradient in found)
 
 
+@pytest.mark.slow
 def test_relevance(small_subjects, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(relevance, "SUBJECTS", small_subjects)
     monkeypatch.setattr(relevance, "_MODELS", ["tower", "dual_flow"])

@@ -85,6 +85,7 @@ def test_the_first_of_the_best_is_kept_and_its_numbers_are_the_results(place, se
         assert model.answer(place / row["image"], row["question"]) == answer["answer"]
 
 
+@pytest.mark.slow
 def test_the_lowest_loss_is_the_best(settings, capsys):
     folder = train(settings("trainer.monitor=validation/loss"))
     best = results(folder)["best"]

@@ -121,6 +121,7 @@ def contents_of(artifact) -> dict[str, Path]:
     return {entry.path: Path(entry.local_path) for entry in artifact.manifest.contents}
 
 
+@pytest.mark.slow
 def test_explain_writes_a_strip(command, picture, tmp_path):
     status, printed, errors = command("explain", f"image={picture}", "compare=true", "output=out")
     assert status == 0, errors

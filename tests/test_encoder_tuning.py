@@ -332,6 +332,7 @@ def test_retrieval_by_hand():
     assert retrieved(torch.zeros(6, 6), torch.eye(6, dtype=torch.bool))["image_to_text_top5"] == 0
 
 
+@pytest.mark.slow
 def test_what_became_of_the_clip_is_said_and_disturbs_nothing(settings, architecture, monkeypatch, capsys):
     folder = train(settings("name=told", "training.learning_rate=0.05"))
     results = json.loads((folder / RESULTS).read_text())["clip"]

@@ -353,6 +353,7 @@ def test_two_processes_say_what_one_says(mine, data, compared, tmp_path):
 # Mistakes
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(mine, data, trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")

@@ -124,6 +124,7 @@ def test_the_image_passes_its_tower_once(plain, picture, monkeypatch):
     mostly_slow(product(MAPPERS, [None, Decoding("greedy", max_length=6), Decoding("nucleus", seed=3)]), 6),
     indirect=["model"],
 )
+@pytest.mark.slow
 def test_the_model_s_own_caption(model, picture, decoding):
     pixels = pixels_of(model, picture)
     model.train()

@@ -70,7 +70,7 @@ def same(found: object, expected: object) -> None:
             assert found[where] == value, where
 
 
-@pytest.mark.parametrize("kind", ["vqa", "captioning"])
+@pytest.mark.parametrize("kind", mostly_slow(["vqa", "captioning"], ["vqa"]))
 def test_an_old_checkpoint_says_what_it_said(kind, tmp_path):
     expected = json.loads((OLD / "expected.json").read_text())
     same(json.loads(json.dumps(told(kind, tmp_path))), expected[kind])

@@ -171,7 +171,7 @@ def resumed(architecture, manifest, tmp_path_factory):
             ("slowly_by_two", "sharded", SHARDED),
             ("slowly_by_two", "compiled", COMPILED),
         ],
-        [("by_two", "vqa_scenes", QUESTIONS)],
+        [],
     ),
 )
 def test_two_processes_equal_one(request, architecture, manifest, tmp_path, ran, name, run):

@@ -50,6 +50,7 @@ def test_it_is_trained_explained_and_scored(run):
     assert len(list((run / "pictures").glob("explanation_*.png"))) == 1
 
 
+@pytest.mark.slow
 def test_its_checkpoint_says_and_explains(run, tmp_path):
     model = clipmapper.load(run / "checkpoints" / "last.ckpt")
     image = np.zeros((72, 72, 3), np.uint8)

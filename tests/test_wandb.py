@@ -192,6 +192,7 @@ def test_run_beside_one_of_the_calling_program(tmp_path, monkeypatch):
     assert OfflineRun(Path(own.dir).parent).logged("mine") == [3]
 
 
+@pytest.mark.slow
 def test_file_is_complete_at_once(offline_logger, tmp_path):
     for number in range(3):
         with offline_logger() as logger:
