@@ -73,7 +73,13 @@ CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.ya
 def with_what_belongs_to_it(choice: str) -> list[str]:
     """The choice, and the experiment whose task it is for."""
     group, _, name = choice.partition("=")
-    if choice in ("data=manifest", "data=huggingface", "data=shards", "experiment=caption_manifest"):
+    if choice in (
+        "data=manifest",
+        "data=huggingface",
+        "data=shards",
+        "experiment=caption_manifest",
+        "experiment=fine_tune",
+    ):
         return [choice, "data.path=my"]
     if choice == "logger=other":
         return [choice, "logger._target_=lightning.pytorch.loggers.CometLogger"]
