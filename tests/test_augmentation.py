@@ -331,6 +331,7 @@ def test_what_is_validated_and_explained_is_not_altered(place, name):
     assert found[0][1].equal(found[1][1])
 
 
+@pytest.mark.slow
 def test_a_run_says_that_the_token_cache_is_off_and_validates_the_images_themselves(
     place, capsys, monkeypatch
 ):

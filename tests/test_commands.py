@@ -224,6 +224,7 @@ def perturbed(checkpoint, tmp_path_factory):
     return training_models.script("perturb", *arguments, folder=tmp_path_factory.mktemp("perturb"))
 
 
+@pytest.mark.slow
 def test_perturb_scores_every_method(perturbed):
     assert perturbed.status == 0, perturbed.errors
     results = json.loads((perturbed.folder / "result" / "results.json").read_text())

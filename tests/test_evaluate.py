@@ -284,6 +284,7 @@ def counting(monkeypatch):
     return Counting
 
 
+@pytest.mark.slow
 def test_a_stopped_evaluation_goes_on(mine, data, compared, tmp_path, counting):
     models = f"checkpoint=[{mine / 'a' / 'model'}, {mine / 'b' / 'model'}]"
     given = (models, *data, "chunk=6", "batch_size=3", f"output={tmp_path}")

@@ -76,7 +76,8 @@ def test_an_old_checkpoint_says_what_it_said(kind, tmp_path):
     same(json.loads(json.dumps(told(kind, tmp_path))), expected[kind])
 
 
-@pytest.mark.parametrize("kind", mostly_slow(["vqa", "captioning"], ["vqa"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vqa", "captioning"])
 def test_an_old_run_goes_on(kind, tmp_path, monkeypatch):
     """Its last validation was to come: it gives the results of then, explanations of all."""
     settings = yaml.safe_load((OLD / kind / "config.yaml").read_text())

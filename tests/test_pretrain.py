@@ -65,6 +65,7 @@ def settings(architecture, output, **changes):
     return PretrainConfig(**(given | changes))
 
 
+@pytest.mark.slow
 def test_rendered_images_are_resized_as_the_transform_does(encoder):
     images = render([draw_scene(0, "resize", i) for i in range(4)]).images
     transform = encoder.preprocess()

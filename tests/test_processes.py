@@ -225,7 +225,7 @@ def test_a_stopped_run_of_two_processes_goes_on_as_if_it_had_not_been(resumed, n
 
 @pytest.mark.parametrize(
     ("commands", "runs", "gone_on"),
-    mostly_slow([("by_two", 1, 0), ("slowly_by_two", 3, 0), ("resumed", 6, 3)], 3),
+    mostly_slow([("by_two", 1, 0), ("slowly_by_two", 3, 0), ("resumed", 6, 3)], []),
 )
 def test_one_process_speaks_and_writes(request, commands, runs, gone_on):
     """One that is stopped writes nothing and says so."""

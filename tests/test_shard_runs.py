@@ -89,6 +89,7 @@ def test_built_in_scenes_are_not_put_into_shards(tmp_path, capsys, world):
     assert not list((tmp_path / "shards").glob("*.tar"))
 
 
+@pytest.mark.slow
 def test_questions_from_manifest_to_results(place, capsys):
     folder = train(settings(place, "questions", "data.workers=2", *EXPLAINED))
     printed = capsys.readouterr().out

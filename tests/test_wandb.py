@@ -211,6 +211,7 @@ def test_run_that_fails_is_complete_too(offline_logger, tmp_path):
     assert run.status == 1 and run.logged("number") == [7]
 
 
+@pytest.mark.slow
 def test_lost_file_is_said(offline_logger, tmp_path):
     with offline_logger() as logger:
         (path,) = tmp_path.glob("run/wandb/offline-run-*/run-*.wandb")
