@@ -128,9 +128,9 @@ def _train(
         model.description["data"] = described
     taken = None if resumed or config.init is None else run.take(_initial(config), config.init)
     out = console()
-    if resumed and (line := in_main(lambda: restore_checkpoint(resumed / CHECKPOINT))):
-        out.print(line, soft_wrap=True)
     if resumed:
+        if line := in_main(lambda: restore_checkpoint(resumed / CHECKPOINT)):
+            out.print(line, soft_wrap=True)
         read_encoder(resumed / CHECKPOINT, model)
     folder = resumed or in_main(lambda: new_run_folder(config.output, config.name, settings))
     if not resumed:

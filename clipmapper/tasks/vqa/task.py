@@ -112,7 +112,6 @@ class VQARun(TaskRun):
         ``answers``: the files with the model's answers, in VQA's own format. ``beyond_blind``: the interval
         of the accuracy of validation less the baseline's.
         """
-        measures = self._measures(self.said("validation"))
         blind_measures = (
             self._measures([[row] for row in self._blind()]) if self.config.training.blind_steps else {}
         )
@@ -138,6 +137,7 @@ class VQARun(TaskRun):
             console().print(f"answers, {split}: {files[split]}")
         found = {"accuracy": table, "answers": files}
         if blind:
+            measures = self._measures(self.said("validation"))
             found["beyond_blind"] = beyond_blind(measures, blind_measures, self.config.seed)
             self._warnings = unseeing_lines(measures, blind_measures, found["beyond_blind"])
         return found
