@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from support import tiny_models, training_models
 
 from clipmapper.benchmarks import captions, command, naive, perturbation, relevance, subjects
@@ -355,3 +356,55 @@ def test_the_naive_loop_scores_what_the_protocol_scores(tmp_path):
     # [methods × modalities × directions × fractions, scores, samples]; image first
     naive_scores = naive_scores.view(2, 2, 2, 9, 2, 3).permute(4, 1, 2, 0, 5, 3).double().numpy()
     assert abs(protocol.values - naive_scores).max() < 1e-5
+
+
+@pytest.mark.slow
+def test_fine_tuning(tmp_path, capsys):
+    rows = []
+    for number in range(12):
+        Image.new("RGB", (64, 64), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        rows += [
+            {"image": f"{number}.png", "question": "is it dark?", "answers": ["yes"], "family": "yes/no"},
+            {
+                "image": f"{number}.png",
+                "question": f"number {number}?",
+                "answers": ["red"],
+                "family": "other",
+            },
+        ]
+    for name, split in (("train", "train"), ("test", "test")):
+        text = "".join(json.dumps({**row, "split": split}) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    given = ["--data", str(tmp_path / "train.jsonl"), "--test", str(tmp_path / "test.jsonl")]
+    given += ["--output", str(tmp_path / "out"), "--steps", "2", "--held-back", "3", "--questions", "6"]
+    given += ["--seeds", "0", "--starts", "init", "--encoders", "frozen", "--augmentations", "crop"]
+    command.main(["fine_tuning", *given])
+    assert "Accuracy on the test split" in capsys.readouterr().out
+    (first,) = json.loads((tmp_path / "out" / "fine_tuning.json").read_text())["rows"]
+    assert {*first["accuracy"]} == {"yes/no", "other", "overall"} and first["minutes"] > 0
+    assert first["accuracy"]["overall"] == pytest.approx(
+        (first["accuracy"]["yes/no"] + first["accuracy"]["other"]) / 2
+    )
+    command.main(["fine_tuning", *given[:-1], "none", "crop", "--resume"])
+    kept, second = json.loads((tmp_path / "out" / "fine_tuning.json").read_text())["rows"]
+    assert kept == first and second["augmentation"] == "none"
+    parts = (tmp_path / "out" / "fine_tuning_data" / "6.jsonl").read_text().splitlines()
+    parts = [json.loads(line) for line in parts]
+    assert [row["split"] for row in parts] == ["train"] * 6 + ["validation"] * 6
+    images = [{row["image"] for row in parts if row["split"] == split} for split in ("train", "validation")]
+    assert not images[0] & images[1] and all(len(one) == 3 for one in images)
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "says"),
+    [
+        ("not json\n", [], "not a manifest in lines of JSON"),
+        ('{"image": "a.png"}\n', ["--held-back", "1"], "--held-back 1: --data has 1 images in all"),
+    ],
+)
+def test_fine_tuning_says_what_is_wrong(tmp_path, capsys, text, more, says):
+    (tmp_path / "a.jsonl").write_text(text)
+    given = ["--data", str(tmp_path / "a.jsonl"), "--test", str(tmp_path / "a.jsonl")]
+    with pytest.raises(SystemExit):
+        command.main(["fine_tuning", *given, "--output", str(tmp_path / "out"), *more])
+    assert says in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """Large JSON files, entry by entry."""
 
+import gc
 import json
+import sys
 import tracemalloc
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from clipmapper.data.readers import fields
 from clipmapper.data.readers.fields import NUMBER, TEXT, Entries, entries_of
+from clipmapper.data.text_files import parsed_json
 from clipmapper.errors import UserError
 
 VALUES = st.recursive(
@@ -98,3 +101,33 @@ def test_a_key_twice_in_an_entry_is_said_as_of_any_json_file(tmp_path):
     path.write_text('{"images": [{"id": 1}, {"id": 2, "id": 3}]}')
     with pytest.raises(UserError, match="'id' stands twice in one object, with different values"):
         list(Entries().of_file(path, "images", "images", {"id": NUMBER}))
+
+
+class Left:
+    """In a cycle: the collector of cycles finds it, and its finalizer needs some of the stack."""
+
+    def __init__(self):
+        self.itself = self
+
+    def __del__(self):
+        def deeper(levels: int) -> int:
+            return levels and deeper(levels - 1)
+
+        deeper(300)
+
+
+def test_no_finalizer_runs_where_a_text_has_used_up_the_stack(monkeypatch):
+    failed = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda said: failed.append(said.exc_type))
+    before = gc.get_threshold()
+    try:
+        for allocations in range(300, 1000, 50):
+            gc.set_threshold(0)
+            gc.collect()
+            Left()
+            gc.set_threshold(allocations)
+            with pytest.raises(RecursionError):
+                parsed_json("[" * 100_000)
+    finally:
+        gc.set_threshold(*before)
+    assert gc.isenabled() and not failed

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from clipmapper.benchmarks import captions, loading, perturbation, relevance
+from clipmapper.benchmarks import captions, fine_tuning, loading, perturbation, relevance
 from clipmapper.benchmarks.timing import write_results
 from clipmapper.commands.mistakes import Arguments, mistakes_end_it, some_path, whole
 from clipmapper.host.outputs import check_file, file_name_problem
@@ -51,6 +51,9 @@ BENCHMARKS = {
         perturbation.perturbation,
         show=perturbation.show,
         plot=perturbation.plot,
+    ),
+    "fine_tuning": Benchmark(
+        fine_tuning.fine_tuning_arguments, fine_tuning.fine_tuning, show=fine_tuning.show
     ),
     "cache": Benchmark(
         loading.caching_arguments,

@@ -1,6 +1,7 @@
 """Text files as people have them: opened in one way, and told what they are where they are something else."""
 
 import codecs
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -144,7 +145,25 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=_object)  # made once: a manifest has a text in each line
+class _Decoder(json.JSONDecoder):
+    """Decodes with the collector of cycles switched off.
+
+    Else it may run where a text that is nested too deeply has used up the stack: whatever finalizer it calls
+    there fails, and Python prints that to a user who has a file to mend.
+    """
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        """Decode as ``json.JSONDecoder.raw_decode``."""
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return super().raw_decode(s, idx)
+        finally:
+            if collects:
+                gc.enable()
+
+
+DECODER = _Decoder(object_pairs_hook=_object)  # made once: a manifest has a text in each line
 
 
 def read_json(path: Path, what: str = "") -> object:

@@ -1,6 +1,5 @@
 """Building a CLIP of ``open_clip`` and filling it with weights, from a tag or a local file."""
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from clipmapper.data.text_files import parsed_json
 from clipmapper.errors import UserError
 from clipmapper.host.outputs import write_whole
 from clipmapper.models.weight_files import Unreadable, check_finite, check_tensors, read_torch_file
@@ -211,7 +211,7 @@ def architecture_config(architecture: str) -> dict:
     Raises ``UserError`` for a file that is none, and for one that would run code (``trust_remote_code``).
     """
     try:
-        config = json.loads(shipped_path(architecture).read_text(encoding="utf-8"))
+        config = parsed_json(shipped_path(architecture).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"encoder.architecture={architecture}: no such file") from error
     except (OSError, ValueError, RecursionError) as error:

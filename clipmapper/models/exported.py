@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from clipmapper.data.text_files import parsed_json
 from clipmapper.host.outputs import write_whole
 from clipmapper.models.weight_files import Unreadable, check_finite, check_tensors, read_torch_file
 from clipmapper.shipped import shipped_root
@@ -146,7 +147,7 @@ def _of_folder(folder: Path) -> tuple[object, dict[str, Tensor], int]:
     if config.stat().st_size > _CONFIG_BYTES:
         raise Unreadable(f"{CONFIG} is larger than any description of a model")
     try:
-        description = json.loads(config.read_text(encoding="utf-8"))
+        description = parsed_json(config.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise Unreadable(f"{CONFIG} is no JSON") from error
     try:

@@ -1,7 +1,6 @@
 """Which tar files are a data set: what ``data.path`` names, or a checked ``shards.json``."""
 
 import importlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from clipmapper.data.answers import ACCURACIES, RULES
+from clipmapper.data.text_files import parsed_json
 from clipmapper.errors import UserError
 
 INDEX = "shards.json"
@@ -54,7 +54,7 @@ def read_index(folder: Path) -> ShardIndex | None:
             )
         return None
     try:
-        return _checked(json.loads(file.read_bytes().decode("utf-8-sig")))
+        return _checked(parsed_json(file.read_bytes().decode("utf-8-sig")))
     except (OSError, ValueError, RecursionError) as problem:
         reason = "nested too deeply" if isinstance(problem, RecursionError) else problem
         raise UserError(

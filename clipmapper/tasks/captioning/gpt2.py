@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from clipmapper.data.text_files import parsed_json
 from clipmapper.errors import UserError
 from clipmapper.models.weight_files import check_finite, read_torch_file
 from clipmapper.settings.plain_values import absent_or, flag, number, one_of, section, text, whole
@@ -101,7 +102,7 @@ def local_gpt2(path: str, cross: bool) -> tuple[GPT2LMHeadModel, PreTrainedToken
     if not folder.is_dir():
         raise UserError(f"{what}: no such folder; it holds config.json, weights and tokenizer of a GPT-2")
     try:
-        kind = json.loads((folder / "config.json").read_text())["model_type"]
+        kind = parsed_json((folder / "config.json").read_text())["model_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{what}: there is no readable config.json of a transformers model in it") from error
     if kind != "gpt2":
@@ -211,7 +212,7 @@ def _tokenizer(value: object, where: str) -> None:
     """The content of a ``tokenizer.json``: tables and rules of the ``tokenizers`` library, no code."""
     text(500_000_000)(value, where)
     try:
-        content = json.loads(value)
+        content = parsed_json(value)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not readable JSON") from error
     if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
