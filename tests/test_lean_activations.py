@@ -7,7 +7,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers.activations import QuickGELUActivation
 
 from clipmapper.models.mapper_blocks import QuickGELU
-from clipmapper.relevance.backward.rules import backward_rules, lean_quick_gelu
+from clipmapper.relevance.backward.lean_activations import lean_quick_gelu
+from clipmapper.relevance.backward.rules import backward_rules
 
 KINDS = (QuickGELU, open_clip.transformer.QuickGELU, QuickGELUActivation)
 

@@ -4,12 +4,14 @@ As gradients: the relevance of a tensor is the tensor times its gradient, R = x 
 over several readers are LRP's sums of relevance, and views, slices and means need no rule. The rules are
 those of the released code (``modules/layers_ours.py``, α = 1):
 
-- linear layers: z⁺, ``R_in = x⁺ (W⁺ᵀ S) + x⁻ (W⁻ᵀ S)``, ``S = R / (W⁺ x⁺ + W⁻ x⁻)``;
-- norms and activations: relevance passes as it is;
+- linear maps, whatever operator they are written with: z⁺, ``R_in = x⁺ (W⁺ᵀ S) + x⁻ (W⁻ᵀ S)``,
+  ``S = R / (W⁺ x⁺ + W⁻ x⁻)``;
+- norms, activations and softmax: relevance passes as it is;
 - products (A V and Q Kᵀ): ``R / z`` times the gradient times the factor, halved for each of the two;
 - products of two activations (gated MLPs, which the released code does not have): halved likewise;
 - additions of two activations: the same, then both parts scaled so that they share R in the ratio of their
-  absolute sums. The sums are taken per sample (the first axis); the released code explains one at a time.
+  absolute sums. The sums are taken per sample; the released code explains one at a time. The samples are on
+  the first axis, or where the recorder knows of tokens on the first axis, on the second.
 """
 
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from clipmapper.relevance.backward.rule import Rule, operator_name, tensors, variables, varies, with_tensors
 from clipmapper.relevance.trace import blind_queries
 
 _SMALL = 1e-9  # of the released code's safe_divide
@@ -29,12 +32,12 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
 
 
 def same_relevance(func: Callable, x: Tensor, *args, gate: Callable | None = None, **kwargs) -> Tensor:
-    """Norms and activations: R_in = R_out (``gate`` is what other rules want to know of them)."""
+    """Norms, activations and softmax: R_in = R_out (``gate`` is what other rules want to know of them)."""
     kwargs.pop("inplace", None)
     return _SameRelevance.apply(x, lambda t: func(t, *args, **kwargs))
 
 
-class _SameRelevance(torch.autograd.Function):
+class _SameRelevance(Rule):
     @staticmethod
     def forward(ctx, x, func):
         result = func(x)
@@ -51,7 +54,7 @@ def linear(func: Callable, x: Tensor, weight: Tensor, bias: Tensor | None = None
     return _Linear.apply(x, weight, bias, func)
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Rule):
     @staticmethod
     def forward(ctx, x, weight, bias, func):
         result = func(x, weight, bias)
@@ -67,27 +70,124 @@ class _Linear(torch.autograd.Function):
         return (x > 0) * (share @ positive) + (x < 0) * (share @ negative), None, None, None
 
 
+# Of operators that add a bias to a linear map: the same map without it.
+_ADDED_FIRST = {"addmm": torch.mm, "addmv": torch.mv, "baddbmm": torch.bmm}
+# Products number by number pass relevance as it is.
+_SCALES = ("mul", "addcmul")
+# Maps that leave a token where it is when a matrix stands behind them.
+_TOKENWISE = ("matmul", "mm", "addmm")
+
+
+def linear_map(func: Callable, *args, **kwargs) -> Tensor:
+    """The z⁺ rule for any operator that multiplies one activation with weights."""
+    name, unbiased = operator_name(func), func
+    factors, more = args, dict(kwargs)
+    if name in _ADDED_FIRST:
+        factors, unbiased = args[1:], _ADDED_FIRST[name]
+        more = {key: value for key, value in kwargs.items() if key not in ("beta", "alpha", "out_dtype")}
+    elif name == "linear" or name.startswith("conv"):
+        factors = (*args[:2], None, *args[3:])
+        more.pop("bias", None)
+    (x,) = variables(factors, more)
+
+    def with_part(t: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:
+        """The map of t, of whose weights only the positive or the negative part is there."""
+
+        def changed(value: Tensor) -> Tensor:
+            return t if value is x else part(value) if value.is_floating_point() else value
+
+        return unbiased(
+            *with_tensors(factors, changed), **{k: with_tensors(v, changed) for k, v in more.items()}
+        )
+
+    tokenwise = name in _TOKENWISE and factors[0] is x and factors[1].ndim == 2
+    rule = _TokenwiseMap if tokenwise else _Map
+    return rule.apply(x, lambda t: func(*args, **kwargs), with_part)
+
+
+class _Map(Rule):
+    tokenwise = False
+
+    @staticmethod
+    def forward(ctx, x, func, with_part):
+        result = func(x)
+        ctx.save_for_backward(x, result)
+        ctx.with_part = with_part
+        return result
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, result = ctx.saved_tensors
+        with torch.enable_grad():
+            parts = [x.detach().clamp(min=0).requires_grad_(), x.detach().clamp(max=0).requires_grad_()]
+            positive = ctx.with_part(parts[0], lambda weight: weight.detach().clamp(min=0))
+            negative = ctx.with_part(parts[1], lambda weight: weight.detach().clamp(max=0))
+        share = _divide(gradient * result, (positive + negative).detach())
+        first, second = torch.autograd.grad((positive, negative), parts, (share, share))
+        return (x > 0) * first + (x < 0) * second, None, None
+
+
+class _TokenwiseMap(_Map):
+    tokenwise = True
+
+
+def multiplied(product: Callable) -> Callable:
+    """z⁺ where weights multiply one activation, ``product`` where two activations are multiplied."""
+
+    def rule(func: Callable, *args, **kwargs) -> Tensor:
+        found = variables(args, kwargs)
+        name = operator_name(func)
+        if len(found) != 1 or name in _SCALES or sum(t is found[0] for t in tensors(args)) > 1:
+            return product(func, *args, **kwargs)
+        if name == "linear" and found[0] is args[0]:
+            return linear(func, *args, **kwargs)
+        return linear_map(func, *args, **kwargs)
+
+    return rule
+
+
 def add(func: Callable, first, second, *args, **kwargs) -> Tensor:
     """Two activations of one shape (a residual connection); whatever else is added is no business of LRP."""
     both = isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape == second.shape
-    if both and first.requires_grad and second.requires_grad and first.ndim > 2 and not args and not kwargs:
-        return _Add.apply(first, second, func)
+    if both and varies(first) and varies(second) and first.ndim > 2 and not args and not kwargs:
+        return Add.apply(first, second, func)
     return func(first, second, *args, **kwargs)
 
 
-class _Add(torch.autograd.Function):
+def subtract(func: Callable, first, second, *args, **kwargs) -> Tensor:
+    """A vector less its mean (a norm that is written out) passes relevance as it is; else as :func:`add`."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor) and not args and not kwargs:
+        if varies(first) and _is_mean_of(second, first):
+            return same_relevance(lambda t: func(t, second.detach()), first)
+        if first.shape == second.shape and varies(first) and varies(second) and first.ndim > 2:
+            return Add.apply(first, -second, lambda a, b: func(a, -b))
+    return func(first, second, *args, **kwargs)
+
+
+def _is_mean_of(mean: Tensor, x: Tensor) -> bool:
+    made = mean.grad_fn
+    if made is None or not made.name().startswith("MeanBackward"):
+        return False
+    edge = torch.autograd.graph.get_gradient_edge(x)
+    return made.next_functions[0] == (edge.node, edge.output_nr) and mean.ndim == x.ndim
+
+
+class Add(Rule):
+    """``sample_axis`` of its node in the graph: the axis of both tensors on which the samples are."""
+
     @staticmethod
     def forward(ctx, first, second, func):
         ctx.save_for_backward(first, second)
+        ctx.sample_axis = 0
         return func(first, second)
 
     @staticmethod
     def backward(ctx, gradient):
-        total = [(part * gradient).flatten(1).sum(1) for part in ctx.saved_tensors]
+        axes = [axis for axis in range(gradient.ndim) if axis != ctx.sample_axis]
+        total = [(part * gradient).sum(axes, keepdim=True) for part in ctx.saved_tensors]
         whole, sizes = total[0] + total[1], total[0].abs() + total[1].abs()
         factors = [_divide(_divide(t.abs(), sizes) * whole, t) for t in total]
-        extra = (1,) * (gradient.ndim - 1)
-        return gradient * factors[0].view(-1, *extra), gradient * factors[1].view(-1, *extra), None
+        return gradient * factors[0], gradient * factors[1], None
 
 
 def attention(
@@ -103,7 +203,7 @@ def attention(
     return _Attention.apply(query, key, value, result, attn_mask, is_causal, scale)
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Rule):
     @staticmethod
     def forward(ctx, query, key, value, result, mask, causal, scale):
         ctx.save_for_backward(query, key, value)

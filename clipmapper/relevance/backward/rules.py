@@ -4,18 +4,19 @@
 backward may run outside. The model is not changed: calls of torch's operators are intercepted, and the few
 activations that a library writes as a product have their class's ``forward`` replaced until the block ends.
 
-==========  ==========================  ===================  =====================  ==================
-rules       attention                   norms                activations            linear layers
-==========  ==========================  ===================  =====================  ==================
-libra       A detached                  σ detached           gate detached          plain
-attn_lrp    v ½, q and k ¼ of plain     σ detached           gate detached          plain
-lrp         relevance halved at A V     relevance as it is   relevance as it is     z⁺ rule
-            and again at Q Kᵀ
-==========  ==========================  ===================  =====================  ==================
+==========  =======================  ==================  ==================  ===============  ===========
+rules       attention                norms, division     functions of one    products of two  linear maps
+                                                         number              activations
+==========  =======================  ==================  ==================  ===============  ===========
+libra       A constant               σ, ‖x‖ constant     gate constant       halved           plain
+attn_lrp    v ½, q and k ¼ of plain  σ, ‖x‖ constant     gate constant       halved           plain
+lrp         relevance halved at A V  relevance as it     relevance as it     halved           z⁺ rule
+            and again at Q Kᵀ        is; ‖x‖ constant    is
+==========  =======================  ==================  ==================  ===============  ===========
 
-``plain``: the gradient, of a graph that keeps less (:mod:`clipmapper.relevance.backward.rules`).
-``lrp`` and ``attn_lrp`` propagate *relevance*: a tensor's relevance is the tensor times its gradient. Both
-halve where two factors meet, at products of two activations as well (gated MLPs).
+``plain``: the gradient, of a graph that keeps less (:mod:`clipmapper.relevance.backward.lean_activations`).
+``lrp`` and ``attn_lrp`` propagate *relevance*: a tensor's relevance is the tensor times its gradient. What is
+computed with an operator that has no rule is an error where its gradient is asked for.
 """
 
 import sys
@@ -23,151 +24,76 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
+import torch._tensor
+import torch.functional
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clipmapper.errors import UserError
-from clipmapper.relevance.backward import lrp as lrp_rules
-
-
-def gated(func: Callable, x: Tensor, *args, gate: Callable | None = None, **kwargs) -> Tensor:
-    """GELU, SiLU (recognised by the operator's name), or any ``func`` with its ``gate``."""
-    kwargs.pop("inplace", None)
-    if gate is None:
-        gate = _silu_gate if func.__name__ == "silu" else _GELU_GATES[kwargs.get("approximate", "none")]
-    return _Gated.apply(x, lambda t: func(t, *args, **kwargs), gate)
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, func, gate):
-        ctx.save_for_backward(x)
-        ctx.gate = gate
-        return func(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
-        return gradient * ctx.gate(x), None, None
-
-
-def quick_gelu_gate(x: Tensor) -> Tensor:
-    return torch.sigmoid(1.702 * x)
-
-
-def new_gelu_gate(x: Tensor) -> Tensor:
-    """Return the gate of GELU's approximation by tanh (GPT-2)."""
-    return 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
-
-
-def _gelu_gate(x: Tensor) -> Tensor:
-    return 0.5 * (1 + torch.erf(x * 2**-0.5))
-
-
-def _silu_gate(x: Tensor) -> Tensor:
-    return torch.sigmoid(x)
-
-
-_GELU_GATES = {"none": _gelu_gate, "tanh": new_gelu_gate}
-
-
-def detached_norm(
-    func: Callable,
-    x: Tensor,
-    shape,
-    weight: Tensor | None = None,
-    bias_or_eps=None,
-    eps: float | None = None,
-    *args,
-    **kwargs,
-) -> Tensor:
-    """``torch.layer_norm(x, shape, weight, bias, eps)`` or ``torch.rms_norm(x, shape, weight, eps)``."""
-    if func.__name__ == "layer_norm":
-        return _DetachedLayerNorm.apply(x, func, shape, weight, bias_or_eps, 1e-5 if eps is None else eps)
-    return _DetachedRMSNorm.apply(x, func, shape, weight, bias_or_eps)
-
-
-class _DetachedLayerNorm(torch.autograd.Function):
-    """∂x = (g γ − mean(g γ)) / σ: the mean is differentiated, σ is not."""
-
-    @staticmethod
-    def forward(ctx, x, func, shape, weight, bias, eps):
-        ctx.axes = tuple(range(-len(shape), 0))
-        ctx.save_for_backward((x.var(ctx.axes, unbiased=False, keepdim=True) + eps).rsqrt(), weight)
-        return func(x, shape, weight, bias, eps)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        inverse, weight = ctx.saved_tensors
-        if weight is not None:
-            gradient = gradient * weight
-        return (gradient - gradient.mean(ctx.axes, keepdim=True)) * inverse, None, None, None, None, None
-
-
-class _DetachedRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, func, shape, weight, eps):
-        axes = tuple(range(-len(shape), 0))
-        added = torch.finfo(x.dtype).eps if eps is None else eps
-        ctx.save_for_backward((x.square().mean(axes, keepdim=True) + added).rsqrt(), weight)
-        return func(x, shape, weight, eps)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        inverse, weight = ctx.saved_tensors
-        return (gradient if weight is None else gradient * weight) * inverse, None, None, None, None
-
-
-def scaled_gradient(x: Tensor, factor: float) -> Tensor:
-    """x, whose gradient is multiplied by ``factor`` on its way back."""
-    return _ScaledGradient.apply(x, factor)
-
-
-class _ScaledGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, factor):
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient * ctx.factor, None
-
+from clipmapper.relevance.backward import lrp, norms, products
+from clipmapper.relevance.backward.elementwise import (
+    ELEMENTWISE,
+    constant,
+    elementwise,
+    new_gelu_gate,
+    quick_gelu_gate,
+)
+from clipmapper.relevance.backward.lean_activations import lean_quick_gelu
+from clipmapper.relevance.backward.rule import (
+    operator_name,
+    tensors,
+    variables,
+    varies,
+    with_tensors,
+    works_in_place,
+)
+from clipmapper.relevance.backward.unknown import foreign, guarded, refused
 
 RULES = ("plain", "libra", "attn_lrp", "lrp")
 
-# Activations that are written out as x · gate(x), which no single operator shows. By name, so that no library
-# is imported that the model at hand does not use.
-COMPOSED: Mapping[str, Callable] = {
+# Activations that are written out as x · gate(x), which no single operator shows: the gate, or None where it
+# is f(x) / x. By name, so that no library is imported that the model at hand does not use.
+COMPOSED: Mapping[str, Callable | None] = {
     "clipmapper.models.mapper_blocks.QuickGELU": quick_gelu_gate,
     "open_clip.transformer.QuickGELU": quick_gelu_gate,
+    "timm.layers.activations.QuickGELU": quick_gelu_gate,
+    "timm.layers.activations.Swish": None,
+    "timm.layers.activations.HardMish": None,
+    "timm.layers.activations.HardSwish": None,
+    "timm.layers.activations.Mish": None,
     "transformers.activations.QuickGELUActivation": quick_gelu_gate,
     "transformers.activations.NewGELUActivation": new_gelu_gate,
+    "transformers.activations.AccurateGELUActivation": None,
+    "transformers.activations.FastGELUActivation": None,
+    "transformers.activations.GELUActivation": None,
+    "transformers.activations.LaplaceActivation": None,
+    "transformers.activations.MishActivation": None,
 }
 
 
-def _composed_activations() -> Iterator[tuple[type[nn.Module], Callable]]:
+def _composed_activations() -> Iterator[tuple[type[nn.Module], Callable | None]]:
     for name, gate in COMPOSED.items():
         module, _, kind = name.rpartition(".")
-        if module in sys.modules:
+        if module in sys.modules and hasattr(sys.modules[module], kind):
             yield getattr(sys.modules[module], kind), gate
 
 
 @contextmanager
-def backward_rules(rules: str) -> Iterator[None]:
+def backward_rules(rules: str) -> Iterator["RulesMode | None"]:
     """Differentiate what is computed inside by these rules (one of ``RULES``).
 
     ``libra``: LibraGrad (Mehri et al., CVPR 2025, arXiv 2411.16760): attention probabilities, the standard
-    deviation of norms and the gate of GELU, SiLU and QuickGELU count as constants. Products of a gated MLP
-    (SwiGLU) are left as they are.
+    deviation of norms and the gates of activations count as constants, and products of two activations
+    (SwiGLU, GeGLU) are halved.
     ``attn_lrp``: Achtibat et al. 2024 (arXiv 2402.05602) in the form gradient × input, where its rules for
     softmax (Taylor expansion) and linear layers (ε → 0) are those of the plain gradient.
     ``lrp``: the rules of Chefer, Gur, Wolf 2021 (arXiv 2012.09838), see ``lrp.py``.
 
-    Everything is restored on leaving, also after an exception. Raises ``ValueError`` for an unknown name, and
-    ``UserError`` for ``lrp`` under autocast: it divides by sums that half precision rounds to 0.
+    Everything is restored on leaving, also after an exception. Gives the mode in which operators are
+    intercepted, None for ``plain``. Raises ``ValueError`` for an unknown name, and ``UserError`` for ``lrp``
+    under autocast: it divides by sums that half precision rounds to 0. ``UserError`` inside where dropout is
+    on, and in the backward where relevance arrives at an operator without a rule, which it names.
     """
     if rules not in RULES:
         raise ValueError(f"rules={rules!r}: must be one of {', '.join(RULES)}")
@@ -178,31 +104,88 @@ def backward_rules(rules: str) -> Iterator[None]:
             for kind, gate in _composed_activations():
                 if gate is quick_gelu_gate:
                     _replace(stack, kind, "forward", lambda self, x: lean_quick_gelu(x))
-            yield
+            yield None
         return
-    table = {"libra": _LIBRA, "attn_lrp": _ATTN_LRP, "lrp": _LRP}[rules]
-    activation = lrp_rules.same_relevance if rules == "lrp" else gated
+    activation = lrp.same_relevance if rules == "lrp" else elementwise
     with ExitStack() as stack:
         for kind, gate in _composed_activations():
             _replace(stack, kind, "forward", _composed(activation, kind.forward, gate))
-        # Functions of torch.nn.functional hand themselves to the mode whole; with this they run, and the
+        # Functions that torch writes in Python hand themselves to the mode whole; with this they run, and the
         # operators that they call (in multi_head_attention_forward, say) are seen one by one.
-        for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
-            _replace(stack, F, name, lambda *tensors: False)
-        stack.enter_context(_Mode(table))
-        yield
+        for module in (F, torch.functional, torch._tensor):
+            for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
+                if hasattr(module, name):
+                    _replace(stack, module, name, lambda *tensors: False)
+        mode = RulesMode(rules)
+        stack.enter_context(mode)
+        yield mode
 
 
-class _Mode(TorchFunctionMode):
-    def __init__(self, table: Mapping[str, Callable]) -> None:
+class RulesMode(TorchFunctionMode):
+    """Puts rules in the place of operators. ``additions``: nodes of residual connections that LRP's rule is
+    in, in their order."""
+
+    def __init__(self, rules: str) -> None:
         super().__init__()
-        self.table = table
+        self.rules, self.table = rules, _TABLES[rules]
+        self.additions: list[torch.autograd.graph.Node] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        rule = self.table.get(getattr(func, "__name__", ""))
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _UNSEEN or not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        given = [x for x in tensors((*args, *kwargs.values())) if x.requires_grad]
+        if not any(map(varies, given)):
+            return func(*args, **kwargs)
+        if any(map(foreign, given)):
+            args, kwargs = self._without_foreign(args, kwargs)
+            given = [x for x in tensors((*args, *kwargs.values())) if x.requires_grad]
+        rule = self._rule(operator_name(func), args, kwargs)
         if rule is None:
-            return func(*args, **(kwargs or {}))
-        return rule(func, *args, **(kwargs or {}))
+            before = [_made_by(x) for x in given]
+            return guarded(func(*args, **kwargs), before, func, self.rules)
+        if works_in_place(func):
+            return _in_place(rule, func, args, kwargs)
+        result = rule(func, *args, **kwargs)
+        if isinstance(getattr(result, "grad_fn", None), lrp.Add._backward_cls):
+            self.additions.append(result.grad_fn)
+        return result
+
+    def _rule(self, name: str, args: tuple, kwargs: Mapping) -> Callable | None:
+        rule = self.table.get(name)
+        if rule is None or name not in ELEMENTWISE:
+            return rule
+        # Bounds and exponents that vary as well are no function of one number, nor is what makes more of it.
+        varying = variables(args, kwargs)
+        sizes = {x.shape for x in tensors((*args, *kwargs.values()))}
+        return rule if len(varying) == 1 and torch.broadcast_shapes(*sizes) == varying[0].shape else None
+
+    def _without_foreign(self, args: tuple, kwargs: Mapping) -> tuple[tuple, dict]:
+        def changed(x: Tensor) -> Tensor:
+            return refused(x, x.grad_fn._forward_cls.__name__, self.rules) if foreign(x) else x
+
+        return with_tensors(args, changed), {key: with_tensors(v, changed) for key, v in kwargs.items()}
+
+
+# Attributes and questions, by far most of what the mode sees.
+_UNSEEN = frozenset(
+    {"__get__", "__set__", "size", "dim", "stride", "is_floating_point", "requires_grad_", "detach"}
+)
+
+
+def _made_by(x: Tensor) -> torch.autograd.graph.Node | None:
+    return torch.autograd.graph.get_gradient_edge(x).node
+
+
+def _in_place(rule: Callable, func: Callable, args: tuple, kwargs: dict) -> Tensor:
+    """The rule on what the tensor was, whose result takes its place."""
+    x, *others = args
+    kwargs.pop("inplace", None)
+    old = x.clone()
+    name = operator_name(func)
+    usual = getattr(torch, name, None) or getattr(F, name, None) or getattr(Tensor, name)
+    return x.copy_(rule(usual, old, *others, **kwargs))
 
 
 def _replace(stack: ExitStack, owner, name: str, value) -> None:
@@ -210,9 +193,12 @@ def _replace(stack: ExitStack, owner, name: str, value) -> None:
     setattr(owner, name, value)
 
 
-def _composed(rule: Callable, forward: Callable, gate: Callable) -> Callable:
-    def replaced(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        def plain(x: torch.Tensor) -> torch.Tensor:
+def _composed(rule: Callable, forward: Callable, gate: Callable | None) -> Callable:
+    def replaced(self: nn.Module, x: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and varies(x)):
+            return forward(self, x)
+
+        def plain(x: Tensor) -> Tensor:
             return forward(self, x)
 
         return rule(plain, x, gate=gate)
@@ -220,70 +206,54 @@ def _composed(rule: Callable, forward: Callable, gate: Callable) -> Callable:
     return replaced
 
 
-def _detached_attention(func, query, key, value, *args, **kwargs):
-    return func(query.detach(), key.detach(), value, *args, **kwargs)
+def _dropout(func: Callable, x: Tensor, p: float = 0.5, train: bool = True, *args, **kwargs) -> Tensor:
+    if train and p > 0:
+        raise UserError(f"{func.__name__} is on, and an explanation would be of chance; call model.eval()")
+    return func(x, p, train, *args, **kwargs)
 
 
-def _halved_attention(func, query, key, value, *args, **kwargs):
-    query, key = scaled_gradient(query, 0.25), scaled_gradient(key, 0.25)
-    return func(query, key, scaled_gradient(value, 0.5), *args, **kwargs)
+def _batch_norm(func: Callable, x, weight, bias, mean, variance, training, *args, **kwargs) -> Tensor:
+    if training:
+        raise UserError(
+            "batch_norm takes the statistics of the batch, so that samples mix; call model.eval()"
+        )
+    return func(x, weight, bias, mean, variance, training, *args, **kwargs)
 
 
-def _halved_product(func, first, second, *args, **kwargs):
-    tensors = isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)
-    if tensors and first.requires_grad and second.requires_grad:
-        first, second = scaled_gradient(first, 0.5), scaled_gradient(second, 0.5)
-    return func(first, second, *args, **kwargs)
-
-
-def _detached(func, x, *args, **kwargs):
-    return func(x.detach(), *args, **kwargs)
-
-
-# By the name of the operator. rsqrt: of root-mean-square norms that a library writes out.
-_GATED = {"gelu": gated, "silu": gated, "layer_norm": detached_norm, "rms_norm": detached_norm}
-_LIBRA = {**_GATED, "rsqrt": _detached, "scaled_dot_product_attention": _detached_attention}
-_ATTN_LRP = {
-    **_GATED,
-    "rsqrt": _detached,
-    "scaled_dot_product_attention": _halved_attention,
-    "mul": _halved_product,
+# By the name of the operator.
+_ALL = {
+    **dict.fromkeys(("reciprocal", "rsqrt"), constant),
+    "div": norms.divided,
+    "var": norms.half_variance,
+    "cosine_similarity": norms.cosine_similarity,
+    "batch_norm": _batch_norm,
+    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _dropout),
 }
-_LRP = {
-    **dict.fromkeys(("gelu", "silu", "relu", "layer_norm", "rms_norm"), lrp_rules.same_relevance),
-    "rsqrt": _detached,
-    "scaled_dot_product_attention": lrp_rules.attention,
-    "linear": lrp_rules.linear,
-    "add": lrp_rules.add,
-    "mul": _halved_product,
+_OF_GRADIENTS = {
+    **_ALL,
+    **dict.fromkeys(ELEMENTWISE, elementwise),
+    "layer_norm": norms.layer_norm,
+    "rms_norm": norms.rms_norm,
+    "group_norm": norms.group_norm,
 }
-
-
-_SLOPE = 1.702
-
-
-class _QuickGELU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _gate(x).mul_(x)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        if torch.is_grad_enabled():  # to be differentiated once more
-            return torch.autograd.grad(x * torch.sigmoid(_SLOPE * x), x, gradient, create_graph=True)[0]
-        # The operations of autograd, so that the last bit is the same; in place where a gradient of many y at
-        # once (torch.vmap) allows it.
-        gate = _gate(x)
-        of_gate = torch.ops.aten.sigmoid_backward(gradient * x, gate)
-        return of_gate.mul_(_SLOPE).add_(gradient * gate)
-
-
-def _gate(x: Tensor) -> Tensor:
-    return (_SLOPE * x).sigmoid_()
-
-
-def lean_quick_gelu(x: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch width"]:
-    """``x · σ(1.702 x)``, of which the graph keeps x alone."""
-    return _QuickGELU.apply(x)
+_TABLES: Mapping[str, Mapping[str, Callable]] = {
+    "libra": {
+        **_OF_GRADIENTS,
+        **dict.fromkeys(products.MULTIPLICATIONS, products.product_of_libra),
+        "scaled_dot_product_attention": products.attention_of_libra,
+    },
+    "attn_lrp": {
+        **_OF_GRADIENTS,
+        **dict.fromkeys(products.MULTIPLICATIONS, products.product),
+        "scaled_dot_product_attention": products.attention_of_attn_lrp,
+    },
+    "lrp": {
+        **_ALL,
+        **dict.fromkeys((*ELEMENTWISE, "softmax", "log_softmax"), lrp.same_relevance),
+        **dict.fromkeys(("layer_norm", "rms_norm", "group_norm"), lrp.same_relevance),
+        **dict.fromkeys(products.MULTIPLICATIONS, lrp.multiplied(products.product)),
+        "scaled_dot_product_attention": lrp.attention,
+        "add": lrp.add,
+        "sub": lrp.subtract,
+    },
+}

@@ -11,8 +11,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node as GraphNode
 
 from clipmapper.errors import UserError
+from clipmapper.relevance.backward.rule import Rule
+from clipmapper.relevance.backward.unknown import kind_of
 from clipmapper.relevance.recording.capture import Call, Watched
 from clipmapper.relevance.trace import Attention, AttentionTrace, Edge, Join, Node
 
@@ -78,6 +81,18 @@ def _list_of(name: str) -> tuple[str, int] | None:
 
 
 Place = tuple[object, int]  # a node of the autograd graph and which of its outputs
+
+
+def _leaves_tokens(function: GraphNode) -> bool:
+    """Whether every token stays where it is."""
+    rule = getattr(function, "_forward_cls", None)
+    if rule is not None:
+        return issubclass(rule, Rule) and rule.tokenwise
+    kind = kind_of(function)
+    if kind in ("Mean", "Sum"):
+        return getattr(function, "_saved_dim", None) in _LAST_AXIS
+    # (An operator without a derivative, as of a quantised layer, can not be measured.)
+    return kind in _TOKENWISE or kind.endswith(("AccumulateGrad", "NotImplemented"))
 
 
 def _place(edge: Edge) -> Place | None:
@@ -230,14 +245,8 @@ class StreamGraph:
                     latest[node.stream] = node
                 continue
             function = at[0]
-            kind = function.name().rstrip("0123456789").removesuffix("Backward")
-            if kind in ("Mean", "Sum"):
-                stays = getattr(function, "_saved_dim", None) in _LAST_AXIS
-            else:
-                # (An operator without a derivative, as of a quantised layer, can not be measured.)
-                stays = kind in _TOKENWISE or kind.endswith(("AccumulateGrad", "NotImplemented"))
-            if not stays:
-                moved.add(kind)
+            if not _leaves_tokens(function):
+                moved.add(kind_of(function))
             for further in function.next_functions:
                 if further[0] is not None and further not in seen:
                     seen.add(further)

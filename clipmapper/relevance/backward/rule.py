@@ -1,0 +1,89 @@
+"""The base of what stands in autograd's graph in place of an operator of torch."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Rule(torch.autograd.Function):
+    """A rule of the backward pass. ``tokenwise``: it leaves every token where it is."""
+
+    tokenwise = True
+
+
+def varies(x: Tensor) -> bool:
+    """Whether a gradient is wanted of x, and x is no weight of the model's."""
+    return x.requires_grad and not isinstance(x, nn.Parameter) and not isinstance(x._base, nn.Parameter)
+
+
+def variables(args: Sequence, kwargs: Mapping) -> list[Tensor]:
+    """Return the different tensors among the arguments that vary."""
+    found = {id(value): value for value in tensors((*args, *kwargs.values())) if varies(value)}
+    return list(found.values())
+
+
+def tensors(values: Sequence) -> Iterator[Tensor]:
+    """All tensors, those in lists and tuples too."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors(value)
+
+
+def with_tensors(value: object, changed: Callable[[Tensor], Tensor]) -> object:
+    """The same value, or list or tuple of values, whose tensors are changed."""
+    if isinstance(value, Tensor):
+        return changed(value)
+    return type(value)(with_tensors(v, changed) for v in value) if type(value) in (list, tuple) else value
+
+
+# Other names of operators.
+_ALIASES = {"multiply": "mul", "true_divide": "div", "divide": "div", "subtract": "sub", "clip": "clamp"}
+
+
+def operator_name(func: Callable) -> str:
+    """The operator's name, also of one that works in place; "" for what has none."""
+    name = getattr(func, "__name__", "")
+    if works_in_place(func):
+        name = name.rstrip("_")
+    return _ALIASES.get(name, name)
+
+
+def works_in_place(func: Callable) -> bool:
+    name = getattr(func, "__name__", "")
+    return name.endswith("_") and not name.endswith("__")
+
+
+def scaled_gradient(x: Tensor, factor: float) -> Tensor:
+    """x, whose gradient is multiplied by ``factor`` on its way back."""
+    return ScaledGradient.apply(x, factor)
+
+
+class ScaledGradient(Rule):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None
+
+
+def with_value(composed: Tensor, value: Callable[[], Tensor]) -> Tensor:
+    """The gradient of ``composed``, the same written out, and exactly the ``value`` of the operator."""
+    with torch.no_grad():
+        exact = value()
+    return _WithValue.apply(composed, exact)
+
+
+class _WithValue(Rule):
+    @staticmethod
+    def forward(ctx, composed, exact):
+        return exact
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
