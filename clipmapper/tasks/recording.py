@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from clipmapper.models.encoder import ClipEncoder
 from clipmapper.models.mapper import DualFlowMapper, Mapper
-from clipmapper.relevance.backward.rules import backward_rules
 from clipmapper.relevance.modes import evaluating
 from clipmapper.relevance.recording.capture import Call, Capture, Watched
 from clipmapper.relevance.recording.families import sublayers_of
@@ -127,8 +126,7 @@ def record_clipmapper(model: TwoStage, samples: Sequence[int] | None, rules: str
             _watch_decoder(stack, recorder, model, decoder)
         for watched in capture.watched:
             _watch_end(stack, recorder, watched)
-        stack.enter_context(capture())
-        stack.enter_context(backward_rules(rules))
+        stack.enter_context(capture(rules))
         yield trace
     trace.cut = capture.cuts.first
     whole = all(s.before.shape[1] == trace.lengths[s.query_node.stream] for s in trace.attention)

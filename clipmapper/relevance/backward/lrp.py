@@ -5,7 +5,8 @@ over several readers are LRP's sums of relevance, and views, slices and means ne
 those of the released code (``modules/layers_ours.py``, α = 1):
 
 - linear maps, whatever operator they are written with: z⁺, ``R_in = x⁺ (W⁺ᵀ S) + x⁻ (W⁻ᵀ S)``,
-  ``S = R / (W⁺ x⁺ + W⁻ x⁻)``;
+  ``S = R / (W⁺ x⁺ + W⁻ x⁻)``. Where that sum is 0, since every product is negative, the products that there
+  are share R; the released code loses it there;
 - norms, activations and softmax: relevance passes as it is;
 - products (A V and Q Kᵀ): ``R / z`` times the gradient times the factor, halved for each of the two;
 - products of two activations (gated MLPs, which the released code does not have): halved likewise;
@@ -42,7 +43,7 @@ class _SameRelevance(Rule):
     def forward(ctx, x, func):
         result = func(x)
         ctx.save_for_backward(x, result)
-        return result
+        return result.clone()  # a model may add to it in place
 
     @staticmethod
     def backward(ctx, gradient):
@@ -59,15 +60,21 @@ class _Linear(Rule):
     def forward(ctx, x, weight, bias, func):
         result = func(x, weight, bias)
         ctx.save_for_backward(x, weight, result)
-        return result
+        return result.clone()  # a model may add to it in place
 
     @staticmethod
     def backward(ctx, gradient):
         x, weight, result = ctx.saved_tensors
         positive, negative = weight.clamp(min=0), weight.clamp(max=0)
-        share = _divide(gradient * result, x.clamp(min=0) @ positive.T + x.clamp(max=0) @ negative.T)
+        above, below = x.clamp(min=0), x.clamp(max=0)
+        relevance, total = gradient * result, above @ positive.T + below @ negative.T
+        share = _divide(relevance, total)
         # R_in / x: x⁺ / x is 1 where x is positive, x⁻ / x where it is negative.
-        return (x > 0) * (share @ positive) + (x < 0) * (share @ negative), None, None, None
+        passed = (x > 0) * (share @ positive) + (x < 0) * (share @ negative)
+        if bool(((total == 0) & (result != 0)).any()):
+            share = _divide(relevance.masked_fill(total != 0, 0), above @ negative.T + below @ positive.T)
+            passed = passed + (x > 0) * (share @ negative) + (x < 0) * (share @ positive)
+        return passed, None, None, None
 
 
 # Of operators that add a bias to a linear map: the same map without it.
@@ -113,18 +120,32 @@ class _Map(Rule):
         result = func(x)
         ctx.save_for_backward(x, result)
         ctx.with_part = with_part
-        return result
+        return result.clone()
 
     @staticmethod
     def backward(ctx, gradient):
         x, result = ctx.saved_tensors
-        with torch.enable_grad():
-            parts = [x.detach().clamp(min=0).requires_grad_(), x.detach().clamp(max=0).requires_grad_()]
-            positive = ctx.with_part(parts[0], lambda weight: weight.detach().clamp(min=0))
-            negative = ctx.with_part(parts[1], lambda weight: weight.detach().clamp(max=0))
-        share = _divide(gradient * result, (positive + negative).detach())
-        first, second = torch.autograd.grad((positive, negative), parts, (share, share))
-        return (x > 0) * first + (x < 0) * second, None, None
+        relevance = gradient * result
+        passed, total = _passed(ctx.with_part, x, relevance, 1)
+        if bool(((total == 0) & (result != 0)).any()):
+            others, _ = _passed(ctx.with_part, x, relevance.masked_fill(total != 0, 0), -1)
+            passed = passed + others
+        return passed, None, None
+
+
+def _passed(with_part: Callable, x: Tensor, relevance: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+    """R_in / x by the products of x and weights that are positive (of ``sign`` −1: negative), and their sums."""
+    parts = [x.detach().clamp(min=0).requires_grad_(), x.detach().clamp(max=0).requires_grad_()]
+    bounds = ({"min": 0}, {"max": 0})[::sign]
+    with torch.enable_grad():
+        sums = [
+            with_part(part, lambda weight, bound=bound: weight.detach().clamp(**bound))
+            for part, bound in zip(parts, bounds, strict=True)
+        ]
+    total = (sums[0] + sums[1]).detach()
+    share = _divide(relevance, total)
+    first, second = torch.autograd.grad(sums, parts, (share, share))
+    return (x > 0) * first + (x < 0) * second, total
 
 
 class _TokenwiseMap(_Map):

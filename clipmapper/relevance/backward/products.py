@@ -7,9 +7,17 @@ softmax that weighs something, as that of a router of experts (ours: the paper h
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from clipmapper.relevance.backward.rule import operator_name, scaled_gradient, tensors, varies, with_tensors
+from clipmapper.relevance.backward.rule import (
+    kind_of,
+    operator_name,
+    scaled_gradient,
+    tensors,
+    varies,
+    with_tensors,
+)
 
 # Operators that multiply some of their arguments, and which: others are only added, or no tensors.
 MULTIPLICATIONS: dict[str, slice] = {
@@ -70,7 +78,7 @@ def _shared(func: Callable, args: tuple, kwargs: dict, constant_probabilities: b
 _STILL_PROBABILITIES = {
     "View", "UnsafeView", "ReshapeAlias", "Expand", "Clone", "ToCopy", "Alias", "Select", "Slice", "Unsqueeze",
     "Squeeze", "Transpose", "Permute", "Index", "IndexSelect", "Gather", "Topk", "Sort", "Div", "Mul",
-    "Scatter", "MaskedFill", "Unbind", "Split", "Where",
+    "Scatter", "MaskedFill", "Unbind", "Split", "Where", "CopyBackwards",
 }  # fmt: skip
 _STEPS = 16
 
@@ -81,10 +89,12 @@ def is_probability(x: Tensor) -> bool:
     for _ in range(_STEPS):
         if node is None:
             return False
-        kind = node.name().rstrip("0123456789").removesuffix("Backward")
+        kind = kind_of(node)
         if kind == "Softmax":
             return True
         further = [following for following, _ in node.next_functions if following is not None]
+        if kind == "CopyBackwards":  # what was done in place: the last is what was copied
+            further = further[-1:]
         if kind not in _STILL_PROBABILITIES or len(further) != 1:
             return False
         (node,) = further
@@ -92,6 +102,9 @@ def is_probability(x: Tensor) -> bool:
 
 
 def attention_of_libra(func: Callable, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> Tensor:
+    """Values that do not vary, as of a context that is given, still leave what reads them in the graph."""
+    if torch.is_grad_enabled() and not value.requires_grad:
+        value = value.detach().requires_grad_()
     return func(query.detach(), key.detach(), value, *args, **kwargs)
 
 

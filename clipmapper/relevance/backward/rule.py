@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 
 class Rule(torch.autograd.Function):
@@ -30,6 +31,11 @@ def tensors(values: Sequence) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, list | tuple):
             yield from tensors(value)
+
+
+def kind_of(node: Node) -> str:
+    """The operator of a node of autograd's graph: Add of AddBackward0."""
+    return node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
 
 
 def with_tensors(value: object, changed: Callable[[Tensor], Tensor]) -> object:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from clipmapper.errors import UserError
-from clipmapper.relevance.backward.rule import Rule, tensors
+from clipmapper.relevance.backward.rule import Rule, kind_of, tensors
 
 # Nodes of autograd's graph that are linear in what they get, or pick of it: they keep input × gradient.
 _LINEAR = {
@@ -37,10 +37,6 @@ _BILINEAR = {
 _MULTIPLIED_BY_WEIGHTS = _BILINEAR - {"Mul", "Div", "Addcmul", "Addcdiv", "Lerp"}
 # A softmax that nothing is multiplied by: the plain gradient, which is AttnLRP's rule for it.
 _SOFTMAX = frozenset({"Softmax", "LogSoftmax"})
-
-
-def kind_of(node: Node) -> str:
-    return node.name().rstrip("0123456789").removesuffix("Backward")
 
 
 def guarded(result: object, before: Iterable[Node | None], func: Callable, rules: str) -> object:

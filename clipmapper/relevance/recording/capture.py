@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipmapper.relevance.backward.rules import backward_rules
+from clipmapper.relevance.recording.sample_axis import note_sample_axis
 from clipmapper.relevance.recording.step_by_step import (
     GradientCuts,
     softmax_noticed,
@@ -119,14 +121,16 @@ class Capture:
         self._borrowed: list[Tensor] = []
         self._last: Call | None = None  # the last one that has ended
         self._masks: dict[int, tuple[Tensor, Tensor]] = {}
+        self._places: list[tuple[Edge, bool]] = []
 
     @property
     def not_called(self) -> list[str]:
         return [watched.name for watched in self.watched if id(watched) not in self.called]
 
     @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Within: hooks in place, gradients on, parameters without, fused attention remembered."""
+    def __call__(self, rules: str) -> Iterator[None]:
+        """Within: hooks in place, gradients on, by these backward rules, parameters without, fused attention
+        remembered."""
         with ExitStack() as stack:
             stack.callback(self._give_back)
             for watched in self.watched:
@@ -153,7 +157,10 @@ class Capture:
             original = F.scaled_dot_product_attention
             F.scaled_dot_product_attention = self._remembering(original)
             stack.callback(setattr, F, "scaled_dot_product_attention", original)
+            mode = stack.enter_context(backward_rules(rules))
             yield
+            if mode is not None:
+                note_sample_axis(mode.additions, self._places)
 
     def _watch(self, stack: ExitStack, watched: Watched) -> None:
         kind = watched.kind
@@ -234,6 +241,8 @@ class Capture:
         if call.added_edge.edge is None or call.mixed_edge.edge is None:
             self.cuts.note(watched.name, type(watched.module).__name__)
         self.called.add(id(watched))
+        edges = (call.before_edge, call.added_edge)
+        self._places += [(edge, watched.tokens_first) for edge in edges if edge is not None]
         self._on_call(call)
         self._last = call
 
@@ -331,6 +340,7 @@ class Capture:
 
     def _give_back(self) -> None:
         self._masks.clear()
+        self._places.clear()
         for tensor in self._borrowed:
             tensor.requires_grad_(False)
 

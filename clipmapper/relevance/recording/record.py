@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
-from clipmapper.relevance.backward.rules import backward_rules
 from clipmapper.relevance.recording.capture import Call, Capture, Watched
 from clipmapper.relevance.recording.families import refuse_capped_scores, sublayers_of, why_refused
 from clipmapper.relevance.recording.step_by_step import fused_attention
@@ -54,9 +53,8 @@ def record_any(model: nn.Module, samples: Sequence[int] | None, rules: str) -> I
     with ExitStack() as stack:
         stack.enter_context(fused_attention(capture.modules))
         grids = grids_seen(stack, capture.modules)
-        stack.enter_context(capture())
+        stack.enter_context(capture(rules))
         _note_ends_of_blocks(stack, capture, calls)
-        stack.enter_context(backward_rules(rules))
         yield trace
         # While gradients are still on: finding the streams may take small backward passes.
         _complete(trace, capture, calls, root)

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node as GraphNode
 
 from clipmapper.errors import UserError
-from clipmapper.relevance.backward.rule import Rule
-from clipmapper.relevance.backward.unknown import kind_of
+from clipmapper.relevance.backward.rule import kind_of
 from clipmapper.relevance.recording.capture import Call, Watched
+from clipmapper.relevance.recording.tokenwise import leaves_tokens
 from clipmapper.relevance.trace import Attention, AttentionTrace, Edge, Join, Node
 
 _WORDS = (("image", r"vision|visual|image|vit|dino"), ("text", r"text|language|gpt|bert|llama"))
@@ -63,14 +62,6 @@ def _by_path(path: str) -> str | None:
     return None
 
 
-# Operations that leave every token where it is. After any other, where the tokens went is measured.
-_TOKENWISE = {
-    "Add", "Sub", "Mul", "Div", "Neg", "Pow", "Rsqrt", "Sqrt", "Addmm", "Mm", "T", "View", "UnsafeView",
-    "ReshapeAlias", "Clone", "ToCopy", "Alias", "Gelu", "Silu", "Relu", "Sigmoid", "Tanh", "Erf", "Hardswish",
-    "NativeLayerNorm", "FusedRmsNorm", "NativeDropout", "Linear", "Expand", "Clamp", "Where",
-}  # fmt: skip
-_LAST_AXIS = ((2**64 - 1,), 2**64 - 1, (-1,), -1)
-
 _BLOCK = re.compile(r"(.*?)\b(\d+)\b(?!.*\b\d+\b)")
 
 
@@ -81,18 +72,6 @@ def _list_of(name: str) -> tuple[str, int] | None:
 
 
 Place = tuple[object, int]  # a node of the autograd graph and which of its outputs
-
-
-def _leaves_tokens(function: GraphNode) -> bool:
-    """Whether every token stays where it is."""
-    rule = getattr(function, "_forward_cls", None)
-    if rule is not None:
-        return issubclass(rule, Rule) and rule.tokenwise
-    kind = kind_of(function)
-    if kind in ("Mean", "Sum"):
-        return getattr(function, "_saved_dim", None) in _LAST_AXIS
-    # (An operator without a derivative, as of a quantised layer, can not be measured.)
-    return kind in _TOKENWISE or kind.endswith(("AccumulateGrad", "NotImplemented"))
 
 
 def _place(edge: Edge) -> Place | None:
@@ -245,7 +224,7 @@ class StreamGraph:
                     latest[node.stream] = node
                 continue
             function = at[0]
-            if not _leaves_tokens(function):
+            if not leaves_tokens(function):
                 moved.add(kind_of(function))
             for further in function.next_functions:
                 if further[0] is not None and further not in seen:
