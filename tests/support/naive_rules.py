@@ -22,6 +22,7 @@ F_GELU = F.gelu
 PATCHES = {
     (F, "layer_norm"): layer_norm,
     (F, "gelu"): gelu,
+    (torch, "tanh"): lambda x, original=torch.tanh: x * (original(x) / x).detach(),  # of poolers
     (torch, "rsqrt"): lambda x, original=torch.rsqrt: original(x).detach(),  # of T5's norm
 }
 

@@ -1,8 +1,8 @@
 """Functions of one number: an activation is a number times its gate, and the gate counts as a constant.
 
 That is LibraGrad's rule for gated activations (arXiv 2411.16760, §3), and the identity rule of LRP for
-functions of one variable (Achtibat et al. 2024, arXiv 2402.05602, §3.3): x · ∂x = f(x) · ∂f. It is the same for
-any function f, by the gate f(x) / x.
+functions of one variable (Achtibat et al. 2024, arXiv 2402.05602, §3.3): x · ∂x = f(x) · ∂f. It is the same
+for any function f, by the gate f(x) / x.
 """
 
 from collections.abc import Callable

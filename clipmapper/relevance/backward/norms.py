@@ -1,7 +1,8 @@
 """Norms, and division: by what something is divided counts as a constant.
 
 LibraGrad's rule for norms (arXiv 2411.16760, §3) and AttnLRP's (arXiv 2402.05602, §3.3): the standard
-deviation is a constant, the mean is not. lxt, AttnLRP's library, has the same for a vector divided by its length.
+deviation is a constant, the mean is not. lxt, AttnLRP's library, has the same for a vector divided by its
+length.
 """
 
 from collections.abc import Callable

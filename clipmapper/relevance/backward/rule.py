@@ -1,10 +1,10 @@
 """The base of what stands in autograd's graph in place of an operator of torch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 
 
 class Rule(torch.autograd.Function):
@@ -33,7 +33,7 @@ def tensors(values: Sequence) -> Iterator[Tensor]:
             yield from tensors(value)
 
 
-def kind_of(node: Node) -> str:
+def kind_of(node: Any) -> str:
     """The operator of a node of autograd's graph: Add of AddBackward0."""
     return node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
 

@@ -1,4 +1,4 @@
-"""Operators without a rule: an error where their gradient is asked for, never the plain one without a word."""
+"""Operators without a rule: an error where their gradient is asked for, never the plain one silently."""
 
 from collections.abc import Callable, Iterable, Iterator
 
@@ -105,6 +105,6 @@ class _NoRule(Rule):
     def backward(ctx, gradient):
         name, rules = ctx.said
         raise UserError(
-            f"{name}: the backward rules {rules!r} have no rule for it, so that relevance can't pass; methods "
-            "by the plain gradient (weighted, gae, rollout, ...) are defined for this model"
+            f"{name}: the backward rules {rules!r} have no rule for it, so that relevance can't pass; "
+            "methods by the plain gradient (weighted, gae, rollout, ...) are defined for this model"
         )
