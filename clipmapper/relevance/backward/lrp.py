@@ -134,7 +134,7 @@ class _Map(Rule):
 
 
 def _passed(with_part: Callable, x: Tensor, relevance: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-    """R_in / x by the products of x and weights that are positive (of ``sign`` −1: negative), and the sums."""
+    """R_in / x by the products of x and weights that are positive (``sign`` −1: negative), and the sums."""
     parts = [x.detach().clamp(min=0).requires_grad_(), x.detach().clamp(max=0).requires_grad_()]
     bounds = ({"min": 0}, {"max": 0})[::sign]
     with torch.enable_grad():

@@ -77,8 +77,8 @@ def _shared(func: Callable, args: tuple, kwargs: dict, constant_probabilities: b
 # What is done to probabilities before they weigh something.
 _STILL_PROBABILITIES = {
     "View", "UnsafeView", "ReshapeAlias", "Expand", "Clone", "ToCopy", "Alias", "Select", "Slice",
-    "Unsqueeze", "Squeeze", "Transpose", "Permute", "Index", "IndexSelect", "Gather", "Topk", "Sort", "Div", "Mul",
-    "Scatter", "MaskedFill", "Unbind", "Split", "Where", "CopyBackwards",
+    "Unsqueeze", "Squeeze", "Transpose", "Permute", "Index", "IndexSelect", "Gather", "Topk", "Sort", "Div",
+    "Mul", "Scatter", "MaskedFill", "Unbind", "Split", "Where", "CopyBackwards",
 }  # fmt: skip
 _STEPS = 16
 

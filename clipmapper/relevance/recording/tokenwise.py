@@ -10,7 +10,7 @@ _TOKENWISE = {
     "Add", "Sub", "Mul", "Div", "Neg", "Pow", "Rsqrt", "Sqrt", "Addmm", "Mm", "T", "View", "UnsafeView",
     "ReshapeAlias", "Clone", "ToCopy", "Alias", "Gelu", "Silu", "Relu", "Sigmoid", "Tanh", "Erf", "Hardswish",
     "NativeLayerNorm", "FusedRmsNorm", "NativeDropout", "Linear", "Expand", "Clamp", "Where",
-    "AccumulateGrad", "CopyBackwards", "NotImplemented",
+    "AccumulateGrad", "CopyBackwards", "NotImplemented", "WarnNotImplemented",
 }  # fmt: skip
 _LAST_AXIS = ((2**64 - 1,), 2**64 - 1, (-1,), -1)
 
