@@ -5,7 +5,7 @@ functions of one variable (Achtibat et al. 2024, arXiv 2402.05602, §3.3): x · 
 for any function f, by the gate f(x) / x.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -48,8 +48,6 @@ def elementwise(func: Callable, *args, gate: Callable | None = None, **kwargs) -
     """``func`` of one tensor, the gradient at which is its own times f(x) / x, or times its ``gate``."""
     kwargs.pop("inplace", None)
     name = getattr(func, "__name__", "")
-    if name in ("pow", "float_power") and _falls(args, kwargs):
-        return func(*(a.detach() if isinstance(a, Tensor) else a for a in args), **kwargs)
     (x,) = variables(args, kwargs)
     if gate is None and x is args[0]:
         gate = _silu_gate if name == "silu" else None
@@ -58,12 +56,6 @@ def elementwise(func: Callable, *args, gate: Callable | None = None, **kwargs) -
     if gate is not None:
         return Gated.apply(x, lambda t: func(t, *args[1:], **kwargs), gate)
     return _OwnGate.apply(x, _of_one(func, x, args, kwargs))
-
-
-def _falls(args: tuple, kwargs: dict) -> bool:
-    """Whether a power is that of a division: 1 / x, 1 / √x."""
-    exponent = args[1] if len(args) > 1 else kwargs.get("exponent")
-    return not isinstance(exponent, Tensor) and exponent is not None and exponent < 0
 
 
 def _of_one(func: Callable, x: Tensor, args: tuple, kwargs: dict) -> Callable[[Tensor], Tensor]:
@@ -107,6 +99,14 @@ class _OwnGate(Rule):
             limit = ctx.func(torch.full_like(x, near)) / near
             gate = torch.where(zero, torch.where(result == 0, limit, torch.zeros_like(limit)), gate)
         return gradient * gate, None
+
+
+def divides(name: str, args: Sequence, kwargs: Mapping) -> bool:
+    """Whether an operator is 1 / x or 1 / √x, or a power like them."""
+    if name not in ("pow", "float_power"):
+        return name in ("reciprocal", "rsqrt")
+    exponent = args[1] if len(args) > 1 else kwargs.get("exponent")
+    return isinstance(exponent, int | float) and exponent < 0
 
 
 def constant(func: Callable, x: Tensor, *args, **kwargs) -> Tensor:

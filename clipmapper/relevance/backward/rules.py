@@ -35,6 +35,7 @@ from clipmapper.relevance.backward import lrp, norms, products
 from clipmapper.relevance.backward.elementwise import (
     ELEMENTWISE,
     constant,
+    divides,
     elementwise,
     new_gelu_gate,
     quick_gelu_gate,
@@ -153,6 +154,8 @@ class RulesMode(TorchFunctionMode):
         return result
 
     def _rule(self, name: str, args: tuple, kwargs: Mapping) -> Callable | None:
+        if divides(name, args, kwargs):
+            return constant
         rule = self.table.get(name)
         if rule is None or name not in ELEMENTWISE:
             return rule
@@ -222,7 +225,6 @@ def _batch_norm(func: Callable, x, weight, bias, mean, variance, training, *args
 
 # By the name of the operator.
 _ALL = {
-    **dict.fromkeys(("reciprocal", "rsqrt"), constant),
     "div": norms.divided,
     "var": norms.half_variance,
     "cosine_similarity": norms.cosine_similarity,
