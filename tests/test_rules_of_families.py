@@ -151,6 +151,26 @@ def test_every_method_with_tokens_first(name):
     assert defined > 25
 
 
+def test_residual_connections_in_place_with_tokens_first():
+    class InPlace(families.Plain):
+        def forward(self, tokens):
+            x = self.embed(tokens)
+            for layer in (self.one, self.two):
+                mixed = layer(x, x, x, need_weights=False)[0]
+                mixed += x
+                x = self.norm(mixed)
+            return self.head(x[0])[:, 1]
+
+    model, tokens = families.ready(InPlace(batch_first=False)), torch.randn(7, 2, 5, dtype=torch.float64)
+    found = []
+    for rows in ([0, 1], [0], [1]):
+        with record(model, rules="lrp") as trace:
+            y = model(tokens[:, rows])
+        trace.backward(y)
+        found.append(input_x_gradient(trace, sign="both").streams["tokens"])
+    torch.testing.assert_close(found[0], torch.cat(found[1:]), rtol=1e-6, atol=1e-9)
+
+
 def as_linear(model):
     """GPT-2 whose Conv1D modules are written as ``nn.Linear``."""
     for module in list(model.modules()):

@@ -19,6 +19,7 @@ lrp         relevance halved at A V  relevance as it     relevance as it     hal
 computed with an operator that has no rule is an error where its gradient is asked for.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -147,11 +148,23 @@ class RulesMode(TorchFunctionMode):
             before = [_made_by(x) for x in given]
             return guarded(func(*args, **kwargs), before, func, self.rules)
         if works_in_place(func):
-            return _in_place(rule, func, args, kwargs)
+            rule = functools.partial(self._in_place, rule)
         result = rule(func, *args, **kwargs)
+        self._note(result)
+        return result
+
+    def _in_place(self, rule: Callable, func: Callable, x: Tensor, *others, **kwargs) -> Tensor:
+        """The rule on what the tensor was, whose result takes its place."""
+        kwargs.pop("inplace", None)
+        old, name = x.clone(), operator_name(func)
+        usual = getattr(torch, name, None) or getattr(F, name, None) or getattr(Tensor, name)
+        result = rule(usual, old, *others, **kwargs)
+        self._note(result)
+        return x.copy_(result)
+
+    def _note(self, result: object) -> None:
         if isinstance(getattr(result, "grad_fn", None), lrp.Add._backward_cls):
             self.additions.append(result.grad_fn)
-        return result
 
     def _rule(self, name: str, args: tuple, kwargs: Mapping) -> Callable | None:
         if divides(name, args, kwargs):
@@ -179,16 +192,6 @@ _UNSEEN = frozenset(
 
 def _made_by(x: Tensor) -> torch.autograd.graph.Node | None:
     return torch.autograd.graph.get_gradient_edge(x).node
-
-
-def _in_place(rule: Callable, func: Callable, args: tuple, kwargs: dict) -> Tensor:
-    """The rule on what the tensor was, whose result takes its place."""
-    x, *others = args
-    kwargs.pop("inplace", None)
-    old = x.clone()
-    name = operator_name(func)
-    usual = getattr(torch, name, None) or getattr(F, name, None) or getattr(Tensor, name)
-    return x.copy_(rule(usual, old, *others, **kwargs))
 
 
 def _replace(stack: ExitStack, owner, name: str, value) -> None:
