@@ -156,7 +156,7 @@ def test_residual_connections_in_place_with_tokens_first():
         def forward(self, tokens):
             x = self.embed(tokens)
             for layer in (self.one, self.two):
-                mixed = layer(x, x, x, need_weights=False)[0]
+                mixed = layer(x, x, x, need_weights=False)[0].clone()
                 mixed += x
                 x = self.norm(mixed)
             return self.head(x[0])[:, 1]
