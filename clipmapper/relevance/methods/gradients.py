@@ -99,8 +99,7 @@ def attn_lrp(trace: AttentionTrace, sign: str = "positive") -> Relevance:
     """AttnLRP (Achtibat et al. 2024, arXiv 2402.05602): gradient × input under its backward rules.
 
     See :func:`clipmapper.relevance.backward.rules.backward_rules`. ε is 0, so a bias takes its part of the
-    relevance. Defined for models of linear layers, norms, GELU, SiLU or ReLU, products, and attention by
-    ``scaled_dot_product_attention``; what else a model computes is differentiated plainly.
+    relevance. Raises ``UserError`` where relevance arrives at an operator that has no rule, which it names.
     """
     return input_x_gradient(with_rules(trace, "attn_lrp", "attn_lrp"), sign=sign)
 
