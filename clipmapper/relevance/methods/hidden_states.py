@@ -34,9 +34,9 @@ def full_grad(trace: AttentionTrace, sign: str = "positive") -> Relevance:
     - A layer is an attention sub-layer: a block of self- and cross-attention counts twice.
 
     ``sign``: "positive" evidence, "negative" (as positive numbers), or "both", which is LibraGrad's.
-    ``start_layer``: see :func:`~clipmapper.relevance.method.from_layer`. Defined for every trace in which each
-    input stream has a sub-layer of its own (learned queries that pool, which are no input, pass on to what
-    they read). Needs ``trace.backward(y)``. Raises ``UserError`` for a stream that is only read.
+    ``start_layer``: see :func:`~clipmapper.relevance.method.from_layer`. Defined for every trace in which
+    each input stream has a sub-layer of its own (learned queries that pool, which are no input, pass on to
+    what they read). Needs ``trace.backward(y)``. Raises ``UserError`` for a stream that is only read.
     """
     trace.require_no_cut()
     found = ((step.query_node.stream, _product(step)) for step in _states(trace))
@@ -47,16 +47,17 @@ def full_grad(trace: AttentionTrace, sign: str = "positive") -> Relevance:
 def att_cat(trace: AttentionTrace, sign: str = "positive") -> Relevance:
     """AttCAT (Qiang et al., NeurIPS 2022): ``Σ_l E_h(α_l) · Σ_c h_l ⊙ ∂y/∂h_l``.
 
-    α_l is the attention that a token receives in sub-layer l, the mean over the queries, and h_l the token as
-    it is read there: in self-attention, before the sub-layer. So the paper's released code has it; LibraGrad's
-    (arXiv 2411.16760) multiplies α_l with the tokens *behind* layer l, and leaves out the last layer. There is
-    no min–max scaling here, which the released code does for display.
+    α_l is the attention that a token receives in sub-layer l, the mean over the queries, and h_l the token
+    as it is read there: in self-attention, before the sub-layer. So the authors' released code has it.
+    LibraGrad's (arXiv 2411.16760) multiplies α_l with the tokens *behind* layer l, and leaves out the last
+    layer, behind which only the read token has a gradient.
 
     Cross-attention, which the paper does not have, counts in the same way for the tokens that it reads, where
     their gradient in the state that is read was recorded: two streams that read each other (CLIPmapper,
     LXMERT), but not an encoder's last state that is handed over (T5, BLIP), whose tokens count in the
-    encoder's own layers. Queries that do not reach y (the words behind the predicted one, padding) are no part
-    of the mean, so the relevance of a word is that of the text up to it; in the paper's encoders all do.
+    encoder's own layers. Queries that do not reach y (the words behind the predicted one, padding) are no
+    part of the mean, so the relevance of a word is that of the text up to it; in the paper's encoders all
+    queries reach it (the released code has padding in the mean).
 
     ``sign``: "positive" evidence, "negative" (as positive numbers), or "both", which is the paper's.
     ``start_layer`` and models as for :func:`full_grad`. Needs ``trace.backward(y)``. Raises ``UserError`` for
@@ -156,7 +157,7 @@ def _summed(
     for stream in trace.inputs:
         if stream not in totals and stream not in pooling:
             raise UserError(
-                f"{method}: stream {stream!r} is only read, by cross-attention, or only reads; the gradient at "
-                "its tokens, in a state in which they are read, is not recorded"
+                f"{method}: stream {stream!r} is only read, by cross-attention, or only reads; the gradient "
+                "at its tokens, in a state in which they are read, is not recorded"
             )
     return as_relevance(trace, totals)
