@@ -30,6 +30,10 @@ FAMILIES = [
 # Their tokens count positions from the left of the row, padding or not, and can't be told otherwise.
 FROM_THE_LEFT = ("hf_m2m100", "hf_mpnet", "hf_distilbert", "hf_bart", "hf_marian", "hf_blenderbot-small",
                  "hf_mbart", "hf_pegasus", "hf_blenderbot", "hf_lxmert")  # fmt: skip
+TRIED = (
+    "weighted", "weighted_token", "gae", "rollout", "grad_cam", "input_x_gradient", "full_grad", "att_cat",
+    "x_grad_cam",
+)  # fmt: skip
 QUICK = ("hf_llama", "hf_gemma3", "hf_gpt2_reading", "hf_t5", "hf_bert", "hf_falcon, alibi")
 
 
@@ -101,7 +105,7 @@ def sides(name):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", QUICK)
 def test_a_padded_sample_has_the_map_of_the_unpadded_one(name, side):
-    check(name, side, ("weighted", "weighted_token", "gae", "rollout", "grad_cam", "input_x_gradient"))
+    check(name, side, TRIED)
 
 
 @pytest.mark.slow

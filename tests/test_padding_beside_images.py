@@ -11,7 +11,9 @@ from clipmapper.relevance import METHODS, record
 N, L = 7, 5  # words of the batch, and of the sample without padding
 CASES = {**base.CASES, **more.CASES, "hf_llava": base.hf_llava}
 QUICK = ("hf_vilt", "hf_paligemma")
-METHODS_TRIED = ("weighted", "gae", "rollout", "input_x_gradient", "grad_cam")
+METHODS_TRIED = (
+    "weighted", "gae", "rollout", "input_x_gradient", "grad_cam", "full_grad", "att_cat", "x_grad_cam",
+)  # fmt: skip
 
 
 def padded(words, side, fill=0):

@@ -23,6 +23,7 @@ from clipmapper.relevance.methods.gradients import (
     legrad,
     occlusion,
 )
+from clipmapper.relevance.methods.hidden_states import att_cat, full_grad, x_grad_cam
 from clipmapper.relevance.methods.lrp import (
     GRADIENT_METHODS,
     partial_lrp,
@@ -72,6 +73,9 @@ METHODS = {
         integrated_gradients,
         occlusion,
         input_x_gradient,
+        full_grad,
+        att_cat,
+        x_grad_cam,
         *map(with_libra, GRADIENT_METHODS),
     )
 }
@@ -108,6 +112,7 @@ __all__ = [
     "Node",
     "Relevance",
     "alti",
+    "att_cat",
     "attention_flow",
     "attn_lrp",
     "backward_rules",
@@ -118,6 +123,7 @@ __all__ = [
     "efficient_attention",
     "efficient_rollout",
     "efficient_weighted",
+    "full_grad",
     "gae",
     "grad_cam",
     "grad_eclip",
@@ -140,4 +146,5 @@ __all__ = [
     "weighted_token",
     "weighted_token_norm",
     "with_libra",
+    "x_grad_cam",
 ]

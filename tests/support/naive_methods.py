@@ -5,7 +5,9 @@ import torch.nn.functional as F
 
 from support import naive_relevance
 
-SIGNED = ("input_x_gradient", "attn_lrp", "integrated_gradients", "occlusion")
+SIGNED = (
+    "input_x_gradient", "full_grad", "att_cat", "x_grad_cam", "attn_lrp", "integrated_gradients", "occlusion",
+)  # fmt: skip
 
 
 def weighted_norm(run):
@@ -47,6 +49,46 @@ def input_x_gradient(run):
             if place not in found:
                 values[place] = (s.x[i] * s.dx[i]).sum()
                 found.add(place)
+    return values
+
+
+def states(run):
+    """The sub-layers that have tokens before them."""
+    return [s for s in run.sublayers if not getattr(s, "pools", False)]
+
+
+def full_grad(run):
+    values = torch.zeros(run.size, dtype=run.logits.dtype)
+    for s in states(run):
+        for i, place in enumerate(s.queries):
+            values[place] += (s.x[i] * s.dx[i]).sum()
+    return values
+
+
+def att_cat(run):
+    """Every matrix by the tokens that it reads, as they are then: as they next ask, if they ever do."""
+    values = torch.zeros(run.size, dtype=run.logits.dtype)
+    for s in run.sublayers:
+        read = [t for t in run.sublayers[s.keys_state :] if t.queries == s.keys]
+        # Queries without a gradient are none of y's; those that pool have no x.
+        rows = [A.T for A, d in zip(s.A.transpose(0, 1), s.da if getattr(s, "pools", False) else s.dx,
+                                    strict=True) if d.any()]  # fmt: skip
+        if read and rows:
+            received = torch.stack(rows).mean(dim=(0, 2))
+            for j, place in enumerate(s.keys):
+                values[place] += received[j] * (read[0].x[j] * read[0].dx[j]).sum()
+    return values
+
+
+def x_grad_cam(run):
+    values = torch.zeros(run.size, dtype=run.logits.dtype)
+    for s in states(run):
+        inside = [i for i in range(len(s.queries)) if s.dx[i].any()]
+        for channel in range(s.x.shape[1]):
+            x, dx = s.x[inside, channel], s.dx[inside, channel]
+            weight = sum(abs(a) * d for a, d in zip(x, dx, strict=True)) / x.abs().sum() if inside else 0
+            for i, a in zip(inside, x, strict=True):
+                values[s.queries[i]] += weight * a
     return values
 
 
@@ -106,6 +148,8 @@ def token_tm(run):
     return states[-1][run.read]
 
 
-NAIVE = {
-    f.__name__: f for f in (weighted_norm, weighted_token_norm, grad_eclip, input_x_gradient, alti, token_tm)
-}
+_ALL = (
+    weighted_norm, weighted_token_norm, grad_eclip, input_x_gradient, full_grad, att_cat, x_grad_cam, alti,
+    token_tm,
+)  # fmt: skip
+NAIVE = {method.__name__: method for method in _ALL}

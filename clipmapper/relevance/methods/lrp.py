@@ -24,6 +24,7 @@ from clipmapper.relevance.methods.gradients import (
     integrated_gradients,
     legrad,
 )
+from clipmapper.relevance.methods.hidden_states import att_cat, full_grad, x_grad_cam
 from clipmapper.relevance.methods.norms import beyond_intuition, token_tm
 from clipmapper.relevance.methods.weighted import weighted, weighted_norm, weighted_token, weighted_token_norm
 from clipmapper.relevance.propagation import part_of, propagate
@@ -107,6 +108,9 @@ GRADIENT_METHODS = (
     grad_cam,
     grad_eclip,
     input_x_gradient,
+    full_grad,
+    att_cat,
+    x_grad_cam,
     token_tm,
     beyond_intuition,
     legrad,
