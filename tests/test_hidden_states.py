@@ -131,8 +131,9 @@ def test_joined_streams_go_back_to_their_places_and_pools_to_what_they_read():
     image, words = Node("image", 0), Node("text", 0)
     pool = Node("pool", 0), Node("pool", 1)
     A = [[[1 / 4, 3 / 4], [1, 0]]]
-    zero = [[0.0, 0.0]] * 2
-    pooling = replace(made((pool[0], image), A, zero, zero), pools=True, output_node=pool[1])
+    # (Whatever a recorder may keep as the tokens before attention that pools, they are none.)
+    pooling = made((pool[0], image), A, [[1, 1], [1, 1]], [[1, 1], [0, 0]])
+    pooling = replace(pooling, pools=True, output_node=pool[1])
     joined = Node("joined", 0)
     own = made((joined, joined), [[[1, 0, 0]] * 3], [[1, 1], [2, 0], [0, 3]], [[1, 1], [2, 0], [0, 1]])
     before = made((image, image), A, [[1, 0], [0, 1]], [[5, 0], [0, 7]])
@@ -147,7 +148,7 @@ def test_joined_streams_go_back_to_their_places_and_pools_to_what_they_read():
     check(signed("full_grad", trace), text=[0, 2], image=expected, pool=[0, 0])
     # All attention of the joined tokens is on the word. The state that is pooled has no gradient.
     check(signed("att_cat", trace), text=[0, 2], image=[5 * 5 / 8, 7 * 3 / 8], pool=[0, 0])
-    # But it counts where it was recorded; the queries that pool have nothing before them that could reach y.
+    # But it counts where it was recorded, for all queries whose output reaches y.
     later = made((Node("image", 1), Node("image", 1)), [[[1, 0], [1, 0]]], [[1, 0], [0, 1]], [[8, 0], [0, 8]])
     trace.steps.append(later)
     image = [5 * 5 / 8 + 8 + 8 * 5 / 8, 7 * 3 / 8 + 8 * 3 / 8]
