@@ -26,7 +26,7 @@ from clipmapper.benchmarks.timing import (
 from clipmapper.commands.explain import chosen_device
 from clipmapper.commands.mistakes import seconds, whole
 from clipmapper.errors import UserError
-from clipmapper.relevance import METHODS, Relevance, method_named
+from clipmapper.relevance import METHODS, Relevance, method_named, needs_of
 from clipmapper.training.shown import console
 
 FLOOR = "floor"
@@ -204,8 +204,9 @@ def explaining(subject: Subject, method: str) -> Callable[[], object]:
     """The whole of it: recorded forward, backward, method."""
 
     def explain():
-        trace, y = subject.trace()
-        trace.backward(y)
+        needs = needs_of([METHODS[method]])
+        trace, y = subject.trace(needs.rules)
+        needs.differentiate(trace, y)
         trace.again = subject.again()
         return METHODS[method](trace)
 
