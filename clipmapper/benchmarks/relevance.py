@@ -10,7 +10,8 @@ from rich.table import Table
 from torch import Tensor
 from tqdm import tqdm
 
-from clipmapper.benchmarks import naive
+from clipmapper.benchmarks import compared, naive
+from clipmapper.benchmarks.other_libraries import LIBRARIES
 from clipmapper.benchmarks.subjects import SUBJECTS, Subject
 from clipmapper.benchmarks.timing import (
     available_bytes,
@@ -26,7 +27,7 @@ from clipmapper.benchmarks.timing import (
 from clipmapper.commands.explain import chosen_device
 from clipmapper.commands.mistakes import seconds, whole
 from clipmapper.errors import UserError
-from clipmapper.relevance import METHODS, Relevance, method_named
+from clipmapper.relevance import METHODS, Relevance, method_named, needs_of
 from clipmapper.training.shown import console
 
 FLOOR = "floor"
@@ -55,6 +56,11 @@ def relevance_arguments(parser: ArgumentParser) -> None:
         help="as released implementations do it: the time, at the smallest batch",
     )  # fmt: skip
     parser.add_argument(
+        "--compare", nargs="+", choices=[*LIBRARIES], default=[], metavar="LIBRARY",
+        help="captum, lxt: instead, their own programs against the methods here that give the same, of "
+        f"{', '.join(compared.SUBJECTS)}",
+    )  # fmt: skip
+    parser.add_argument(
         "--resident", action=BooleanOptionalAction, default=False,
         help="also the resident memory of a process that explains once, above the loaded model's",
     )  # fmt: skip
@@ -76,6 +82,7 @@ def relevance_arguments(parser: ArgumentParser) -> None:
 def relevance(options: Namespace) -> dict:
     """Time and peak memory of methods, divided by those of one forward and backward to the input image.
 
+    ``--compare``: of other libraries as well, on models of its own and against a backward to the tokens.
     What is measured of a model and batch is written at once. Raises ``UserError`` where ``--resume`` finds an
     earlier run of other settings or of another machine.
     """
@@ -85,6 +92,8 @@ def relevance(options: Namespace) -> dict:
     device = chosen_device(options.device)
     results = {"machine": machine(device), "settings": vars(options), "rows": []}
     output = Path(options.output)
+    if options.compare:
+        return _compared(results, device, options, output)
     if options.resume:
         results["rows"] = earlier_rows(output / f"{options.name}.json", results, _MUST_AGREE)
     with tqdm(total=len(options.models) * len(options.batches), desc="relevance") as bar:
@@ -102,6 +111,16 @@ def relevance(options: Namespace) -> dict:
                     results["machine"]["load_at_the_end"] = machine(device)["load"]
                     write_results(options.name, results, output)
                 bar.update()
+    return results
+
+
+def _compared(results: dict, device: torch.device, options: Namespace, output: Path) -> dict:
+    if options.precision != "float32" or options.resume or options.resident:
+        raise UserError("--compare is made in float32, and without --resume and --resident")
+    for name in compared.SUBJECTS:
+        for batch in sorted(options.batches):
+            results["rows"] += compared.compare(name, batch, device, options)
+            write_results(options.name, results, output)
     return results
 
 
@@ -204,8 +223,9 @@ def explaining(subject: Subject, method: str) -> Callable[[], object]:
     """The whole of it: recorded forward, backward, method."""
 
     def explain():
-        trace, y = subject.trace()
-        trace.backward(y)
+        needs = needs_of([METHODS[method]])
+        trace, y = subject.trace(needs.rules)
+        needs.differentiate(trace, y)
         trace.again = subject.again()
         return METHODS[method](trace)
 
@@ -230,7 +250,7 @@ def show(results: dict) -> None:
         caption_justify="left",
     )
     columns = ["model", "batch", "way", "time (s)", "time", "CPU time", "memory", "× ours", "runs"]
-    rounded = any("deviation" in row for row in results["rows"])
+    rounded = any("deviation" in row for row in results["rows"]) and not results["settings"].get("compare")
     if rounded:
         columns.append("off float32")
         table.caption += "; off float32: largest difference of relevance that sums to 1"
@@ -256,6 +276,9 @@ def show(results: dict) -> None:
     for row in results["rows"]:
         if "left_out" in row:
             out.print(f"{row['model']}, batch {row['batch']}, {row['way']}: {row['left_out']}")
+        if results["settings"].get("compare") and "deviation" in row:
+            off = f"{row['deviation']:.1e} of the largest"
+            out.print(f"{row['model']}, {row['way']}: the method here is off by {off}")
         if "resident_bytes" in row:
             grown = row["resident_bytes"] / 2**30
             out.print(f"{row['model']}, {row['way']}: {grown:.2f} GiB resident above the model")

@@ -60,8 +60,8 @@ class Subject:
     def again(self) -> Again:
         return Again(self.module, self.traced, self.readout)
 
-    def trace(self) -> tuple[AttentionTrace, Tensor]:
-        with record(self.module) as trace:
+    def trace(self, rules: str = "plain") -> tuple[AttentionTrace, Tensor]:
+        with record(self.module, rules=rules) as trace:
             y = self.traced(self.all_rows)
         return trace, y
 

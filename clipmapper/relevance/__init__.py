@@ -3,7 +3,7 @@
 from clipmapper.errors import UserError
 from clipmapper.relevance.backward.rules import backward_rules
 from clipmapper.relevance.call_forms import Attribution, quantus_explainer
-from clipmapper.relevance.method import Relevance
+from clipmapper.relevance.method import Needs, Relevance, needs_of
 from clipmapper.relevance.methods.attention_only import attention_flow, random, raw_attention, rollout
 from clipmapper.relevance.methods.effective import (
     effective_attention,
@@ -109,6 +109,7 @@ __all__ = [
     "AttentionTrace",
     "Attribution",
     "Join",
+    "Needs",
     "Node",
     "Relevance",
     "alti",
@@ -131,6 +132,7 @@ __all__ = [
     "integrated_gradients",
     "legrad",
     "method_named",
+    "needs_of",
     "occlusion",
     "partial_lrp",
     "quantus_explainer",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
-from clipmapper.relevance.method import Relevance
+from clipmapper.relevance.method import Relevance, needs_of
 from clipmapper.relevance.recording.record import record
 from clipmapper.relevance.rerun import Again
 from clipmapper.relevance.trace import AttentionTrace
@@ -87,9 +87,10 @@ class Attribution:
             out = self.forward(*(of_batch(v, at) for v in (*inputs, *extra)))
             return select(out, target, at, batch)
 
-        with record(self.model, samples=rows.tolist()) as trace:
+        needs = needs_of([self.method])
+        with record(self.model, samples=rows.tolist(), rules=needs.rules) as trace:
             y = scalars(torch.arange(len(rows), device=inputs[0].device))
-        trace.backward(y)
+        needs.differentiate(trace, y)
         trace.again = Again(self.model, scalars)
         return trace
 

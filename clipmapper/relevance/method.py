@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,38 @@ from torch import Tensor
 
 from clipmapper.errors import UserError
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks of the recording that it is given, to be served by it alone.
+
+    Attributes
+    ----------
+    rules : of the backward pass (:mod:`clipmapper.relevance.backward.rules`). A trace of other rules serves
+        as well where ``trace.again`` is set: what is missing is recorded again.
+    backward : whether gradients of y are needed. Without, the method makes those that it needs from the
+        graph, which is to be kept.
+    """
+
+    rules: str = "plain"
+    backward: bool = True
+
+    def differentiate(self, trace: AttentionTrace, y: Tensor) -> None:
+        """Make the backward of y, unless it is of no use to the method.
+
+        (Where there are several streams and nobody has said which is read, the backward finds it.)
+        """
+        several = len({step.query_node.stream for step in trace.attention}) > 1
+        if self.backward or (several and trace.read is None):
+            trace.backward(y, keep_graph=not self.backward)
+
+
+def needs_of(methods: Iterable[Callable[..., "Relevance"]]) -> Needs:
+    """The recording that serves all these methods: by their rules where those agree, otherwise plain."""
+    needs = [getattr(method, "needs", Needs()) for method in methods]
+    rules = {need.rules for need in needs}
+    return Needs(rules.pop() if len(rules) == 1 else "plain", any(need.backward for need in needs))
 
 
 @dataclass(frozen=True)
@@ -95,7 +127,7 @@ _WHY_NOT = {
 }
 
 
-def explanation(*, gradient: bool = False, layers: bool = False) -> Callable:
+def explanation(*, gradient: bool = False, layers: bool = False, needs: Needs | None = None) -> Callable:
     """Makes a function of a trace a method: ``method(trace, y=None, **options) -> Relevance``.
 
     ``y``: Float[batch], the explained scalar; the backward is made here unless it has been made of this very
@@ -103,7 +135,8 @@ def explanation(*, gradient: bool = False, layers: bool = False) -> Callable:
 
     With ``gradient`` there is an option ``sign``: "positive" is the method itself, what speaks for y;
     "negative" is the method for −y, what speaks against it, as positive numbers; "both" is their difference.
-    With ``layers`` there is ``start_layer``, see :func:`clipmapper.relevance.method.from_layer`. A function
+    With ``layers`` there is ``start_layer``, see :func:`clipmapper.relevance.method.from_layer`. ``needs``
+    become an attribute of the method. A function
     may have options of these names itself. An option that a method does not have raises ``UserError``, and so
     does a map that is not finite.
     """
@@ -136,6 +169,7 @@ def explanation(*, gradient: bool = False, layers: bool = False) -> Callable:
                 parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
         signature = inspect.Signature(parameters, return_annotation=Relevance)
         method.__signature__ = signature
+        method.needs = Needs() if needs is None else needs
         return method
 
     return decorate

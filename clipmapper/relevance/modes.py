@@ -1,6 +1,6 @@
-"""Training and evaluation mode of the parts of a model."""
+"""Modes that a model is put into for a while: evaluation, and parameters that take no gradient."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -20,3 +20,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+@contextmanager
+def without_parameter_gradients(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, the parameters of these modules themselves take no gradient.
+
+    What only the weights' gradients need is then not kept.
+    """
+    taken = [
+        p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad
+    ]
+    for parameter in taken:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in taken:
+            parameter.requires_grad_(True)

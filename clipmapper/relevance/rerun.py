@@ -5,7 +5,7 @@ that only need other backward rules work without it on a trace that was recorded
 ``with record(model, rules="libra") as trace: ...``.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from clipmapper.errors import UserError
 from clipmapper.relevance.backward.rules import backward_rules
-from clipmapper.relevance.modes import evaluating
+from clipmapper.relevance.modes import evaluating, without_parameter_gradients
 from clipmapper.relevance.recording.capture import argument, replaced
 from clipmapper.relevance.recording.record import record
 from clipmapper.relevance.recording.step_by_step import fused_attention, without_weights
-from clipmapper.relevance.trace import Attention, AttentionTrace, Entry
+from clipmapper.relevance.trace import Attention, AttentionTrace, Entry, Node, gradients_of
 
 Forward = Callable[[Int[Tensor, "variants"]], Float[Tensor, "variants"]]
 
@@ -60,6 +60,7 @@ class Again:
     def __init__(self, model: nn.Module, forward: Forward, readout: Readout | None = None) -> None:
         self.model, self.forward, self.readout = model, forward, readout
         self._recorded: dict[str, AttentionTrace] = {}
+        self._attention: dict[str, dict[Node, Attention]] = {}
         kind = next((p.device.type for p in model.parameters()), "cpu")
         self._autocast = torch.autocast(
             kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind)
@@ -81,15 +82,45 @@ class Again:
             self._recorded[rules] = again
         return self._recorded[rules]
 
-    def scaled(self, trace: AttentionTrace, factor: float, method: str) -> AttentionTrace:
-        """Recorded with the input tokens (:func:`input_tokens`) multiplied by ``factor``."""
+    def attention(
+        self, trace: AttentionTrace, nodes: Collection[Node], rules: str
+    ) -> Mapping[Node, Attention]:
+        """The sub-layers that give these nodes, of the same forward under other backward rules.
+
+        Of their gradients they have that of attention alone, ``mixed_gradient``: the backward ends at the
+        first of them. Those of one call are kept for the next.
+        """
+        if rules in self._recorded:
+            return {step.output_node: step for step in self._recorded[rules].attention}
+        if not set(nodes) <= self._attention.get(rules, {}).keys():
+            self._attention[rules] = self._attending(trace, nodes, rules, {})
+        return self._attention[rules]
+
+    def scaled(
+        self, trace: AttentionTrace, nodes: Collection[Node], factor: float, method: str
+    ) -> Mapping[Node, Attention]:
+        """The same by the trace's rules, with the input tokens (:func:`input_tokens`) times ``factor``."""
         tokens = {s: factor * values for s, values in input_tokens(trace, method).items()}
-        recording = record(self.model, trace.samples, trace.rules)
+        return self._attending(trace, nodes, trace.rules, tokens)
+
+    def _attending(
+        self, trace: AttentionTrace, nodes: Collection[Node], rules: str, tokens: Mapping[str, Tensor]
+    ) -> dict[Node, Attention]:
+        recording = record(self.model, trace.samples, rules)
         # Substituted inside, so that those hooks run before the recorder's, which is to see the new tokens.
         with self._evaluating(), recording as again, _substituted(trace, tokens):
             y = self.forward(self._all(trace))
-        again.backward(y)
-        return again
+        again.require_gradient(y)
+        steps = {step.output_node: step for step in again.attention if step.output_node in nodes}
+        places = [step.edges[0] for step in steps.values()]
+        found, scale = gradients_of(y, [place.edge for place in places], again, keep_graph=False)
+        if all(gradient is None for gradient in found):
+            raise ValueError("y depends on nothing that was recorded: run the model inside the recorder")
+        for step, place, gradient in zip(steps.values(), places, found, strict=True):
+            step.mixed_gradient = torch.zeros_like(step.mixed) if gradient is None else place.turned(gradient)
+            step.gradient_scale = scale
+        again.release_graph()
+        return steps
 
     def undifferentiated(self, trace: AttentionTrace) -> AttentionTrace:
         """Recorded, without the backward: its tensors still hold the graph."""
@@ -106,9 +137,10 @@ class Again:
         """
         with ExitStack() as stack:
             stack.enter_context(self._evaluating())
+            modules = list(self.model.modules())
+            stack.enter_context(without_parameter_gradients(modules))
             if trace.rules != "plain":
                 # Rules are for the fused function.
-                modules = list(self.model.modules())
                 stack.enter_context(fused_attention(modules))
                 stack.enter_context(without_weights(modules))
                 stack.enter_context(backward_rules(trace.rules))

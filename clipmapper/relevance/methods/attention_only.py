@@ -58,15 +58,23 @@ def last_attention(trace: AttentionTrace, matrix: Matrix) -> Relevance:
     """
     rows = {node.stream: row for node, row in trace.read_row().items()}
     found: dict[str, Tensor] = {}
+    for step in last_reading(trace).values():
+        to_keys, _ = rows_times(matrix, exact_step(step), rows[step.query_node.stream], normalise=False)
+        for stream, part in on_inputs(trace, step.key_node.stream, to_keys).items():
+            found.setdefault(stream, part[:, 0])
+    return as_relevance(trace, found)
+
+
+def last_reading(trace: AttentionTrace) -> dict[Node, Attention]:
+    """The last sub-layers in which a stream that is read reads each stream, by what they give, last first."""
+    read = {node.stream for node, _ in trace.reads}
+    found: dict[Node, Attention] = {}
     seen: set[str] = set()
     for step in reversed(trace.attention):
-        source = step.key_node.stream
-        if step.query_node.stream in rows and source not in seen:
-            seen.add(source)
-            to_keys, _ = rows_times(matrix, exact_step(step), rows[step.query_node.stream], normalise=False)
-            for stream, part in on_inputs(trace, source, to_keys).items():
-                found.setdefault(stream, part[:, 0])
-    return as_relevance(trace, found)
+        if step.query_node.stream in read and step.key_node.stream not in seen:
+            seen.add(step.key_node.stream)
+            found[step.output_node] = step
+    return found
 
 
 def on_inputs(

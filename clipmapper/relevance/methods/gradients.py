@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clipmapper.errors import UserError
 from clipmapper.relevance.backward.rules import backward_rules
-from clipmapper.relevance.method import Relevance, as_relevance, explanation, from_layer, with_sign
+from clipmapper.relevance.method import Needs, Relevance, as_relevance, explanation, from_layer, with_sign
 from clipmapper.relevance.methods.attention_only import last_attention, on_inputs
 from clipmapper.relevance.propagation import part_of
 from clipmapper.relevance.rerun import again, input_tokens, with_rules
@@ -94,7 +94,7 @@ def input_x_gradient(trace: AttentionTrace, sign: str = "positive") -> Relevance
     return with_sign(as_relevance(trace, found), sign)
 
 
-@explanation()
+@explanation(needs=Needs(rules="attn_lrp"))
 def attn_lrp(trace: AttentionTrace, sign: str = "positive") -> Relevance:
     """AttnLRP (Achtibat et al. 2024, arXiv 2402.05602): gradient × input under its backward rules.
 
@@ -115,7 +115,7 @@ def _entered(trace: AttentionTrace, node: Node, values: Tensor) -> dict[str, Ten
     return {p.stream: v[:, 0] for p, v in zip(join.parts, pieces, strict=True) if p.version == 0}
 
 
-@explanation(gradient=True)
+@explanation(gradient=True, needs=Needs(backward=False))
 def legrad(trace: AttentionTrace, start_layer: int | Mapping[str, int] = 0) -> Relevance:
     """LeGrad (Bousselham et al. 2024, arXiv 2404.03214).
 
@@ -129,14 +129,18 @@ def legrad(trace: AttentionTrace, start_layer: int | Mapping[str, int] = 0) -> R
     other stream's tokens (ours; the paper has one stream). ``start_layer`` (default: all layers, as in the
     paper's formula; the released code begins in the middle): see
     :func:`~clipmapper.relevance.method.from_layer`.
+    Each ``s_l`` is differentiated from the end of layer l back to its A alone, in the trace's own graph where
+    that is kept; otherwise the forward is recorded once more.
     Raises ``UserError`` without a readout, or where the end of the last layer was not recorded.
     """
     running = again(trace, "legrad")
     if running.readout is None:
         raise UserError("legrad reads every layer by the model's head: set Again.readout to it")
     trace.require_no_cut()
-    recorded = from_layer(running.undifferentiated(trace), start_layer)
-    read_stream = trace.reads[0][0].stream
+    has_graph = all(step.mixed.requires_grad and step.edges for step in trace.attention)
+    recorded = from_layer(trace if has_graph else running.undifferentiated(trace), start_layer)
+    streams_changed = {step.query_node.stream for step in trace.attention}
+    read_stream = streams_changed.pop() if len(streams_changed) == 1 else trace.reads[0][0].stream
     totals: dict[str, Tensor] = {}
     layer: list[Attention] = []
     for step in recorded.attention:
@@ -159,7 +163,8 @@ def legrad(trace: AttentionTrace, start_layer: int | Mapping[str, int] = 0) -> R
             source = sublayer.key_node.stream
             totals[source] = totals[source] + column if source in totals else column
         layer = []
-    recorded.release_graph()
+    if not has_graph:
+        recorded.release_graph()
     if layer or not totals:
         raise UserError(
             f"legrad reads layers where they end, and the recorder sees no end of the last layer of stream "
@@ -182,7 +187,31 @@ def _scaled(values: Tensor, valid: Tensor) -> Tensor:
     )
 
 
-_VARIANTS = 64  # at least so many in one forward, and one of each sample
+_VARIANTS = 64  # on a GPU at most so many in one forward, or one of each sample
+_GRAPH = 4  # so many times what is recorded a graph keeps at most (a ViT's block 10 widths a token, and 6)
+
+
+def _points_at_once(trace: AttentionTrace) -> int:
+    """How many points of the line, of all samples together, are differentiated at once.
+
+    One of each sample: then memory is that of one gradient. A GPU, which such small batches leave idle, takes
+    more of them as long as half of its free memory holds their graphs.
+    """
+    if trace.device.type != "cuda":
+        return trace.batch
+    recorded = [t for s in trace.attention for t in (s.query, s.key, s.value, s.mixed, s.before, s.before)]
+    bytes_each = _GRAPH * sum(t.numel() * t.element_size() for t in recorded) / trace.batch
+    fitting = int(torch.cuda.mem_get_info(trace.device)[0] / 2 / bytes_each)
+    return max(trace.batch, min(_VARIANTS, fitting))
+
+
+def _variants_at_once(trace: AttentionTrace) -> int:
+    """How many variants of each sample run in one forward without a graph.
+
+    One a sub-layer: such a forward holds what a sub-layer computes, a graph what all of them do.
+    """
+    many = len(trace.attention) * trace.batch
+    return max(1, (many if trace.device.type != "cuda" else max(many, _VARIANTS)) // trace.batch)
 
 
 @explanation()
@@ -196,8 +225,10 @@ def integrated_gradients(trace: AttentionTrace, steps: int = 50, sign: str = "po
     ``UserError`` where captum is not installed.
     """
     attribution, tokens, options = _captum(trace, "IntegratedGradients", "integrated_gradients")
-    batch = max(trace.batch, _VARIANTS)
-    found = attribution.attribute(tuple(tokens.values()), n_steps=steps, internal_batch_size=batch, **options)
+    at_once = _points_at_once(trace)
+    found = attribution.attribute(
+        tuple(tokens.values()), n_steps=steps, internal_batch_size=at_once, **options
+    )
     return _relevance(trace, tokens, found, lambda values: values.sum(dim=-1), sign)
 
 
@@ -210,7 +241,7 @@ def occlusion(trace: AttentionTrace, sign: str = "positive") -> Relevance:
     """
     attribution, tokens, options = _captum(trace, "Occlusion", "occlusion")
     windows = tuple((1, values.shape[-1]) for values in tokens.values())
-    at_once = max(1, _VARIANTS // trace.batch)
+    at_once = _variants_at_once(trace)
     with trace.device:  # captum (0.9) makes some of its masks on the default device
         found = attribution.attribute(
             tuple(tokens.values()), windows, perturbations_per_eval=at_once, **options

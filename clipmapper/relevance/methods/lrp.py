@@ -6,7 +6,7 @@ is LRP's as before.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clipmapper.errors import UserError
 from clipmapper.relevance.method import Relevance, as_relevance, differentiated, explanation, from_layer
-from clipmapper.relevance.methods.attention_only import last_attention
+from clipmapper.relevance.methods.attention_only import last_attention, last_reading
 from clipmapper.relevance.methods.effective import effective_weighted, efficient_weighted
 from clipmapper.relevance.methods.gae import gae
 from clipmapper.relevance.methods.gradients import (
@@ -27,9 +27,9 @@ from clipmapper.relevance.methods.gradients import (
 from clipmapper.relevance.methods.hidden_states import att_cat, full_grad, x_grad_cam
 from clipmapper.relevance.methods.norms import beyond_intuition, token_tm
 from clipmapper.relevance.methods.weighted import weighted, weighted_norm, weighted_token, weighted_token_norm
-from clipmapper.relevance.propagation import part_of, propagate
-from clipmapper.relevance.rerun import with_rules
-from clipmapper.relevance.trace import Attention, AttentionTrace, exact_step
+from clipmapper.relevance.propagation import part_of, propagate, rows_times
+from clipmapper.relevance.rerun import again, with_rules
+from clipmapper.relevance.trace import Attention, AttentionTrace, Node, exact_step
 
 
 def attention_relevance(step: Attention) -> Float[Tensor, "batch heads queries keys"]:
@@ -37,8 +37,10 @@ def attention_relevance(step: Attention) -> Float[Tensor, "batch heads queries k
     return step.probabilities() * step.probability_gradient() / 2
 
 
-def _by_lrp(trace: AttentionTrace, method: str) -> AttentionTrace:
-    """``UserError`` for a model in half precision: the rules divide by what may cancel out, and with the
+def _by_lrp(trace: AttentionTrace, nodes: Collection[Node], method: str) -> Mapping[Node, Attention]:
+    """The sub-layers that give these nodes, with the relevance of LRP.
+
+    ``UserError`` for a model in half precision: the rules divide by what may cancel out, and with the
     rounding of its activations what comes out is another explanation (tiny models: off by its own size)."""
     for step in trace.attention:
         if exact_step(step).rounded:
@@ -46,7 +48,10 @@ def _by_lrp(trace: AttentionTrace, method: str) -> AttentionTrace:
                 f"{method} is not defined in half precision, nor under autocast (LRP divides by sums that "
                 "cancel out): run the model in float32"
             )
-    return with_rules(trace, "lrp", method)
+    trace.require_no_cut()
+    if trace.rules == "lrp":
+        return {step.output_node: step for step in trace.attention}
+    return again(trace, method).attention(trace, nodes, "lrp")
 
 
 @explanation(gradient=True)
@@ -59,16 +64,19 @@ def transformer_attribution(trace: AttentionTrace, start_layer: int | Mapping[st
     Needs ``trace.backward(y)`` and ``trace.again``; not in half precision. ``start_layer`` (default: all
     layers; also an option of the released code): see :func:`~clipmapper.relevance.method.from_layer`.
     """
-    by_lrp = _by_lrp(trace, "transformer_attribution")
+    nodes = {step.output_node for step in from_layer(trace, start_layer).attention}
+    by_lrp = _by_lrp(trace, nodes, "transformer_attribution")
     if trace.rules == "lrp":
         trace = with_rules(trace, "plain", "transformer_attribution")
-    relevance = {step.output_node: attention_relevance(step) for step in by_lrp.attention}
     trace = from_layer(trace, start_layer)
 
+    def matrix(step: Attention, samples: slice, queries: slice) -> Float[Tensor, "samples queries keys"]:
+        relevance = attention_relevance(part_of(by_lrp[step.output_node], samples, queries))
+        gradient = part_of(step, samples, queries).probability_gradient()
+        return gradient.mul_(relevance).clamp_(min=0).mean(dim=1)
+
     def rule(step: Attention, row: Float[Tensor, "batch rows queries"]):
-        part = relevance[step.output_node]
-        positive = (step.probability_gradient() * part).clamp(min=0).mean(dim=1)
-        return row, row @ positive
+        return row, rows_times(matrix, step, row, normalise=False)[0]
 
     rows = propagate(trace, trace.read_row(), rule)
     return as_relevance(trace, {stream: row[:, 0] for stream, row in rows.items()})
@@ -82,11 +90,14 @@ def partial_lrp(trace: AttentionTrace, sign: str = "positive") -> Relevance:
     which the read token reads each modality. ``sign``: "negative" relevance instead, as positive numbers, or
     "both". Defined where :func:`transformer_attribution` is.
     """
-    trace = _by_lrp(trace, "partial_lrp")
+    if trace.read is None:  # no backward has found it
+        trace = with_rules(trace, "lrp", "partial_lrp")
+    by_lrp = _by_lrp(trace, last_reading(trace), "partial_lrp")
 
     def part(factor: int) -> Relevance:
         def matrix(step: Attention, samples: slice, queries: slice) -> Float[Tensor, "samples queries keys"]:
-            return (factor * attention_relevance(part_of(step, samples, queries))).clamp(min=0).mean(dim=1)
+            step = part_of(by_lrp[step.output_node], samples, queries)
+            return (factor * attention_relevance(step)).clamp(min=0).mean(dim=1)
 
         return last_attention(trace, matrix)
 
@@ -132,4 +143,5 @@ def with_libra(method: Callable[..., Relevance]) -> Callable[..., Relevance]:
     balanced.__name__ = balanced.__qualname__ = f"{method.__name__}_libra"
     balanced.__doc__ = f"{method.__name__} with LibraGrad's gradient in place of the plain one."
     balanced.__signature__ = inspect.signature(method)
+    balanced.needs = replace(method.needs, rules="libra")
     return balanced

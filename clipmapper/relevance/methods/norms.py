@@ -8,8 +8,8 @@ from torch import Tensor
 
 from clipmapper.errors import UserError
 from clipmapper.relevance.method import Relevance, as_relevance, explanation, from_layer
-from clipmapper.relevance.methods.attention_only import last_attention
-from clipmapper.relevance.propagation import mean_attention, propagate
+from clipmapper.relevance.methods.attention_only import last_attention, last_reading
+from clipmapper.relevance.propagation import propagate
 from clipmapper.relevance.rerun import again
 from clipmapper.relevance.sublayer import Projection, is_linear
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node, exact_step
@@ -135,22 +135,14 @@ def beyond_intuition(trace: AttentionTrace, start_layer: int | Mapping[str, int]
         return torch.zeros_like(row) if step.pools else row, (row @ mean) * ratio[:, None]
 
     reasoned = propagate(from_layer(trace, start_layer), trace.read_row(), rule)
-    last: list[int] = []
-    numbered = {step.output_node: i for i, step in enumerate(trace.attention)}
-
-    def noting(step: Attention, samples: slice, queries: slice) -> Float[Tensor, "samples queries keys"]:
-        last.append(numbered[step.output_node])
-        return mean_attention(step, samples, queries)
-
-    last_attention(trace, noting)
-    gradients = dict.fromkeys(last, 0.0)
+    gradients = dict.fromkeys(last_reading(trace), 0.0)
     for k in range(_INTEGRATION_STEPS):
-        scaled = running.scaled(trace, k / (_INTEGRATION_STEPS - 1), "beyond_intuition").attention
-        for i in gradients:
-            gradients[i] = gradients[i] + scaled[i].probability_gradient() / _INTEGRATION_STEPS
+        scaled = running.scaled(trace, gradients, k / (_INTEGRATION_STEPS - 1), "beyond_intuition")
+        for node in gradients:
+            gradients[node] = gradients[node] + scaled[node].probability_gradient() / _INTEGRATION_STEPS
 
     def matrix(step: Attention, samples: slice, queries: slice) -> Float[Tensor, "samples queries keys"]:
-        return gradients[numbered[step.output_node]][samples, :, queries].clamp(min=0).mean(dim=1)
+        return gradients[step.output_node][samples, :, queries].clamp(min=0).mean(dim=1)
 
     weights = last_attention(trace, matrix).streams
     return as_relevance(trace, {s: row[:, 0] * weights[s] for s, row in reasoned.items()})

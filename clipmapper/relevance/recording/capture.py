@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipmapper.relevance.backward.rules import backward_rules
+from clipmapper.relevance.modes import without_parameter_gradients
 from clipmapper.relevance.recording.sample_axis import note_sample_axis
 from clipmapper.relevance.recording.step_by_step import (
     GradientCuts,
@@ -140,12 +141,7 @@ class Capture:
             for module in self.modules:
                 if "norm" in type(module).__name__.lower():
                     stack.callback(module.register_forward_pre_hook(self._normed).remove)
-            for module in self.modules:
-                for parameter in module._parameters.values():
-                    # What only the weights' gradients need is then not kept.
-                    if parameter is not None and parameter.requires_grad:
-                        parameter.requires_grad_(False)
-                        stack.callback(parameter.requires_grad_, True)
+            stack.enter_context(without_parameter_gradients(self.modules))
             stack.enter_context(torch.inference_mode(False))  # in it no graph can be recorded
             stack.enter_context(torch.enable_grad())
             stack.enter_context(without_weights(self.modules))

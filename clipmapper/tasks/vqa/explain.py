@@ -13,7 +13,16 @@ from torch import Tensor
 from clipmapper.data.images import picture_of
 from clipmapper.errors import UserError
 from clipmapper.models.tokens import TokenizedText, merge_words
-from clipmapper.relevance import Again, Attention, AttentionTrace, Relevance, method_named, record
+from clipmapper.relevance import (
+    Again,
+    Attention,
+    AttentionTrace,
+    Needs,
+    Relevance,
+    method_named,
+    needs_of,
+    record,
+)
 from clipmapper.tasks.vqa.model import CLIPmapper
 from clipmapper.visual.explanation import plot_explanation
 from clipmapper.visual.layout import save_figure
@@ -104,7 +113,7 @@ def explain_answers(
     target = None if answer is None else [model.answer_index(answer)]
     text = model.tokenize(question)
     pixels = model.load_image(image)
-    traced = trace_answers(model, pixels, text, target)
+    traced = trace_answers(model, pixels, text, target, needs=needs_of(functions))
     chosen = traced.explained[0]
     seen = picture_of(image, pixels, model.encoder.clip.visual)
     score = float(traced.logits[0].softmax(dim=0)[chosen])
@@ -127,18 +136,21 @@ def trace_answers(
     text: TokenizedText,
     answers: Sequence[int] | None = None,
     samples: Sequence[int] | None = None,
+    needs: Needs | None = None,
 ) -> TracedAnswers:
     """One recorded forward and one backward of the logit of each sample's answer (default: the predicted).
 
-    The explained scalar is the pre-softmax logit (WRA). The model is left as it was.
+    The explained scalar is the pre-softmax logit (WRA). The model is left as it was. ``needs``: of the
+    methods that are to read the trace.
     """
+    needs = Needs() if needs is None else needs
     with model.evaluating():
-        with record(model, samples) as trace:
+        with record(model, samples, needs.rules) as trace:
             logits = model(images, text, only_class_token=False)
             explained = logits.argmax(dim=1).tolist() if answers is None else list(answers)
             # Inside, because here gradients are on whatever the caller has set.
             chosen = logits[torch.arange(len(logits)), torch.tensor(explained, device=logits.device)]
-        trace.backward(chosen)
+        needs.differentiate(trace, chosen)
     trace.again = answers_again(model, images, text, explained)
     return TracedAnswers(trace, logits.detach(), explained)
 

@@ -16,7 +16,7 @@ from clipmapper.evaluation.localisation import Localisation, image_localisation,
 from clipmapper.evaluation.perturbation import ModalityRelevance, perturb, run_in_chunks
 from clipmapper.evaluation.perturbation_scores import PerturbationScores, perturbation_numbers
 from clipmapper.models.tokens import word_positions
-from clipmapper.relevance import method_named
+from clipmapper.relevance import method_named, needs_of
 from clipmapper.tasks.vqa.explain import trace_answers
 from clipmapper.tasks.vqa.model import CLIPmapper
 from clipmapper.tasks.vqa.pictures import (
@@ -248,6 +248,7 @@ def _relevance(
         samples.images[index].to(model.device),
         samples.text[index].to(model.device),
         samples=[samples.ids[i] for i in positions],
+        needs=needs_of(map(method_named, methods)),
     )
     patches, tokens = {}, {}
     for name in methods:
