@@ -16,6 +16,7 @@ from clipmapper.evaluation.captions.ngram_scores import CiderD, DocumentFrequenc
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
 from clipmapper.models.tokens import word_positions
 from clipmapper.relevance import record
+from clipmapper.relevance.explained_scalar import EXPLAINED
 from clipmapper.relevance.many_scalars import each_scalar
 from clipmapper.tasks.captioning.decoding import Decoding
 from clipmapper.tasks.captioning.explain import explain_captions
@@ -26,6 +27,7 @@ WORDS = ("a", "chartreuse", "ring", ",", "left", "of", "a", "small", "cross")
 
 
 MAPPERS = ["dual_flow", "single_flow"]
+QUICK = [("dual_flow", "probability"), ("single_flow", "logit")]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def pixels_of(model, picture):
     return model.load_image(picture).double()
 
 
-def separately(model, pixels, method, scalar):
+def separately(model, pixels, method, explained):
     """A forward and a backward for every token, by the recorder alone."""
     text = model.tokenize(CAPTION)
     words = word_positions(model.encoder.tokenizer, text.ids[0], text.removable[0])
@@ -62,8 +64,12 @@ def separately(model, pixels, method, scalar):
         for position in positions:
             with record(model, [position]) as trace:
                 scores = model(pixels, text, only_text=False)[0, position - 1]
-                scores = scores.log_softmax(0) if scalar == "log_probability" else scores
-                y = scores[text.ids[0, position]]
+                scores = {
+                    "logit": scores,
+                    "probability": scores.softmax(0),
+                    "log_probability": scores.log_softmax(0),
+                }
+                y = scores[explained][text.ids[0, position]]
             trace.read_token("text", torch.tensor([position - 1]))
             trace.backward(y[None])
             found = METHODS[method](trace)
@@ -75,13 +81,13 @@ def separately(model, pixels, method, scalar):
 
 
 @pytest.mark.parametrize(
-    ("model", "scalar"), mostly_slow(product(MAPPERS, ["logit", "log_probability"]), 4), indirect=["model"]
+    ("model", "explained"), mostly_slow(product(MAPPERS, EXPLAINED), QUICK), indirect=["model"]
 )
-def test_all_words_at_once_are_each_on_its_own(model, picture, scalar):
+def test_all_words_at_once_are_each_on_its_own(model, picture, explained):
     pixels = pixels_of(model, picture)
-    together = explain_captions(model, pixels, methods=list(METHODS), caption=CAPTION, scalar=scalar)
+    together = explain_captions(model, pixels, methods=list(METHODS), caption=CAPTION, explained=explained)
     for explanation, method in zip(together, METHODS, strict=True):
-        maps, matrix = separately(model, pixels, method, scalar)
+        maps, matrix = separately(model, pixels, method, explained)
         assert (explanation.method, explanation.words, explanation.caption) == (method, WORDS, CAPTION)
         np.testing.assert_allclose(explanation.maps, maps, rtol=1e-9, atol=1e-12, err_msg=method)
         np.testing.assert_allclose(explanation.word_matrix, matrix, rtol=1e-9, atol=1e-12, err_msg=method)
@@ -261,7 +267,10 @@ def test_plot_writes_a_picture(plain, picture, tmp_path):
             "word_weights='best': must be one of mean, cider, clip",
         ),
         ({"caption": CAPTION, "word_weights": "cider"}, "needs references"),
-        ({"caption": CAPTION, "scalar": "probability"}, "must be one of logit, log_probability"),
+        (
+            {"caption": CAPTION, "explained": "odds"},
+            "explained='odds': must be one of logit, probability, log_probability",
+        ),
         ({"caption": CAPTION, "decoding": Decoding("greedy")}, "leave one out"),
         ({"question": "what is this?"}, "this model writes captions"),
         ({"answer": "red"}, "this model writes captions"),

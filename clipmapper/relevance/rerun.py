@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from clipmapper.errors import UserError
 from clipmapper.relevance.backward.rules import backward_rules
+from clipmapper.relevance.explained_scalar import Itself, Opposite, Scalar
 from clipmapper.relevance.modes import evaluating
 from clipmapper.relevance.recording.capture import argument, replaced
 from clipmapper.relevance.recording.record import record
 from clipmapper.relevance.recording.step_by_step import fused_attention, without_weights
 from clipmapper.relevance.trace import Attention, AttentionTrace, Entry
 
-Forward = Callable[[Int[Tensor, "variants"]], Float[Tensor, "variants"]]
+Forward = Callable[[Int[Tensor, "variants"]], Float[Tensor, "variants *rest"]]
 
 
 @runtime_checkable
@@ -51,14 +52,22 @@ class _Opposite:
 
 
 class Again:
-    """A model and a forward of it: ``forward(rows)`` gives y for these samples of the traced batch.
+    """A model and a forward of it: ``forward(rows)`` gives y for these samples of the traced batch, or the
+    output of which ``scalar`` makes y.
 
     The model is in evaluation mode meanwhile and afterwards what it was. It runs under the autocast under
-    which this was made.
+    which this was made. ``scalar`` is no part of the model: backward rules do not hold for it.
     """
 
-    def __init__(self, model: nn.Module, forward: Forward, readout: Readout | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward,
+        readout: Readout | None = None,
+        scalar: Scalar | None = None,
+    ) -> None:
         self.model, self.forward, self.readout = model, forward, readout
+        self.scalar: Scalar = Itself() if scalar is None else scalar
         self._recorded: dict[str, AttentionTrace] = {}
         kind = next((p.device.type for p in model.parameters()), "cpu")
         self._autocast = torch.autocast(
@@ -69,14 +78,14 @@ class Again:
         """The same for −y."""
         readout = None if self.readout is None else _Opposite(self.readout)
         with self._autocast:
-            return Again(self.model, lambda rows: -self.forward(rows), readout)
+            return Again(self.model, self.forward, readout, Opposite(self.scalar))
 
     def recorded(self, trace: AttentionTrace, rules: str) -> AttentionTrace:
         """The same forward and backward under other backward rules (made once for each)."""
         if rules not in self._recorded:
             with self._evaluating(), record(self.model, trace.samples, rules) as again:
-                y = self.forward(self._all(trace))
-            again.backward(y)
+                output = self.forward(self._all(trace))
+            self._backward(again, output)
             again.again = self
             self._recorded[rules] = again
         return self._recorded[rules]
@@ -87,9 +96,18 @@ class Again:
         recording = record(self.model, trace.samples, trace.rules)
         # Substituted inside, so that those hooks run before the recorder's, which is to see the new tokens.
         with self._evaluating(), recording as again, _substituted(trace, tokens):
-            y = self.forward(self._all(trace))
-        again.backward(y)
+            output = self.forward(self._all(trace))
+        self._backward(again, output)
         return again
+
+    def _backward(self, trace: AttentionTrace, output: Tensor) -> None:
+        rows = self._all(trace)
+        with torch.inference_mode(False), torch.enable_grad():
+            if trace.rules == "lrp":
+                y, times = self.scalar.start(output, rows), None
+            else:
+                y, times = self.scalar.differentiated(output, rows)
+        trace.backward(y, times=times)
 
     def undifferentiated(self, trace: AttentionTrace) -> AttentionTrace:
         """Recorded, without the backward: its tensors still hold the graph."""
@@ -113,7 +131,8 @@ class Again:
                 stack.enter_context(without_weights(modules))
                 stack.enter_context(backward_rules(trace.rules))
             stack.enter_context(_substituted(trace, tokens, rows))
-            return self.forward(rows)
+            output = self.forward(rows)
+        return self.scalar.value(output, rows)
 
     def _all(self, trace: AttentionTrace) -> Tensor:
         return torch.arange(trace.batch, device=trace.device)
