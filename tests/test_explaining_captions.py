@@ -19,7 +19,7 @@ from clipmapper.relevance import record
 from clipmapper.relevance.explained_scalar import EXPLAINED
 from clipmapper.relevance.many_scalars import each_scalar
 from clipmapper.tasks.captioning.decoding import Decoding
-from clipmapper.tasks.captioning.explain import explain_captions
+from clipmapper.tasks.captioning.explain import CaptionExplanation, explain_captions
 from clipmapper.tasks.captioning.trace import trace_caption
 
 CAPTION = "a chartreuse ring, left of a small cross"
@@ -158,8 +158,32 @@ def test_one_word(plain, picture):
         assert (one.words, one.explained) == (WORDS, (place,))
         np.testing.assert_allclose(one.maps[0], whole.maps[place], rtol=1e-9)
         np.testing.assert_allclose(one.word_matrix[0], whole.word_matrix[place], rtol=1e-9)
-        np.testing.assert_allclose(one.patches, one.maps[0])
+        np.testing.assert_allclose(one.patches, one.maps[0] / one.maps[0].sum())
         assert [word for word, _ in one.earlier_words(0)] == list(WORDS[:place])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_improbable_words_in_half_precision(architecture, picture, dtype):
+    """Of 49408 words each is so improbable that float16 could not hold a gradient of its probability."""
+    half = caption_models.captioner(architecture).to(dtype)
+    exact = caption_models.captioner(architecture).to(dtype).float()
+    found, expected = (
+        explain_captions(
+            model,
+            picture,
+            caption=CAPTION,
+            methods=["weighted", "grad_eclip", "gae_libra"],
+            explained="probability",
+        )
+        for model in (half, exact)
+    )
+    for ours, its in zip(found, expected, strict=True):
+        assert its.probabilities.max() < 1e-3
+        largest = its.maps.max(axis=(1, 2), keepdims=True)
+        assert (largest > 0).all()
+        assert (np.abs(ours.maps - its.maps) / largest).max() < (0.1 if dtype == torch.float16 else 0.6), (
+            ours.method
+        )
 
 
 def test_many_tokens_in_several_parts(plain, picture):
@@ -190,10 +214,50 @@ def test_several_scalars_need_one_sample_and_a_graph(plain, picture):
 
 
 def test_mean_leaves_stop_words_out(plain, picture):
-    explanation = clipmapper.explain(plain, pixels_of(plain, picture), caption=CAPTION)
-    counting = [word in ("chartreuse", "ring", "left", "small", "cross") for word in WORDS]
-    assert explanation.weights.tolist() == [0.2 * count for count in counting]
-    np.testing.assert_allclose(explanation.patches, explanation.maps[np.array(counting)].mean(axis=0))
+    counting = np.array([word in ("chartreuse", "ring", "left", "small", "cross") for word in WORDS])
+    pixels = pixels_of(plain, picture)
+    for options in ({}, {"word_maps": "scaled"}, {"word_maps": "raw"}):
+        explanation = clipmapper.explain(plain, pixels, caption=CAPTION, **options)
+        assert explanation.weights.tolist() == [0.2 * count for count in counting]
+        maps = explanation.maps[counting]
+        if options != {"word_maps": "raw"}:
+            maps = np.stack([one / one.sum() for one in maps])
+        np.testing.assert_allclose(explanation.patches, maps.mean(axis=0))
+
+
+def caption_of_maps(maps, word_maps):
+    """An explanation with these maps of its words, which count alike."""
+    count = len(maps)
+    words = tuple(f"word{number}" for number in range(count))
+    return CaptionExplanation(
+        caption=" ".join(words),
+        words=words,
+        explained=tuple(range(count)),
+        maps=np.array(maps, dtype=np.float64),
+        word_matrix=np.zeros((count, count)),
+        probabilities=np.ones(count),
+        weights=np.full(count, 1 / count),
+        word_weights="mean",
+        image=np.zeros((4, 4, 3), np.uint8),
+        method="by hand",
+        word_maps=word_maps,
+    )
+
+
+def test_words_count_for_their_weight_and_not_for_the_size_of_their_map():
+    maps = [[[1, 3]], [[30, 10]]]
+    assert caption_of_maps(maps, "raw").patches.tolist() == [[15.5, 6.5]]
+    np.testing.assert_allclose(caption_of_maps(maps, "scaled").patches, [[1 / 2, 1 / 2]])
+
+
+def test_maps_without_a_sum():
+    """Zeros add nothing; evidence for and against is scaled by the sum of its sizes; nothing is too small."""
+    np.testing.assert_allclose(caption_of_maps([[[0, 0]], [[1, 3]]], "scaled").patches, [[1 / 8, 3 / 8]])
+    assert not caption_of_maps([[[0, 0]]], "scaled").patches.any()
+    np.testing.assert_allclose(caption_of_maps([[[2, -2]], [[1, 3]]], "scaled").patches, [[3 / 8, 1 / 8]])
+    np.testing.assert_allclose(
+        caption_of_maps([[[1e-320, 3e-320]]], "scaled").patches, [[1 / 4, 3 / 4]], rtol=1e-3
+    )
 
 
 def test_cider_weighs_words_by_what_is_lost_without_them(plain, picture):
@@ -267,6 +331,7 @@ def test_plot_writes_a_picture(plain, picture, tmp_path):
             "word_weights='best': must be one of mean, cider, clip",
         ),
         ({"caption": CAPTION, "word_weights": "cider"}, "needs references"),
+        ({"caption": CAPTION, "word_maps": "thin"}, "word_maps='thin': must be one of scaled, raw"),
         (
             {"caption": CAPTION, "explained": "odds"},
             "explained='odds': must be one of logit, probability, log_probability",

@@ -6,7 +6,7 @@ the model: a probability of 1e-9 leaves no trace in float16, and its logarithm h
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -23,6 +23,7 @@ def check_explained(explained: str) -> None:
         raise UserError(f"explained={explained!r}: must be one of {', '.join(EXPLAINED)}")
 
 
+@runtime_checkable
 class Scalar(Protocol):
     """From what a forward gives for the samples ``rows`` to the scalar that is explained of each."""
 

@@ -141,9 +141,9 @@ def explain_captions(
     ``caption`` to explain (default: the one that the model writes, as ``decoding`` says) and ``word``, one
     word of it alone, by name or by place (default: all). ``word_weights``: how the maps of words are averaged
     into one of the caption: "mean" (stop-words count 0), "cider" (by the CIDEr that is lost without the word;
-    needs ``references`` and ``frequencies``) or "clip" (by the CLIPScore that is lost). ``word_maps``: whether
-    each word's map is "scaled" to a sum of 1 before that, or averaged "raw". ``explained``: of each word its
-    "logit", "probability" or "log_probability". (The code of WRA, Huang et al. 2023, explains the
+    needs ``references`` and ``frequencies``) or "clip" (by the CLIPScore that is lost). ``word_maps``:
+    whether each word's map is "scaled" to a sum of 1 before that, or averaged "raw". ``explained``: of each
+    word its "logit", "probability" or "log_probability". (The code of WRA, Huang et al. 2023, explains the
     probability and scales.)
 
     Raises ``UserError`` for an empty caption, words that the model cannot say, a ``word`` that the caption
