@@ -30,14 +30,14 @@ KEYS = {
     },
     "explain": {
         "method": CHOICE, "compare": ["x", "2"], "device": ["x", "cuda:x", "''"],
-        **dict.fromkeys(("word_weights", "word_maps", "explained"), ["x", "[]", "1", "''"]),
+        **{key: ["x", "[]", "1", "''"] for key in ("word_weights", "word_maps", "explained")},
         "output": ["''"], "image": ["''"], "nothing": ["1"], "checkpoint": ["''"],
     },
     "perturb": {
         "samples": [*WHOLE, "0"], "batch_size": [*WHOLE, "0"], "chunk": [*WHOLE, "0"], "seed": [*WHOLE, "-1"],
         "confidence": [*NUMBER, "0", "1"], "methods": ["[]", "x", "[x]", "[gae,gae]", "null"],
         "split": CHOICE, "device": ["x", "''"], "resume": ["x"], "output": ["''"], "nothing": ["1"],
-        **dict.fromkeys(("word_maps", "explained"), ["x", "[]", "1", "''"]),
+        **{key: ["x", "[]", "1", "''"] for key in ("word_maps", "explained")},
     },
     "evaluate": {
         "samples": [*WHOLE, "0"], "batch_size": [*WHOLE[:2], "[1]", "true", "1e400", "nan", "''", "0"],

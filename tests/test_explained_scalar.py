@@ -1,4 +1,4 @@
-"""A logit, a probability or a log-probability explained: of answers and words, by every method, however small."""
+"""A logit, a probability or a log-probability explained: by every method, however small it is."""
 
 import math
 
@@ -25,8 +25,8 @@ SCALARS = {
 }
 # Each way to a gradient: the recorded one, one by other rules, other forwards, other heads, differences.
 WAYS = (
-    "weighted", "gae", "grad_cam", "grad_eclip", "token_tm", "input_x_gradient", "gae_libra", "attn_lrp", "legrad",
-    "beyond_intuition", "integrated_gradients", "occlusion",
+    "weighted", "gae", "grad_cam", "grad_eclip", "token_tm", "input_x_gradient", "gae_libra", "attn_lrp",
+    "legrad", "beyond_intuition", "integrated_gradients", "occlusion",
 )  # fmt: skip
 
 
@@ -177,7 +177,7 @@ def test_less_than_that_is_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize("name", ["integrated_gradients", "legrad"])
 def test_what_float16_would_lose_is_refused(model, tmp_path, name):
     half = tiny_models.clipmapper(tmp_path).half()
-    with pytest.raises(UserError, match="explained=probability: this method .* float32 or bfloat16"):
+    with pytest.raises(UserError, match=r"explained=probability: this method .* float32 or bfloat16"):
         METHODS[name](first(half).trace)
     assert METHODS[name](first(half, "log_probability").trace).image.isfinite().all()
 
@@ -222,7 +222,7 @@ def test_the_callback_hands_it_on(monkeypatch):
         "seed": 0,
     }
     callback = RelevanceCallback(["gae"], **numbers, explained="probability", word_maps="raw")
-    with pytest.raises(UserError, match="callbacks.word_maps"):
+    with pytest.raises(UserError, match=r"callbacks\.word_maps"):
         callback.prepare(task_named("vqa"), None, None)
     callback.prepare(task_named("captioning"), None, None)
     assert (callback.settings["explained"], callback.settings["word_maps"]) == ("probability", "raw")
@@ -230,5 +230,5 @@ def test_the_callback_hands_it_on(monkeypatch):
 
 @pytest.mark.parametrize("explained", ["odds", "", "Probability"])
 def test_another_word_is_one_line(model, explained):
-    with pytest.raises(UserError, match="must be one of logit, probability, log_probability$"):
+    with pytest.raises(UserError, match=r"must be one of logit, probability, log_probability$"):
         trace_answers(model, IMAGES, TEXT, explained=explained)

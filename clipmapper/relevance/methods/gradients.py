@@ -58,8 +58,10 @@ def grad_eclip(trace: AttentionTrace) -> Relevance:
     ``relu(Σ_d (∂y/∂o_read)_d v_{i,d} λ_i)``, o and v all heads side by side, ``λ_i`` the cosine of the read
     token's query and key i, scaled to [0, 1] over the keys. Differences from the released code: λ is scaled
     over all keys that may be read, there without the image's class token; and q, k are compared as they are,
-    where a later version of the code sends them through the output projection first. Where all cosines are
-    equal λ is 1. Made for CLIP; defined for every trace. Needs ``trace.backward(y)``.
+    where a later version of the code sends them through the output projection first; and the model keeps its
+    heads and one layer counts, where the code runs the last layer with a single head and sums 8 layers for
+    text. Where all cosines are equal λ is 1. Made for CLIP; defined for every trace.
+    Needs ``trace.backward(y)``.
     """
 
     def matrix(step: Attention, samples: slice, queries: slice) -> Float[Tensor, "samples queries keys"]:

@@ -1,7 +1,7 @@
 """Score explanation methods on captions: relevance, perturbation and localisation in one go."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 from clipmapper.evaluation.captions.ngram_scores import CiderD
 from clipmapper.evaluation.captions.scores import is_stop_word
-from clipmapper.evaluation.localisation import Localisation, image_localisation
+from clipmapper.evaluation.localisation import Localisation
 from clipmapper.evaluation.perturbation import ModalityRelevance, perturb, run_in_chunks
 from clipmapper.evaluation.perturbation_scores import PerturbationScores, perturbation_numbers
 from clipmapper.models.tokens import TokenizedText, padding_id
@@ -22,6 +22,7 @@ from clipmapper.tasks.captioning.explain import (
     caption_word_weights,
     check_word_maps,
 )
+from clipmapper.tasks.captioning.localised import localised_captions, localised_words
 from clipmapper.tasks.captioning.model import Captioner
 from clipmapper.tasks.captioning.perturbation import CAPTION_SCORES, CaptionScorer, WordScorer, kept_captions
 from clipmapper.tasks.captioning.pictures import (
@@ -221,8 +222,8 @@ def caption_report(
             )
             for name in TESTS
         }
-        localisation = _localised(model, samples, methods, relevance)
-        for method, own in _localised_by_masks(samples, explanations).items():
+        localisation = localised_words(model, samples, methods, relevance)
+        for method, own in localised_captions(samples, explanations).items():
             localisation[method] |= own
     return CaptionReport(samples, explanations, chosen, parts["caption"], parts["word"], localisation)
 
@@ -273,52 +274,3 @@ def _together(texts: Sequence[TokenizedText], padding: int) -> TokenizedText:
     longest = max(text.ids.shape[1] for text in texts)
     padded = [text.padded(longest, padding) for text in texts]
     return TokenizedText(*(torch.cat([getattr(t, k) for t in padded]) for k in ("ids", "valid", "removable")))
-
-
-def _localised(
-    model: Captioner,
-    samples: CaptionSamples,
-    methods: Sequence[str],
-    relevance: Callable[..., Mapping[str, WordRelevance]],
-) -> dict[str, dict[str, Localisation]]:
-    """Localise the words of true captions that speak of something to be seen."""
-    gathered: dict[str, dict[str, list[Localisation]]] = {method: {} for method in methods}
-    for row, known in enumerate(samples.known):
-        if known is None or not known.words:
-            continue
-        pixels = samples.images[row : row + 1].to(model.device)
-        traced = trace_caption(model, pixels, known.text)
-        places = sorted(known.words)
-        kinds = np.array([known.words[place][0] for place in places])
-        masks = [known.words[place][1] for place in places]
-        found = relevance(traced, places, sample=samples.ids[row])
-        for method, its in found.items():
-            scores = image_localisation(np.maximum(its.maps, 0), masks)
-            for kind in sorted(set(kinds)):
-                gathered[method].setdefault(str(kind), []).append(_mean(scores, kinds == kind))
-    return {
-        method: {kind: Localisation.concatenate(entries) for kind, entries in sorted(by_kind.items())}
-        for method, by_kind in gathered.items()
-    }
-
-
-def _localised_by_masks(
-    samples: CaptionSamples, explanations: Mapping[str, Sequence[CaptionExplanation]]
-) -> dict[str, dict[str, Localisation]]:
-    """The map of the whole caption against the pixels that it should speak of, where these are known."""
-    rows = [row for row, mask in enumerate(samples.masks) if mask is not None and mask.any()]
-    if not rows:
-        return {}
-    masks = [samples.masks[row] for row in rows]
-    return {
-        method: {
-            "caption": image_localisation(np.maximum(np.stack([its[row].patches for row in rows]), 0), masks)
-        }
-        for method, its in explanations.items()
-    }
-
-
-def _mean(scores: Localisation, chosen: np.ndarray) -> Localisation:
-    """The words of one kind of one caption as one entry: words of a caption are no independent samples."""
-    names = (score.name for score in fields(Localisation))
-    return Localisation(*(np.array([getattr(scores, name)[chosen].mean()]) for name in names))
