@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from support import tiny_models, training_models
+from support.slow import mostly_slow
 from torch import nn
 
 from clipmapper.errors import UserError
@@ -15,6 +16,7 @@ from clipmapper.tasks.vqa.explain import trace_answers
 from clipmapper.tasks.vqa.report import answer_report
 from clipmapper.tasks.vqa.samples import question_samples
 from clipmapper.training.callback import RelevanceCallback
+from clipmapper.training.explained import Samples
 
 ANSWERS = [1, 0, 2]
 IMAGES, TEXT = tiny_models.images(3), tiny_models.texts((7, 4, 9))
@@ -81,17 +83,17 @@ def test_a_scalar_worked_by_hand():
         assert scalar.start(scores, row).item() == 0
 
 
-@pytest.mark.parametrize("explained", EXPLAINED)
+@pytest.mark.parametrize("explained", mostly_slow(EXPLAINED, ["probability"]))
 def test_every_method_explains_it_as_autograd_differentiates_it(model, explained):
     found, plain = (
         trace_answers(model, IMAGES, TEXT, ANSWERS, explained=explained).trace,
         plainly(model, explained),
     )
     for name in WAYS:
-        for stream, values in METHODS[name](plain).streams.items():
-            torch.testing.assert_close(
-                METHODS[name](found).streams[stream], values, rtol=1e-8, atol=1e-13, msg=name
-            )
+        options = {"steps": 3} if name == "integrated_gradients" else {}
+        ours, its = (METHODS[name](trace, **options).streams for trace in (found, plain))
+        for stream, values in its.items():
+            torch.testing.assert_close(ours[stream], values, rtol=1e-8, atol=1e-13, msg=name)
 
 
 def test_what_speaks_against_it(model):
@@ -212,20 +214,36 @@ def test_settings_of_tasks():
         vqa.report_settings({"word_maps": "raw"}, "callbacks.")
 
 
-def test_the_callback_hands_it_on(monkeypatch):
-    numbers = {
-        "every_n_validations": 1,
-        "samples": 1,
-        "pictures": 0,
-        "batch_size": 1,
-        "confidence": 0.9,
-        "seed": 0,
-    }
-    callback = RelevanceCallback(["gae"], **numbers, explained="probability", word_maps="raw")
+class Seen(Exception):
+    """What a report was asked for."""
+
+
+class NoSamples(Samples):
+    ids = ()
+
+    def digest(self):
+        return ""
+
+    def points(self, methods):
+        return 0
+
+
+def test_the_callback_hands_it_on(monkeypatch, tmp_path):
+    numbers = {"every_n_validations": 1, "samples": 1, "pictures": 0, "batch_size": 1, "seed": 0}
+    options = {"explained": "probability", "word_maps": "raw"}
+    callback = RelevanceCallback(["gae"], **numbers, confidence=0.9, **options)
     with pytest.raises(UserError, match=r"callbacks\.word_maps"):
-        callback.prepare(task_named("vqa"), None, None)
-    callback.prepare(task_named("captioning"), None, None)
-    assert (callback.settings["explained"], callback.settings["word_maps"]) == ("probability", "raw")
+        callback.prepare(task_named("vqa"), NoSamples(), tmp_path)
+    captioning = task_named("captioning")
+    callback.prepare(captioning, NoSamples(), tmp_path)
+
+    def report(*args, **given):
+        raise Seen({name: given[name] for name in options})
+
+    monkeypatch.setattr(type(captioning), "report", staticmethod(report))
+    with pytest.raises(Seen) as seen:
+        callback._explain(captioning, nn.Identity(), NoSamples(), None)
+    assert seen.value.args == (options,)
 
 
 @pytest.mark.parametrize("explained", ["odds", "", "Probability"])

@@ -20,8 +20,8 @@ def localised_words(
 ) -> dict[str, dict[str, Localisation]]:
     """Localise the words of true captions that speak of something to be seen.
 
-    ``relevance(traced, places, sample=...)``: as :func:`~clipmapper.tasks.captioning.trace.word_relevance`, by
-    every method. Returns method → kind of word → an entry a caption.
+    ``relevance(traced, places, sample=...)``: as :func:`~clipmapper.tasks.captioning.trace.word_relevance`,
+    by every method. Returns method → kind of word → an entry a caption.
     """
     gathered: dict[str, dict[str, list[Localisation]]] = {method: {} for method in methods}
     for row, known in enumerate(samples.known):
