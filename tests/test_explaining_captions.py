@@ -175,10 +175,10 @@ def test_improbable_words_in_half_precision(architecture, picture, dtype):
     for ours, its in zip(found, expected, strict=True):
         assert its.probabilities.max() < 1e-3
         largest = its.maps.max(axis=(1, 2), keepdims=True)
-        assert (largest > 0).all()
-        assert (np.abs(ours.maps - its.maps) / largest).max() < (0.1 if dtype == torch.float16 else 0.6), (
-            ours.method
-        )
+        some = largest[:, 0, 0] > 0  # a word may owe the patches nothing
+        assert some.sum() >= 6
+        off = np.abs(ours.maps - its.maps)[some] / largest[some]
+        assert off.max() < (0.1 if dtype == torch.float16 else 0.6), ours.method
 
 
 def test_many_tokens_in_several_parts(plain, picture):
