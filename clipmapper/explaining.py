@@ -15,10 +15,14 @@ def explain(model: nn.Module, image, *asked, method: str | None = None, **settin
     ``image``: a path, PIL image or uint8 array [height, width, 3]. ``method``: a name in
     ``clipmapper.relevance.METHODS`` (default: "weighted"). Everything else is the task's:
 
-    ``explain(model, image, question, method, answer)`` of a model that answers questions: see
+    ``explain(model, image, question, method, answer, explained)`` of a model that answers questions: see
     :func:`clipmapper.tasks.vqa.explain.explain_answers`. ``explain(model, image, caption, method, word=...,
-    word_weights=..., scalar=..., decoding=..., references=..., frequencies=...)`` of one that writes
-    captions, all of them optional: see :func:`clipmapper.tasks.captioning.explain.explain_captions`.
+    word_weights=..., word_maps=..., explained=..., decoding=..., references=..., frequencies=...)`` of one
+    that writes captions, all of them optional: see
+    :func:`clipmapper.tasks.captioning.explain.explain_captions`.
+
+    ``explained`` is, of the answer or of each word, its "logit" (the default), "probability" or
+    "log_probability".
 
     Raises ``UserError`` for an unknown method, an unreadable image, and what belongs to another task.
     """

@@ -30,13 +30,14 @@ KEYS = {
     },
     "explain": {
         "method": CHOICE, "compare": ["x", "2"], "device": ["x", "cuda:x", "''"],
-        "word_weights": ["x", "[]", "1", "''"],
+        **{key: ["x", "[]", "1", "''"] for key in ("word_weights", "word_maps", "explained")},
         "output": ["''"], "image": ["''"], "nothing": ["1"], "checkpoint": ["''"],
     },
     "perturb": {
         "samples": [*WHOLE, "0"], "batch_size": [*WHOLE, "0"], "chunk": [*WHOLE, "0"], "seed": [*WHOLE, "-1"],
         "confidence": [*NUMBER, "0", "1"], "methods": ["[]", "x", "[x]", "[gae,gae]", "null"],
         "split": CHOICE, "device": ["x", "''"], "resume": ["x"], "output": ["''"], "nothing": ["1"],
+        **{key: ["x", "[]", "1", "''"] for key in ("word_maps", "explained")},
     },
     "evaluate": {
         "samples": [*WHOLE, "0"], "batch_size": [*WHOLE[:2], "[1]", "true", "1e400", "nan", "''", "0"],
@@ -52,7 +53,7 @@ KEYS = {
         "output": ["''"], "architecture": ["''", "nothing"], "resume": ["x"], "nothing": ["1"],
     },
 }  # fmt: skip
-# `word_weights=null` is no mistake: it is the default, the task's own choice.
+# `word_weights=null` and the like are no mistake: it is the default, the task's own choice.
 MUST = {
     "train": (), "explain": ("checkpoint=x", "image=x"), "perturb": ("checkpoint=x",), "pretrain_clip": (),
     "evaluate": ("checkpoint=x",),

@@ -23,6 +23,7 @@ from clipmapper.tasks.captioning.perturbation import CaptionScorer, WordScorer, 
 from clipmapper.tasks.captioning.pictures import caption_perturbation_tables, word_localisation_table
 from clipmapper.tasks.captioning.report import caption_report
 from clipmapper.tasks.captioning.samples import caption_samples, token_word_places
+from clipmapper.training.processes import Share
 from clipmapper.training.shown import console
 
 METHODS = ("weighted", "gae", "random")
@@ -231,6 +232,28 @@ def test_numbers_tables_and_scalars(report):
     scalars = report.scalars()
     assert scalars["perturbation/caption/positive/gae/log_probability"] == area["area"]["mean"]
     assert "localisation/colour/mass/weighted" in scalars
+
+
+def test_report_explains_what_is_asked_for(model, samples):
+    few = samples.part(Share(0, 4))
+    options = {"explained": "probability", "word_maps": "raw"}
+    report = caption_report(
+        model,
+        few,
+        ("gae",),
+        chunk=3,
+        batch_size=50,
+        seed=2,
+        decoding=GREEDY,
+        caption_scores=[LOG_PROBABILITY],
+        **options,
+    )
+    (found,) = report.explanations["gae"]
+    (expected,) = explain_captions(model, few.images, methods=["gae"], decoding=GREEDY, **options)
+    np.testing.assert_allclose(found.maps, expected.maps)
+    np.testing.assert_allclose(found.patches, np.tensordot(found.weights, found.maps, axes=1))
+    (logit,) = explain_captions(model, few.images, methods=["gae"], decoding=GREEDY)
+    assert not np.allclose(found.maps, logit.maps, rtol=1e-2) and logit.word_maps == "scaled"
 
 
 @pytest.mark.slow

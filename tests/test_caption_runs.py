@@ -30,6 +30,8 @@ RUN = (
     "model.depth=1",
     "callbacks=relevance",
     "callbacks.samples=3",
+    "callbacks.explained=probability",
+    "callbacks.word_maps=raw",
     "callbacks.pictures=1",
     f"callbacks.methods=[{','.join(SOME)}]",
 )
@@ -146,11 +148,19 @@ def test_explain_explains_one_word(command, picture, change, word):
 @pytest.mark.slow
 def test_perturb(command, tmp_path, monkeypatch):
     monkeypatch.setattr("clipmapper.commands.perturb._PICTURES", 1)
-    settings = ("samples=3", "methods=[weighted,random]", "output=result", "word_weights=cider")
+    settings = (
+        "samples=3",
+        "methods=[weighted,random]",
+        "output=result",
+        "word_weights=cider",
+        "explained=probability",
+    )
     status, printed, errors = command("perturb", *settings, "caption_scores=[cider,log_probability]")
     assert status == 0, errors
     assert "CIDEr-D of the caption" in printed and "uniform map" in printed
-    results = json.loads((tmp_path / "result" / RESULTS).read_text())["explanations"]
+    results = json.loads((tmp_path / "result" / RESULTS).read_text())
+    assert (results["settings"]["explained"], results["settings"]["word_maps"]) == ("probability", "scaled")
+    results = results["explanations"]
     assert set(results["perturbation"]["caption"]["positive"]) == {"cider", "log_probability"}
     chunks = sorted(str(p.relative_to(tmp_path)) for p in (tmp_path / "result" / "chunks").rglob("*.npz"))
     assert chunks == [f"result/chunks/{test}/chunk_00000.npz" for test in ("caption", "word")]
@@ -165,6 +175,12 @@ def test_perturb(command, tmp_path, monkeypatch):
         ("explain", ("word_weights=best",), "word_weights: 'best' is not one of mean, clip"),
         ("perturb", ("caption_scores=[cidre]",), "caption_scores"),
         ("perturb", ("word_weights=clop",), "word_weights"),
+        ("perturb", ("word_maps=thin",), "word_maps: 'thin' is not one of scaled, raw"),
+        (
+            "explain",
+            ("explained=odds",),
+            "explained: 'odds' is not one of logit, probability, log_probability",
+        ),
     ],
 )
 def test_mistakes_are_one_line(command, picture, name, changes, message):

@@ -10,6 +10,7 @@ from support.slow import once_each
 
 from clipmapper.data.images import clip_input
 from clipmapper.relevance import METHODS
+from clipmapper.relevance.explained_scalar import EXPLAINED
 from clipmapper.tasks.captioning.explain import explain_captions
 from clipmapper.tasks.captioning.trace import trace_caption, word_relevance
 
@@ -33,24 +34,28 @@ def picture():
     return caption_models.picture()
 
 
-@pytest.mark.parametrize(("case", "scalar"), once_each(product(CASES, ["logit", "log_probability"])))
-def test_what_is_run_again_is_what_was_traced(architecture, picture, case, scalar, monkeypatch):
+@pytest.mark.parametrize(("case", "explained"), once_each(product(CASES, EXPLAINED)))
+def test_what_is_run_again_is_what_was_traced(architecture, picture, case, explained, monkeypatch):
     """The same numbers for every token, and a recording of it explains the same: it reads the same rows."""
     model = caption_models.captioner(architecture, **CASES[case])
     found = []
 
     def probe(trace):
         again = trace.again.recorded(trace, "plain")
-        found.append((trace.again.forward(torch.arange(trace.batch)), METHODS["gae"](again)))
+        rows = torch.arange(trace.batch)
+        y = trace.again.scalar.value(trace.again.forward(rows), rows)
+        found.append((y, METHODS["gae"](again)))
         return METHODS["gae"](trace)
 
     monkeypatch.setitem(METHODS, "probe", probe)
     monkeypatch.setattr("clipmapper.tasks.captioning.trace.AT_ONCE", 3)
     traced = trace_caption(model, clip_input(picture[None], model.encoder.clip.visual).double(), CAPTION)
-    scores = traced.scores if scalar == "logit" else traced.scores.log_softmax(dim=-1)
+    scores = traced.scores
+    if explained != "logit":
+        scores = scores.softmax(dim=-1) if explained == "probability" else scores.log_softmax(dim=-1)
     ids = traced.text.ids[0]
     expected = scores[torch.arange(8), ids[1:9]].detach()
-    words = word_relevance(traced, range(8), ["probe"], scalar=scalar)["probe"]
+    words = word_relevance(traced, range(8), ["probe"], explained=explained)["probe"]
     torch.testing.assert_close(torch.cat([y for y, _ in found]).detach(), expected, rtol=0, atol=1e-9)
     maps = torch.cat([again.image for _, again in found]).numpy()
     np.testing.assert_allclose(maps, words.maps, rtol=1e-7, atol=1e-9)

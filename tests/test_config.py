@@ -265,6 +265,14 @@ def test_methods_are_those_that_exist():
         assert tuple(METHODS) == field.metadata["choices"]()
 
 
+def test_scalars_are_those_that_exist():
+    from clipmapper.relevance.explained_scalar import EXPLAINED
+
+    for section in (ExplainConfig, PerturbConfig, EvaluateConfig, config.RelevanceCallbackConfig):
+        (field,) = [field for field in fields(section) if field.name == "explained"]
+        assert field.metadata["choices"]() == EXPLAINED
+
+
 @pytest.mark.parametrize("choice", [c for c in CHOICES if c.split("=")[0] in ("data", "callbacks")])
 def test_target_takes_exactly_these_settings(run, choice):
     section = getattr(composed(run, choice), choice.partition("=")[0])

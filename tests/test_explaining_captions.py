@@ -16,9 +16,10 @@ from clipmapper.evaluation.captions.ngram_scores import CiderD, DocumentFrequenc
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
 from clipmapper.models.tokens import word_positions
 from clipmapper.relevance import record
+from clipmapper.relevance.explained_scalar import EXPLAINED
 from clipmapper.relevance.many_scalars import each_scalar
 from clipmapper.tasks.captioning.decoding import Decoding
-from clipmapper.tasks.captioning.explain import explain_captions
+from clipmapper.tasks.captioning.explain import CaptionExplanation, explain_captions
 from clipmapper.tasks.captioning.trace import trace_caption
 
 CAPTION = "a chartreuse ring, left of a small cross"
@@ -26,6 +27,7 @@ WORDS = ("a", "chartreuse", "ring", ",", "left", "of", "a", "small", "cross")
 
 
 MAPPERS = ["dual_flow", "single_flow"]
+QUICK = [("dual_flow", "probability"), ("single_flow", "logit")]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def pixels_of(model, picture):
     return model.load_image(picture).double()
 
 
-def separately(model, pixels, method, scalar):
+def separately(model, pixels, method, explained):
     """A forward and a backward for every token, by the recorder alone."""
     text = model.tokenize(CAPTION)
     words = word_positions(model.encoder.tokenizer, text.ids[0], text.removable[0])
@@ -62,8 +64,12 @@ def separately(model, pixels, method, scalar):
         for position in positions:
             with record(model, [position]) as trace:
                 scores = model(pixels, text, only_text=False)[0, position - 1]
-                scores = scores.log_softmax(0) if scalar == "log_probability" else scores
-                y = scores[text.ids[0, position]]
+                scores = {
+                    "logit": scores,
+                    "probability": scores.softmax(0),
+                    "log_probability": scores.log_softmax(0),
+                }
+                y = scores[explained][text.ids[0, position]]
             trace.read_token("text", torch.tensor([position - 1]))
             trace.backward(y[None])
             found = METHODS[method](trace)
@@ -75,13 +81,13 @@ def separately(model, pixels, method, scalar):
 
 
 @pytest.mark.parametrize(
-    ("model", "scalar"), mostly_slow(product(MAPPERS, ["logit", "log_probability"]), 4), indirect=["model"]
+    ("model", "explained"), mostly_slow(product(MAPPERS, EXPLAINED), QUICK), indirect=["model"]
 )
-def test_all_words_at_once_are_each_on_its_own(model, picture, scalar):
+def test_all_words_at_once_are_each_on_its_own(model, picture, explained):
     pixels = pixels_of(model, picture)
-    together = explain_captions(model, pixels, methods=list(METHODS), caption=CAPTION, scalar=scalar)
+    together = explain_captions(model, pixels, methods=list(METHODS), caption=CAPTION, explained=explained)
     for explanation, method in zip(together, METHODS, strict=True):
-        maps, matrix = separately(model, pixels, method, scalar)
+        maps, matrix = separately(model, pixels, method, explained)
         assert (explanation.method, explanation.words, explanation.caption) == (method, WORDS, CAPTION)
         np.testing.assert_allclose(explanation.maps, maps, rtol=1e-9, atol=1e-12, err_msg=method)
         np.testing.assert_allclose(explanation.word_matrix, matrix, rtol=1e-9, atol=1e-12, err_msg=method)
@@ -152,8 +158,27 @@ def test_one_word(plain, picture):
         assert (one.words, one.explained) == (WORDS, (place,))
         np.testing.assert_allclose(one.maps[0], whole.maps[place], rtol=1e-9)
         np.testing.assert_allclose(one.word_matrix[0], whole.word_matrix[place], rtol=1e-9)
-        np.testing.assert_allclose(one.patches, one.maps[0])
+        np.testing.assert_allclose(one.patches, one.maps[0] / one.maps[0].sum())
         assert [word for word, _ in one.earlier_words(0)] == list(WORDS[:place])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_improbable_words_in_half_precision(architecture, picture, dtype):
+    """Of 49408 words each is so improbable that float16 could not hold a gradient of its probability."""
+    half = caption_models.captioner(architecture).to(dtype)
+    exact = caption_models.captioner(architecture).to(dtype).float()
+    asked = {"methods": ["weighted", "grad_eclip", "gae_libra"], "explained": "probability"}
+    found, expected = (
+        explain_captions(model, model.load_image(picture).to(kind), caption=CAPTION, **asked)
+        for model, kind in ((half, dtype), (exact, torch.float32))
+    )
+    for ours, its in zip(found, expected, strict=True):
+        assert its.probabilities.max() < 1e-3
+        largest = its.maps.max(axis=(1, 2), keepdims=True)
+        some = largest[:, 0, 0] > 0  # a word may owe the patches nothing
+        assert some.sum() >= 6
+        off = np.abs(ours.maps - its.maps)[some] / largest[some]
+        assert off.max() < (0.1 if dtype == torch.float16 else 0.6), ours.method
 
 
 def test_many_tokens_in_several_parts(plain, picture):
@@ -184,10 +209,50 @@ def test_several_scalars_need_one_sample_and_a_graph(plain, picture):
 
 
 def test_mean_leaves_stop_words_out(plain, picture):
-    explanation = clipmapper.explain(plain, pixels_of(plain, picture), caption=CAPTION)
-    counting = [word in ("chartreuse", "ring", "left", "small", "cross") for word in WORDS]
-    assert explanation.weights.tolist() == [0.2 * count for count in counting]
-    np.testing.assert_allclose(explanation.patches, explanation.maps[np.array(counting)].mean(axis=0))
+    counting = np.array([word in ("chartreuse", "ring", "left", "small", "cross") for word in WORDS])
+    pixels = pixels_of(plain, picture)
+    for options in ({}, {"word_maps": "scaled"}, {"word_maps": "raw"}):
+        explanation = clipmapper.explain(plain, pixels, caption=CAPTION, **options)
+        assert explanation.weights.tolist() == [0.2 * count for count in counting]
+        maps = explanation.maps[counting]
+        if options != {"word_maps": "raw"}:
+            maps = np.stack([one / one.sum() for one in maps])
+        np.testing.assert_allclose(explanation.patches, maps.mean(axis=0))
+
+
+def caption_of_maps(maps, word_maps):
+    """An explanation with these maps of its words, which count alike."""
+    count = len(maps)
+    words = tuple(f"word{number}" for number in range(count))
+    return CaptionExplanation(
+        caption=" ".join(words),
+        words=words,
+        explained=tuple(range(count)),
+        maps=np.array(maps, dtype=np.float64),
+        word_matrix=np.zeros((count, count)),
+        probabilities=np.ones(count),
+        weights=np.full(count, 1 / count),
+        word_weights="mean",
+        image=np.zeros((4, 4, 3), np.uint8),
+        method="by hand",
+        word_maps=word_maps,
+    )
+
+
+def test_words_count_for_their_weight_and_not_for_the_size_of_their_map():
+    maps = [[[1, 3]], [[30, 10]]]
+    assert caption_of_maps(maps, "raw").patches.tolist() == [[15.5, 6.5]]
+    np.testing.assert_allclose(caption_of_maps(maps, "scaled").patches, [[1 / 2, 1 / 2]])
+
+
+def test_maps_without_a_sum():
+    """Zeros add nothing; evidence for and against is scaled by the sum of its sizes; nothing is too small."""
+    np.testing.assert_allclose(caption_of_maps([[[0, 0]], [[1, 3]]], "scaled").patches, [[1 / 8, 3 / 8]])
+    assert not caption_of_maps([[[0, 0]]], "scaled").patches.any()
+    np.testing.assert_allclose(caption_of_maps([[[2, -2]], [[1, 3]]], "scaled").patches, [[3 / 8, 1 / 8]])
+    np.testing.assert_allclose(
+        caption_of_maps([[[1e-320, 3e-320]]], "scaled").patches, [[1 / 4, 3 / 4]], rtol=1e-3
+    )
 
 
 def test_cider_weighs_words_by_what_is_lost_without_them(plain, picture):
@@ -261,7 +326,11 @@ def test_plot_writes_a_picture(plain, picture, tmp_path):
             "word_weights='best': must be one of mean, cider, clip",
         ),
         ({"caption": CAPTION, "word_weights": "cider"}, "needs references"),
-        ({"caption": CAPTION, "scalar": "probability"}, "must be one of logit, log_probability"),
+        ({"caption": CAPTION, "word_maps": "thin"}, "word_maps='thin': must be one of scaled, raw"),
+        (
+            {"caption": CAPTION, "explained": "odds"},
+            "explained='odds': must be one of logit, probability, log_probability",
+        ),
         ({"caption": CAPTION, "decoding": Decoding("greedy")}, "leave one out"),
         ({"question": "what is this?"}, "this model writes captions"),
         ({"answer": "red"}, "this model writes captions"),

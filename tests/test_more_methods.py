@@ -119,6 +119,26 @@ def test_libra_equals_the_naive_gradient_with_detach(explained, name):
     assert_equal_to_naive(case, f"{name}_libra", naive, **options)
 
 
+def test_grad_cam_of_the_read_row_equals_the_naive_implementation(case):
+    """As in Chefer et al.'s code for ViT: ∇A of the class token's row, without its own column."""
+
+    def naive(case, row):
+        run = case.run(row)
+
+        def matrix(s):
+            others = [place for place, key in enumerate(s.keys) if key != run.read]
+            weight = s.dA[:, s.queries.index(run.read), others].mean(dim=1)
+            return torch.relu((weight[:, None, None] * s.A).mean(dim=0))
+
+        return run, naive_relevance._last_reading(run, matrix)
+
+    assert_equal_to_naive(case, "grad_cam", naive, rows="read")
+    whole, read = (METHODS["grad_cam"](case.trace, rows=rows).image for rows in ("all", "read"))
+    assert torch.equal(whole, METHODS["grad_cam"](case.trace).image) and not torch.allclose(whole, read)
+    with pytest.raises(UserError, match="rows='class': must be one of all, read"):
+        METHODS["grad_cam"](case.trace, rows="class")
+
+
 def test_attn_lrp_equals_the_naive_gradient_with_halves(case):
     def naive(case, row):
         run = case.run(row, rules="attn_lrp")

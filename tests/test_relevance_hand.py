@@ -129,6 +129,25 @@ def test_grad_cam():
     check(grad_cam(one_stream()), tokens=[0, 1 / 32, 5 / 32])
 
 
+def test_grad_cam_of_the_read_row():
+    # Row 0 of ∇A without its column 0: [16, -4], mean 6; [0, -4], mean -2.
+    # ½ (6 [1/4, 1/4, 1/2] - 2 [1/2, 1/4, 1/4]) = ½ [1/2, 1, 5/2]
+    check(grad_cam(one_stream(), rows="read"), tokens=[1 / 4, 1 / 2, 5 / 4])
+
+
+def test_grad_cam_of_several_rows_that_are_read():
+    trace = one_stream()
+    trace.read = (Node("tokens", 2), tensor([[3 / 4, 1 / 4, 0]]))
+    # Row 1 without its column 1: [1, 0], [-3/4, 0]. Weighed 3/4 and 1/4, the mean is
+    # (3/4 · 12 + 1/4 · 1) / 2 = 37/8 and (3/4 · -4 - 1/4 · 3/4) / 2 = -51/32.
+    # Row 0: ½ (37/8 [1/4, 1/4, 1/2] - 51/32 [1/2, 1/4, 1/4]);
+    # row 1: ½ (37/8 [1/4, 1/2, 1/4] - 51/32 [1/4, 1/4, 1/2]).
+    first = [37 / 64 - 51 / 128, 37 / 64 - 51 / 256, 37 / 32 - 51 / 256]
+    second = [37 / 64 - 51 / 256, 37 / 32 - 51 / 256, 37 / 64 - 51 / 128]
+    expected = [3 / 4 * a + 1 / 4 * b for a, b in zip(first, second, strict=True)]
+    check(grad_cam(trace, rows="read"), tokens=expected)
+
+
 def test_another_read_row():
     trace = one_stream()
     trace.read = (Node("tokens", 2), torch.tensor([2]))

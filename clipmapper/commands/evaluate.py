@@ -110,6 +110,8 @@ def _evaluate(
     # All models before the data, which may take long to read.
     models = [load(given, device, config.architecture) for given in config.checkpoint]
     task = _common_task(config, models)
+    if config.explain:
+        task.report_settings({"explained": config.explained})
     data = data_for(task, models[0], config.data, config.checkpoint[0])
     records = records_of(data, config.split)
     for line in data.notes:
@@ -227,7 +229,9 @@ def _explained(
         methods=config.methods,
         samples=config.samples,
         split=config.split,
+        explained=config.explained,
         word_weights=None,
+        word_maps=None,
         caption_scores=None,
         output=str(Path(config.output) / "explanations" / subject.name),
         resume=config.resume,

@@ -16,7 +16,8 @@ from clipmapper.training.shown import console, files_table
 from clipmapper.visual.explanation import plot_method_comparison
 from clipmapper.visual.layout import picture_name, save_figure
 
-_ASKED = ("question", "answer", "caption", "word", "word_weights")  # settings that some tasks have
+# Settings that some tasks have.
+_ASKED = ("question", "answer", "caption", "word", "word_weights", "word_maps", "explained")
 
 
 def chosen_device(name: str) -> torch.device:

@@ -24,7 +24,8 @@ from clipmapper.training.task import Task
 
 _PICTURES = 8
 _PICTURES_FOLDER = "pictures"
-_SOME_TASKS = ("word_weights", "caption_scores")  # settings that some tasks have
+# Settings that some tasks have.
+_SOME_TASKS = ("explained", "word_maps", "word_weights", "caption_scores")
 
 
 @cut_texts_said_once()
@@ -42,7 +43,7 @@ def perturb_checkpoint(config: PerturbConfig) -> Path:
     data = data_for(task, model, config.data, config.checkpoint)
     numbers = explanation_scores(config, task, model, data)
     folder = Path(config.output)
-    results = {"settings": asdict(config), "explanations": numbers}
+    results = {"settings": asdict(config) | _options(config, task), "explanations": numbers}
     write_json(folder / RESULTS, results | {"seconds": round(time.monotonic() - began, 1)})
     console().print(files_table({"results": folder / RESULTS, "pictures": folder / _PICTURES_FOLDER}))
     return folder
@@ -95,13 +96,8 @@ def explanation_scores(config: PerturbConfig, task: Task, model: nn.Module, data
 
 
 def _options(config: PerturbConfig, task: Task) -> dict:
-    """The settings that some tasks have, where they are given; checked."""
-    options = {name: value for name in _SOME_TASKS if (value := getattr(config, name)) is not None}
-    for name in options:
-        if name not in task.perturb_settings:
-            raise UserError(f"{name}: this checkpoint {task.does}, it has no such setting")
-    task.check_settings(**options)
-    return options
+    """The settings that some tasks have, with what this one takes where they are null; checked."""
+    return task.report_settings({name: getattr(config, name) for name in _SOME_TASKS})
 
 
 def _kept(chunks: Path, key: str) -> str:

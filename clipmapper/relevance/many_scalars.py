@@ -10,7 +10,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from clipmapper.relevance.float16_gradients import scaled_gradients
-from clipmapper.relevance.trace import Attention, AttentionTrace, attention_probabilities
+from clipmapper.relevance.trace import (
+    Attention,
+    AttentionTrace,
+    attention_probabilities,
+    factors,
+    multiplied,
+)
 
 _FORWARD = ("query", "key", "value", "mixed", "before", "added")
 
@@ -66,13 +72,14 @@ def each_scalar(
     *,
     stream: str = "text",
     at_once: int = 16,
+    times: Float[Tensor, "scalars"] | None = None,
 ) -> Iterator[AttentionTrace]:
     """Make, of one sample's trace with its graph (no backward yet), traces with a row for each scalar.
 
     Row i explains ``y[i]`` and reads token ``position[i]`` of the input ``stream``; ``identity[i]`` seeds
     what is random about it. What the forward computed is shared by all rows; only gradients are a row's own.
     ``at_once`` scalars make one trace, so that memory does not grow with their number. The last one lets go
-    of the graph.
+    of the graph. ``times``: as of :meth:`AttentionTrace.backward`.
 
     Raises ``ValueError`` for a trace of several samples, and where ``y`` does not depend on the trace;
     ``UserError`` where a part of the model passes no gradient.
@@ -107,8 +114,9 @@ def each_scalar(
             found, scale = scaled_gradients(run, count, y.device, lambda g: g.abs().flatten(1).amax(dim=1))
         else:
             found, _ = run(None)
+        now, scale = factors(None if times is None else times[part], scale, steps)
         gradients = iter(
-            y.new_zeros(1).expand(count, *shape) if g is None else g[:, 0]
+            y.new_zeros(1).expand(count, *shape) if g is None else multiplied(g[:, 0], now)
             for shape, g in zip(shapes, found, strict=True)
         )
         yield _rows(trace, gradients, scale, position[part], identity[part], stream)

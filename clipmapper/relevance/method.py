@@ -29,14 +29,15 @@ class Needs:
     rules: str = "plain"
     backward: bool = True
 
-    def differentiate(self, trace: AttentionTrace, y: Tensor) -> None:
-        """Make the backward of y, unless it is of no use to the method.
+    def differentiate(self, trace: AttentionTrace, y: Tensor, times: Tensor | None = None) -> None:
+        """Make the backward of y, unless it is of no use to the method. ``times``: of
+        :meth:`AttentionTrace.backward`.
 
         (Where there are several streams and nobody has said which is read, the backward finds it.)
         """
         several = len({step.query_node.stream for step in trace.attention}) > 1
         if self.backward or (several and trace.read is None):
-            trace.backward(y, keep_graph=not self.backward)
+            trace.backward(y, keep_graph=not self.backward, times=times)
 
 
 def needs_of(methods: Iterable[Callable[..., "Relevance"]]) -> Needs:

@@ -16,13 +16,22 @@ from torch import Tensor, nn
 
 from clipmapper.errors import UserError
 from clipmapper.relevance.backward.rules import backward_rules
+from clipmapper.relevance.explained_scalar import Itself, Opposite, Scalar
 from clipmapper.relevance.modes import evaluating, without_parameter_gradients
 from clipmapper.relevance.recording.capture import argument, replaced
 from clipmapper.relevance.recording.record import record
 from clipmapper.relevance.recording.step_by_step import fused_attention, without_weights
-from clipmapper.relevance.trace import Attention, AttentionTrace, Entry, Node, gradients_of
+from clipmapper.relevance.trace import (
+    Attention,
+    AttentionTrace,
+    Entry,
+    Node,
+    factors,
+    gradients_of,
+    multiplied,
+)
 
-Forward = Callable[[Int[Tensor, "variants"]], Float[Tensor, "variants"]]
+Forward = Callable[[Int[Tensor, "variants"]], Float[Tensor, "variants *rest"]]
 
 
 @runtime_checkable
@@ -51,14 +60,22 @@ class _Opposite:
 
 
 class Again:
-    """A model and a forward of it: ``forward(rows)`` gives y for these samples of the traced batch.
+    """A model and a forward of it: ``forward(rows)`` gives y for these samples of the traced batch, or the
+    output of which ``scalar`` makes y.
 
     The model is in evaluation mode meanwhile and afterwards what it was. It runs under the autocast under
-    which this was made.
+    which this was made. ``scalar`` is no part of the model: backward rules do not hold for it.
     """
 
-    def __init__(self, model: nn.Module, forward: Forward, readout: Readout | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Forward,
+        readout: Readout | None = None,
+        scalar: Scalar | None = None,
+    ) -> None:
         self.model, self.forward, self.readout = model, forward, readout
+        self.scalar: Scalar = Itself() if scalar is None else scalar
         self._recorded: dict[str, AttentionTrace] = {}
         self._attention: dict[str, dict[Node, Attention]] = {}
         kind = next((p.device.type for p in model.parameters()), "cpu")
@@ -70,14 +87,15 @@ class Again:
         """The same for −y."""
         readout = None if self.readout is None else _Opposite(self.readout)
         with self._autocast:
-            return Again(self.model, lambda rows: -self.forward(rows), readout)
+            return Again(self.model, self.forward, readout, Opposite(self.scalar))
 
     def recorded(self, trace: AttentionTrace, rules: str) -> AttentionTrace:
         """The same forward and backward under other backward rules (made once for each)."""
         if rules not in self._recorded:
             with self._evaluating(), record(self.model, trace.samples, rules) as again:
-                y = self.forward(self._all(trace))
-            again.backward(y)
+                output = self.forward(self._all(trace))
+            y, times = self._differentiated(again, output)
+            again.backward(y, times=times)
             again.again = self
             self._recorded[rules] = again
         return self._recorded[rules]
@@ -109,18 +127,32 @@ class Again:
         recording = record(self.model, trace.samples, rules)
         # Substituted inside, so that those hooks run before the recorder's, which is to see the new tokens.
         with self._evaluating(), recording as again, _substituted(trace, tokens):
-            y = self.forward(self._all(trace))
+            output = self.forward(self._all(trace))
+        y, times = self._differentiated(again, output)
         again.require_gradient(y)
         steps = {step.output_node: step for step in again.attention if step.output_node in nodes}
         places = [step.edges[0] for step in steps.values()]
         found, scale = gradients_of(y, [place.edge for place in places], again, keep_graph=False)
         if all(gradient is None for gradient in found):
             raise ValueError("y depends on nothing that was recorded: run the model inside the recorder")
+        times, scale = factors(times, scale, again.attention)
         for step, place, gradient in zip(steps.values(), places, found, strict=True):
-            step.mixed_gradient = torch.zeros_like(step.mixed) if gradient is None else place.turned(gradient)
-            step.gradient_scale = scale
+            step.mixed_gradient = (
+                torch.zeros_like(step.mixed)
+                if gradient is None
+                else multiplied(place.turned(gradient), times)
+            )
+            step.gradient_scale = None if scale is None else scale.expand(again.batch)
         again.release_graph()
         return steps
+
+    def _differentiated(self, trace: AttentionTrace, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The scalar of a recorded forward, and what its gradients are multiplied by."""
+        rows = self._all(trace)
+        with torch.inference_mode(False), torch.enable_grad():
+            if trace.rules == "lrp":
+                return self.scalar.start(output, rows), None
+            return self.scalar.differentiated(output, rows)
 
     def undifferentiated(self, trace: AttentionTrace) -> AttentionTrace:
         """Recorded, without the backward: its tensors still hold the graph."""
@@ -145,7 +177,8 @@ class Again:
                 stack.enter_context(without_weights(modules))
                 stack.enter_context(backward_rules(trace.rules))
             stack.enter_context(_substituted(trace, tokens, rows))
-            return self.forward(rows)
+            output = self.forward(rows)
+        return self.scalar.value(output, rows)
 
     def _all(self, trace: AttentionTrace) -> Tensor:
         return torch.arange(trace.batch, device=trace.device)

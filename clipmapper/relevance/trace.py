@@ -257,6 +257,25 @@ def gradients_of(
     return found, scale.expand(trace.batch)
 
 
+def factors(
+    times: Float[Tensor, "*batch"] | None, scale: Float[Tensor, "_"] | None, steps: Sequence[Attention]
+) -> tuple[Float[Tensor, "*batch"] | None, Float[Tensor, "..."] | None]:
+    """What gradients are multiplied by at once, and what they are too large by (``gradient_scale``).
+
+    Half precision can't hold what ``times`` makes of them: there it is left to whoever reads them in float32.
+    """
+    if times is None or not any(t.dtype in HALVES for step in steps for t in (step.mixed, step.before)):
+        return times, scale
+    # (A factor of 0 leaves nothing; divided by, it would be infinite.)
+    size = (1.0 if scale is None else scale) / times.clamp(min=torch.finfo(times.dtype).tiny)
+    return None, size
+
+
+def multiplied(gradient: Float[Tensor, "batch *rest"], times: Float[Tensor, "*batch"] | None) -> Tensor:
+    """The gradient itself for None; otherwise each sample's multiplied by its factor."""
+    return gradient if times is None else gradient * by_sample(times.to(gradient.dtype), gradient)
+
+
 _NUMBERS = (
     "query", "key", "value", "mixed", "before", "added", "mixed_gradient", "before_gradient",
     "added_gradient", "context", "after", "replaced",
@@ -393,11 +412,18 @@ class AttentionTrace:
             return self.valid[stream]
         return torch.ones(self.batch, self.lengths[stream], dtype=torch.bool, device=self.device)
 
-    def backward(self, y: Float[Tensor, "*batch"], keep_graph: bool = False) -> None:
+    def backward(
+        self,
+        y: Float[Tensor, "*batch"],
+        keep_graph: bool = False,
+        times: Float[Tensor, "*batch"] | None = None,
+    ) -> None:
         """The one backward: gradients of ``y.sum()`` at every sub-layer (samples do not interact).
 
         ``keep_graph``: another scalar of the same forward (the next word of a caption) may follow; its
-        gradients take the place of these. The last one goes without, and lets go of the graph.
+        gradients take the place of these. The last one goes without, and lets go of the graph. ``times``:
+        what each sample's gradients are multiplied by behind the model
+        (:mod:`clipmapper.relevance.explained_scalar`).
 
         In float16 it is made of y as often and as large as the gradients need (``Attention.gradient_scale``).
 
@@ -413,6 +439,7 @@ class AttentionTrace:
             raise RuntimeError("the graph is gone: backward(y, keep_graph=True) lets another one follow")
         explained = weakref.ref(y)
         found, scale = gradients_of(y, [edge.edge for edge in edges], self, keep_graph)
+        times, scale = factors(times, scale, self.attention)
         gradients = {id(edge): gradient for edge, gradient in zip(edges, found, strict=True)}
         self._check_reached([gradients.get(id(edge)) for step in self.attention for edge in step.edges])
         for step in self.attention:
@@ -420,10 +447,10 @@ class AttentionTrace:
             step.mixed_gradient, step.before_gradient, step.added_gradient = (
                 torch.zeros_like(tensor)
                 if gradients.get(id(edge)) is None
-                else edge.turned(gradients[id(edge)])
+                else multiplied(edge.turned(gradients[id(edge)]), times)
                 for tensor, edge in zip(recorded, step.edges, strict=True)
             )
-            step.gradient_scale = scale
+            step.gradient_scale = None if scale is None else scale.expand(self.batch)
         self._explained = explained
         if self.reads_what_y_reads:
             self._find_read()

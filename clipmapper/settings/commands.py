@@ -10,8 +10,10 @@ from typing import Any, ClassVar
 from clipmapper.settings.data import DataConfig
 from clipmapper.settings.keys import (
     SEED_LIMIT,
+    WORD_MAPS,
     Section,
     devices_problems,
+    explained_scalars,
     explanation_methods,
     list_problems,
     setting,
@@ -26,7 +28,8 @@ class ExplainConfig(Section):
 
     Of a model that answers questions: ``question``, and ``answer``, the one to explain (null: the predicted).
     Of a captioner: ``caption``, the one to explain (null: the one that it writes), ``word``, one word of it
-    alone (null: all), and ``word_weights``.
+    alone (null: all), ``word_weights`` and ``word_maps``. ``explained``: of the answer or of each word its
+    logit (null), probability or log-probability.
     """
 
     checkpoint: str = setting()
@@ -38,6 +41,8 @@ class ExplainConfig(Section):
     caption: str | None = setting()
     word: str | None = setting()
     word_weights: str | None = setting(choices=("mean", "clip"))
+    word_maps: str | None = setting(choices=WORD_MAPS)
+    explained: str | None = setting(choices=explained_scalars)
     output: str = setting()
     compare: bool = setting()
     device: str = setting()
@@ -51,7 +56,8 @@ class PerturbConfig(Section):
     """``clipmapper perturb``. ``chunk``: how many samples are settled between two savings.
 
     ``data``: what is explained; null: the built-in world that the checkpoint was trained on.
-    ``word_weights`` and ``caption_scores`` are for captioners, and null otherwise.
+    ``explained`` as of :class:`ExplainConfig`. ``word_weights``, ``word_maps`` and ``caption_scores`` are for
+    captioners, and null otherwise.
     """
 
     checkpoint: str = setting()
@@ -60,7 +66,9 @@ class PerturbConfig(Section):
     methods: list[str] = setting(choices=explanation_methods)
     samples: int = setting(minimum=1)
     split: str = setting(choices=("validation", "held_out", "train", "test"))
+    explained: str | None = setting(choices=explained_scalars)
     word_weights: str | None = setting(choices=("mean", "cider", "clip"))
+    word_maps: str | None = setting(choices=WORD_MAPS)
     caption_scores: list[str] | None = setting()
     output: str = setting()
     resume: bool = setting()
@@ -83,7 +91,7 @@ class EvaluateConfig(Section):
 
     ``checkpoint``: one, or several as ``[a,b]``, of which the first is what others are compared with.
     ``data``: as of :class:`PerturbConfig`. ``chunk``: how many samples are settled between two savings.
-    ``methods`` and ``samples`` are of ``explain``, as of :class:`PerturbConfig`.
+    ``methods``, ``explained`` and ``samples`` are of ``explain``, as of :class:`PerturbConfig`.
     """
 
     # As of TrainerConfig, of which devices are started.
@@ -106,6 +114,7 @@ class EvaluateConfig(Section):
     seed: int = setting(minimum=0, maximum=SEED_LIMIT)
     explain: bool = setting()
     methods: list[str] = setting(choices=explanation_methods)
+    explained: str | None = setting(choices=explained_scalars)
     samples: int = setting(minimum=1)
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from omegaconf import MISSING
 
 SEED_LIMIT = 2**32 - 1  # numpy's legacy generator, which Lightning seeds as well, takes no more
+WORD_MAPS = ("scaled", "raw")  # how the maps of a caption's words go into the caption's
 
 
 def explanation_methods() -> Sequence[str]:
@@ -20,6 +21,13 @@ def explanation_methods() -> Sequence[str]:
     from clipmapper.relevance import METHODS
 
     return tuple(METHODS)
+
+
+def explained_scalars() -> Sequence[str]:
+    """What can be explained of an answer or a word, likewise."""
+    from clipmapper.relevance.explained_scalar import EXPLAINED
+
+    return EXPLAINED
 
 
 def setting(**limits: Any) -> Any:

@@ -16,8 +16,10 @@ from clipmapper.host.outputs import file_name_problem
 from clipmapper.settings.data import DataConfig
 from clipmapper.settings.keys import (
     SEED_LIMIT,
+    WORD_MAPS,
     Section,
     devices_problems,
+    explained_scalars,
     explanation_methods,
     list_problems,
     setting,
@@ -199,10 +201,15 @@ class CallbacksConfig(Section):
 
 @dataclass
 class RelevanceCallbackConfig(CallbacksConfig):
-    """Parameters of :class:`clipmapper.training.callback.RelevanceCallback`."""
+    """Parameters of :class:`clipmapper.training.callback.RelevanceCallback`.
+
+    ``explained`` and ``word_maps`` as of :class:`~clipmapper.settings.commands.PerturbConfig`.
+    """
 
     _target_: str = setting()
     methods: list[str] = setting(choices=explanation_methods)
+    explained: str | None = setting(choices=explained_scalars)
+    word_maps: str | None = setting(choices=WORD_MAPS)
     every_n_validations: int = setting(minimum=1)
     samples: int = setting(minimum=1)
     pictures: int = setting(minimum=0)

@@ -1,8 +1,9 @@
 """Explanations while training: maps, perturbation areas and localisation at validation time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -38,7 +39,8 @@ class RelevanceCallback(lightning.Callback):
     Of several processes each explains its part; the main one has the report of all, and writes.
 
     Parameters: ``methods`` by name (``UserError`` for an unknown one), ``pictures`` how many samples are
-    drawn, ``batch_size`` perturbed variants a forward, ``confidence`` of the intervals.
+    drawn, ``batch_size`` perturbed variants a forward, ``confidence`` of the intervals; ``explained`` and
+    ``word_maps``, which some tasks have (:attr:`Task.perturb_settings`), None where the task is to choose.
     """
 
     def __init__(
@@ -50,19 +52,26 @@ class RelevanceCallback(lightning.Callback):
         batch_size: int,
         confidence: float,
         seed: int,
+        explained: str | None = None,
+        word_maps: str | None = None,
     ) -> None:
         for method in methods:
             method_named(method)
         self.methods = list(methods)
         self.every_n_validations, self.samples, self.pictures = every_n_validations, samples, pictures
         self.batch_size, self.confidence, self.seed = batch_size, confidence, seed
+        self.settings: Mapping[str, Any] = {"explained": explained, "word_maps": word_maps}
         self.validations = 0
         self.report: Report | None = None
         self.written: list[Path] = []
         self._prepared: tuple[Task, Samples, Path] | None = None
 
     def prepare(self, task: Task, samples: Samples, folder: Path) -> None:
-        """Say which samples are explained, as samples of what, and where pictures go, before ``fit``."""
+        """Say which samples are explained, as samples of what, and where pictures go, before ``fit``.
+
+        Raises ``UserError`` for settings that the task does not have.
+        """
+        self.settings = task.report_settings(self.settings, "callbacks.")
         self._prepared = task, samples, folder
 
     def state_dict(self) -> dict[str, int]:
@@ -138,4 +147,5 @@ class RelevanceCallback(lightning.Callback):
                 batch_size=self.batch_size,
                 seed=self.seed,
                 progress=told,
+                **self.settings,
             )

@@ -4,7 +4,8 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import lightning
 import numpy as np
@@ -187,8 +188,10 @@ class Task(ABC):
     does : in messages, as in "this model answers questions".
     records : "questions" or "captions", of which the records of its data must have one.
     scores : the keys of ``results.json`` under which a run of it has its scores.
-    explain_settings, perturb_settings : the settings of ``clipmapper explain`` and ``clipmapper perturb``
-        that are for this task and not for all; they come to :meth:`explain` and :meth:`report` where given.
+    explain_settings : the settings of ``clipmapper explain`` that are for this task and not for all; they
+        come to :meth:`explain` where given.
+    perturb_settings : those of ``clipmapper perturb`` and of the callback that explains while training, each
+        with what :meth:`report` is given where they say nothing.
     """
 
     name: str
@@ -196,7 +199,7 @@ class Task(ABC):
     records: str
     scores: tuple[str, ...] = ()
     explain_settings: tuple[str, ...] = ()
-    perturb_settings: tuple[str, ...] = ()
+    perturb_settings: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
     def rules(self) -> ModelRules:
@@ -237,7 +240,8 @@ class Task(ABC):
 
         ``chunk`` samples are settled together; ``batch_size`` is the most perturbed variants in one forward.
         With ``folder`` finished chunks are kept there and taken up again when ``key`` is the same.
-        ``progress`` is told of points of curves (:meth:`Samples.points`).
+        ``progress`` is told of points of curves (:meth:`Samples.points`). ``settings``: all of
+        ``perturb_settings``.
         """
 
     @abstractmethod
@@ -258,6 +262,20 @@ class Task(ABC):
         """Scores of validation by their titles, of a run's ``results.json``; each with what it is multiplied
         by in tables."""
         return {results["objective"]["name"]: (results["objective"]["value"], 1)}
+
+    def report_settings(self, given: Mapping[str, Any], section: str = "") -> dict[str, Any]:
+        """The ``perturb_settings``, as given where they are (not None), for :meth:`report`.
+
+        ``section``: of which settings they are, in messages. Raises ``UserError`` for one that this task does
+        not have, and where they can't be.
+        """
+        chosen = {name: value for name, value in given.items() if value is not None}
+        for name in chosen:
+            if name not in self.perturb_settings:
+                has = ", ".join(self.perturb_settings) or "none of this kind"
+                raise UserError(f"{section}{name}: this model {self.does}; its settings are {has}")
+        self.check_settings(**chosen)
+        return dict(self.perturb_settings) | chosen
 
     def check_settings(self, **settings) -> None:  # noqa: B027 (most tasks have nothing to check)
         """Raise ``UserError`` where the settings of :meth:`report` can't be, before anything is read."""

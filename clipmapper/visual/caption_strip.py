@@ -58,6 +58,7 @@ class Explained(Protocol):
     probabilities: Float[np.ndarray, "explained"]
     weights: Float[np.ndarray, "explained"]
     word_weights: str
+    word_maps: str
     image: UInt8[np.ndarray, "height width 3"]
     method: str
 
@@ -156,8 +157,7 @@ def _write_side(
     if len(of.explained) < len(of.words):
         how = "that of the one word that was chosen"
     else:
-        how = _HOW[of.word_weights]
-
+        how = _HOW[of.word_weights] + (", each scaled to sum 1" if of.word_maps == "scaled" else "")
     notes = [[Run("truth:", FAINT), Run(truth)]] if truth is not None else []
     notes += [
         [Run("method:", FAINT), Run(of.method, weight="bold")],

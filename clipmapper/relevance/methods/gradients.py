@@ -18,21 +18,34 @@ from clipmapper.relevance.trace import Attention, AttentionTrace, Join, Node, ex
 
 
 @explanation(gradient=True)
-def grad_cam(trace: AttentionTrace) -> Relevance:
+def grad_cam(trace: AttentionTrace, rows: str = "all") -> Relevance:
     """Grad-CAM (Selvaraju et al. 2017) on attention, as Chefer et al. 2021 use it as a baseline.
 
     ``relu(E_h[(mean_ij ∇A) · A])`` of the last sub-layer in which the read token reads each modality, on
     the read row. The mean leaves padding out: a sample's map does not depend on what it is batched with.
-    Needs ``trace.backward(y)``.
+
+    Its authors' code has it in two forms. ``rows``: "all", the mean is over all rows and columns (the
+    baseline on LXMERT, arXiv 2103.15679); "read", over the read row, without the column in which the read
+    token reads itself (on ViT, arXiv 2012.09838: the class token's row over the patches). Where several rows
+    are read, they count as they are read.
+    Needs ``trace.backward(y)``. Raises ``UserError`` for another ``rows``.
     """
+    if rows not in ("all", "read"):
+        raise UserError(f"rows={rows!r}: must be one of all, read")
+    read = {node.stream: row for node, row in trace.read_row().items()}
 
     def matrix(step: Attention, samples: slice, queries: slice) -> Float[Tensor, "samples queries keys"]:
-        rows = trace.padding_free(step.query_node.stream)[samples, None, :, None]
+        valid = trace.padding_free(step.query_node.stream)[samples, None, :, None]
         columns = trace.padding_free(step.key_node.stream)[samples, None, None, :]
-        inside = (rows & columns).to(trace.dtype)
+        inside = (valid & columns).to(trace.dtype)
+        if rows == "read":
+            inside = inside * read[step.query_node.stream][samples, :, :, None]
+            if step.is_self:
+                inside = inside * (1 - torch.eye(inside.shape[-1], dtype=inside.dtype, device=inside.device))
         step = part_of(step, samples, slice(None))
         weight = (step.probability_gradient() * inside).sum(dim=(2, 3), keepdim=True)
-        weight = weight / inside.sum(dim=(2, 3), keepdim=True).clamp(min=1)
+        count = inside.sum(dim=(2, 3), keepdim=True)
+        weight = weight / count.masked_fill(count <= 0, 1)
         return (weight * step.probabilities()).mean(dim=1).clamp(min=0)[:, queries]
 
     return last_attention(trace, matrix)
@@ -45,8 +58,10 @@ def grad_eclip(trace: AttentionTrace) -> Relevance:
     ``relu(Σ_d (∂y/∂o_read)_d v_{i,d} λ_i)``, o and v all heads side by side, ``λ_i`` the cosine of the read
     token's query and key i, scaled to [0, 1] over the keys. Differences from the released code: λ is scaled
     over all keys that may be read, there without the image's class token; and q, k are compared as they are,
-    where a later version of the code sends them through the output projection first. Where all cosines are
-    equal λ is 1. Made for CLIP; defined for every trace. Needs ``trace.backward(y)``.
+    where a later version of the code sends them through the output projection first; and the model keeps its
+    heads and one layer counts, where the code runs the last layer with a single head and sums 8 layers for
+    text. Where all cosines are equal λ is 1. Made for CLIP; defined for every trace.
+    Needs ``trace.backward(y)``.
     """
 
     def matrix(step: Attention, samples: slice, queries: slice) -> Float[Tensor, "samples queries keys"]:

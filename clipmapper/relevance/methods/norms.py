@@ -70,6 +70,7 @@ def token_tm(trace: AttentionTrace) -> Relevance:
     ``C_0 = diag ‖e_i‖``; then per attention sub-layer ``C ← (I + (A W) ⊙ E_h relu(∇A)) C`` and per MLP
     ``C ← (I + W) C``, with ``W_i = ‖ẽ_i‖ / ‖e_i‖ · softmax_i(cos(e_i, ẽ_i))``: e the tokens on the residual
     stream, ẽ what the sub-layer makes of each by itself (``v_i W_O`` all heads together; the MLP's output).
+    (One of the authors' rewrites of models takes the stream behind the sub-layer for ẽ, which holds e too.)
     A is the mean over heads. The softmax leaves out padding. Cross-attention, which the paper does not have,
     follows the same rule with the keys' tokens, and attention that pools has no I. An MLP behind the last
     sub-layer only scales the read row; where the recorder does not see its end it is left out.

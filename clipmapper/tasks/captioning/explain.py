@@ -16,6 +16,8 @@ from clipmapper.evaluation.captions.ngram_scores import CiderD, DocumentFrequenc
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
 from clipmapper.evaluation.captions.scores import WORD_WEIGHTS, loss_weights, mean_weights
 from clipmapper.models.tokens import tokenize
+from clipmapper.relevance.explained_scalar import check_explained
+from clipmapper.settings.keys import WORD_MAPS
 from clipmapper.tasks.captioning.decoding import Decoding
 from clipmapper.tasks.captioning.model import Captioner
 from clipmapper.tasks.captioning.trace import TracedCaption, trace_caption, word_relevance
@@ -37,6 +39,7 @@ class CaptionExplanation:
     probabilities : of each explained word, given the image and the words before it.
     weights : how much each explained word counts in ``patches``; they sum to 1.
     word_weights : where the weights come from, "mean", "cider" or "clip".
+    word_maps : which maps of words are averaged, "scaled" (each to a sum of 1) or "raw".
     image : UInt8[height, width, 3], what the model saw of the image, at its own resolution.
     method : name of the explanation method.
     called : "caption", or "explained caption" where it need not be the model's.
@@ -53,11 +56,19 @@ class CaptionExplanation:
     image: UInt8[np.ndarray, "height width 3"]
     method: str
     called: str = "caption"
+    word_maps: str = "scaled"
 
     @property
     def patches(self) -> Float[np.ndarray, "rows columns"]:
-        """The map of the whole caption: the weighted mean of its words' maps."""
-        return np.tensordot(self.weights, self.maps, axes=1)
+        """The map of the whole caption: the weighted mean of its words' maps.
+
+        "scaled" (the code of WRA): each of them is first divided by its sum, so that a word counts for its
+        weight and not for the size of its map. Where a map has negative entries too (evidence for and
+        against), by the sum of their sizes: the sum itself may be 0. A map of zeros stays one; the word then
+        adds nothing.
+        """
+        maps = scaled_maps(self.maps) if self.word_maps == "scaled" else self.maps
+        return np.tensordot(self.weights, maps, axes=1)
 
     def earlier_words(self, row: int) -> list[tuple[str, float]]:
         """(word, relevance) of every word before the word that ``maps[row]`` explains."""
@@ -96,6 +107,21 @@ class CaptionExplanation:
         return Path(path)
 
 
+def check_word_maps(word_maps: str) -> None:
+    """Raises ``UserError`` for another word."""
+    if word_maps not in WORD_MAPS:
+        raise UserError(f"word_maps={word_maps!r}: must be one of {', '.join(WORD_MAPS)}")
+
+
+def scaled_maps(maps: Float[np.ndarray, "words rows columns"]) -> Float[np.ndarray, "words rows columns"]:
+    """Each map divided by the sum of the sizes of its entries; a map of zeros as it is."""
+    largest = np.abs(maps).max(axis=(1, 2), keepdims=True)
+    # By the largest first: of very small numbers the sum could not be divided by.
+    maps = np.divide(maps, largest, out=np.zeros_like(maps), where=largest > 0)
+    total = np.abs(maps).sum(axis=(1, 2), keepdims=True)
+    return np.divide(maps, total, out=maps, where=total > 0)
+
+
 def explain_captions(
     model: Captioner,
     image,
@@ -104,7 +130,8 @@ def explain_captions(
     *,
     word: str | int | None = None,
     word_weights: str = "mean",
-    scalar: str = "logit",
+    word_maps: str = "scaled",
+    explained: str = "logit",
     decoding: Decoding | None = None,
     references: Sequence[str] | None = None,
     frequencies: DocumentFrequencies | None = None,
@@ -114,16 +141,21 @@ def explain_captions(
     ``caption`` to explain (default: the one that the model writes, as ``decoding`` says) and ``word``, one
     word of it alone, by name or by place (default: all). ``word_weights``: how the maps of words are averaged
     into one of the caption: "mean" (stop-words count 0), "cider" (by the CIDEr that is lost without the word;
-    needs ``references`` and ``frequencies``) or "clip" (by the CLIPScore that is lost). ``scalar``: explain
-    each word's "logit" or "log_probability".
+    needs ``references`` and ``frequencies``) or "clip" (by the CLIPScore that is lost). ``word_maps``:
+    whether each word's map is "scaled" to a sum of 1 before that, or averaged "raw". ``explained``: of each
+    word its "logit", "probability" or "log_probability". (The code of WRA, Huang et al. 2023, explains the
+    probability and scales.)
 
     Raises ``UserError`` for an empty caption, words that the model cannot say, a ``word`` that the caption
-    does not have or has several times.
+    does not have or has several times, a value that is none of these, and a probability that is too small to
+    have a gradient.
     """
     if isinstance(word, str) and word.lstrip("-").isdigit():
         word = int(word)
     if word_weights not in WORD_WEIGHTS:
         raise UserError(f"word_weights={word_weights!r}: must be one of {', '.join(WORD_WEIGHTS)}")
+    check_word_maps(word_maps)
+    check_explained(explained)
     if word_weights == "cider" and not (references and frequencies):
         raise UserError(
             "word_weights='cider' needs references=[...] of this image and frequencies=DocumentFrequencies "
@@ -136,8 +168,8 @@ def explain_captions(
     pixels = model.load_image(image)
     traced = trace_caption(model, pixels, caption, decoding)
     words = tuple(word for word, _ in traced.words)
-    explained = tuple(range(len(words))) if word is None else (word_place(words, word),)
-    relevance = word_relevance(traced, explained, methods, scalar=scalar)
+    places = tuple(range(len(words))) if word is None else (word_place(words, word),)
+    relevance = word_relevance(traced, places, methods, explained=explained)
     if word is not None:
         weights = np.ones(1)
     else:
@@ -148,15 +180,16 @@ def explain_captions(
         CaptionExplanation(
             caption=traced.caption,
             words=words,
-            explained=explained,
+            explained=places,
             maps=relevance[name].maps,
             word_matrix=relevance[name].matrix,
-            probabilities=traced.word_probabilities(explained),
+            probabilities=traced.word_probabilities(places),
             weights=weights,
             word_weights=word_weights,
             image=seen,
             method=name,
             called="caption" if caption is None else "explained caption",
+            word_maps=word_maps,
         )
         for name in methods
     ]

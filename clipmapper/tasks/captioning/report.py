@@ -1,7 +1,8 @@
 """Score explanation methods on captions: relevance, perturbation and localisation in one go."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,17 @@ from rich.table import Table
 
 from clipmapper.evaluation.captions.ngram_scores import CiderD
 from clipmapper.evaluation.captions.scores import is_stop_word
-from clipmapper.evaluation.localisation import Localisation, image_localisation
+from clipmapper.evaluation.localisation import Localisation
 from clipmapper.evaluation.perturbation import ModalityRelevance, perturb, run_in_chunks
 from clipmapper.evaluation.perturbation_scores import PerturbationScores, perturbation_numbers
 from clipmapper.models.tokens import TokenizedText, padding_id
 from clipmapper.tasks.captioning.decoding import Decoding
-from clipmapper.tasks.captioning.explain import CaptionExplanation, caption_word_weights
+from clipmapper.tasks.captioning.explain import (
+    CaptionExplanation,
+    caption_word_weights,
+    check_word_maps,
+)
+from clipmapper.tasks.captioning.localised import localised_captions, localised_words
 from clipmapper.tasks.captioning.model import Captioner
 from clipmapper.tasks.captioning.perturbation import CAPTION_SCORES, CaptionScorer, WordScorer, kept_captions
 from clipmapper.tasks.captioning.pictures import (
@@ -25,7 +31,12 @@ from clipmapper.tasks.captioning.pictures import (
     word_localisation_table,
 )
 from clipmapper.tasks.captioning.samples import TESTS, CaptionSamples
-from clipmapper.tasks.captioning.trace import TracedCaption, trace_caption, word_relevance
+from clipmapper.tasks.captioning.trace import (
+    TracedCaption,
+    WordRelevance,
+    trace_caption,
+    word_relevance,
+)
 from clipmapper.training.explained import DRAWN_WORDS, Report, joined, joined_localisation
 from clipmapper.training.shown import Cell, Html, Picture
 from clipmapper.visual.caption_strip import plot_caption_strip
@@ -125,6 +136,8 @@ def caption_report(
     chunk: int,
     batch_size: int,
     seed: int,
+    explained: str = "logit",
+    word_maps: str = "scaled",
     word_weights: str = "mean",
     caption_scores: Sequence[str] = CAPTION_SCORES,
     decoding: Decoding | None = None,
@@ -135,17 +148,29 @@ def caption_report(
     """Caption every image, explain every word by every method, remove patches in that order; and hold the
     maps of true captions' words against what they speak of.
 
-    ``decoding``: how captions are written, whole and perturbed (default: greedy). Arguments otherwise as of
+    ``decoding``: how captions are written, whole and perturbed (default: greedy). ``explained``,
+    ``word_maps`` and ``word_weights`` as of
+    :func:`~clipmapper.tasks.captioning.explain.explain_captions`. Arguments otherwise as of
     :meth:`clipmapper.training.task.Task.report`.
     """
+    check_word_maps(word_maps)
     decoding = decoding or Decoding("greedy")
+    relevance = partial(word_relevance, methods=methods, explained=explained, seed=seed)
     with model.evaluating():
-        explained, chosen, texts, words = [], [], [], []
+        whole, chosen, texts, words = [], [], [], []
         for row, sample in enumerate(samples.ids):
             pixels = samples.images[row : row + 1].to(model.device)
             traced = trace_caption(model, pixels, decoding=decoding)
-            explained.append(
-                _explained(model, traced, samples, row, methods, word_weights=word_weights, seed=seed)
+            whole.append(
+                _explained(
+                    model,
+                    traced,
+                    samples,
+                    row,
+                    relevance,
+                    word_weights=word_weights,
+                    word_maps=word_maps,
+                )
             )
             word = _chosen_word([word for word, _ in traced.words], seed, sample)
             chosen.append(word)
@@ -153,7 +178,7 @@ def caption_report(
             words.append([p - 1 for p in traced.words[word][1]])
             if progress is not None:
                 progress(0)  # no point of a curve yet, but whoever wants to stop can
-        explanations = {m: [by_method[m] for by_method in explained] for m in methods}
+        explanations = {m: [by_method[m] for by_method in whole] for m in methods}
 
         def compute(positions: range, test: str) -> PerturbationScores:
             part = slice(positions.start, positions.stop)
@@ -197,8 +222,8 @@ def caption_report(
             )
             for name in TESTS
         }
-        localisation = _localised(model, samples, methods, seed)
-        for method, own in _localised_by_masks(samples, explanations).items():
+        localisation = localised_words(model, samples, methods, relevance)
+        for method, own in localised_captions(samples, explanations).items():
             localisation[method] |= own
     return CaptionReport(samples, explanations, chosen, parts["caption"], parts["word"], localisation)
 
@@ -208,13 +233,13 @@ def _explained(
     traced: TracedCaption,
     samples: CaptionSamples,
     row: int,
-    methods: Sequence[str],
+    relevance: Callable[..., Mapping[str, WordRelevance]],
     *,
     word_weights: str,
-    seed: int,
+    word_maps: str,
 ) -> dict[str, CaptionExplanation]:
     places = tuple(range(len(traced.words)))
-    found = word_relevance(traced, places, methods, sample=samples.ids[row], seed=seed)
+    found = relevance(traced, places, sample=samples.ids[row])
     words = tuple(word for word, _ in traced.words)
     weights = caption_word_weights(
         model, traced, word_weights, samples.references[row], CiderD(samples.frequencies)
@@ -231,6 +256,7 @@ def _explained(
             word_weights=word_weights,
             image=samples.pictures[row],
             method=name,
+            word_maps=word_maps,
         )
         for name, its in found.items()
     }
@@ -248,49 +274,3 @@ def _together(texts: Sequence[TokenizedText], padding: int) -> TokenizedText:
     longest = max(text.ids.shape[1] for text in texts)
     padded = [text.padded(longest, padding) for text in texts]
     return TokenizedText(*(torch.cat([getattr(t, k) for t in padded]) for k in ("ids", "valid", "removable")))
-
-
-def _localised(
-    model: Captioner, samples: CaptionSamples, methods: Sequence[str], seed: int
-) -> dict[str, dict[str, Localisation]]:
-    """Localise the words of true captions that speak of something to be seen."""
-    gathered: dict[str, dict[str, list[Localisation]]] = {method: {} for method in methods}
-    for row, known in enumerate(samples.known):
-        if known is None or not known.words:
-            continue
-        pixels = samples.images[row : row + 1].to(model.device)
-        traced = trace_caption(model, pixels, known.text)
-        places = sorted(known.words)
-        kinds = np.array([known.words[place][0] for place in places])
-        masks = [known.words[place][1] for place in places]
-        found = word_relevance(traced, places, methods, sample=samples.ids[row], seed=seed)
-        for method, its in found.items():
-            scores = image_localisation(np.maximum(its.maps, 0), masks)
-            for kind in sorted(set(kinds)):
-                gathered[method].setdefault(str(kind), []).append(_mean(scores, kinds == kind))
-    return {
-        method: {kind: Localisation.concatenate(entries) for kind, entries in sorted(by_kind.items())}
-        for method, by_kind in gathered.items()
-    }
-
-
-def _localised_by_masks(
-    samples: CaptionSamples, explanations: Mapping[str, Sequence[CaptionExplanation]]
-) -> dict[str, dict[str, Localisation]]:
-    """The map of the whole caption against the pixels that it should speak of, where these are known."""
-    rows = [row for row, mask in enumerate(samples.masks) if mask is not None and mask.any()]
-    if not rows:
-        return {}
-    masks = [samples.masks[row] for row in rows]
-    return {
-        method: {
-            "caption": image_localisation(np.maximum(np.stack([its[row].patches for row in rows]), 0), masks)
-        }
-        for method, its in explanations.items()
-    }
-
-
-def _mean(scores: Localisation, chosen: np.ndarray) -> Localisation:
-    """The words of one kind of one caption as one entry: words of a caption are no independent samples."""
-    names = (score.name for score in fields(Localisation))
-    return Localisation(*(np.array([getattr(scores, name)[chosen].mean()]) for name in names))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import lightning
 import torch
@@ -29,6 +30,7 @@ from clipmapper.tasks.captioning.evaluation import CaptionEvaluation
 from clipmapper.tasks.captioning.explain import explain_captions
 from clipmapper.tasks.captioning.head import take_words
 from clipmapper.tasks.captioning.model import Captioner
+from clipmapper.tasks.captioning.perturbation import CAPTION_SCORES
 from clipmapper.tasks.captioning.report import caption_report
 from clipmapper.tasks.captioning.results import (
     family_scores,
@@ -250,8 +252,15 @@ class Captioning(DescribedCaptioner, Task):
     does = "writes captions"
     records = "captions"
     scores = ("captions",)
-    explain_settings = ("caption", "word", "word_weights")
-    perturb_settings = ("word_weights", "caption_scores")
+    explain_settings = ("caption", "word", "word_weights", "word_maps", "explained")
+    perturb_settings = MappingProxyType(
+        {
+            "explained": "logit",
+            "word_maps": "scaled",
+            "word_weights": "mean",
+            "caption_scores": list(CAPTION_SCORES),
+        }
+    )
 
     run, samples = CaptionRun, staticmethod(caption_samples)
     report, explain = staticmethod(caption_report), staticmethod(explain_captions)

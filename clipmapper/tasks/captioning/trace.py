@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from clipmapper.errors import UserError
 from clipmapper.models.tokens import TokenizedText, word_positions
 from clipmapper.relevance import Again, Attention, AttentionTrace, method_named, record
+from clipmapper.relevance.explained_scalar import ClassScalar, require_size
 from clipmapper.relevance.many_scalars import attention_for_several, each_scalar
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions
 from clipmapper.tasks.captioning.head import UnsayableToken, spell
 from clipmapper.tasks.captioning.model import Captioner
 
-SCALARS = ("logit", "log_probability")
 AT_ONCE = 16  # tokens whose gradients are held together
 
 
@@ -88,72 +88,71 @@ def trace_caption(
 
 def word_relevance(
     traced: TracedCaption,
-    explained: Sequence[int],
+    places: Sequence[int],
     methods: Sequence[str],
     *,
-    scalar: str = "logit",
+    explained: str = "logit",
     sample: int = 0,
     seed: int = 0,
 ) -> Mapping[str, WordRelevance]:
     """Relevance by every method, for the words at these places of the caption; to be called once a trace.
 
-    The explained scalar is the logit (or log-probability) of a token at the position that predicts it. A
-    word of several tokens gets the mean over its tokens; as an earlier word it has the sum over them, as in
+    The explained scalar is the "logit", the "probability" (as in the code of WRA) or the "log_probability" of
+    a token at the position that predicts it, over all tokens that the model can say. A word of several tokens
+    gets the mean over its tokens; as an earlier word it has the sum over them, as in
     :func:`clipmapper.models.tokens.merge_words`. ``sample`` and ``seed`` seed what is random.
+
+    Raises ``UserError`` for another ``explained`` and a probability that is too small to have a gradient.
     """
     functions = {name: method_named(name) for name in methods}
-    if scalar not in SCALARS:
-        raise UserError(f"scalar={scalar!r}: must be one of {', '.join(SCALARS)}")
-    groups = [traced.words[place][1] for place in explained]
+    groups = [traced.words[place][1] for place in places]
     tokens = torch.tensor([p for group in groups for p in group], device=traced.scores.device)
     ids = traced.text.ids[0]
+    scalar = ClassScalar(ids.roll(-1), explained)  # of every position the token behind it
     with torch.enable_grad():
-        scores = traced.scores if scalar == "logit" else traced.scores.log_softmax(dim=-1)
-        y = scores[tokens - 1, ids[tokens]]
+        y, times = scalar.differentiated(traced.scores, torch.arange(len(ids), device=ids.device))
+        y, times = y[tokens - 1], None if times is None else times[tokens - 1]
+    owner = torch.repeat_interleave(torch.tensor([len(group) for group in groups]))
+    require_size(times, [traced.words[places[number]][0] for number in owner.tolist()])
     identity = [sample * len(ids) + p for p in tokens.tolist()]
     found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in methods}
-    places = iter((tokens - 1).split(AT_ONCE))
-    for rows in each_scalar(traced.trace, y, tokens - 1, identity, at_once=AT_ONCE):
-        rows.again = _again(traced, next(places), scalar)
+    parts = iter((tokens - 1).split(AT_ONCE))
+    for rows in each_scalar(traced.trace, y, tokens - 1, identity, at_once=AT_ONCE, times=times):
+        rows.again = _again(traced, next(parts), explained)
         for name, function in functions.items():
             relevance = function(rows, seed=seed) if name == "random" else function(rows)
             found[name].append((relevance.image, relevance.text))
-    owner = torch.repeat_interleave(torch.tensor([len(group) for group in groups]))
     return {
         name: _merged(traced, owner, len(groups), *(torch.cat(part) for part in zip(*parts, strict=True)))
         for name, parts in found.items()
     }
 
 
-def _again(traced: TracedCaption, positions: Int[Tensor, "scalars"], scalar: str) -> Again:
+def _again(traced: TracedCaption, positions: Int[Tensor, "scalars"], explained: str) -> Again:
     """The forward that explains the tokens behind these positions, for methods that make it more than once.
 
     Each token is a sample with an image of its own, whose text ends where the token is predicted: what comes
     behind it is padding, which no method takes a mean over.
     """
     model, text = traced.model, traced.text
-    ids = text.ids[0, positions + 1]
+    scalar = ClassScalar(text.ids[0, positions + 1], explained)
     place = torch.arange(text.ids.shape[1], device=positions.device)
 
-    def chosen(logits: Float[Tensor, "rows vocabulary"], rows: Int[Tensor, "rows"]) -> Float[Tensor, "rows"]:
-        if scalar == "log_probability":
-            logits = logits.log_softmax(dim=-1)
-        return logits.gather(1, ids[rows][:, None])[:, 0]
-
-    def forward(rows: Int[Tensor, "rows"]) -> Float[Tensor, "rows"]:
+    def forward(rows: Int[Tensor, "rows"]) -> Float[Tensor, "rows vocabulary"]:
         valid = text.valid & (place <= positions[rows][:, None])
         read = TokenizedText(text.ids.expand(len(rows), -1), valid, text.removable & valid)
         logits = model(traced.pixels.expand(len(rows), -1, -1, -1), read, only_text=False)
-        return chosen(logits[torch.arange(len(rows), device=rows.device), positions[rows]], rows)
+        return logits[torch.arange(len(rows), device=rows.device), positions[rows]]
 
     class Head:
         def applies(self, step: Attention) -> bool:
             return step.name.startswith(model.read_from)
 
         def __call__(self, pooled: Float[Tensor, "rows width"]) -> Float[Tensor, "rows"]:
-            return chosen(model.scores(pooled), torch.arange(len(positions), device=pooled.device))
+            rows = torch.arange(len(positions), device=pooled.device)
+            return scalar.value(model.scores(pooled), rows)
 
-    return Again(model, forward, Head())
+    return Again(model, forward, Head(), scalar)
 
 
 def _merged(

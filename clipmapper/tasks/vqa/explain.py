@@ -23,6 +23,7 @@ from clipmapper.relevance import (
     needs_of,
     record,
 )
+from clipmapper.relevance.explained_scalar import ClassScalar, check_explained, require_size
 from clipmapper.tasks.vqa.model import CLIPmapper
 from clipmapper.visual.explanation import plot_explanation
 from clipmapper.visual.layout import save_figure
@@ -101,11 +102,14 @@ def explain_answers(
     question: str | None = None,
     methods: Sequence[str] = ("weighted",),
     answer: str | None = None,
+    explained: str = "logit",
 ) -> list[Explanation]:
     """Explain by several methods on the same forward and backward.
 
-    ``answer``: which to explain (default: the one that the model gives). Raises ``UserError`` for an answer
-    outside the vocabulary or an empty question.
+    ``answer``: which to explain (default: the one that the model gives). ``explained``: its "logit", as the
+    paper of weighted relevance accumulation (WRA), "probability" (softmax over answers) or
+    "log_probability". Raises ``UserError`` for an answer outside the vocabulary, an empty question, another
+    ``explained`` and a probability that is too small to have a gradient.
     """
     if question is None:
         raise UserError("question: no value; this model answers questions, give question=…")
@@ -113,7 +117,7 @@ def explain_answers(
     target = None if answer is None else [model.answer_index(answer)]
     text = model.tokenize(question)
     pixels = model.load_image(image)
-    traced = trace_answers(model, pixels, text, target, needs=needs_of(functions))
+    traced = trace_answers(model, pixels, text, target, needs=needs_of(functions), explained=explained)
     chosen = traced.explained[0]
     seen = picture_of(image, pixels, model.encoder.clip.visual)
     score = float(traced.logits[0].softmax(dim=0)[chosen])
@@ -137,42 +141,40 @@ def trace_answers(
     answers: Sequence[int] | None = None,
     samples: Sequence[int] | None = None,
     needs: Needs | None = None,
+    explained: str = "logit",
 ) -> TracedAnswers:
-    """One recorded forward and one backward of the logit of each sample's answer (default: the predicted).
+    """One recorded forward and one backward of each sample's answer (default: the predicted).
 
-    The explained scalar is the pre-softmax logit (WRA). The model is left as it was. ``needs``: of the
-    methods that are to read the trace.
+    ``explained``: the answer's "logit" (WRA), "probability" or "log_probability". ``needs``: of the methods
+    that are to read the trace. The model is left as it was. Raises ``UserError`` as :func:`explain_answers`.
     """
+    check_explained(explained)
     needs = Needs() if needs is None else needs
-    with model.evaluating():
-        with record(model, samples, needs.rules) as trace:
-            logits = model(images, text, only_class_token=False)
-            explained = logits.argmax(dim=1).tolist() if answers is None else list(answers)
-            # Inside, because here gradients are on whatever the caller has set.
-            chosen = logits[torch.arange(len(logits)), torch.tensor(explained, device=logits.device)]
-        needs.differentiate(trace, chosen)
-    trace.again = answers_again(model, images, text, explained)
-    return TracedAnswers(trace, logits.detach(), explained)
+    with model.evaluating(), record(model, samples, needs.rules) as trace:
+        logits = model(images, text, only_class_token=False)
+    places = logits.argmax(dim=1).tolist() if answers is None else list(answers)
+    scalar = ClassScalar(torch.tensor(places, device=logits.device), explained)
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has set
+        y, times = scalar.differentiated(logits, torch.arange(len(places), device=logits.device))
+    require_size(times, [model.answers[place] for place in places])
+    needs.differentiate(trace, y, times)
+    trace.again = answers_again(model, images, text, scalar)
+    return TracedAnswers(trace, logits.detach(), places)
 
 
 def answers_again(
-    model: CLIPmapper,
-    images: Float[Tensor, "batch 3 height width"],
-    text: TokenizedText,
-    answers: Sequence[int],
+    model: CLIPmapper, images: Float[Tensor, "batch 3 height width"], text: TokenizedText, scalar: ClassScalar
 ) -> Again:
     """The forward that explains these answers, for the methods that make it more than once."""
-    chosen = torch.tensor(answers, device=images.device)
 
     class Head:
         def applies(self, step: Attention) -> bool:
             return step.name.startswith("mapper")
 
         def __call__(self, pooled: Float[Tensor, "batch width"]) -> Float[Tensor, "batch"]:
-            return model.head(pooled).gather(1, chosen[:, None])[:, 0]
+            return scalar.value(model.head(pooled), torch.arange(len(pooled), device=pooled.device))
 
-    def forward(rows: Int[Tensor, "variants"]) -> Float[Tensor, "variants"]:
-        logits = model(images[rows], text[rows], only_class_token=False)
-        return logits.gather(1, chosen[rows][:, None])[:, 0]
+    def forward(rows: Int[Tensor, "variants"]) -> Float[Tensor, "variants answers"]:
+        return model(images[rows], text[rows], only_class_token=False)
 
-    return Again(model, forward, Head())
+    return Again(model, forward, Head(), scalar)

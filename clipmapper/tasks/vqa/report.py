@@ -186,16 +186,18 @@ def answer_report(
     chunk: int,
     batch_size: int,
     seed: int,
+    explained: str = "logit",
     folder: Path | None = None,
     key: str = "",
     progress: Callable[[int], None] | None = None,
 ) -> AnswerReport:
-    """See :meth:`clipmapper.training.task.Task.report`."""
+    """See :meth:`clipmapper.training.task.Task.report`. ``explained``: as of
+    :func:`~clipmapper.tasks.vqa.explain.trace_answers`."""
     with model.evaluating():
         traced = []
         for start in range(0, len(samples), chunk):
             positions = range(start, min(start + chunk, len(samples)))
-            traced.append(_relevance(model, samples, positions, methods, seed))
+            traced.append(_relevance(model, samples, positions, methods, seed, explained))
             if progress is not None:
                 progress(0)  # no point of a curve yet, but whoever wants to stop can
         patches, tokens = (
@@ -227,11 +229,11 @@ def answer_report(
         scores = run_in_chunks(len(samples), chunk, compute, folder=folder, key=key)
     words = _words(model, samples)
     relevance = {m: MethodRelevance(patches[m], tokens[m], _word_scores(words, tokens[m])) for m in methods}
-    explained = logits.argmax(dim=1)
-    probability = logits.softmax(dim=1).gather(1, explained[:, None])[:, 0]
+    given = logits.argmax(dim=1)
+    probability = logits.softmax(dim=1).gather(1, given[:, None])[:, 0]
     return AnswerReport(
         samples=samples,
-        predictions=[model.answers[i] for i in explained.tolist()],
+        predictions=[model.answers[i] for i in given.tolist()],
         probabilities=probability.tolist(),
         relevance=relevance,
         perturbation=scores,
@@ -240,7 +242,12 @@ def answer_report(
 
 
 def _relevance(
-    model: CLIPmapper, samples: QuestionSamples, positions: range, methods: Sequence[str], seed: int
+    model: CLIPmapper,
+    samples: QuestionSamples,
+    positions: range,
+    methods: Sequence[str],
+    seed: int,
+    explained: str,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], torch.Tensor]:
     index = torch.tensor(list(positions))
     traced = trace_answers(
@@ -249,6 +256,7 @@ def _relevance(
         samples.text[index].to(model.device),
         samples=[samples.ids[i] for i in positions],
         needs=needs_of(map(method_named, methods)),
+        explained=explained,
     )
     patches, tokens = {}, {}
     for name in methods:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 import lightning
 import torch
@@ -191,7 +192,8 @@ class VQA(Task):
     does = "answers questions"
     records = "questions"
     scores = ("accuracy",)
-    explain_settings = ("question", "answer")
+    explain_settings = ("question", "answer", "explained")
+    perturb_settings = MappingProxyType({"explained": "logit"})
 
     run, samples = VQARun, staticmethod(question_samples)
     report, explain = staticmethod(answer_report), staticmethod(explain_answers)
