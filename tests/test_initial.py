@@ -88,7 +88,10 @@ def test_answers_keep_their_rows_by_name(architecture, answers, known):
     for column, answer in enumerate(answers):
         name = names.get(answer, answer)
         if name in COLOURS:
-            assert torch.equal(found[:, column], expected[:, COLOURS.index(name)])
+            row = COLOURS.index(name)
+            assert torch.equal(model.head.layers[-1].weight[column], other.head.layers[-1].weight[row])
+            # (A matrix product's last bits may depend on how many columns it has.)
+            torch.testing.assert_close(found[:, column], expected[:, row], rtol=1e-5, atol=1e-6)
         else:
             assert torch.equal(model.head.layers[-1].weight[column], before[column])
 
