@@ -71,6 +71,7 @@ COMPOSED: Mapping[str, Callable | None] = {
     "transformers.activations.GELUActivation": None,
     "transformers.activations.LaplaceActivation": None,
     "transformers.activations.MishActivation": None,
+    "transformers.models.bloom.modeling_bloom.BloomGelu": None,
 }
 
 
