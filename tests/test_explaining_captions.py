@@ -167,7 +167,7 @@ def test_improbable_words_in_half_precision(architecture, picture, dtype):
     """Of 49408 words each is so improbable that float16 could not hold a gradient of its probability."""
     half = caption_models.captioner(architecture).to(dtype)
     exact = caption_models.captioner(architecture).to(dtype).float()
-    asked = {"methods": ["weighted", "grad_eclip", "gae_libra"], "explained": "probability"}
+    asked = {"methods": ["weighted", "input_x_gradient", "gae_libra"], "explained": "probability"}
     found, expected = (
         explain_captions(model, model.load_image(picture).to(kind), caption=CAPTION, **asked)
         for model, kind in ((half, dtype), (exact, torch.float32))
