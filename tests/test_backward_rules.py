@@ -198,6 +198,16 @@ PAIRS = {
     "in place": (lambda x: x @ W + x @ W.flip(0), lambda x: (x @ W).add_(x @ W.flip(0))),
     "+=": (lambda x: (x @ W) * F.relu(x @ W), lambda x: (x @ W).mul_(F.relu(x @ W))),
     "gelu": (F.gelu, lambda x: nn.GELU()(x)),
+    "named input": (F.gelu, lambda x: F.gelu(input=x)),
+    "named softmax": (lambda x: x.softmax(-1), lambda x: torch.softmax(input=x, dim=-1)),
+    "named summands": (lambda x: x @ W + x @ W.flip(0), lambda x: torch.add(x @ W, other=x @ W.flip(0))),
+    "named factors": (lambda x: x @ W, lambda x: torch.matmul(input=x, other=W)),
+    "named weights": (lambda x: F.linear(x, W.T), lambda x: F.linear(input=x, weight=W.T)),
+    "named divisor": (
+        lambda x: x / x.norm(dim=-1, keepdim=True),
+        lambda x: torch.div(x, other=x.norm(dim=-1, keepdim=True)),
+    ),
+    "named size": (lambda x: F.layer_norm(x, (8,)), lambda x: F.layer_norm(input=x, normalized_shape=(8,))),
     "gated": (
         lambda x: F.silu(x @ W) * (x @ W),
         lambda x: torch.einsum("bnf,bnf->bnf", F.silu(x @ W), x @ W),
@@ -289,6 +299,7 @@ NO_RULE = {
     "Own": lambda x: Own.apply(x) + 1,
     "pow": lambda x: x.abs() ** x,
     "lerp": lambda x: torch.lerp(x, x.flip(1), x),
+    "renorm": lambda x: x.renorm(2, 0, 1.0),
 }
 
 

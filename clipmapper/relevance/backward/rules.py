@@ -144,6 +144,7 @@ class RulesMode(TorchFunctionMode):
         if any(map(foreign, given)):
             args, kwargs = self._without_foreign(args, kwargs)
             given = [x for x in tensors((*args, *kwargs.values())) if x.requires_grad]
+        args, kwargs = _in_order(args, kwargs)
         rule = self._rule(operator_name(func), args, kwargs)
         if rule is None:
             before = [_made_by(x) for x in given]
@@ -183,6 +184,16 @@ class RulesMode(TorchFunctionMode):
             return refused(x, x.grad_fn._forward_cls.__name__, self.rules) if foreign(x) else x
 
         return with_tensors(args, changed), {key: with_tensors(v, changed) for key, v in kwargs.items()}
+
+
+def _in_order(args: tuple, kwargs: Mapping) -> tuple[tuple, dict]:
+    """The same arguments, of which the first tensors come without their names."""
+    kwargs = dict(kwargs)
+    for place, names in enumerate((("input",), ("other", "mat2", "weight"))):
+        name = next((n for n in names if isinstance(kwargs.get(n), Tensor)), None)
+        if len(args) == place and name is not None:
+            args = (*args, kwargs.pop(name))
+    return args, kwargs
 
 
 # Attributes and questions, by far most of what the mode sees.

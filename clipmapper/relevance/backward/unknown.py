@@ -88,8 +88,7 @@ def _refused(result: object, name: str, rules: str) -> object:
     if isinstance(result, Tensor):
         return refused(result, name, rules) if result.requires_grad else result
     if isinstance(result, list | tuple):
-        changed = [_refused(value, name, rules) for value in result]
-        return type(result)(changed) if type(result) in (list, tuple) else tuple(changed)
+        return type(result)([_refused(value, name, rules) for value in result])
     return result
 
 
