@@ -181,8 +181,9 @@ def test_half_precision_holds_gradients_of_any_size(dtype, autocast):
             found, expected = (METHODS[method](t).image.flatten(1) for t in (trace, reference))
             expected = expected.float()
             off = (found - expected).abs().amax(dim=1) / expected.amax(dim=1)
-            # (Where y is large, gae multiplies the layers: the rounding of the gradients of all of them.)
-            limit = 0.03 if (dtype, method) == (torch.bfloat16, "gae") else 0.01
+            # (Where y is large, gae multiplies the layers: the rounding of the gradients of all of them. Of
+            # bfloat16 processors differ.)
+            limit = 0.01 if dtype == torch.float16 else 0.03 if method == "gae" else 0.02
             assert bool((off < limit).all()), (name, method, off)
 
 

@@ -34,9 +34,16 @@ FOUND = "found.json"  # by trainer.find_batch_size and trainer.find_learning_rat
 TAKEN = "init.json"  # what was taken of the model that the run began with
 _DEPTH = 20  # of what is nested in a file of settings
 
-# Settings that say where and how long, what is looked at first, and what to do about an image that it stopped
-# at: a run may go on with others.
-_FREE = ("output", "init", "trainer.timeout_minutes", "data.check", "data.on_bad_image")
+# Settings that say where and how long, what is looked at first, what to do about an image that it stopped at,
+# and (of runs from before there was a choice) how maps of words are averaged: a run may go on with others.
+_FREE = (
+    "output",
+    "init",
+    "trainer.timeout_minutes",
+    "data.check",
+    "data.on_bad_image",
+    "callbacks.word_maps",
+)
 # What runs did that were begun before there was such a setting.
 _BEFORE = {
     "init": None,
@@ -57,6 +64,7 @@ _BEFORE = {
     "data.folds": None,
     "data.fold": None,
     "training.balance": "none",
+    "callbacks.explained": None,
 }
 
 
