@@ -39,6 +39,7 @@ def compare(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_captum_gives_what_the_methods_here_give(compare, capsys):
     pytest.importorskip("captum")
     rows = compare("captum")
