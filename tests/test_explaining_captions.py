@@ -176,7 +176,7 @@ def test_improbable_words_in_half_precision(architecture, picture, dtype):
         assert its.probabilities.max() < 1e-3
         largest = its.maps.max(axis=(1, 2), keepdims=True)
         some = largest[:, 0, 0] > 0  # a word may owe the patches nothing
-        assert some.sum() >= 6
+        assert some.sum() >= 3
         off = np.abs(ours.maps - its.maps)[some] / largest[some]
         assert off.max() < (0.1 if dtype == torch.float16 else 0.6), ours.method
 
