@@ -22,7 +22,7 @@ def new_gelu_gate(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
 
-def _gelu_gate(x: Tensor) -> Tensor:
+def gelu_gate(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf(x * 2**-0.5))
 
 
@@ -30,7 +30,7 @@ def _silu_gate(x: Tensor) -> Tensor:
     return torch.sigmoid(x)
 
 
-_GELU_GATES = {"none": _gelu_gate, "tanh": new_gelu_gate}
+_GELU_GATES = {"none": gelu_gate, "tanh": new_gelu_gate}
 
 # Operators of torch that are functions of one number, whatever else (slopes, bounds) they are told.
 ELEMENTWISE = {

@@ -20,7 +20,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clipmapper.relevance.backward.rule import Rule, operator_name, tensors, variables, varies, with_tensors
+from clipmapper.relevance.backward.rule import (
+    Rule,
+    kind_of,
+    operator_name,
+    tensors,
+    variables,
+    varies,
+    with_tensors,
+)
 from clipmapper.relevance.trace import blind_queries
 
 _SMALL = 1e-9  # of the released code's safe_divide
@@ -51,38 +59,12 @@ class _SameRelevance(Rule):
         return _divide(gradient * result, x), None
 
 
-def linear(func: Callable, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _Linear.apply(x, weight, bias, func)
-
-
-class _Linear(Rule):
-    @staticmethod
-    def forward(ctx, x, weight, bias, func):
-        result = func(x, weight, bias)
-        ctx.save_for_backward(x, weight, result)
-        return result.clone()  # a model may add to it in place
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, weight, result = ctx.saved_tensors
-        positive, negative = weight.clamp(min=0), weight.clamp(max=0)
-        above, below = x.clamp(min=0), x.clamp(max=0)
-        relevance, total = gradient * result, above @ positive.T + below @ negative.T
-        share = _divide(relevance, total)
-        # R_in / x: x⁺ / x is 1 where x is positive, x⁻ / x where it is negative.
-        passed = (x > 0) * (share @ positive) + (x < 0) * (share @ negative)
-        if bool(((total == 0) & (result != 0)).any()):
-            share = _divide(relevance.masked_fill(total != 0, 0), above @ negative.T + below @ positive.T)
-            passed = passed + (x > 0) * (share @ negative) + (x < 0) * (share @ positive)
-        return passed, None, None, None
-
-
 # Of operators that add a bias to a linear map: the same map without it.
 _ADDED_FIRST = {"addmm": torch.mm, "addmv": torch.mv, "baddbmm": torch.bmm}
 # Products number by number pass relevance as it is.
 _SCALES = ("mul", "addcmul")
 # Maps that leave a token where it is when a matrix stands behind them.
-_TOKENWISE = ("matmul", "mm", "addmm")
+_TOKENWISE = ("linear", "matmul", "mm", "addmm")
 
 
 def linear_map(func: Callable, *args, **kwargs) -> Tensor:
@@ -120,7 +102,7 @@ class _Map(Rule):
         result = func(x)
         ctx.save_for_backward(x, result)
         ctx.with_part = with_part
-        return result.clone()
+        return result.clone()  # a model may add to it in place
 
     @staticmethod
     def backward(ctx, gradient):
@@ -160,8 +142,6 @@ def multiplied(product: Callable) -> Callable:
         name = operator_name(func)
         if len(found) != 1 or name in _SCALES or sum(t is found[0] for t in tensors(args)) > 1:
             return product(func, *args, **kwargs)
-        if name == "linear" and found[0] is args[0]:
-            return linear(func, *args, **kwargs)
         return linear_map(func, *args, **kwargs)
 
     return rule
@@ -169,25 +149,32 @@ def multiplied(product: Callable) -> Callable:
 
 def add(func: Callable, first, second, *args, **kwargs) -> Tensor:
     """Two activations of one shape (a residual connection); whatever else is added is no business of LRP."""
-    both = isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape == second.shape
-    if both and varies(first) and varies(second) and first.ndim > 2 and not args and not kwargs:
+    if _are_residual(first, second) and not args and not kwargs:
         return Add.apply(first, second, func)
     return func(first, second, *args, **kwargs)
 
 
 def subtract(func: Callable, first, second, *args, **kwargs) -> Tensor:
     """A vector less its mean (a norm that is written out) passes relevance as it is; else as :func:`add`."""
-    if isinstance(first, Tensor) and isinstance(second, Tensor) and not args and not kwargs:
-        if varies(first) and _is_mean_of(second, first):
+    if not args and not kwargs:
+        if _is_mean_of(second, first):
             return same_relevance(lambda t: func(t, second.detach()), first)
-        if first.shape == second.shape and varies(first) and varies(second) and first.ndim > 2:
+        if _are_residual(first, second):
             return Add.apply(first, -second, lambda a, b: func(a, -b))
     return func(first, second, *args, **kwargs)
 
 
-def _is_mean_of(mean: Tensor, x: Tensor) -> bool:
+def _are_residual(first: object, second: object) -> bool:
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
+        return False
+    return first.shape == second.shape and first.ndim > 2 and varies(first) and varies(second)
+
+
+def _is_mean_of(mean: object, x: object) -> bool:
+    if not (isinstance(mean, Tensor) and isinstance(x, Tensor) and varies(x)):
+        return False
     made = mean.grad_fn
-    if made is None or not made.name().startswith("MeanBackward"):
+    if made is None or kind_of(made) != "Mean":
         return False
     edge = torch.autograd.graph.get_gradient_edge(x)
     return made.next_functions[0] == (edge.node, edge.output_nr) and mean.ndim == x.ndim

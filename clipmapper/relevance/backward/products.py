@@ -55,8 +55,8 @@ def product_of_libra(func: Callable, *args, **kwargs) -> Tensor:
 
 
 def _shared(func: Callable, args: tuple, kwargs: dict, constant_probabilities: bool) -> Tensor:
-    which = MULTIPLICATIONS[operator_name(func)]
-    factors = args[which]
+    start, stop, _ = MULTIPLICATIONS[operator_name(func)].indices(len(args))
+    factors = args[start:stop]
     varying = [t for t in tensors((*factors, *kwargs.values())) if varies(t)]
     if len(varying) < 2:  # (x · x has two factors)
         return func(*args, **kwargs)
@@ -68,9 +68,7 @@ def _shared(func: Callable, args: tuple, kwargs: dict, constant_probabilities: b
             return t.detach() if t is probable[0] else t
         return scaled_gradient(t, share) if varies(t) else t
 
-    new = iter(with_tensors(factors, changed))
-    places = range(*which.indices(len(args)))
-    given = [next(new) if place in places else value for place, value in enumerate(args)]
+    given = (*args[:start], *with_tensors(factors, changed), *args[stop:])
     return func(*given, **{key: with_tensors(value, changed) for key, value in kwargs.items()})
 
 

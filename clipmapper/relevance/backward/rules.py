@@ -38,6 +38,7 @@ from clipmapper.relevance.backward.elementwise import (
     constant,
     divides,
     elementwise,
+    gelu_gate,
     new_gelu_gate,
     quick_gelu_gate,
 )
@@ -68,7 +69,7 @@ COMPOSED: Mapping[str, Callable | None] = {
     "transformers.activations.NewGELUActivation": new_gelu_gate,
     "transformers.activations.AccurateGELUActivation": None,
     "transformers.activations.FastGELUActivation": None,
-    "transformers.activations.GELUActivation": None,
+    "transformers.activations.GELUActivation": gelu_gate,
     "transformers.activations.LaplaceActivation": None,
     "transformers.activations.MishActivation": None,
     "transformers.models.bloom.modeling_bloom.BloomGelu": None,
