@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from statistics import mean
+from tempfile import TemporaryFile
 
 from rich.table import Table
 from tqdm import tqdm
@@ -138,7 +139,7 @@ def _measured(cell: Mapping, data: Path, options: Namespace) -> dict:
     # Neither explanations nor the question-only baseline are of the time that is compared.
     quick = ["callbacks=none", "training.blind_steps=0", "logger=csv", "data.workers=0"]
     quick.append(f"trainer.val_check_interval={max(1, options.steps // _VALIDATIONS)}")
-    _run("train", [*settings, *quick, f"output={folder}", "name=train"], options.jobs)
+    seconds = _run("train", [*settings, *quick, f"output={folder}", "name=train"], options.jobs)
     run = max(folder.glob("train/*/results.json"))
     checkpoint = run.parent / "checkpoints" / "best.ckpt"
     tested = [f"checkpoint={checkpoint}", "data=manifest", f"data.path={options.test}", "split=test"]
@@ -151,22 +152,28 @@ def _measured(cell: Mapping, data: Path, options: Namespace) -> dict:
         "accuracy": {family: score["accuracy"]["mean"] for family, score in scores.items()},
         "validation": trained["best"]["value"],
         "best_step": trained["best"]["step"],
-        "minutes": trained["seconds"] / 60,
+        "minutes": seconds / 60,
     }
 
 
-def _run(command: str, settings: Sequence[str], jobs: int) -> None:
+def _run(command: str, settings: Sequence[str], jobs: int) -> float:
+    """Seconds of processor time, which other runs beside this one take little part in."""
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     program = "from clipmapper.cli import main; main()"
-    done = subprocess.run(
-        [sys.executable, "-c", program, command, *settings],
-        env={**os.environ, "OMP_NUM_THREADS": threads},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "")
-        raise UserError(f"clipmapper {command} {' '.join(settings)}: {last}")
+    with TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, command, *settings],
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            errors.seek(0)
+            last = next((line for line in reversed(errors.readlines()) if line.strip()), "").strip()
+            raise UserError(f"clipmapper {command} {' '.join(settings)}: {last}")
+    return used.ru_utime + used.ru_stime
 
 
 def _grouped(rows: Sequence[Mapping]) -> Iterator[tuple[tuple, list[Mapping]]]:
@@ -178,7 +185,7 @@ def _grouped(rows: Sequence[Mapping]) -> Iterator[tuple[tuple, list[Mapping]]]:
 
 def show(results: dict) -> None:
     table = Table(title="Accuracy on the test split, %", title_justify="left")
-    for column in (*_KEY[:-1], "of each seed", "mean", "minutes"):
+    for column in (*_KEY[:-1], "of each seed", "mean", "core minutes"):
         table.add_column(column.replace("_", " "))
     for (questions, *cell), rows in _grouped(results["rows"]):
         accuracies = [100 * row["accuracy"]["overall"] for row in rows]
