@@ -263,7 +263,10 @@ def test_attention_written_out(rules):
     ),
 )
 def test_sums_are_kept_by_any_network(rules, names):
-    """Of operators that keep [2, 5, ·], one behind the other, with maps back to 8 numbers between them."""
+    """Of operators that keep [2, 5, ·], one behind the other, with maps back to 8 numbers between them.
+
+    (Numbers keep about their size: those of 1e-100, which lrp's divisions take for 0, lose their relevance.)
+    """
     kept = [name for name in names if name not in ("length", "variance")]
 
     def network(x):
@@ -272,7 +275,7 @@ def test_sums_are_kept_by_any_network(rules, names):
                 x = x + torch.tanh(x @ W @ W.T)
                 continue
             x = torch.tanh(x) if name == "tanh" else (NORMED | PRODUCTS | LINEAR)[name](x)
-            x = x if x.shape[-1] == 8 else x @ W.T
+            x = (x if x.shape[-1] == 8 else x @ W.T) / 4
         return x
 
     (found,), y = relevance(network, rules, X)

@@ -6,7 +6,7 @@ those of the released code (``modules/layers_ours.py``, α = 1):
 
 - linear maps, whatever operator they are written with: z⁺, ``R_in = x⁺ (W⁺ᵀ S) + x⁻ (W⁻ᵀ S)``,
   ``S = R / (W⁺ x⁺ + W⁻ x⁻)``. Where that sum is 0, since every product is negative, the products that there
-  are share R; the released code loses it there;
+  are share R; the released code loses it there, and part of it where the sum is of the size of 1e-9;
 - norms, activations and softmax: relevance passes as it is;
 - products (A V and Q Kᵀ): ``R / z`` times the gradient times the factor, halved for each of the two;
 - products of two activations (gated MLPs, which the released code does not have): halved likewise;
@@ -32,6 +32,9 @@ from clipmapper.relevance.backward.rule import (
 from clipmapper.relevance.trace import blind_queries
 
 _SMALL = 1e-9  # of the released code's safe_divide
+# Sums of z⁺ that are a smaller share of the sum of absolute products are not taken as its difference to another.
+_CANCELLED = 0.01
+_PRECISE = 1e-6  # of float32 and better; nor are those of coarser numbers
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
@@ -89,9 +92,15 @@ def linear_map(func: Callable, *args, **kwargs) -> Tensor:
             *with_tensors(factors, changed), **{k: with_tensors(v, changed) for k, v in more.items()}
         )
 
-    tokenwise = name in _TOKENWISE and factors[0] is x and factors[1].ndim == 2
-    rule = _TokenwiseMap if tokenwise else _Map
-    return rule.apply(x, lambda t: func(*args, **kwargs), with_part)
+    if name in _TOKENWISE and factors[0] is x and factors[1].ndim == 2:
+        weight = factors[1].T if name == "linear" else factors[1]
+        bias = None
+        if name == "linear":
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        elif name == "addmm":
+            bias, weight = kwargs.get("beta", 1) * args[0], kwargs.get("alpha", 1) * weight
+        return _TokenwiseMap.apply(x, lambda t: func(*args, **kwargs), with_part, weight, bias)
+    return _Map.apply(x, lambda t: func(*args, **kwargs), with_part)
 
 
 class _Map(Rule):
@@ -108,15 +117,19 @@ class _Map(Rule):
     def backward(ctx, gradient):
         x, result = ctx.saved_tensors
         relevance = gradient * result
-        passed, total = _passed(ctx.with_part, x, relevance, 1)
-        if bool(((total == 0) & (result != 0)).any()):
-            others, _ = _passed(ctx.with_part, x, relevance.masked_fill(total != 0, 0), -1)
+        passed, missing = _passed(ctx.with_part, x, relevance, 1)
+        if bool((missing & (result != 0)).any()):
+            others, _ = _passed(ctx.with_part, x, relevance.masked_fill(~missing, 0), -1)
             passed = passed + others
         return passed, None, None
 
 
 def _passed(with_part: Callable, x: Tensor, relevance: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-    """R_in / x by the products of x and weights that are positive (``sign`` −1: negative), and the sums."""
+    """R_in / x by the products of x and weights that are positive (``sign`` −1: negative), and where none is.
+
+    Divided by their sums as they are, however small: with the released code's ``safe_divide`` relevance is
+    lost where all products but a few tiny ones are negative.
+    """
     parts = [x.detach().clamp(min=0).requires_grad_(), x.detach().clamp(max=0).requires_grad_()]
     bounds = ({"min": 0}, {"max": 0})[::sign]
     with torch.enable_grad():
@@ -124,14 +137,41 @@ def _passed(with_part: Callable, x: Tensor, relevance: Tensor, sign: int) -> tup
             with_part(part, lambda weight, bound=bound: weight.detach().clamp(**bound))
             for part, bound in zip(parts, bounds, strict=True)
         ]
-    total = (sums[0] + sums[1]).detach()
-    share = _divide(relevance, total)
+    total = (sums[0] + sums[1]).detach().abs()
+    limits = torch.finfo(x.dtype)
+    missing = total < limits.tiny / limits.eps  # (what is divided by less may be infinite)
+    share = (sign * relevance / total).masked_fill(missing, 0)
     first, second = torch.autograd.grad(sums, parts, (share, share))
-    return (x > 0) * first + (x < 0) * second, total
+    return (x > 0) * first + (x < 0) * second, missing
 
 
 class _TokenwiseMap(_Map):
+    """The same of x W (+ bias), W (in, out), by three products instead of four.
+
+    ``x⁺ W⁺ + x⁻ W⁻ = (x W + |x| |W|) / 2``, and x W is there.
+    """
+
     tokenwise = True
+
+    @staticmethod
+    def forward(ctx, x, func, with_part, weight, bias):
+        ctx.weights = weight, bias
+        return _Map.forward(ctx, x, func, with_part)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, result = ctx.saved_tensors
+        weight, bias = ctx.weights
+        absolute = weight.abs()
+        size = x.abs() @ absolute
+        total = (result + size if bias is None else result - bias + size) / 2
+        bound = size if bias is None else size + bias.abs()
+        cancelled = (total < _CANCELLED * bound) & (size > 0)
+        if torch.finfo(x.dtype).eps > _PRECISE or bool(cancelled.any()):
+            return *_Map.backward(ctx, gradient), None, None
+        share = (gradient * result / total / 2).masked_fill(size == 0, 0)
+        passed = share @ weight.T + x.sign() * (share @ absolute.T)
+        return passed.masked_fill(x == 0, 0), None, None, None, None
 
 
 def multiplied(product: Callable) -> Callable:
