@@ -32,15 +32,16 @@ from clipmapper.relevance.backward.rule import (
 from clipmapper.relevance.trace import blind_queries
 
 _SMALL = 1e-9  # of the released code's safe_divide
-# Sums of z⁺ that are a smaller share of the sum of absolute products are not taken as its difference to another.
+# Sums of z⁺ that are a smaller share of the sum of absolute products are not taken as a difference to it.
 _CANCELLED = 0.01
 _PRECISE = 1e-6  # of float32 and better; nor are those of coarser numbers
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
     """a / b; 0 where b is 0."""
-    zero = b == 0
-    return torch.where(zero, torch.zeros_like(a), a / (b + _SMALL).masked_fill(zero, 1.0))
+    divisor = b + _SMALL
+    divisor.masked_fill_(divisor == 0, _SMALL).masked_fill_(b == 0, float("inf"))
+    return a / divisor
 
 
 def same_relevance(func: Callable, x: Tensor, *args, gate: Callable | None = None, **kwargs) -> Tensor:
@@ -116,15 +117,19 @@ class _Map(Rule):
     @staticmethod
     def backward(ctx, gradient):
         x, result = ctx.saved_tensors
-        relevance = gradient * result
-        passed, missing = _passed(ctx.with_part, x, relevance, 1)
-        if bool((missing & (result != 0)).any()):
-            others, _ = _passed(ctx.with_part, x, relevance.masked_fill(~missing, 0), -1)
-            passed = passed + others
-        return passed, None, None
+        return _passed(ctx.with_part, x, gradient * result, result), None, None
 
 
-def _passed(with_part: Callable, x: Tensor, relevance: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+def _passed(with_part: Callable, x: Tensor, relevance: Tensor, result: Tensor) -> Tensor:
+    """R_in / x."""
+    passed, missing = _passed_by(with_part, x, relevance, 1)
+    if bool((missing & (result != 0)).any()):
+        others, _ = _passed_by(with_part, x, relevance.masked_fill(~missing, 0), -1)
+        passed = passed + others
+    return passed
+
+
+def _passed_by(with_part: Callable, x: Tensor, relevance: Tensor, sign: int) -> tuple[Tensor, Tensor]:
     """R_in / x by the products of x and weights that are positive (``sign`` −1: negative), and where none is.
 
     Divided by their sums as they are, however small: with the released code's ``safe_divide`` relevance is
@@ -161,17 +166,35 @@ class _TokenwiseMap(_Map):
     @staticmethod
     def backward(ctx, gradient):
         x, result = ctx.saved_tensors
-        weight, bias = ctx.weights
-        absolute = weight.abs()
-        size = x.abs() @ absolute
-        total = (result + size if bias is None else result - bias + size) / 2
-        bound = size if bias is None else size + bias.abs()
-        cancelled = (total < _CANCELLED * bound) & (size > 0)
-        if torch.finfo(x.dtype).eps > _PRECISE or bool(cancelled.any()):
-            return *_Map.backward(ctx, gradient), None, None
-        share = (gradient * result / total / 2).masked_fill(size == 0, 0)
-        passed = share @ weight.T + x.sign() * (share @ absolute.T)
-        return passed.masked_fill(x == 0, 0), None, None, None, None
+        shape, (weight, bias) = x.shape, ctx.weights
+        reached = gradient.flatten(0, -2).any(dim=1) if gradient.ndim > 1 else None
+        # Behind the last attention only the tokens that are read have any.
+        few = reached is not None and 2 * int(reached.sum()) < len(reached)
+        if few:
+            x, result, gradient = (t.flatten(0, -2)[reached] for t in (x, result, gradient))
+        passed = _by_three_products(x, result, gradient * result, weight, bias)
+        if passed is None:
+            passed = _passed(ctx.with_part, x, gradient * result, result)
+        if few:
+            passed = passed.new_zeros(len(reached), shape[-1]).masked_scatter_(reached[:, None], passed)
+        return passed.view(shape), None, None, None, None
+
+
+def _by_three_products(
+    x: Tensor, result: Tensor, relevance: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """R_in / x, or None where the sums would be differences of much larger numbers."""
+    if torch.finfo(x.dtype).eps > _PRECISE:
+        return None
+    absolute = weight.abs()
+    size = x.abs() @ absolute
+    twice = result + size if bias is None else (result - bias).add_(size)
+    bound = 0 if bias is None else 2 * _CANCELLED * float(bias.abs().max())
+    if not bool((torch.sub(twice, size, alpha=2 * _CANCELLED) > bound).all()):
+        return None
+    share = relevance / twice
+    sign = x.sign()  # (0 at 0)
+    return (share @ weight.T).mul_(sign).add_(share @ absolute.T).mul_(sign)
 
 
 def multiplied(product: Callable) -> Callable:
