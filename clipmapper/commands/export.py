@@ -1,6 +1,5 @@
 """The command behind ``scripts/export.py``: a trained model as a folder that others can load."""
 
-import json
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from clipmapper.data.text_files import parsed_json
 from clipmapper.errors import UserError, visible
 from clipmapper.host.outputs import NO_ROOM, check_folder
 from clipmapper.models.exported import (
@@ -117,7 +117,7 @@ def _results(source: Path) -> Mapping | None:
     """What the run of a checkpoint has left beside it."""
     file = source.parent.parent / RESULTS
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parsed_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -55,8 +55,8 @@ def named(row: Mapping, by: Mapping[str, Naming]) -> dict:
 def features_in_parquet(metadata: Mapping[bytes, bytes] | None) -> object:
     """Return the features that ``datasets`` has written into a Parquet file's schema; None if it has not."""
     try:
-        return json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError):
+        return parsed_json((metadata or {})[b"huggingface"].decode())["info"]["features"]
+    except (KeyError, TypeError, ValueError, RecursionError):
         return None
 
 
@@ -238,13 +238,17 @@ def _csv_rows(path: Path, reader, skipped: int) -> Iterator[Row]:
                 yield source, {name: _several(cell) if name in _LISTS else cell for name, cell in row.items()}
             except json.JSONDecodeError as error:
                 yield source, Problem(source, "not a list in JSON", f"{error.doc[:40]!r} ({error.msg})")
-            except (ValueError, RecursionError):
+            except RepeatedKey as error:
+                yield source, Problem(source, "a key twice", str(error))
+            except RecursionError:
+                yield source, Problem(source, "not a list in JSON", "nested too deeply")
+            except ValueError:
                 yield source, Problem(source, "not a list in JSON", _BAD_NUMBER)
 
 
 def _several(cell: str) -> list:
     """The entries of a cell: a list in JSON, or texts between |."""
-    return json.loads(cell) if cell.lstrip().startswith("[") else cell.split("|")
+    return parsed_json(cell) if cell.lstrip().startswith("[") else cell.split("|")
 
 
 def _parquet(path: Path) -> Iterator[Row]:
