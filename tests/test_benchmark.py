@@ -1,6 +1,8 @@
 """``scripts/benchmark.py``: what it measures is what it says, and it says it in JSON."""
 
 import json
+from statistics import median
+from time import sleep
 
 import pytest
 import torch
@@ -19,6 +21,20 @@ def test_ways_take_turns():
     assert calls == ["a", "b"] * 4  # the first of each does not count
     assert len(found["a"]["all_s"]) == 3
     assert found["b"]["fastest_s"] <= found["b"]["median_s"] <= max(found["b"]["all_s"])
+
+
+def test_what_is_divided_by_runs_right_before():
+    calls = []
+
+    def way(name, seconds):
+        return lambda: (calls.append(name), sleep(seconds * (1 + len(calls) // 4)))  # ever slower
+
+    found = measured({"a": way("a", 0.005), "b": way("b", 0.02)}, repeats=3, beside="a")
+    assert calls == ["a", "b"] + ["a", "a", "b"] * 3
+    assert len(found["b"]["beside_s"]) == 3 and found["a"]["time_ratio"] == 1
+    its = zip(found["b"]["all_s"], found["b"]["beside_s"], strict=True)
+    assert found["b"]["time_ratio"] == median([b / a for b, a in its])
+    assert found["b"]["cpu_time_ratio"] >= 0
 
 
 def test_a_slow_way_is_repeated_less():
@@ -193,7 +209,8 @@ def test_relevance(small_subjects, monkeypatch, tmp_path, capsys):
         if "left_out" in row:
             continue
         floor = rows[model, batch, "floor"]
-        assert row["time_ratio"] == pytest.approx(row["median_s"] / floor["median_s"]) and row["runs"] == 2
+        its = zip(row["all_s"], row["beside_s"], strict=True)
+        assert row["time_ratio"] == median([own / other for own, other in its]) and row["runs"] == 2
         if way in relevance.NAIVE:
             assert "memory_ratio" not in row and "peak_bytes" not in row
         else:

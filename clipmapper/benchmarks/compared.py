@@ -151,13 +151,12 @@ def compare(name: str, batch: int, device: torch.device, options: Namespace) -> 
         if way in ways:
             theirs, found = ways[way](), ways[ours]()
             rows[way]["deviation"] = float((found - theirs).abs().max() / theirs.abs().max())
-    times = measured(ways, options.repeats, patience_s=options.patience)
+    times = measured(ways, options.repeats, patience_s=options.patience, beside=FLOOR)
     for way, its in times.items():
         rows[way] |= its | {"runs": len(its["all_s"])}
-        for ratio, of in (("time_ratio", "median_s"), ("cpu_time_ratio", "cpu_median_s")):
-            rows[way][ratio] = its[of] / times[FLOOR][of]
+        for key in ("", "cpu_"):
             if way in pairs:
-                slower = "times_slower_than_ours" if of == "median_s" else "cpu_times_slower_than_ours"
-                rows[way][slower] = its[of] / times[pairs[way]][of]
+                slower = its[f"{key}time_ratio"] / times[pairs[way]][f"{key}time_ratio"]
+                rows[way][f"{key}times_slower_than_ours"] = slower
         rows[way]["memory_ratio"] = rows[way]["peak_bytes"] / rows[FLOOR]["peak_bytes"]
     return [{"model": name, "batch": batch, "way": way} | row for way, row in rows.items()]

@@ -170,18 +170,16 @@ def _measure(
         options.repeats,
         patience_s=options.patience,
         progress=lambda way: bar.set_postfix_str(f"{name}, batch {batch}, {way}"),
+        beside=FLOOR,
     )
     for way, its in times.items():
         rows[way] |= its | {"runs": len(its["all_s"])}
-        if FLOOR in times:
-            rows[way]["time_ratio"] = its["median_s"] / times[FLOOR]["median_s"]
-            rows[way]["cpu_time_ratio"] = its["cpu_median_s"] / times[FLOOR]["cpu_median_s"]
-            if "peak_bytes" in rows[way]:
-                rows[way]["memory_ratio"] = rows[way]["peak_bytes"] / rows[FLOOR]["peak_bytes"]
+        if FLOOR in times and "peak_bytes" in rows[way]:
+            rows[way]["memory_ratio"] = rows[way]["peak_bytes"] / rows[FLOOR]["peak_bytes"]
         ours = _SAME_AS.get(way)
         if ours in times:
-            rows[way]["times_slower_than_ours"] = its["median_s"] / times[ours]["median_s"]
-            rows[way]["cpu_times_slower_than_ours"] = its["cpu_median_s"] / times[ours]["cpu_median_s"]
+            for key, clock in (("time", "median_s"), ("cpu_time", "cpu_median_s")):
+                rows[way][f"{key}s_slower_than_ours"] = its[clock] / times[ours][clock]
     return list(rows.values())
 
 

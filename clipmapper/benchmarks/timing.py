@@ -26,16 +26,19 @@ def measured(
     *,
     patience_s: float | None = None,
     progress: Callable[[str], object] | None = None,
+    beside: str | None = None,
 ) -> dict[str, dict]:
     """Median, fastest and all times in seconds of each way, after one run of each that does not count.
 
     The ways take turns, so that a machine that is busy for a while slows all of them. ``cpu_median_s`` is
     the time that this process's threads spent, which counts less of what others do meanwhile.
     ``patience_s``: a way that has taken this long in all is run no more (but once at least).
-    ``progress`` is told which way is run next.
+    ``progress`` is told which way is run next. ``beside``: the way that all are divided by; it is run again
+    right before each run of another, since a turn of many ways takes longer than a machine keeps its speed,
+    and ``time_ratio`` and ``cpu_time_ratio`` are medians of a run divided by that (``beside_s``: its times).
     """
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    cpu: dict[str, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    others: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     spent = dict.fromkeys(ways, 0.0)
     for turn in range(repeats + 1):
         for name, work in ways.items():
@@ -43,21 +46,38 @@ def measured(
                 continue
             if progress is not None:
                 progress(name)
-            began = time.process_time()
-            seconds = _seconds(work)
-            spent[name] += seconds
+            if beside in ways and name != beside and turn > 0:
+                others[name].append(_timed(ways[beside]))
+            taken = _timed(work)
+            spent[name] += taken[0]
             if turn > 0:
-                times[name].append(seconds)
-                cpu[name].append(time.process_time() - began)
-    return {
-        name: {
-            "median_s": statistics.median(of),
-            "fastest_s": min(of),
-            "all_s": of,
-            "cpu_median_s": statistics.median(cpu[name]),
-        }
-        for name, of in times.items()
+                times[name].append(taken)
+    # The way itself stands beside itself.
+    return {name: _summary(times[name], times[name] if name == beside else others[name]) for name in ways}
+
+
+def _timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds, and seconds of this process's threads."""
+    began = time.process_time()
+    seconds = _seconds(work)
+    return seconds, time.process_time() - began
+
+
+def _summary(times: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]]) -> dict:
+    seconds, cpu = zip(*times, strict=True)
+    found = {
+        "median_s": statistics.median(seconds),
+        "fastest_s": min(seconds),
+        "all_s": list(seconds),
+        "cpu_median_s": statistics.median(cpu),
     }
+    if others:
+        found["beside_s"] = [other for other, _ in others]
+        for place, key in enumerate(("time_ratio", "cpu_time_ratio")):
+            found[key] = statistics.median(
+                its[place] / other[place] for its, other in zip(times, others, strict=True)
+            )
+    return found
 
 
 def machine(device: torch.device) -> dict:
