@@ -1,9 +1,11 @@
-"""Modes that a model is put into for a while: evaluation, and parameters that take no gradient."""
+"""Modes for a while: of a model's parts, of its parameters' gradients, and of torch's errors."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
+
+from clipmapper.errors import UserError
 
 
 @contextmanager
@@ -38,3 +40,17 @@ def without_parameter_gradients(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for parameter in taken:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def in_place_changes_named() -> Iterator[None]:
+    """Inside, torch's errors about tensors that are changed in place are a ``UserError`` of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "inplace operation" not in str(error) and "in-place operation" not in str(error):
+            raise
+        raise UserError(
+            "the model changes in place (x += ..., x.add_(...)) what its gradient is made of, as torch says: "
+            "write x = x + ..."
+        ) from error

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from clipmapper.errors import UserError
 from clipmapper.relevance.float16_gradients import Rescued, scaled_gradients
+from clipmapper.relevance.modes import in_place_changes_named
 from clipmapper.relevance.sublayer import Projection
 
 _NO_GRADIENT = (
@@ -235,7 +236,7 @@ def gradients_of(
             total = scaled.sum()
         recorded = {edge.node for edge in edges}
         # (Backward rules are code of ours that autocast would reach, where the caller is inside it.)
-        with torch.autocast(trace.device.type, enabled=False):
+        with torch.autocast(trace.device.type, enabled=False), in_place_changes_named():
             if scale is None:
                 found = torch.autograd.grad(total, edges, allow_unused=True, retain_graph=keep_graph)
                 return list(found), 1.0

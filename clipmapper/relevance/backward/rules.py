@@ -149,7 +149,13 @@ class RulesMode(TorchFunctionMode):
         rule = self._rule(operator_name(func), args, kwargs)
         if rule is None:
             before = [_made_by(x) for x in given]
-            return guarded(func(*args, **kwargs), before, func, self.rules)
+            # (In a view torch writes by a node that does not say which operator it stands for.)
+            if not (works_in_place(func) and args[0]._is_view()):
+                return guarded(func(*args, **kwargs), before, func, self.rules)
+
+            def rule(func: Callable, *args, **kwargs) -> Tensor:
+                return guarded(func(*args, **kwargs), before, func, self.rules)
+
         if works_in_place(func):
             rule = functools.partial(self._in_place, rule)
         result = rule(func, *args, **kwargs)

@@ -65,6 +65,20 @@ class Call:
     begun_at: nn.Module | None = None  # the module that got the tokens before the sub-layer ...
     number: int = 0  # ... in its call of this number
     record: Attention | None = None
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)  # how often each was changed in place
+
+    def keep_unchanged(self, tensor: Tensor) -> None:
+        """The tensor is read when the forward is over."""
+        if not tensor.is_inference():
+            self.versions.append((tensor, tensor._version))
+
+    def check_unchanged(self) -> None:
+        """Raises ``UserError`` where the model has changed in place what the trace is to hold as it was."""
+        if any(tensor._version != version for tensor, version in self.versions):
+            raise UserError(
+                f"{self.watched.name}: the tokens that it reads are changed in place afterwards (x += ...), "
+                "and a trace needs them as they were; write x = x + ..."
+            )
 
     def entry(self, node: Node, places: Tensor | None = None) -> Entry:
         """Where these tokens come in."""
@@ -205,6 +219,7 @@ class Capture:
         call.given = (given, before)
         call.before_edge = Edge.of(before, watched.tokens_first)
         call.before = call.before_edge.turned(before)
+        call.keep_unchanged(before)
         return None if before is given else replaced(module, args, kwargs, before)
 
     def _context(self, watched: Watched, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -215,10 +230,11 @@ class Capture:
                 return
             call.context_edge = Edge.of(context, watched.tokens_first)
             call.context, call.read_as = call.context_edge.turned(context), context
+            call.keep_unchanged(context)
 
-    def _end(self, watched: Watched, output: Tensor | tuple) -> None:
+    def _end(self, watched: Watched, output: Tensor | tuple) -> Tensor | tuple | None:
         if watched.kind.again and not (self._running and self._running[-1].watched is watched):
-            return
+            return None
         call = self._running.pop()
         if call.watched is not watched:
             raise RuntimeError(f"{call.watched.name}: has not ended when {watched.name} does")
@@ -229,7 +245,10 @@ class Capture:
                 'transformers: attn_implementation="sdpa"; see docs/recorder.md for attention of your own)'
             )
         added = output[0] if isinstance(output, tuple) else output
-        call.added_edge = Edge.of(added, watched.tokens_first)
+        # The model gets a copy: to a view of what another operator has made (every linear layer's output is
+        # one) it could not add in place without this place in the graph being lost.
+        given = added.clone() if added.requires_grad and type(output) in (Tensor, tuple) else added
+        call.added_edge = Edge.of(given, watched.tokens_first)
         call.added = call.added_edge.turned(added)
         call.shape = call.added.shape
         mixed = call.attention["mixed"]
@@ -241,6 +260,7 @@ class Capture:
         self._places += [(edge, watched.tokens_first) for edge in edges if edge is not None]
         self._on_call(call)
         self._last = call
+        return given if isinstance(output, Tensor) else (given, *output[1:]) if given is not added else None
 
     def _normed(self, module: nn.Module, args: tuple) -> None:
         """A norm keeps what it is given for its backward: if that is x + a, a need not be kept as well.

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
+from clipmapper.relevance.modes import in_place_changes_named
 from clipmapper.relevance.recording.capture import Call, Capture, Watched
 from clipmapper.relevance.recording.families import refuse_capped_scores, sublayers_of, why_refused
 from clipmapper.relevance.recording.step_by_step import fused_attention
@@ -51,6 +52,7 @@ def record_any(model: nn.Module, samples: Sequence[int] | None, rules: str) -> I
     trace, calls = AttentionTrace(rules=rules), []
     capture = Capture(root, sublayers_in(root), calls.append)
     with ExitStack() as stack:
+        stack.enter_context(in_place_changes_named())
         stack.enter_context(fused_attention(capture.modules))
         grids = grids_seen(stack, capture.modules)
         stack.enter_context(capture(rules))
@@ -85,6 +87,7 @@ def _complete(trace: AttentionTrace, capture: Capture, calls: list[Call], root: 
         )
     graph = StreamGraph(trace, root)
     for call in calls:
+        call.check_unchanged()
         graph.add(call)
     trace.image_stream = "image" if "image" in trace.inputs else None
     trace.text_stream = "text" if "text" in trace.inputs else None
