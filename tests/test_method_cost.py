@@ -1,6 +1,8 @@
 """What methods ask of a recording, and how much of the model they run and keep."""
 
+import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -81,7 +83,8 @@ def test_what_several_methods_need_together():
 
     assert needs("weighted", "gae") == Needs("plain", True)
     assert needs("weighted_libra", "gae_libra") == Needs("libra", True)
-    assert needs("weighted", "gae_libra") == Needs("plain", True)
+    assert needs("weighted", "gae_libra") == needs("gae_libra", "weighted") == Needs("plain", True)
+    assert needs("weighted_libra", "attn_lrp") == Needs("plain", True)
     assert needs("attn_lrp") == Needs("attn_lrp", True)
     assert needs("legrad_libra") == Needs("libra", False)
     assert needs("legrad", "gae") == Needs("plain", True)
@@ -161,6 +164,7 @@ def test_occlusion_token_by_token(model, tokens):
     found = METHODS["occlusion"](trace, sign="both").streams["encoder"]
     handle.remove()
     assert max(sizes) <= LAYERS * len(tokens) and sum(sizes) <= (TOKENS + 2) * len(tokens)
+    assert len(sizes) <= 2 + math.ceil(TOKENS / LAYERS)
     with torch.no_grad():
         y = model(tokens)[:, 1]
         for place in range(TOKENS):
@@ -182,3 +186,12 @@ def test_memory_is_that_of_two_gradients_at_most(name):
     trace = traced(model, tokens)
     cpu = torch.device("cpu")
     assert peak_bytes(lambda: METHODS[name](trace), cpu) <= 2 * peak_bytes(floor, cpu)
+
+
+def test_what_only_the_gradients_of_weights_need_is_not_kept():
+    tokens, peaks = torch.randn(2, 64, WIDTH), []
+    for trained in (True, False):
+        trace = traced(Model().eval().requires_grad_(trained), tokens)
+        method = partial(METHODS["integrated_gradients"], trace, steps=2)
+        peaks.append(peak_bytes(method, torch.device("cpu")))
+    assert peaks[0] <= 1.05 * peaks[1]
