@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from clipmapper.benchmarks.timing import peak_bytes
-from clipmapper.relevance import METHODS, Again, Attribution, needs_of, record
+from clipmapper.relevance import METHODS, Again, Attribution, Relevance, needs_of, record
 from clipmapper.relevance.method import Needs
 
 WIDTH, TOKENS, LAYERS = 16, 5, 4
@@ -125,6 +125,17 @@ def test_attribution_records_by_the_methods_rules(model, tokens):
     handle.remove()
     assert len(forwards) == 1
     torch.testing.assert_close(found, METHODS["weighted_libra"](traced(model, tokens)).streams["encoder"])
+
+
+def test_attribution_makes_no_backward_that_the_method_does_not_need(model, tokens, grads):
+    def lengths(trace):
+        return Relevance({s: torch.ones(trace.batch, length) for s, length in trace.lengths.items()})
+
+    Attribution(model, lengths).attribute(tokens, target=1)
+    assert len(grads) == 1
+    lengths.needs = Needs(backward=False)
+    Attribution(model, lengths).attribute(tokens, target=1)
+    assert len(grads) == 1
 
 
 def test_relevance_of_attention_without_the_rest_of_the_backward(model, tokens):
