@@ -361,6 +361,21 @@ def test_sums_are_kept_by_any_network(rules, names):
     assert float(found.sum()) == pytest.approx(y, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("rules", RULES)
+def test_a_residual_connection_into_a_view_behind_attention(rules):
+    def attended(x):
+        return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0].clone()
+
+    def in_place(x):
+        whole = attended(x)
+        whole[:, :] += torch.tanh(x @ W @ W.T)
+        return whole
+
+    (first,), _ = relevance(lambda x: attended(x) + torch.tanh(x @ W @ W.T), rules, X)
+    (second,), _ = relevance(in_place, rules, X)
+    torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-9)
+
+
 # --- What has no rule ------------------------------------------------------------------------------------
 class Own(torch.autograd.Function):
     @staticmethod

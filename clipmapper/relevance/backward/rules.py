@@ -148,7 +148,8 @@ class RulesMode(TorchFunctionMode):
         args, kwargs = _in_order(args, kwargs)
         rule = self._rule(operator_name(func), args, kwargs)
         if rule is None:
-            before = [_made_by(x) for x in given]
+            bases = [x._base for x in given if x._base is not None and x._base.requires_grad]
+            before = [_made_by(x) for x in (*given, *bases)]  # (in place, what a view is of is changed)
             return guarded(func(*args, **kwargs), before, func, self.rules)
         if works_in_place(func):
             rule = functools.partial(self._in_place, rule)
