@@ -93,6 +93,7 @@ NORMED = {
     "divided by its length": lambda x: x / x.norm(dim=-1, keepdim=True),
     "times 1 / its length": lambda x: x * (1 / torch.linalg.norm(x, dim=-1, keepdim=True)),
     "length": lambda x: x.norm(dim=-1),
+    "instance_norm": lambda x: F.instance_norm(x),
     "variance": lambda x: x.var(dim=-1),
 }
 PRODUCTS = {
@@ -107,7 +108,10 @@ PRODUCTS = {
     "cosine": lambda x: F.cosine_similarity(x[:, :1], x, dim=-1),
     "squared relu": lambda x: F.relu(x @ W).square(),
     "max": lambda x: (x @ W).amax(dim=1),
+    "glu": lambda x: F.glu(x @ W, -1),
+    "an einsum of two vectors": lambda x: torch.einsum("bnd,bmd->bnm", x, x),
 }
+B = tensor(6, seed=5)
 LINEAR = {
     "linear": lambda x: F.linear(x, W.T),
     "matmul": lambda x: torch.matmul(x, W),
@@ -181,6 +185,17 @@ def test_z_plus_where_every_product_is_negative(name):
     assert (x * gradient).flatten().tolist() == pytest.approx([-3, -1])
 
 
+def test_z_plus_of_an_einsum_with_two_weights_by_hand():
+    """Products x_d a_dk b_k: −3 and −2 of the first number, 6 and −4 of the second, whose 6 gets R = −3."""
+    x = torch.tensor([[1.0, -2.0]], dtype=torch.float64, requires_grad=True)
+    a = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64)
+    b = torch.tensor([-3.0, 2.0], dtype=torch.float64)
+    with backward_rules("lrp"):
+        y = torch.einsum("nd,dk,k->n", x, a, b)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert y.tolist() == [-3] and (x * gradient).tolist()[0] == pytest.approx([0, -3])
+
+
 PAIRS = {
     "norm": (NORMED["by rsqrt"], NORMED["by a power"]),
     "length": (NORMED["normalize"], NORMED["divided by its length"]),
@@ -190,6 +205,70 @@ PAIRS = {
         lambda x: F.layer_norm(x, (8,)),
         lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt(),
     ),
+    "instance norm": (
+        lambda x: F.instance_norm(x, weight=V[:5]),
+        lambda x: F.group_norm(x, 5, weight=V[:5]),
+    ),
+    "glu": (lambda x: F.glu(x, -1), lambda x: x[..., :4] * x[..., 4:].sigmoid()),
+    "gelu, written out": (F.gelu, lambda x: x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))),
+    "gelu by tanh, written out": (
+        lambda x: F.gelu(x, approximate="tanh"),
+        lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3)))),
+    ),
+    "hardswish, written out": (F.hardswish, lambda x: x * F.relu6(x + 3) / 6),
+    "a residual connection with a factor": (
+        lambda x: torch.add(x, torch.tanh(x @ W @ W.T), alpha=0.5),
+        lambda x: x + 0.5 * torch.tanh(x @ W @ W.T),
+    ),
+    "less a factor": (
+        lambda x: torch.sub(x, torch.tanh(x @ W @ W.T), alpha=0.5),
+        lambda x: x - 0.5 * torch.tanh(x @ W @ W.T),
+    ),
+    "a residual connection in baddbmm": (
+        lambda x: torch.baddbmm(x, torch.tanh(x), (W @ W.T).expand(2, 8, 8), alpha=-0.5),
+        lambda x: x + torch.tanh(x) @ (-0.5 * W @ W.T),
+    ),
+    "a residual connection in addmm": (
+        lambda x: torch.addmm(x.flatten(0, 1), x.flatten(0, 1).tanh(), W @ W.T),
+        lambda x: x.flatten(0, 1) + x.flatten(0, 1).tanh() @ (W @ W.T),
+    ),
+    "a residual connection in addcmul": (
+        lambda x: torch.addcmul(x, torch.tanh(x), V, value=0.5),
+        lambda x: x + torch.tanh(x) * V * 0.5,
+    ),
+    "addbmm": (
+        lambda x: torch.addbmm(tensor(5, 6), x, W.expand(2, 8, 6)),
+        lambda x: (x @ W).sum(0) + tensor(5, 6),
+    ),
+    "addmm with names": (
+        lambda x: F.linear(x[0], 3 * W.T, 2 * B),
+        lambda x: torch.addmm(input=B, mat1=x[0], mat2=W, beta=2, alpha=3),
+    ),
+    "addmm with one name": (
+        lambda x: F.linear(x[0], W.T, B),
+        lambda x: torch.addmm(B, x[0], mat2=W),
+    ),
+    "addmm less a product": (
+        lambda x: F.linear(x[0], -W.T, 1000 * B),
+        lambda x: torch.addmm(1000 * B, x[0], W, alpha=-1),
+    ),
+    "a bias for each token": (
+        lambda x: torch.baddbmm(tensor(1, 5, 6), x[:1], W[None])[0, 3:4],
+        lambda x: torch.addmm(tensor(1, 5, 6)[0], x[0], W)[3:4],
+    ),
+    "addmv with names": (
+        lambda x: F.linear(x[0, 0], W.T, B),
+        lambda x: torch.addmv(B, mat=W.T, vec=x[0, 0]),
+    ),
+    "named batches": (
+        lambda x: torch.baddbmm(B, x, W.expand(2, 8, 6)),
+        lambda x: torch.baddbmm(B, batch1=x, batch2=W.expand(2, 8, 6)),
+    ),
+    "a named number": (lambda x: x + 1, lambda x: torch.add(x, other=1)),
+    "einsum that exchanges axes": (lambda x: x.mT, lambda x: torch.einsum("bnd->bdn", x)),
+    "einsum that sums": (lambda x: x.sum(1), lambda x: torch.einsum("bnd->bd", x)),
+    "einsum with a scale": (lambda x: x @ (V[:, None] * W), lambda x: torch.einsum("bnd,d,df->bnf", x, V, W)),
+    "linalg": (lambda x: x @ W, lambda x: torch.linalg.matmul(x, W)),
     "square": (lambda x: x.square(), lambda x: x * x),
     "power": (lambda x: x.square(), lambda x: x**2),
     "silu": (F.silu, lambda x: nn.SiLU()(x)),
@@ -280,6 +359,21 @@ def test_sums_are_kept_by_any_network(rules, names):
 
     (found,), y = relevance(network, rules, X)
     assert float(found.sum()) == pytest.approx(y, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_a_residual_connection_into_a_view_behind_attention(rules):
+    def attended(x):
+        return F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0].clone()
+
+    def in_place(x):
+        whole = attended(x)
+        whole[:, :] += torch.tanh(x @ W @ W.T)
+        return whole
+
+    (first,), _ = relevance(lambda x: attended(x) + torch.tanh(x @ W @ W.T), rules, X)
+    (second,), _ = relevance(in_place, rules, X)
+    torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-9)
 
 
 # --- What has no rule ------------------------------------------------------------------------------------

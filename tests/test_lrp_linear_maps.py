@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from clipmapper.relevance import backward_rules
-from clipmapper.relevance.backward import lrp
+from clipmapper.relevance.backward import z_plus
 
 
 def tensor(*shape, seed):
@@ -68,7 +68,7 @@ REACHED = {"all": torch.ones(2, 5, 1, dtype=torch.float64), "few": FEW, "none": 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_z_plus_product_by_product(name, reached):
     toward = tensor(2, 5, 6, seed=3) * REACHED[reached]
-    with mock.patch.object(lrp, "_passed", wraps=lrp._passed) as four:
+    with mock.patch.object(z_plus, "_passed", wraps=z_plus._passed) as four:
         gradient, relevance = found(lambda x: WRITTEN[name](x, W, BIAS), X, toward)
     assert four.called == (name in BY_FOUR_PRODUCTS)
     torch.testing.assert_close(gradient, naive(X, W, relevance), rtol=1e-11, atol=1e-22)
@@ -123,8 +123,8 @@ def test_ordinary_sums_take_three_products_of_the_tokens_reached(dtype, reached)
         rows.append(x.numel() // 8)
         return original(x, *others)
 
-    original = lrp._by_three_products
-    four = mock.patch.object(lrp, "_passed", side_effect=AssertionError("four products"))
-    with mock.patch.object(lrp, "_by_three_products", noted), four:
+    original = z_plus._by_three_products
+    four = mock.patch.object(z_plus, "_passed", side_effect=AssertionError("four products"))
+    with mock.patch.object(z_plus, "_by_three_products", noted), four:
         found(lambda x: F.linear(x, weight.T, bias), x, toward)
     assert rows == [{"all": 10, "few": 3}[reached]]

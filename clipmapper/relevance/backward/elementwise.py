@@ -66,6 +66,8 @@ def _of_one(func: Callable, x: Tensor, args: tuple, kwargs: dict) -> Callable[[T
 
 
 class Gated(Rule):
+    of_one_number = True
+
     @staticmethod
     def forward(ctx, x, func, gate):
         ctx.save_for_backward(x)
@@ -81,6 +83,8 @@ class Gated(Rule):
 class _OwnGate(Rule):
     """With the gate f(x) / x. At 0 it is the limit where f(0) is 0; otherwise a number of 0 has no relevance
     that its gradient could say, and the gate is 0."""
+
+    of_one_number = True
 
     @staticmethod
     def forward(ctx, x, func):

@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from clipmapper.relevance.backward.elementwise import ELEMENTWISE
 from clipmapper.relevance.backward.rule import (
     Rule,
     kind_of,
@@ -27,14 +28,12 @@ from clipmapper.relevance.backward.rule import (
     tensors,
     variables,
     varies,
-    with_tensors,
+    with_value,
 )
+from clipmapper.relevance.backward.z_plus import ADDED_FIRST, linear_map
 from clipmapper.relevance.trace import blind_queries
 
 _SMALL = 1e-9  # of the released code's safe_divide
-# Sums of z⁺ that are a smaller share of the sum of absolute products are not taken as a difference to it.
-_CANCELLED = 0.01
-_PRECISE = 1e-6  # of float32 and better; nor are those of coarser numbers
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
@@ -47,154 +46,26 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
 def same_relevance(func: Callable, x: Tensor, *args, gate: Callable | None = None, **kwargs) -> Tensor:
     """Norms, activations and softmax: R_in = R_out (``gate`` is what other rules want to know of them)."""
     kwargs.pop("inplace", None)
-    return _SameRelevance.apply(x, lambda t: func(t, *args, **kwargs))
+    of_one = gate is not None or operator_name(func) in ELEMENTWISE
+    return _SameRelevance.apply(x, lambda t: func(t, *args, **kwargs), of_one)
 
 
 class _SameRelevance(Rule):
     @staticmethod
-    def forward(ctx, x, func):
+    def forward(ctx, x, func, of_one):
         result = func(x)
+        ctx.of_one_number = of_one
         ctx.save_for_backward(x, result)
         return result.clone()  # a model may add to it in place
 
     @staticmethod
     def backward(ctx, gradient):
         x, result = ctx.saved_tensors
-        return _divide(gradient * result, x), None
+        return _divide(gradient * result, x), None, None
 
 
-# Of operators that add a bias to a linear map: the same map without it.
-_ADDED_FIRST = {"addmm": torch.mm, "addmv": torch.mv, "baddbmm": torch.bmm}
 # Products number by number pass relevance as it is.
 _SCALES = ("mul", "addcmul")
-# Maps that leave a token where it is when a matrix stands behind them.
-_TOKENWISE = ("linear", "matmul", "mm", "addmm")
-
-
-def linear_map(func: Callable, *args, **kwargs) -> Tensor:
-    """The z⁺ rule for any operator that multiplies one activation with weights."""
-    name, unbiased = operator_name(func), func
-    factors, more = args, dict(kwargs)
-    if name in _ADDED_FIRST:
-        factors, unbiased = args[1:], _ADDED_FIRST[name]
-        more = {key: value for key, value in kwargs.items() if key not in ("beta", "alpha", "out_dtype")}
-    elif name == "linear" or name.startswith("conv"):
-        factors = (*args[:2], None, *args[3:])
-        more.pop("bias", None)
-    (x,) = variables(factors, more)
-
-    def with_part(t: Tensor, part: Callable[[Tensor], Tensor]) -> Tensor:
-        """The map of t, of whose weights only the positive or the negative part is there."""
-
-        def changed(value: Tensor) -> Tensor:
-            return t if value is x else part(value) if value.is_floating_point() else value
-
-        return unbiased(
-            *with_tensors(factors, changed), **{k: with_tensors(v, changed) for k, v in more.items()}
-        )
-
-    if name in _TOKENWISE and factors[0] is x and factors[1].ndim == 2:
-        weight = factors[1].T if name == "linear" else factors[1]
-        bias = None
-        if name == "linear":
-            bias = args[2] if len(args) > 2 else kwargs.get("bias")
-        elif name == "addmm":
-            bias, weight = kwargs.get("beta", 1) * args[0], kwargs.get("alpha", 1) * weight
-        return _TokenwiseMap.apply(x, lambda t: func(*args, **kwargs), with_part, weight, bias)
-    return _Map.apply(x, lambda t: func(*args, **kwargs), with_part)
-
-
-class _Map(Rule):
-    tokenwise = False
-
-    @staticmethod
-    def forward(ctx, x, func, with_part):
-        result = func(x)
-        ctx.save_for_backward(x, result)
-        ctx.with_part = with_part
-        return result.clone()  # a model may add to it in place
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, result = ctx.saved_tensors
-        return _passed(ctx.with_part, x, gradient * result, result), None, None
-
-
-def _passed(with_part: Callable, x: Tensor, relevance: Tensor, result: Tensor) -> Tensor:
-    """R_in / x."""
-    passed, missing = _passed_by(with_part, x, relevance, 1)
-    if bool((missing & (result != 0)).any()):
-        others, _ = _passed_by(with_part, x, relevance.masked_fill(~missing, 0), -1)
-        passed = passed + others
-    return passed
-
-
-def _passed_by(with_part: Callable, x: Tensor, relevance: Tensor, sign: int) -> tuple[Tensor, Tensor]:
-    """R_in / x by the products of x and weights that are positive (``sign`` −1: negative), and where none is.
-
-    Divided by their sums as they are, however small: with the released code's ``safe_divide`` relevance is
-    lost where all products but a few tiny ones are negative.
-    """
-    parts = [x.detach().clamp(min=0).requires_grad_(), x.detach().clamp(max=0).requires_grad_()]
-    bounds = ({"min": 0}, {"max": 0})[::sign]
-    with torch.enable_grad():
-        sums = [
-            with_part(part, lambda weight, bound=bound: weight.detach().clamp(**bound))
-            for part, bound in zip(parts, bounds, strict=True)
-        ]
-    total = (sums[0] + sums[1]).detach().abs()
-    limits = torch.finfo(x.dtype)
-    missing = total < limits.tiny / limits.eps  # (what is divided by less may be infinite)
-    share = (sign * relevance / total).masked_fill(missing, 0)
-    first, second = torch.autograd.grad(sums, parts, (share, share))
-    return (x > 0) * first + (x < 0) * second, missing
-
-
-class _TokenwiseMap(_Map):
-    """The same of x W (+ bias), W (in, out), by three products instead of four.
-
-    ``x⁺ W⁺ + x⁻ W⁻ = (x W + |x| |W|) / 2``, and x W is there.
-    """
-
-    tokenwise = True
-
-    @staticmethod
-    def forward(ctx, x, func, with_part, weight, bias):
-        ctx.weights = weight, bias
-        return _Map.forward(ctx, x, func, with_part)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, result = ctx.saved_tensors
-        shape, (weight, bias) = x.shape, ctx.weights
-        reached = gradient.flatten(0, -2).any(dim=1) if gradient.ndim > 1 else None
-        # Behind the last attention only the tokens that are read have any.
-        few = reached is not None and 2 * int(reached.sum()) < len(reached)
-        if few:
-            x, result, gradient = (t.flatten(0, -2)[reached] for t in (x, result, gradient))
-        passed = _by_three_products(x, result, gradient * result, weight, bias)
-        if passed is None:
-            passed = _passed(ctx.with_part, x, gradient * result, result)
-        if few:
-            passed = passed.new_zeros(len(reached), shape[-1]).masked_scatter_(reached[:, None], passed)
-        return passed.view(shape), None, None, None, None
-
-
-def _by_three_products(
-    x: Tensor, result: Tensor, relevance: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor | None:
-    """R_in / x, or None where the sums would be differences of much larger numbers."""
-    if torch.finfo(x.dtype).eps > _PRECISE:
-        return None
-    absolute = weight.abs()
-    size = x.abs() @ absolute
-    twice = result + size if bias is None else (result - bias).add_(size)
-    bound = 0 if bias is None else 2 * _CANCELLED * float(bias.abs().max())
-    if not bool((torch.sub(twice, size, alpha=2 * _CANCELLED) > bound).all()):
-        return None
-    share = relevance / twice
-    sign = x.sign()  # (0 at 0)
-    return (share @ weight.T).mul_(sign).add_(share @ absolute.T).mul_(sign)
 
 
 def multiplied(product: Callable) -> Callable:
@@ -203,6 +74,8 @@ def multiplied(product: Callable) -> Callable:
     def rule(func: Callable, *args, **kwargs) -> Tensor:
         found = variables(args, kwargs)
         name = operator_name(func)
+        if name == "addbmm" or (name in ADDED_FIRST and varies(args[0])):
+            return _product_and_sum(rule, func, name, *args, **kwargs)
         if len(found) != 1 or name in _SCALES or sum(t is found[0] for t in tensors(args)) > 1:
             return product(func, *args, **kwargs)
         return linear_map(func, *args, **kwargs)
@@ -210,21 +83,46 @@ def multiplied(product: Callable) -> Callable:
     return rule
 
 
-def add(func: Callable, first, second, *args, **kwargs) -> Tensor:
+def _product_and_sum(
+    rule: Callable, func: Callable, name: str, added: Tensor, *factors: Tensor, beta=1, alpha=1, value=1
+) -> Tensor:
+    """An operator that adds something to a product, as the two operators that it is."""
+    scale = alpha * value
+    weighed = any(not varies(t) for t in factors)  # z⁺ heeds the sign of weights times scale
+    given = [scale * t if weighed and not varies(t) else t for t in factors] if scale != 1 else factors
+    second = rule(ADDED_FIRST.get(name, torch.bmm), *given)
+    if name == "addbmm":
+        second = second.sum(0)
+    if scale != 1 and not weighed:
+        second = second * scale
+    first = added if beta == 1 else added * beta
+    scales = {"value": value} if name == "addcmul" else {"beta": beta, "alpha": alpha}
+
+    def exact(*_: Tensor) -> Tensor:
+        return func(added, *factors, **scales)
+
+    return (
+        Add.apply(first, second, exact) if _are_residual(first, second) else with_value(first + second, exact)
+    )
+
+
+def add(func: Callable, first, second, *, alpha=1) -> Tensor:
     """Two activations of one shape (a residual connection); whatever else is added is no business of LRP."""
-    if _are_residual(first, second) and not args and not kwargs:
-        return Add.apply(first, second, func)
-    return func(first, second, *args, **kwargs)
+    more = {} if alpha == 1 else {"alpha": alpha}
+    if _are_residual(first, second):
+        scaled = second * alpha if more else second
+        return Add.apply(first, scaled, lambda a, b: func(first, second, **more))
+    return func(first, second, **more)
 
 
-def subtract(func: Callable, first, second, *args, **kwargs) -> Tensor:
+def subtract(func: Callable, first, second, *, alpha=1) -> Tensor:
     """A vector less its mean (a norm that is written out) passes relevance as it is; else as :func:`add`."""
-    if not args and not kwargs:
-        if _is_mean_of(second, first):
-            return same_relevance(lambda t: func(t, second.detach()), first)
-        if _are_residual(first, second):
-            return Add.apply(first, -second, lambda a, b: func(a, -b))
-    return func(first, second, *args, **kwargs)
+    more = {} if alpha == 1 else {"alpha": alpha}
+    if not more and _is_mean_of(second, first):
+        return same_relevance(lambda t: func(t, second.detach()), first)
+    if _are_residual(first, second):
+        return Add.apply(first, -alpha * second, lambda a, b: func(first, second, **more))
+    return func(first, second, **more)
 
 
 def _are_residual(first: object, second: object) -> bool:
@@ -245,6 +143,8 @@ def _is_mean_of(mean: object, x: object) -> bool:
 
 class Add(Rule):
     """``sample_axis`` of its node in the graph: the axis of both tensors on which the samples are."""
+
+    of_one_number = True
 
     @staticmethod
     def forward(ctx, first, second, func):

@@ -78,6 +78,17 @@ def group_norm(
     return with_value(composed, lambda: func(x, groups, weight, bias, eps, *args))
 
 
+def instance_norm(func: Callable, x: Tensor, weight, bias, mean, variance, of_input: bool, *args) -> Tensor:
+    """``torch.instance_norm(x [batch, channels, ...], ...)``: a group norm with a group for each channel."""
+    given = (weight, bias, mean, variance, of_input, *args)
+    if not of_input:  # fixed statistics
+        return func(x, *given)
+    with torch.no_grad():
+        exact = func(x, *given)
+    composed = group_norm(torch.group_norm, x, x.shape[1], weight, bias, args[1])
+    return with_value(composed, lambda: exact)
+
+
 def divided(func: Callable, x, by, *args, **kwargs) -> Tensor:
     """x / ``by``: the second is a constant where the first is none."""
     both = isinstance(x, Tensor) and isinstance(by, Tensor) and varies(x)

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from clipmapper.relevance.backward.rule import (
+    ScaledGradient,
     kind_of,
     operator_name,
     scaled_gradient,
     tensors,
     varies,
     with_tensors,
+    with_value,
 )
 
 # Operators that multiply some of their arguments, and which: others are only added, or no tensors.
@@ -61,6 +63,8 @@ def _shared(func: Callable, args: tuple, kwargs: dict, constant_probabilities: b
     if len(varying) < 2:  # (x · x has two factors)
         return func(*args, **kwargs)
     probable = [t for t in varying if is_probability(t)] if constant_probabilities else []
+    if operator_name(func) == "mul" and (gate := gate_of(*varying)) is not None:
+        probable = [gate]
     share = 1 / len(varying)
 
     def changed(t: Tensor) -> Tensor:
@@ -70,6 +74,68 @@ def _shared(func: Callable, args: tuple, kwargs: dict, constant_probabilities: b
 
     given = (*args[:start], *with_tensors(factors, changed), *args[stop:])
     return func(*given, **{key: with_tensors(value, changed) for key, value in kwargs.items()})
+
+
+def gated_linear_unit(activation: Callable) -> Callable:
+    """``F.glu(x, dim)``: the product of one half and the sigmoid of the other."""
+
+    def rule(func: Callable, x: Tensor, dim: int = -1) -> Tensor:
+        value, gate = x.chunk(2, dim)
+        composed = product(torch.mul, value, activation(torch.sigmoid, gate))
+        return with_value(composed, lambda: func(x, dim))
+
+    return rule
+
+
+# Functions of one number, of what comes with constants; and those that are the number times a constant.
+_OF_ONE_NUMBER = {"Mul", "Div", "Add", "Sub", "Rsub", "Neg", "Clone", "ToCopy", "Alias"}
+_TIMES_A_CONSTANT = {"Mul", "Div", "Neg", "Clone", "ToCopy", "Alias"}
+
+
+def gate_of(one: Tensor, other: Tensor) -> Tensor | None:
+    """Return which of two factors is the gate of the other: a function of the same number, by which that is
+    multiplied. (GELU written out is ``0.5 x · (1 + tanh(…x…))``: halved, what goes to the 1 would be lost.)
+    """
+    number, same = (_number(torch.autograd.graph.get_gradient_edge(x)) for x in (one, other))
+    if number == same:
+        return None  # x · x
+    if _is_of(other, number):
+        return other
+    return one if _is_of(one, same) else None
+
+
+def _number(edge: tuple) -> tuple:
+    """The number that an edge of the graph is a constant times."""
+    edge = (edge[0], edge[1])
+    for _ in range(_STEPS):
+        further = [following for following in edge[0].next_functions if following[0] is not None]
+        scaled = getattr(edge[0], "_forward_cls", None) is ScaledGradient
+        if len(further) != 1 or not (scaled or kind_of(edge[0]) in _TIMES_A_CONSTANT):
+            break
+        edge = further[0]
+    return edge
+
+
+def _is_of(x: Tensor, number: tuple) -> bool:
+    """Whether x is a function of one number and of constants alone."""
+    start = torch.autograd.graph.get_gradient_edge(x)
+    waiting, seen = [(start.node, start.output_nr)], set()
+    while waiting:
+        edge = waiting.pop()
+        if edge == number or edge in seen:
+            continue
+        seen.add(edge)
+        node = edge[0]
+        further = [following for following in node.next_functions if following[0] is not None]
+        made = getattr(node, "_forward_cls", None)
+        if made is None:
+            of_one = kind_of(node) in _OF_ONE_NUMBER
+        else:
+            of_one = getattr(node, "of_one_number", made.of_one_number)
+        if not of_one or not further or len(seen) > _STEPS:
+            return False
+        waiting += further
+    return True
 
 
 # What is done to probabilities before they weigh something.

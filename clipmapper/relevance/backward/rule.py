@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 
 class Rule(torch.autograd.Function):
-    """A rule of the backward pass. ``tokenwise``: it leaves every token where it is."""
+    """A rule of the backward pass. ``tokenwise``: it leaves every token where it is. ``of_one_number``: so it
+    does with every number."""
 
-    tokenwise = True
+    tokenwise, of_one_number = True, False
 
 
 def varies(x: Tensor) -> bool:
@@ -46,7 +47,10 @@ def with_tensors(value: object, changed: Callable[[Tensor], Tensor]) -> object:
 
 
 # Other names of operators.
-_ALIASES = {"multiply": "mul", "true_divide": "div", "divide": "div", "subtract": "sub", "clip": "clamp"}
+_ALIASES = {
+    "multiply": "mul", "true_divide": "div", "divide": "div", "subtract": "sub", "clip": "clamp",
+    "linalg_matmul": "matmul",
+}  # fmt: skip
 
 
 def operator_name(func: Callable) -> str:
@@ -68,6 +72,8 @@ def scaled_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 class ScaledGradient(Rule):
+    of_one_number = True
+
     @staticmethod
     def forward(ctx, x, factor):
         ctx.factor = factor

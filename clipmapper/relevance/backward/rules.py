@@ -148,14 +148,9 @@ class RulesMode(TorchFunctionMode):
         args, kwargs = _in_order(args, kwargs)
         rule = self._rule(operator_name(func), args, kwargs)
         if rule is None:
-            before = [_made_by(x) for x in given]
-            # (In a view torch writes by a node that does not say which operator it stands for.)
-            if not (works_in_place(func) and args[0]._is_view()):
-                return guarded(func(*args, **kwargs), before, func, self.rules)
-
-            def rule(func: Callable, *args, **kwargs) -> Tensor:
-                return guarded(func(*args, **kwargs), before, func, self.rules)
-
+            bases = [x._base for x in given if x._base is not None and x._base.requires_grad]
+            before = [_made_by(x) for x in (*given, *bases)]  # (in place, what a view is of is changed)
+            return guarded(func(*args, **kwargs), before, func, self.rules)
         if works_in_place(func):
             rule = functools.partial(self._in_place, rule)
         result = rule(func, *args, **kwargs)
@@ -194,15 +189,21 @@ class RulesMode(TorchFunctionMode):
 
 
 def _in_order(args: tuple, kwargs: Mapping) -> tuple[tuple, dict]:
-    """The same arguments, of which the first tensors come without their names."""
+    """The same arguments, of which the first come without their names."""
     kwargs = dict(kwargs)
-    for place, names in enumerate((("input",), ("other", "mat2", "weight"))):
-        name = next((n for n in names if isinstance(kwargs.get(n), Tensor)), None)
+    for place, names in enumerate(_NAMES):
+        name = next((n for n in names if isinstance(kwargs.get(n), Tensor | int | float)), None)
         if len(args) == place and name is not None:
             args = (*args, kwargs.pop(name))
     return args, kwargs
 
 
+# Of the first arguments, where several operators name them otherwise: those of addmm before those of mm.
+_NAMES = (
+    ("input",),
+    ("other", "mat1", "batch1", "tensor1", "vec1", "mat", "mat2", "vec", "vec2", "tensor", "weight"),
+    ("mat2", "batch2", "tensor2", "vec", "vec2"),
+)
 # Attributes and questions, by far most of what the mode sees.
 _UNSEEN = frozenset(
     {"__get__", "__set__", "size", "dim", "stride", "is_floating_point", "requires_grad_", "detach"}
@@ -259,6 +260,8 @@ _OF_GRADIENTS = {
     "layer_norm": norms.layer_norm,
     "rms_norm": norms.rms_norm,
     "group_norm": norms.group_norm,
+    "instance_norm": norms.instance_norm,
+    "glu": products.gated_linear_unit(elementwise),
 }
 _TABLES: Mapping[str, Mapping[str, Callable]] = {
     "libra": {
@@ -274,7 +277,8 @@ _TABLES: Mapping[str, Mapping[str, Callable]] = {
     "lrp": {
         **_ALL,
         **dict.fromkeys((*ELEMENTWISE, "softmax", "log_softmax"), lrp.same_relevance),
-        **dict.fromkeys(("layer_norm", "rms_norm", "group_norm"), lrp.same_relevance),
+        **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "instance_norm"), lrp.same_relevance),
+        "glu": products.gated_linear_unit(lrp.same_relevance),
         **dict.fromkeys(products.MULTIPLICATIONS, lrp.multiplied(products.product)),
         "scaled_dot_product_attention": lrp.attention,
         "add": lrp.add,
