@@ -376,6 +376,45 @@ def test_a_residual_connection_into_a_view_behind_attention(rules):
     torch.testing.assert_close(first, second, rtol=1e-6, atol=1e-9)
 
 
+WRITTEN_SOFTMAXES = {
+    "exp / sum": lambda s: s.exp() / s.exp().sum(-1, keepdim=True),
+    "one exp": lambda s: (lambda e: e / e.sum(-1, keepdim=True))((s - s.max(-1, keepdim=True).values).exp()),
+    "with an epsilon": lambda s: (lambda e: e / (e.sum(-1)[..., None] + 1e-9).clamp(min=1e-6))(s.exp()),
+    "of its logarithm": lambda s: s.log_softmax(-1).exp(),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN_SOFTMAXES)
+@pytest.mark.parametrize("rules", RULES)
+def test_a_softmax_that_is_written_out_is_refused(name, rules):
+    """(The gates of exp and the constant that it is divided by are no softmax's rule.)"""
+
+    def network(x):
+        return WRITTEN_SOFTMAXES[name](x @ x.mT / 30) @ x
+
+    if (name, rules) == ("of its logarithm", "lrp"):  # where both pass relevance as it is
+        (found,), _ = relevance(network, rules, X)
+        (expected,), _ = relevance(lambda x: (x @ x.mT / 30).softmax(-1) @ x, rules, X)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+        return
+    with pytest.raises(UserError, match="softmax written out"):
+        relevance(network, rules, X)
+
+
+def test_other_ratios_are_no_softmax():
+    for function in (
+        lambda x: x / x.sum(-1, keepdim=True),
+        lambda x: x.exp() / x.abs().sum(-1, keepdim=True),
+    ):
+        for rules in RULES:
+            relevance(function, rules, X)
+
+
+def test_weights_among_several_activations_are_refused_under_lrp():
+    with pytest.raises(UserError, match="einsum of several activations and weights"):
+        relevance(lambda x: torch.einsum("bnd,de,bme->bnm", x, W @ W.T, x), "lrp", X)
+
+
 # --- What has no rule ------------------------------------------------------------------------------------
 class Own(torch.autograd.Function):
     @staticmethod

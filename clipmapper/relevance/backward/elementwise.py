@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from clipmapper.relevance.backward.rule import Rule, variables
+from clipmapper.relevance.backward.rule import Rule, kind_of, variables
 
 
 def quick_gelu_gate(x: Tensor) -> Tensor:
@@ -55,7 +55,15 @@ def elementwise(func: Callable, *args, gate: Callable | None = None, **kwargs) -
             gate = _GELU_GATES[kwargs.get("approximate", "none")]
     if gate is not None:
         return Gated.apply(x, lambda t: func(t, *args[1:], **kwargs), gate)
-    return _OwnGate.apply(x, _of_one(func, x, args, kwargs))
+    result = _OwnGate.apply(x, _of_one(func, x, args, kwargs))
+    return named(result, name)
+
+
+def named(result: Tensor, name: str) -> Tensor:
+    """The result, whose node in the graph says which operator it stands for."""
+    if result.grad_fn is not None:
+        result.grad_fn.operator = name
+    return result
 
 
 def _of_one(func: Callable, x: Tensor, args: tuple, kwargs: dict) -> Callable[[Tensor], Tensor]:
@@ -116,3 +124,32 @@ def divides(name: str, args: Sequence, kwargs: Mapping) -> bool:
 def constant(func: Callable, x: Tensor, *args, **kwargs) -> Tensor:
     """1 / x and 1 / √x: by what something is divided (the size of a vector) counts as a constant."""
     return func(x.detach(), *args, **kwargs)
+
+
+# What may stand between a sum and what is divided by it.
+_ON_THE_WAY = {"Unsqueeze", "Expand", "View", "UnsafeView", "Clone", "Add", "_OwnGate", "_SameRelevance"}
+
+
+def writes_softmax(name: str, args: Sequence) -> bool:
+    """Whether an operator ends a softmax that is written out, which no rule for softmax would know:
+    ``exp(x) / exp(x).sum()`` or ``exp(log_softmax(x))``."""
+    if not args or not isinstance(args[0], Tensor) or args[0].grad_fn is None:
+        return False
+    if name == "exp":
+        return kind_of(args[0].grad_fn) == "LogSoftmax"
+    by = args[1] if len(args) > 1 else None
+    of_exp = name == "div" and getattr(args[0].grad_fn, "operator", "") == "exp" and isinstance(by, Tensor)
+    if not of_exp or by.grad_fn is None:
+        return False
+    edge = torch.autograd.graph.get_gradient_edge(args[0])
+    node = by.grad_fn
+    for _ in range(len(_ON_THE_WAY)):
+        further = [following for following in node.next_functions if following[0] is not None]
+        if kind_of(node) == "Sum":
+            summed, its = further[0][0], edge.node.next_functions
+            again = getattr(summed, "operator", "") == "exp" and summed.next_functions == its
+            return again or further[0] == (edge.node, edge.output_nr)
+        if kind_of(node) not in _ON_THE_WAY or len(further) != 1:
+            return False
+        node = further[0][0]
+    return False

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clipmapper.relevance.backward.elementwise import ELEMENTWISE
+from clipmapper.relevance.backward.elementwise import ELEMENTWISE, named
 from clipmapper.relevance.backward.rule import (
     Rule,
     kind_of,
@@ -30,6 +30,7 @@ from clipmapper.relevance.backward.rule import (
     varies,
     with_value,
 )
+from clipmapper.relevance.backward.unknown import refused
 from clipmapper.relevance.backward.z_plus import ADDED_FIRST, linear_map
 from clipmapper.relevance.trace import blind_queries
 
@@ -47,7 +48,7 @@ def same_relevance(func: Callable, x: Tensor, *args, gate: Callable | None = Non
     """Norms, activations and softmax: R_in = R_out (``gate`` is what other rules want to know of them)."""
     kwargs.pop("inplace", None)
     of_one = gate is not None or operator_name(func) in ELEMENTWISE
-    return _SameRelevance.apply(x, lambda t: func(t, *args, **kwargs), of_one)
+    return named(_SameRelevance.apply(x, lambda t: func(t, *args, **kwargs), of_one), operator_name(func))
 
 
 class _SameRelevance(Rule):
@@ -77,6 +78,8 @@ def multiplied(product: Callable) -> Callable:
         if name == "addbmm" or (name in ADDED_FIRST and varies(args[0])):
             return _product_and_sum(rule, func, name, *args, **kwargs)
         if len(found) != 1 or name in _SCALES or sum(t is found[0] for t in tensors(args)) > 1:
+            if name == "einsum" and any(t.is_floating_point() and not varies(t) for t in tensors(args)):
+                return refused(func(*args, **kwargs), "an einsum of several activations and weights", "lrp")
             return product(func, *args, **kwargs)
         return linear_map(func, *args, **kwargs)
 

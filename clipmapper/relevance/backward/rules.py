@@ -41,6 +41,7 @@ from clipmapper.relevance.backward.elementwise import (
     gelu_gate,
     new_gelu_gate,
     quick_gelu_gate,
+    writes_softmax,
 )
 from clipmapper.relevance.backward.lean_activations import lean_quick_gelu
 from clipmapper.relevance.backward.rule import (
@@ -146,7 +147,10 @@ class RulesMode(TorchFunctionMode):
             args, kwargs = self._without_foreign(args, kwargs)
             given = [x for x in tensors((*args, *kwargs.values())) if x.requires_grad]
         args, kwargs = _in_order(args, kwargs)
-        rule = self._rule(operator_name(func), args, kwargs)
+        name = operator_name(func)
+        rule = self._rule(name, args, kwargs)
+        if writes_softmax(name, args):
+            return refused(func(*args, **kwargs), "a softmax written out (torch.softmax has one)", self.rules)
         if rule is None:
             bases = [x._base for x in given if x._base is not None and x._base.requires_grad]
             before = [_made_by(x) for x in (*given, *bases)]  # (in place, what a view is of is changed)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from clipmapper.errors import UserError
 from clipmapper.relevance.backward.rule import (
     Rule,
     operator_name,
@@ -18,7 +19,6 @@ from clipmapper.relevance.backward.rule import (
 
 # Sums of z⁺ that are a smaller share of the sum of absolute products are not taken as a difference to it.
 _CANCELLED = 0.01
-_PRECISE = 1e-6  # of float32 and better; nor are those of coarser numbers
 # Of operators that add something to a product: the product alone.
 ADDED_FIRST = {
     "addmm": torch.mm,
@@ -32,7 +32,10 @@ _TOKENWISE = ("linear", "matmul", "mm", "addmm")
 
 
 def linear_map(func: Callable, *args, **kwargs) -> Tensor:
-    """The z⁺ rule for any operator that multiplies one activation with weights."""
+    """The z⁺ rule for any operator that multiplies one activation with weights.
+
+    Raises ``UserError`` in half precision, in which the sums that it divides by cancel out.
+    """
     name, unbiased = operator_name(func), func
     factors, more = args, dict(kwargs)
     if name in ADDED_FIRST:
@@ -44,6 +47,11 @@ def linear_map(func: Callable, *args, **kwargs) -> Tensor:
         factors = (*args[:2], None, *args[3:])
         more.pop("bias", None)
     (x,) = variables(factors, more)
+    if x.dtype not in (torch.float32, torch.float64):
+        raise UserError(
+            "rules='lrp' is not defined in half precision (LRP divides by sums that cancel out): run the "
+            "model in float32"
+        )
 
     weights = sum(_is_weight(t, x) for t in tensors((*factors, *more.values())))
     if not weights:  # an einsum that sums, or exchanges axes
@@ -125,11 +133,16 @@ def _passed_by(sum_of: Callable, x: Tensor, relevance: Tensor, sign: int) -> tup
     with torch.enable_grad():
         products = sum_of(parts, sign)
     total = products.detach().abs()
-    limits = torch.finfo(x.dtype)
-    missing = total < limits.tiny / limits.eps  # (what is divided by less may be infinite)
+    missing = total < _least(x)
     share = (sign * relevance / total).masked_fill(missing, 0)
     first, second = torch.autograd.grad(products, tuple(parts.values()), share)
     return (x > 0) * first + (x < 0) * second, missing
+
+
+def _least(x: Tensor) -> float:
+    """What is divided by less may be infinite."""
+    limits = torch.finfo(x.dtype)
+    return limits.tiny / limits.eps
 
 
 class _TokenwiseMap(_Map):
@@ -166,12 +179,10 @@ def _by_three_products(
     x: Tensor, result: Tensor, relevance: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor | None:
     """R_in / x, or None where the sums would be differences of much larger numbers."""
-    if torch.finfo(x.dtype).eps > _PRECISE:
-        return None
     absolute = weight.abs()
     size = x.abs() @ absolute
     twice = result + size if bias is None else (result - bias).add_(size)
-    bound = 0 if bias is None else 2 * _CANCELLED * float(bias.abs().max())
+    bound = _least(x) if bias is None else _least(x) + 2 * _CANCELLED * float(bias.abs().max())
     if not bool((torch.sub(twice, size, alpha=2 * _CANCELLED) > bound).all()):
         return None
     share = relevance / twice
