@@ -120,9 +120,11 @@ def _ids(model: nn.Module, batch: int, device: torch.device) -> Tensor:
 SUBJECTS = {"vit_b_16": vit_b_16, "bert_base": bert_base, "small_llama": small_llama}
 
 
-def compare(name: str, batch: int, device: torch.device, options: Namespace) -> list[dict]:
+def compare(
+    name: str, batch: int, device: torch.device, options: Namespace, progress: Callable[[str], object]
+) -> list[dict]:
     """The rows of a model: what one forward and backward to the tokens takes, each library's program and the
-    method here beside it."""
+    method here beside it. ``progress`` is told what is run next."""
     subject = SUBJECTS[name](batch, device)
     ways: dict[str, Callable[[], Tensor]] = {FLOOR: subject.floor}
     rows: dict[str, dict] = {FLOOR: {}}
@@ -146,12 +148,20 @@ def compare(name: str, batch: int, device: torch.device, options: Namespace) -> 
             rows[way]["left_out"] = f"would take about {points * rows[FLOOR]['peak_bytes'] / 2**30:.1f} GiB"
             del ways[way]
             continue
+        progress(f"{name}, memory of {way}")
         rows[way]["peak_bytes"] = peak_bytes(work, device)
     for way, ours in pairs.items():
         if way in ways:
+            progress(f"{name}, maps of {way}")
             theirs, found = ways[way](), ways[ours]()
             rows[way]["deviation"] = float((found - theirs).abs().max() / theirs.abs().max())
-    times = measured(ways, options.repeats, patience_s=options.patience, beside=FLOOR)
+    times = measured(
+        ways,
+        options.repeats,
+        patience_s=options.patience,
+        progress=lambda way: progress(f"{name}, {way}"),
+        beside=FLOOR,
+    )
     for way, its in times.items():
         rows[way] |= its | {"runs": len(its["all_s"])}
         for key in ("", "cpu_"):

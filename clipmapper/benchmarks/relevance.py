@@ -117,9 +117,10 @@ def relevance(options: Namespace) -> dict:
 def _compared(results: dict, device: torch.device, options: Namespace, output: Path) -> dict:
     if options.precision != "float32" or options.resume or options.resident:
         raise UserError("--compare is made in float32, and without --resume and --resident")
-    for name in compared.SUBJECTS:
-        for batch in sorted(options.batches):
-            results["rows"] += compared.compare(name, batch, device, options)
+    work = [(name, batch) for name in compared.SUBJECTS for batch in sorted(options.batches)]
+    with tqdm(work, desc="relevance") as bar:
+        for name, batch in bar:
+            results["rows"] += compared.compare(name, batch, device, options, bar.set_postfix_str)
             write_results(options.name, results, output)
     return results
 
