@@ -133,12 +133,12 @@ _ON_THE_WAY = {"Unsqueeze", "Expand", "View", "UnsafeView", "Clone", "Add", "_Ow
 def writes_softmax(name: str, args: Sequence) -> bool:
     """Whether an operator ends a softmax that is written out, which no rule for softmax would know:
     ``exp(x) / exp(x).sum()`` or ``exp(log_softmax(x))``."""
-    if not args or not isinstance(args[0], Tensor) or args[0].grad_fn is None:
+    if name not in ("exp", "div") or not args or not isinstance(args[0], Tensor) or args[0].grad_fn is None:
         return False
     if name == "exp":
         return kind_of(args[0].grad_fn) == "LogSoftmax"
     by = args[1] if len(args) > 1 else None
-    of_exp = name == "div" and getattr(args[0].grad_fn, "operator", "") == "exp" and isinstance(by, Tensor)
+    of_exp = getattr(args[0].grad_fn, "operator", "") == "exp" and isinstance(by, Tensor)
     if not of_exp or by.grad_fn is None:
         return False
     edge = torch.autograd.graph.get_gradient_edge(args[0])

@@ -260,7 +260,9 @@ class Capture:
         self._places += [(edge, watched.tokens_first) for edge in edges if edge is not None]
         self._on_call(call)
         self._last = call
-        return given if isinstance(output, Tensor) else (given, *output[1:]) if given is not added else None
+        if given is added:
+            return None
+        return (given, *output[1:]) if isinstance(output, tuple) else given
 
     def _normed(self, module: nn.Module, args: tuple) -> None:
         """A norm keeps what it is given for its backward: if that is x + a, a need not be kept as well.
