@@ -396,6 +396,17 @@ MORE_MISTAKES = [
     (["trainer.precision=bf16"], "trainer.precision", "not one of 32-true, 16-mixed, bf16-mixed"),
     (["training=captioning"], "data", "has questions, but training is for captioning"),
     (["training=vqa"], "training", "choose training=vqa_scenes"),
+    (["training.questions_per_image=2"], "training.questions_per_image", "world are drawn one by one"),
+    (
+        ["data=manifest", "data.path=a", "training.balance=answers", "training.questions_per_image=2"],
+        "training.questions_per_image",
+        "for every answer (training.balance=answers) are drawn one by one; give 1",
+    ),
+    (
+        ["data=shards", "data.path=a", "training=vqa", "training.questions_per_image=2"],
+        "training.questions_per_image",
+        "a stream (data=shards) has an order of its own; give 1",
+    ),
     (
         [CAPTIONS, "training.objective=reinforce"],
         "training.objective",

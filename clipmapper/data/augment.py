@@ -31,7 +31,8 @@ class Augmentation:
     visual : the image tower (``open_clip``).
     seed : of the run.
 
-    What is drawn depends on the seed, the step and the id of the record alone: a step has the same images in
+    What is drawn depends on the seed, the step and a name (the id of the record, or of an image that several
+    records of a batch share) alone: a step has the same images in
     whatever process, worker or part of a batch they are made, and after a resumption.
     """
 
@@ -40,13 +41,13 @@ class Augmentation:
         self.transform = _TRANSFORMS[kind](visual)
 
     def __call__(
-        self, images: Num[Tensor, "n 3 height width"], step: int, ids: Sequence[int | str]
+        self, images: Num[Tensor, "n 3 height width"], step: int, names: Sequence[int | str]
     ) -> UInt8[Tensor, "n 3 height width"]:
         """``images``: uint8, or normalised already."""
         found = []
         # torchvision draws from the generator of the process, which draws for others as well.
         with torch.random.fork_rng(devices=[]):
-            for image, name in zip(levels(images, self.visual), ids, strict=True):
+            for image, name in zip(levels(images, self.visual), names, strict=True):
                 drawn = random.Random(f"augment/{self.seed}/{step}/{name}").getrandbits(32)
                 # (torch.manual_seed would seed the accelerators too.)
                 torch.default_generator.manual_seed(drawn)

@@ -280,6 +280,8 @@ class TrainConfig(Section):
                 )
         if self.data.streamed and getattr(self.training, "balance", "none") != "none":
             yield "training.balance", "answers of a stream (data=shards) can't be counted; give none"
+        if self.data.streamed and getattr(self.training, "questions_per_image", 1) > 1:
+            yield "training.questions_per_image", "a stream (data=shards) has an order of its own; give 1"
         if self.data.streamed and self.training.token_cache:
             yield "training.token_cache", "a stream (data=shards) has no end to cache; give false"
         if self.training.world is not None and self.training.world != self.data.world:

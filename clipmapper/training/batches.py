@@ -17,18 +17,46 @@ from clipmapper.errors import UserError
 from clipmapper.training.processes import WHOLE, Share, batch_count, batches_of
 
 
-def epochs(count: int, batch_size: int, seed: int) -> Callable[[int], list[int]]:
-    """The numbers in the batch of every step: each of ``count`` once an epoch, in an order of its own."""
+def epochs(
+    count: int, batch_size: int, seed: int, images: np.ndarray | None = None, together: int = 1
+) -> Callable[[int], list[int]]:
+    """The numbers in the batch of every step: each of ``count`` once an epoch, in an order of its own.
+
+    ``images``: the image of each, of which up to ``together`` records then come one behind the other.
+    """
 
     @lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
-        return np.random.default_rng((seed, epoch)).permutation(count)
+        rng = np.random.default_rng((seed, epoch))
+        drawn = rng.permutation(count)
+        return drawn if images is None or together == 1 else _in_groups(drawn, images, together, rng)
 
     def numbers_at(step: int) -> list[int]:
         places = range(step * batch_size, (step + 1) * batch_size)
         return [int(order(place // count)[place % count]) for place in places]
 
     return numbers_at
+
+
+def _in_groups(drawn: np.ndarray, images: np.ndarray, together: int, rng: np.random.Generator) -> np.ndarray:
+    """The same numbers, those of an image in groups of ``together`` (its last may be smaller), groups in any
+    order."""
+    by_image = drawn[np.argsort(images[drawn], kind="stable")]
+    _, first, count = np.unique(images[by_image], return_index=True, return_counts=True)
+    begins = np.zeros(len(by_image), bool)  # a group
+    for place in range(0, int(count.max()), together):
+        begins[first[count > place] + place] = True
+    group = np.cumsum(begins) - 1
+    return by_image[np.argsort(rng.permutation(group[-1] + 1)[group], kind="stable")]
+
+
+def different_images(images: np.ndarray, rows: Sequence[int]) -> tuple[list[int], Tensor]:
+    """Of the records ``rows`` the first with each image, and which of those images each of the rows has.
+
+    ``images``: the image of every record.
+    """
+    _, first, image_of = np.unique(images[list(rows)], return_index=True, return_inverse=True)
+    return [int(rows[place]) for place in first], torch.from_numpy(image_of)
 
 
 def in_order(count: int, batch_size: int, share: Share) -> Iterator[range]:

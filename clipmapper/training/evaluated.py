@@ -25,6 +25,7 @@ from clipmapper.data.tables.base import RecordList, Records
 from clipmapper.data.tables.columns import RecordTable, StoredBytes, together
 from clipmapper.errors import UserError
 from clipmapper.host.outputs import write_whole
+from clipmapper.training.batches import different_images
 from clipmapper.training.measures import Measures
 from clipmapper.training.processes import WHOLE, Companions, another_has_failed, batches_of, this_share
 
@@ -89,9 +90,8 @@ class Evaluation(ABC):
 
     def pictures(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """The different ``images`` of records, and which of them each record has."""
-        _, first, image_of = np.unique(self._images[list(rows)], return_index=True, return_inverse=True)
-        images = self.reader.many([self.records[rows[place]] for place in first.tolist()])
-        return {"images": images, "image_of": torch.from_numpy(image_of)}
+        first, image_of = different_images(self._images, rows)
+        return {"images": self.reader.many([self.records[row] for row in first]), "image_of": image_of}
 
     def image_tokens(self, batch: Mapping) -> Float[Tensor, "batch tokens width"]:
         """Tokens of the image of every record, each image encoded once."""

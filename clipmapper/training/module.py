@@ -109,11 +109,21 @@ class TaskModule(lightning.LightningModule):
             scales=scales,
             later=later,
             begins=self.frozen_steps,
+            # A trained encoder has the vectors of its whole vocabulary to move: on CPUs, a tenth of a step.
+            fused=True if self._fuses() else None,
         )
         if isinstance(self, FSDPModule):
             with_state_of_all(optimiser)
         schedule = warmup_cosine(optimiser, self.warmup_steps, self.max_steps)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _fuses(self) -> bool:
+        """(What has a scaler of gradients, which Lightning does not let be clipped then, is no CPU's.)"""
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        whole = not isinstance(self, FSDPModule)
+        return (
+            whole and not self.model.encoder.frozen and all(weight.device.type == "cpu" for weight in trained)
+        )
 
     def configure_model(self) -> None:
         if self.device_mesh is not None and not isinstance(self, FSDPModule):

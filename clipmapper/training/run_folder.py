@@ -64,6 +64,7 @@ _BEFORE = {
     "data.folds": None,
     "data.fold": None,
     "training.balance": "none",
+    "training.questions_per_image": 1,
     "callbacks.explained": None,
 }
 

@@ -126,7 +126,8 @@ class TaskRun(ABC):
 
         def batch_at(step: int, share: Share = WHOLE) -> dict:
             batch = unaltered(step, share)
-            return batch | {"images": alter(batch["images"], step, batch["ids"])}
+            names = batch.get("image_names", batch["ids"])
+            return batch | {"images": alter(batch["images"], step, names)}
 
         self.batch_at = batch_at
 

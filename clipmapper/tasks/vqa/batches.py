@@ -15,7 +15,14 @@ from clipmapper.data.tables.base import Records
 from clipmapper.data.token_cache import TokenCache, TokenStore
 from clipmapper.models.tokens import tokenize
 from clipmapper.tasks.vqa.model import CLIPmapper
-from clipmapper.training.batches import Collate, ReadableItems, SplitBatches, epochs, shard_batches
+from clipmapper.training.batches import (
+    Collate,
+    ReadableItems,
+    SplitBatches,
+    different_images,
+    epochs,
+    shard_batches,
+)
 from clipmapper.training.processes import WHOLE, Share
 from clipmapper.training.record_tokens import record_question_tokens
 
@@ -54,17 +61,24 @@ class QuestionBatches(SplitBatches):
     ) -> None:
         self.records, self.labelled_at_most, self.vocabulary = records, data.labelled_at_most, data.vocabulary
         reader = data.reader(model.encoder)
-        self.dataset = RecordDataset(records, reader)
+        self.dataset, self._images = RecordDataset(records, reader), records.images
         self.collate = VQACollate(partial(tokenize, model.encoder.tokenizer), data.vocabulary)
         self.cache: TokenCache | None = None
         if store is not None:
             self.cache = record_question_tokens(model.encoder, store, records, name, reader)
 
-    def batch(self, questions: Tensor) -> dict:
-        """A batch of these questions."""
+    def batch(self, questions: Tensor, shared: bool = False) -> dict:
+        """A batch of these questions. ``shared``: an image that several of them ask about is in it once."""
         if self.cache is not None:
             return self.questions_only(questions) | {"image_tokens": self.cache.images(questions)}
-        return self.collate([self.dataset[int(number)] for number in questions])
+        if not shared:
+            return self.collate([self.dataset[int(number)] for number in questions])
+        first, image_of = different_images(self._images, questions.tolist())
+        return self.questions_only(questions) | {
+            "images": torch.stack([self.dataset[row][1] for row in first]),
+            "image_of": image_of,
+            "image_names": [f"image {self._images[row]}" for row in first],
+        }
 
     def questions_only(self, questions: Tensor) -> dict:
         """The same batch without its images."""
@@ -74,7 +88,7 @@ class QuestionBatches(SplitBatches):
         return self.collate.without_inputs(records) | self.cache.texts(questions)
 
     def labelled_batch(self, rows: Sequence[int]) -> dict:
-        return self.batch(torch.tensor(rows))
+        return self.batch(torch.tensor(rows), shared=True)
 
 
 class StreamedQuestions:
@@ -96,10 +110,15 @@ class StreamedQuestions:
         return self.collate.without_images(self.asked.batch(next(self.seen), len(questions)))
 
 
-def question_batches(split: QuestionBatches, *, batch_size: int, seed: int) -> Callable[[int, Share], dict]:
-    """A share of the training batch of every step: every question once an epoch."""
-    numbers_at = epochs(len(split.records), batch_size, seed)
-    return lambda step, share=WHOLE: split.batch(torch.tensor(share.rows(numbers_at(step))))
+def question_batches(
+    split: QuestionBatches, *, batch_size: int, seed: int, together: int = 1
+) -> Callable[[int, Share], dict]:
+    """A share of the training batch of every step: every question once an epoch.
+
+    ``together``: so many questions about an image are in one batch, and their image is encoded once.
+    """
+    numbers_at = epochs(len(split.records), batch_size, seed, split.records.images, together)
+    return lambda step, share=WHOLE: split.batch(torch.tensor(share.rows(numbers_at(step))), together > 1)
 
 
 def balanced_batches(split: QuestionBatches, *, batch_size: int, seed: int) -> Callable[[int, Share], dict]:

@@ -39,7 +39,8 @@ class FamilySharesConfig(Section):
 
 @dataclass
 class VQATrainingConfig(TrainingConfig):
-    """Settings of training on questions. ``balance``: "answers" asks for every answer equally often."""
+    """Settings of training on questions. ``balance``: "answers" asks for every answer equally often.
+    ``questions_per_image``: so many about an image come in one batch, which encodes it once."""
 
     task = "vqa"
     records = "questions"
@@ -47,11 +48,15 @@ class VQATrainingConfig(TrainingConfig):
 
     blind_steps: int = setting(minimum=0)
     balance: str = setting(choices=("none", "answers"))
+    questions_per_image: int = setting(minimum=1)
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from super().problems()
         if self.world and self.balance != "none":
             yield "balance", "how often a family of the built-in world is asked is said by training.shares"
+        if self.questions_per_image > 1 and (self.world or self.balance != "none"):
+            why = "of the built-in world" if self.world else "for every answer (training.balance=answers)"
+            yield "questions_per_image", f"questions {why} are drawn one by one; give 1"
 
 
 @dataclass

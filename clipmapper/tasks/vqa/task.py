@@ -93,8 +93,11 @@ class VQARun(TaskRun):
                 seed=seed,
             )
         else:
-            batches = balanced_batches if training.balance == "answers" else question_batches
-            self.batch_at = batches(self._train, batch_size=training.batch_size, seed=seed)
+            drawn = {"batch_size": training.batch_size, "seed": seed}
+            if training.balance == "answers":
+                self.batch_at = balanced_batches(self._train, **drawn)
+            else:
+                self.batch_at = question_batches(self._train, **drawn, together=training.questions_per_image)
 
     def module(self) -> VQAModule:
         self._module = VQAModule(

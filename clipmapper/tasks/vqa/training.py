@@ -18,8 +18,9 @@ class VQAModule(TaskModule):
 
     A batch is a dictionary with ``targets`` Float[batch, answers] (soft accuracy of each answer) and either
     ``image_tokens``, ``text_tokens``, ``text_valid`` (of a frozen encoder, cached) or ``images`` and ``text``
-    (:class:`~clipmapper.models.tokens.TokenizedText`). For validation also ``answers`` (those that people
-    gave, a list for each question), ``families`` and, where the data set has them, ``ids``.
+    (:class:`~clipmapper.models.tokens.TokenizedText`). With ``image_of`` Int[batch], ``images`` are those
+    that differ, and it says which each question asks about. For validation also ``answers`` (those that
+    people gave, a list for each question), ``families`` and, where the data set has them, ``ids``.
 
     ``score``: how right an answer is, given those of people. ``answered`` holds (id, answer) of the last
     validation, by split.
@@ -49,7 +50,11 @@ class VQAModule(TaskModule):
     def logits(self, batch: Mapping) -> Float[Tensor, "batch answers"]:
         if "image_tokens" in batch:
             return self.model.answer_logits(batch["image_tokens"], batch["text_tokens"], batch["text_valid"])
-        return self.model(batch["images"], batch["text"])
+        if "image_of" not in batch:
+            return self.model(batch["images"], batch["text"])
+        text, encoder = batch["text"], self.model.encoder
+        image_tokens = encoder.image_tokens(batch["images"])[batch["image_of"]]
+        return self.model.answer_logits(image_tokens, encoder.text_tokens(text.ids, text.valid), text.valid)
 
     def training_step(self, batch: Mapping, index: int) -> Tensor:
         loss = answer_loss(self.logits(batch), batch["targets"])
