@@ -39,6 +39,7 @@ AUGMENTATIONS = {
 }
 # Rows of other settings are not set side by side.
 _MUST_AGREE = {"settings": ("data", "test", "steps", "validation", "held_back")}
+_FEW = 1000  # questions
 _VALIDATIONS = 4  # in a run; the best one is tested
 _KEY = ("questions", "start", "encoder", "augmentation", "seed")
 
@@ -128,7 +129,7 @@ def settings_of(cell: Mapping, data: Path, steps: int) -> list[str]:
         *STARTS[cell["start"]],
         *ENCODERS[cell["encoder"]],
         *AUGMENTATIONS[cell["augmentation"]],
-        *(("training.balance=answers",) if 0 < cell["questions"] <= 1000 else ()),
+        "training.balance=answers" if 0 < cell["questions"] <= _FEW else "training.questions_per_image=4",
     ]
 
 
