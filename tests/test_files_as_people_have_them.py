@@ -411,6 +411,7 @@ ODD = {"image": "0.png", "question": "z", "answers": "a"}
         ("a.json", [*ROWS, 1], ":row 4: not an object: 1"),
         ("a.csv", TABLE + "0.png,z,[%s]\n" % ("1" * 5000), ":5: not a list in JSON: a number of too"),
         ("a.csv", TABLE + f"0.png,z,{'[' * 10**5}1\n", ":5: not a list in JSON: nested"),
+        ("a.jsonl", LINES + '{"image": "0.png", "image": "1.png"}', ":4: a key twice: 'image' stands twice"),
         ("a.tsv", TABLE.replace(",", "\t") + '0.png\tz\t[{"a": 1, "a": 2}]\n', ":5: a key twice: 'a'"),
         ("a.csv", TABLE + "0.png,z,[NaN]\n", ":5: answers not text: nan"),
         ("a.csv", TABLE + "0.png,z,\"('a', 'b')\"\n", ":5: answers: a list written as text: \"('a', 'b')\""),
