@@ -296,6 +296,10 @@ def expected(col, row, method):
     """Compute a sample's relevance by naive code: per stream, or all tokens in one; None: no reference."""
     rules = "libra" if method.endswith("_libra") else "plain"
     base = method.removesuffix("_libra")
+    if base.startswith("value_gradient"):
+        if method == "value_gradient":  # (twice: naively, halves meet in A v as well)
+            return 2 * more.value_gradient_plain(col.run(row, "attn_lrp")[0])
+        return more.value_gradient_plain(col.run(row, rules)[0])
     if base in NAIVE:
         return NAIVE[base](col.run(row, rules)[0])
     if base.startswith(("effective", "efficient")):

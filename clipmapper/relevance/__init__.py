@@ -23,7 +23,14 @@ from clipmapper.relevance.methods.gradients import (
     legrad,
     occlusion,
 )
-from clipmapper.relevance.methods.hidden_states import att_cat, full_grad, x_grad_cam
+from clipmapper.relevance.methods.hidden_states import (
+    att_cat,
+    full_grad,
+    value_gradient,
+    value_gradient_libra,
+    value_gradient_plain,
+    x_grad_cam,
+)
 from clipmapper.relevance.methods.lrp import (
     GRADIENT_METHODS,
     partial_lrp,
@@ -76,6 +83,9 @@ METHODS = {
         full_grad,
         att_cat,
         x_grad_cam,
+        value_gradient,
+        value_gradient_libra,
+        value_gradient_plain,
         *map(with_libra, GRADIENT_METHODS),
     )
 }
@@ -94,8 +104,13 @@ COMPARED = (
 )
 
 
+# Names by which a method is looked for as well: it has forms by several rules, and this one is the default.
+_ALSO = {"value_gradient_attn_lrp": "value_gradient"}
+
+
 def method_named(name: str):
     """The method of that name. Raises ``UserError`` naming those that there are."""
+    name = _ALSO.get(name, name)
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}")
     return METHODS[name]
@@ -142,6 +157,9 @@ __all__ = [
     "rollout",
     "token_tm",
     "transformer_attribution",
+    "value_gradient",
+    "value_gradient_libra",
+    "value_gradient_plain",
     "weighted",
     "weighted_half",
     "weighted_norm",

@@ -66,6 +66,14 @@ def row_times_positive_attention(
     return row_times(step, moving, sums), stuck
 
 
+@torch.no_grad()
+def row_times_signed_attention(
+    step: Attention, row: Float[Tensor, "batch 1 queries"]
+) -> Float[Tensor, "batch 1 keys"]:
+    """Compute ``rows_times(signed_attention, step, row, False)`` where :func:`can_multiply`."""
+    return row_times(step, row, row_sums(step, row), positive=False)
+
+
 def row_sums(step: Attention, row: Float[Tensor, "batch 1 queries"]) -> RowSums:
     """Sums of the rows that ``row`` asks for; of tiles of rows of which it asks nothing, 0."""
     batch, heads, queries, _ = step.query.shape
@@ -75,12 +83,12 @@ def row_sums(step: Attention, row: Float[Tensor, "batch 1 queries"]) -> RowSums:
 
 
 def row_times(
-    step: Attention, row: Float[Tensor, "batch 1 queries"], sums: RowSums
+    step: Attention, row: Float[Tensor, "batch 1 queries"], sums: RowSums, positive: bool = True
 ) -> Float[Tensor, "batch 1 keys"]:
-    """``row @ Ā``."""
+    """``row @ Ā``; without ``positive``, what is against y counts as well: ``row @ E_h (∇A ⊙ A)``."""
     batch, heads, keys, _ = step.key.shape
     of_keys = torch.empty(batch, heads, keys, device=row.device)
-    _launch(_row_times, keys, step, row, sums.logarithms, of_keys)
+    _launch(_row_times, keys, step, row, sums.logarithms, of_keys, POSITIVE=positive)
     return of_keys.mean(dim=1, keepdim=True)
 
 
@@ -89,7 +97,7 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.stride(-1) == 1 else tensor.detach().contiguous()
 
 
-def _launch(kernel, tokens: int, step: Attention, row: Tensor, *results: Tensor) -> None:
+def _launch(kernel, tokens: int, step: Attention, row: Tensor, *results: Tensor, **constants: bool) -> None:
     """Run a kernel on every tile of so many tokens, head and sample."""
     tensors = [dense(t) for t in (step.query, step.key, step.value, step.mixed_gradient)]
     batch, heads, queries, width = step.query.shape
@@ -100,6 +108,7 @@ def _launch(kernel, tokens: int, step: Attention, row: Tensor, *results: Tensor)
         kernel[(triton.cdiv(tokens, _TILE), heads, batch)](
             *tensors, row.contiguous(), *results, heads, queries, step.key.shape[2], scale, *strides,
             WIDTH=width, PADDED=max(16, triton.next_power_of_2(width)), TILE=_TILE, CAUSAL=step.causal,
+            **constants,
         )  # fmt: skip
 
 
@@ -165,7 +174,8 @@ def _sums_of_rows(
 def _row_times(
     query, key, value, gradient, row, logarithms, out, heads, queries, keys, scale,
     q0, q1, q2, k0, k1, k2, v0, v1, v2, g0, g1, g2,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, CAUSAL: tl.constexpr,
+    POSITIVE: tl.constexpr
 ):  # fmt: skip
     first, head = tl.program_id(0) * TILE, tl.program_id(1)
     sample = tl.program_id(2).to(tl.int64)  # times a stride: more than 2³¹ in a large batch
@@ -182,7 +192,9 @@ def _row_times(
             logarithm = tl.load(logarithms + place, mask=tokens < queries, other=0.0)
             scores = _scores(q, k, at, first, keys, scale, TILE, CAUSAL)
             probability = tl.exp(scores - logarithm[:, None])
-            evidence = tl.maximum(probability * tl.dot(g, tl.trans(v)), 0.0)
+            evidence = probability * tl.dot(g, tl.trans(v))
+            if POSITIVE:
+                evidence = tl.maximum(evidence, 0.0)
             product += tl.sum(weight[:, None] * evidence, axis=0)
     tokens = first + tl.arange(0, TILE)
     tl.store(out + (sample * heads + head) * keys + tokens, product, mask=tokens < keys)

@@ -77,6 +77,14 @@ def positive_attention(
     return part.probability_gradient().mul_(part.probabilities()).clamp_(min=0).mean(dim=1)
 
 
+def signed_attention(
+    step: Attention, samples: slice = _ALL, queries: slice = _ALL
+) -> Float[Tensor, "samples queries keys"]:
+    """Mean over heads of ∇A ⊙ A."""
+    part = part_of(step, samples, queries)
+    return part.probability_gradient().mul_(part.probabilities()).mean(dim=1)
+
+
 def mean_attention(
     step: Attention, samples: slice = _ALL, queries: slice = _ALL
 ) -> Float[Tensor, "samples queries keys"]:
@@ -96,9 +104,13 @@ def rows_times(
     and the second value holds that part of ``row``. Rows of M that ``row`` does not ask for (all but the
     read token's in the last sub-layer) are not rebuilt.
     """
-    kernels = kernels_for(step, row) if matrix is positive_attention else None
+    made_for = matrix is positive_attention or (matrix is signed_attention and not normalise)
+    kernels = kernels_for(step, row) if made_for else None
     if kernels is not None:
-        total, stuck = kernels.row_times_positive_attention(step, row, normalise)
+        if matrix is signed_attention:
+            total, stuck = kernels.row_times_signed_attention(step, row), torch.zeros_like(row)
+        else:
+            total, stuck = kernels.row_times_positive_attention(step, row, normalise)
         if step.gradient_scale is not None and not normalise:
             total = total / by_sample(step.gradient_scale, total)
         return total, stuck

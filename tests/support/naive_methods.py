@@ -7,6 +7,7 @@ from support import naive_relevance
 
 SIGNED = (
     "input_x_gradient", "full_grad", "att_cat", "x_grad_cam", "attn_lrp", "integrated_gradients", "occlusion",
+    "value_gradient", "value_gradient_libra", "value_gradient_plain",
 )  # fmt: skip
 
 
@@ -148,8 +149,19 @@ def token_tm(run):
     return states[-1][run.read]
 
 
+def value_gradient_plain(run):
+    """Every gradient times value that a query reads, one by one."""
+    values = torch.zeros(run.size, dtype=run.logits.dtype)
+    for s in run.sublayers:
+        for j, place in enumerate(s.keys):
+            values[place] += sum(
+                s.A[h, i, j] * s.dA[h, i, j] for h in range(len(s.A)) for i in range(len(s.queries))
+            )
+    return values
+
+
 _ALL = (
     weighted_norm, weighted_token_norm, grad_eclip, input_x_gradient, full_grad, att_cat, x_grad_cam, alti,
-    token_tm,
+    token_tm, value_gradient_plain,
 )  # fmt: skip
 NAIVE = {method.__name__: method for method in _ALL}

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from clipmapper.relevance.methods.weighted import weighted_rule, weighted_token_rule
-from clipmapper.relevance.propagation import positive_attention, rows_times
+from clipmapper.relevance.propagation import positive_attention, rows_times, signed_attention
 from clipmapper.relevance.trace import Attention, AttentionTrace, Node, exact_step
 
 # batch, heads, queries, keys, channels, width, causal, scale
@@ -61,6 +61,9 @@ def check(device: str, precision: float) -> None:
         for row, normalise in ((whole, True), (whole, False), (one, True), (turned, False)):
             expected = rows_times(positive_attention, exact, row, normalise)
             _agree(kernels.row_times_positive_attention(step, row, normalise), expected, precision)
+        for row in (whole, one, turned):
+            signed = rows_times(signed_attention, exact, row, False)[:1]
+            _agree((kernels.row_times_signed_attention(step, row),), signed, precision)
         for row, its_valid, by_token in ((whole, None, False), (turned, valid, True), (one, valid, False)):
             trace = AttentionTrace([exact], {"s": queries}, {} if its_valid is None else {"s": its_valid})
             rule = weighted_token_rule(trace) if by_token else weighted_rule(trace)

@@ -82,14 +82,18 @@ def on_inputs(
     stream: str,
     row: Float[Tensor, "batch 1 tokens"],
     held: Float[Tensor, "batch 1 tokens"] | None = None,
+    through_pools: bool = True,
 ) -> dict[str, Float[Tensor, "batch 1 _part"]]:
     """A row over a stream's tokens, given to the input streams that the stream was joined or pooled from.
 
     ``held``: 1 for the tokens of ``stream`` that the row is about; all of them, unless told otherwise. An
-    input stream none of whose tokens the row is about is left out.
+    input stream none of whose tokens the row is about is left out. ``through_pools``: learned queries that
+    pool pass what they get on to what they read; otherwise it is left out (they are no input).
     """
     pool = next((s for s in trace.attention if s.pools and s.query_node.stream == stream), None)
     if pool is not None:  # learned queries have nothing of their own
+        if not through_pools:
+            return {}
         to_keys, _ = rows_times(mean_attention, pool, row, normalise=False)
         return on_inputs(trace, pool.key_node.stream, to_keys)
     join = next((s for s in trace.steps if isinstance(s, Join) and s.output == Node(stream, 0)), None)
@@ -101,7 +105,7 @@ def on_inputs(
     for part, piece, holds in zip(join.parts, join.spread(row, sizes), holdings, strict=True):
         # A stream that was taken out of others (the image, of one flow) may hold nothing of some.
         if bool(holds.any()):
-            inputs.update(on_inputs(trace, part.stream, piece, holds))
+            inputs.update(on_inputs(trace, part.stream, piece, holds, through_pools))
     return inputs
 
 

@@ -1,19 +1,20 @@
-"""Methods that sum gradient × token over the layers: FullGrad+, AttCAT, XGrad-CAM.
+"""Methods that sum gradient × token over the layers: FullGrad+, AttCAT, XGrad-CAM, value × gradient.
 
-They read the tokens before every attention sub-layer and their gradients, in whatever streams these are; the
-numbers of a stream that was made of others go to the input tokens at its places.
+They read the tokens before every attention sub-layer, or its values, and their gradients, in whatever streams
+these are; the numbers of a stream that was made of others go to the input tokens at its places.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from clipmapper.errors import UserError
-from clipmapper.relevance.method import Relevance, as_relevance, explanation, with_sign
+from clipmapper.relevance.method import Needs, Relevance, as_relevance, explanation, from_layer, with_sign
 from clipmapper.relevance.methods.attention_only import on_inputs
-from clipmapper.relevance.propagation import mean_attention, rows_times
+from clipmapper.relevance.propagation import mean_attention, rows_times, signed_attention
+from clipmapper.relevance.rerun import with_rules
 from clipmapper.relevance.trace import Attention, AttentionTrace, exact
 
 
@@ -112,6 +113,52 @@ def x_grad_cam(trace: AttentionTrace, sign: str = "positive") -> Relevance:
     return with_sign(_summed(trace, maps(), "x_grad_cam"), sign)
 
 
+def _by_rules(rules: str, name: str) -> Callable[..., Relevance]:
+    def method(trace: AttentionTrace, sign: str = "positive", start_layer: object = 0) -> Relevance:
+        trace = from_layer(with_rules(trace, rules, name), start_layer)
+
+        def read() -> Iterator[tuple[str, Float[Tensor, "batch _tokens"]]]:
+            for step in trace.attention:
+                every = torch.ones(step.query.shape[0], 1, step.query.shape[2], device=trace.device)
+                mean, _ = rows_times(signed_attention, step, every.to(trace.dtype), normalise=False)
+                yield step.key_node.stream, step.query.shape[1] * mean[:, 0]
+
+        return with_sign(_summed(trace, read(), name, _UNREAD, through_pools=False), sign)
+
+    method.__name__ = method.__qualname__ = name
+    method.__doc__ = _VALUE_GRADIENT.format(gradient=_GRADIENTS_OF[rules])
+    return explanation(needs=Needs(rules=rules))(method)
+
+
+_VALUE_GRADIENT = """Value × gradient by {gradient}: ``R_j = Σ_l Σ_h ⟨(Aᵀ ∂y/∂o)_j, v_j⟩``.
+
+    v_j is what a head reads of token j, o = A v what it makes of all; the sum is over all heads of all
+    attention sub-layers l that read the token's stream. That is the sum of the columns of A ⊙ ∂y/∂A: by how
+    much y falls, to first order, when no query reads the token any more while attention stays what it is.
+    No formula of a paper: of those near it, input × gradient takes the token where it comes in, AttCAT
+    (:func:`att_cat`) multiplies gradient × token by the attention that it receives, and so counts what the
+    residual connection carries once a layer, which is left out here.
+
+    A query that does not reach y has no gradient, so neither words behind the predicted one nor padding
+    count. A stream that is only read (an encoder's last state) counts where it is read; one that was made of
+    others gives to the input tokens at its places. Learned queries that pool are no input, and what they made
+    is none: that it is read stands in the gradient where they read. ``sign``: "positive" evidence, "negative"
+    (as positive numbers), or "both". ``start_layer``: see :func:`~clipmapper.relevance.method.from_layer`.
+    Defined where the gradient is, for every trace. Attention is rebuilt in blocks: memory grows with the
+    number of tokens, not with its square. Raises ``UserError`` for an input stream that no attention reads.
+    """
+_GRADIENTS_OF = {
+    "plain": "the plain gradient",
+    "libra": "LibraGrad's gradient",
+    "attn_lrp": "AttnLRP's rules (arXiv 2402.05602)",
+}
+_UNREAD = "is read by no attention sub-layer"
+
+value_gradient = _by_rules("attn_lrp", "value_gradient")
+value_gradient_libra = _by_rules("libra", "value_gradient_libra")
+value_gradient_plain = _by_rules("plain", "value_gradient_plain")
+
+
 def _states(trace: AttentionTrace) -> Iterator[Attention]:
     """The sub-layers whose query stream has tokens before them (not those that pool by learned queries)."""
     return (step for step in trace.attention if not step.pools)
@@ -139,25 +186,32 @@ def _reaches(trace: AttentionTrace, step: Attention) -> Bool[Tensor, "batch quer
     return reached & trace.padding_free(step.query_node.stream)
 
 
+_ONLY_READ = (
+    "is only read, by cross-attention, or only reads; the gradient at its tokens, in a state in which they "
+    "are read, is not recorded"
+)
+
+
 def _summed(
-    trace: AttentionTrace, found: Iterable[tuple[str, Float[Tensor, "batch _tokens"]]], method: str
+    trace: AttentionTrace,
+    found: Iterable[tuple[str, Float[Tensor, "batch _tokens"]]],
+    method: str,
+    why: str = _ONLY_READ,
+    through_pools: bool = True,
 ) -> Relevance:
     """Sums over sub-layers, by the input tokens at whose places the tokens are.
 
-    Raises ``UserError`` that names an input stream for which nothing was found.
+    Raises ``UserError`` that names an input stream for which nothing was found, and says why.
     """
     by_stream: dict[str, Tensor] = {}
     for stream, values in found:
         by_stream[stream] = by_stream[stream] + values if stream in by_stream else values
     totals: dict[str, Tensor] = {}
     for stream, values in by_stream.items():
-        for source, part in on_inputs(trace, stream, values[:, None]).items():
+        for source, part in on_inputs(trace, stream, values[:, None], through_pools=through_pools).items():
             totals[source] = totals[source] + part[:, 0] if source in totals else part[:, 0]
     pooling = {step.query_node.stream for step in trace.attention if step.pools}
     for stream in trace.inputs:
         if stream not in totals and stream not in pooling:
-            raise UserError(
-                f"{method}: stream {stream!r} is only read, by cross-attention, or only reads; the gradient "
-                "at its tokens, in a state in which they are read, is not recorded"
-            )
+            raise UserError(f"{method}: stream {stream!r} {why}")
     return as_relevance(trace, totals)
