@@ -150,7 +150,7 @@ def test_the_methods_that_accumulate_have_start_layer():
         "weighted", "weighted_token", "weighted_half", "weighted_norm", "weighted_token_norm", "gae",
         "rollout", "attention_flow", "effective_rollout", "effective_weighted", "efficient_rollout",
         "efficient_weighted", "token_tm", "alti", "beyond_intuition", "transformer_attribution", "legrad",
-        "full_grad", "att_cat", "x_grad_cam",
+        "full_grad", "att_cat", "x_grad_cam", "value_gradient", "value_gradient_plain",
     }  # fmt: skip
 
 

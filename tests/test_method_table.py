@@ -289,7 +289,7 @@ RELATIVE = ("token_tm", "token_tm_libra")  # an MLP behind the last attention on
 
 
 # Compared with naive code where their rules are tested (test_lrp_rules.py, test_published_rules.py).
-ELSEWHERE = ("random", "transformer_attribution", "partial_lrp")
+ELSEWHERE = ("random", "leave_one_out", "transformer_attribution", "partial_lrp")
 
 
 def expected(col, row, method):

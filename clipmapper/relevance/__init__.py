@@ -38,6 +38,7 @@ from clipmapper.relevance.methods.lrp import (
     with_libra,
 )
 from clipmapper.relevance.methods.norms import alti, beyond_intuition, token_tm
+from clipmapper.relevance.methods.removal import leave_one_out
 from clipmapper.relevance.methods.weighted import (
     weighted,
     weighted_half,
@@ -79,6 +80,7 @@ METHODS = {
         attn_lrp,
         integrated_gradients,
         occlusion,
+        leave_one_out,
         input_x_gradient,
         full_grad,
         att_cat,
@@ -145,6 +147,7 @@ __all__ = [
     "grad_eclip",
     "input_x_gradient",
     "integrated_gradients",
+    "leave_one_out",
     "legrad",
     "method_named",
     "needs_of",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
@@ -46,6 +46,21 @@ class Readout(Protocol):
     def __call__(self, pooled: Float[Tensor, "batch width"]) -> Float[Tensor, "batch"]: ...
 
 
+@runtime_checkable
+class Removal(Protocol):
+    """The explained forward with tokens out of the sequence.
+
+    ``removable``: by input stream, which of its tokens can be taken out. ``without`` gives what the forward
+    gives for the samples ``rows``, each without one token of that stream.
+    """
+
+    removable: Mapping[str, Bool[Tensor, "batch _tokens"]]
+
+    def without(
+        self, rows: Int[Tensor, "variants"], stream: str, tokens: Int[Tensor, "variants"]
+    ) -> Float[Tensor, "variants *rest"]: ...
+
+
 @dataclass(frozen=True)
 class _Opposite:
     """The head with its sign turned."""
@@ -73,8 +88,9 @@ class Again:
         forward: Forward,
         readout: Readout | None = None,
         scalar: Scalar | None = None,
+        removal: Removal | None = None,
     ) -> None:
-        self.model, self.forward, self.readout = model, forward, readout
+        self.model, self.forward, self.readout, self.removal = model, forward, readout, removal
         self.scalar: Scalar = Itself() if scalar is None else scalar
         self._recorded: dict[str, AttentionTrace] = {}
         self._attention: dict[str, dict[Node, Attention]] = {}
@@ -87,7 +103,22 @@ class Again:
         """The same for −y."""
         readout = None if self.readout is None else _Opposite(self.readout)
         with self._autocast:
-            return Again(self.model, self.forward, readout, Opposite(self.scalar))
+            return Again(self.model, self.forward, readout, Opposite(self.scalar), self.removal)
+
+    @torch.no_grad()
+    def value(self, trace: AttentionTrace) -> Float[Tensor, "batch"]:
+        """y itself."""
+        rows = self._all(trace)
+        with self._evaluating():
+            return self.scalar.value(self.forward(rows), rows)
+
+    @torch.no_grad()
+    def removed(
+        self, rows: Int[Tensor, "variants"], stream: str, tokens: Int[Tensor, "variants"]
+    ) -> Float[Tensor, "variants"]:
+        """y of these samples, each without one token of that stream. Needs ``removal``."""
+        with self._evaluating():
+            return self.scalar.value(self.removal.without(rows, stream, tokens), rows)
 
     def recorded(self, trace: AttentionTrace, rules: str) -> AttentionTrace:
         """The same forward and backward under other backward rules (made once for each)."""

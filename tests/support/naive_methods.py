@@ -7,7 +7,7 @@ from support import naive_relevance
 
 SIGNED = (
     "input_x_gradient", "full_grad", "att_cat", "x_grad_cam", "attn_lrp", "integrated_gradients", "occlusion",
-    "value_gradient", "value_gradient_libra", "value_gradient_plain",
+    "leave_one_out", "value_gradient", "value_gradient_libra", "value_gradient_plain",
 )  # fmt: skip
 
 

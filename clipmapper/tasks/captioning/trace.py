@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
-from clipmapper.models.tokens import TokenizedText, word_positions
+from clipmapper.models.tokens import TokenizedText, all_but, word_positions
 from clipmapper.relevance import Again, Attention, AttentionTrace, method_named, record
 from clipmapper.relevance.explained_scalar import ClassScalar, require_size
 from clipmapper.relevance.many_scalars import attention_for_several, each_scalar
@@ -152,7 +152,44 @@ def _again(traced: TracedCaption, positions: Int[Tensor, "scalars"], explained: 
             rows = torch.arange(len(positions), device=pooled.device)
             return scalar.value(model.scores(pooled), rows)
 
-    return Again(model, forward, Head(), scalar)
+    return Again(model, forward, Head(), scalar, _OneTokenLess(traced, positions))
+
+
+class _OneTokenLess:
+    """The logits behind these positions without one patch of the image, or one word of the text up to there.
+
+    A patch is physically removed. A word is read by nothing any more, which is the same for all words but the
+    last of the text: that one's own row is what is read, and stays.
+    """
+
+    def __init__(self, traced: TracedCaption, positions: Int[Tensor, "scalars"]) -> None:
+        self.traced, self.positions = traced, positions
+        trace, text, count = traced.trace, traced.text, len(positions)
+        self.image_stream, self.prefix = trace.image_stream, traced.model.encoder.prefix_tokens
+        patches = torch.arange(trace.lengths[trace.image_stream], device=positions.device) >= self.prefix
+        place = torch.arange(text.ids.shape[1], device=positions.device)
+        self.removable = {
+            trace.image_stream: patches.expand(count, -1),
+            trace.text_stream: text.removable & (place <= positions[:, None]),
+        }
+
+    def without(
+        self, rows: Int[Tensor, "variants"], stream: str, tokens: Int[Tensor, "variants"]
+    ) -> Float[Tensor, "variants vocabulary"]:
+        model, text, many = self.traced.model, self.traced.text, (len(rows), -1)
+        ids, valid, keep = text.ids.expand(many), text.valid.expand(many), None
+        if stream == self.image_stream:
+            grid = model.encoder.grid
+            keep = all_but(tokens - self.prefix, grid[0] * grid[1])
+            pixels = self.traced.pixels.expand(len(rows), -1, -1, -1)
+            image_tokens = model.encoder.image_tokens(pixels, keep=keep)
+            text_tokens = model.text_tokens(ids, valid)
+        else:
+            ignore = torch.arange(ids.shape[1], device=rows.device) == tokens[:, None]
+            image_tokens = self.traced.image_tokens.expand(len(rows), -1, -1)
+            text_tokens, valid = model.text_tokens(ids, valid, ignore=ignore), valid & ~ignore
+        logits = model.caption_logits(image_tokens, text_tokens, valid, keep=keep)
+        return logits[torch.arange(len(rows), device=rows.device), self.positions[rows]]
 
 
 def _merged(

@@ -1,6 +1,7 @@
 """Why a model answers what it answers: one image, one question, one picture."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from clipmapper.data.images import picture_of
 from clipmapper.errors import UserError
-from clipmapper.models.tokens import TokenizedText, merge_words
+from clipmapper.models.tokens import TokenizedText, all_but, merge_words
 from clipmapper.relevance import (
     Again,
     Attention,
@@ -24,6 +25,7 @@ from clipmapper.relevance import (
     record,
 )
 from clipmapper.relevance.explained_scalar import ClassScalar, check_explained, require_size
+from clipmapper.relevance.rerun import Removal
 from clipmapper.tasks.vqa.model import CLIPmapper
 from clipmapper.visual.explanation import plot_explanation
 from clipmapper.visual.layout import save_figure
@@ -158,12 +160,16 @@ def trace_answers(
         y, times = scalar.differentiated(logits, torch.arange(len(places), device=logits.device))
     require_size(times, [model.answers[place] for place in places])
     needs.differentiate(trace, y, times)
-    trace.again = answers_again(model, images, text, scalar)
+    trace.again = answers_again(model, images, text, scalar, _OneTokenLess(model, images, text, trace))
     return TracedAnswers(trace, logits.detach(), places)
 
 
 def answers_again(
-    model: CLIPmapper, images: Float[Tensor, "batch 3 height width"], text: TokenizedText, scalar: ClassScalar
+    model: CLIPmapper,
+    images: Float[Tensor, "batch 3 height width"],
+    text: TokenizedText,
+    scalar: ClassScalar,
+    removal: Removal | None = None,
 ) -> Again:
     """The forward that explains these answers, for the methods that make it more than once."""
 
@@ -177,4 +183,46 @@ def answers_again(
     def forward(rows: Int[Tensor, "variants"]) -> Float[Tensor, "variants answers"]:
         return model(images[rows], text[rows], only_class_token=False)
 
-    return Again(model, forward, Head(), scalar)
+    return Again(model, forward, Head(), scalar, removal)
+
+
+class _OneTokenLess:
+    """Answers without one patch of an image or one token of a question: physically removed."""
+
+    def __init__(
+        self,
+        model: CLIPmapper,
+        images: Float[Tensor, "batch 3 height width"],
+        text: TokenizedText,
+        trace: AttentionTrace,
+    ) -> None:
+        self.model, self.images, self.text = model, images, text
+        self.image_stream, prefix = trace.image_stream, model.encoder.prefix_tokens
+        self.prefix = prefix
+        patches = torch.arange(trace.lengths[trace.image_stream], device=trace.device) >= prefix
+        words = torch.zeros_like(trace.padding_free(trace.text_stream))
+        words[:, : text.removable.shape[1]] = text.removable
+        self.removable = {
+            trace.image_stream: patches.expand(trace.batch, -1),
+            trace.text_stream: words,
+        }
+
+    def without(
+        self, rows: Int[Tensor, "variants"], stream: str, tokens: Int[Tensor, "variants"]
+    ) -> Float[Tensor, "variants answers"]:
+        if stream == self.image_stream:
+            return self._scorer(rows, all_but(tokens - self.prefix, len(self._patches)), None)
+        valid = self.text.valid[rows]
+        stay = valid & (torch.arange(valid.shape[1], device=valid.device) != tokens[:, None])
+        # Those that stay in front, then -1.
+        order = stay.int().argsort(dim=1, descending=True, stable=True)[:, : int(stay.sum(dim=1).max())]
+        return self._scorer(rows, None, order.masked_fill(~stay.gather(1, order), -1))
+
+    @functools.cached_property
+    def _scorer(self) -> Callable:
+        return self.model.kept_scorer(self.images, self.text)
+
+    @property
+    def _patches(self) -> range:
+        rows, columns = self.model.encoder.grid
+        return range(rows * columns)
