@@ -253,8 +253,9 @@ def test_scores_of_pretraining_are_printed(run):
 
 
 def test_methods_are_those_that_exist():
-    from clipmapper.relevance import METHODS
+    from clipmapper.relevance import ALSO_CALLED, METHODS
 
+    assert all(name in METHODS for name in ALSO_CALLED.values()) and METHODS.keys().isdisjoint(ALSO_CALLED)
     for section, key in (
         (ExplainConfig, "method"),
         (PerturbConfig, "methods"),
@@ -262,7 +263,7 @@ def test_methods_are_those_that_exist():
         (config.RelevanceCallbackConfig, "methods"),
     ):
         (field,) = [field for field in fields(section) if field.name == key]
-        assert tuple(METHODS) == field.metadata["choices"]()
+        assert (*METHODS, *ALSO_CALLED) == field.metadata["choices"]()
 
 
 def test_scalars_are_those_that_exist():

@@ -127,3 +127,15 @@ def test_it_is_fitted_to_removal(asked):
         logits = scorer(torch.zeros(9, dtype=torch.long), all_but(rows, 9), None)
         assert int(found[row].argmax()) == int(logits[:, traced.explained[row]].argmin())
     assert np.isfinite(found.numpy()).all()
+
+
+def test_under_autocast_and_one_by_one(asked):
+    model, images, text = asked
+    whole = METHODS["leave_one_out"](trace_answers(model, images, text, [3, 1]).trace, sign="both")
+    alone = METHODS["leave_one_out"](trace_answers(model, images[1:], text[1:], [1]).trace, sign="both")
+    torch.testing.assert_close(alone.image, whole.image[1:])
+    mapper = model.description["model"]["mapper"]
+    rounded = training_models.tiny_model(model.encoder.architecture, mapper=mapper)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = METHODS["leave_one_out"](trace_answers(rounded, images.float(), text, [3, 1]).trace)
+    assert found.image.isfinite().all() and found.image.any()

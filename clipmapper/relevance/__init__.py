@@ -107,12 +107,12 @@ COMPARED = (
 
 
 # Names by which a method is looked for as well: it has forms by several rules, and this one is the default.
-_ALSO = {"value_gradient_attn_lrp": "value_gradient"}
+ALSO_CALLED = {"value_gradient_attn_lrp": "value_gradient"}
 
 
 def method_named(name: str):
     """The method of that name. Raises ``UserError`` naming those that there are."""
-    name = _ALSO.get(name, name)
+    name = ALSO_CALLED.get(name, name)
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}")
     return METHODS[name]

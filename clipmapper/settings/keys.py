@@ -18,9 +18,9 @@ WORD_MAPS = ("scaled", "raw")  # how the maps of a caption's words go into the c
 
 def explanation_methods() -> Sequence[str]:
     """The names of the explanation methods, looked up when one is to be checked: they import torch."""
-    from clipmapper.relevance import METHODS
+    from clipmapper.relevance import ALSO_CALLED, METHODS
 
-    return tuple(METHODS)
+    return (*METHODS, *ALSO_CALLED)
 
 
 def explained_scalars() -> Sequence[str]:
