@@ -4,35 +4,31 @@ On CLIPmapper they are compared in test_more_methods.py, on five models of other
 too, in test_method_table.py.
 """
 
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
-from support import families, naive_rules
+from support import families
 from support.made_traces import sublayer, tensor
 from support.more_families import CASES as MORE
 from support.naive_methods import NAIVE
+from support.signed_maps import (
+    check,
+    equals_naive,
+    image_and_text,
+    rebuilds_attention_in_blocks,
+    signed,
+    traced,
+)
 from support.slow import mostly_slow
 from torch import nn
 
 from clipmapper.errors import UserError
-from clipmapper.relevance import METHODS, Attention, AttentionTrace, Join, Node, propagation, record
+from clipmapper.relevance import METHODS, AttentionTrace, Join, Node, record
 from clipmapper.relevance.many_scalars import each_scalar
 
 NAMES = ("full_grad", "att_cat", "x_grad_cam")
 CASES = {**families.CASES, **MORE}
-
-
-def traced(case, rules="plain"):
-    with record(case.model, rules=rules) as trace:
-        y = case.y(case.run(case.model, case.inputs))
-    trace.backward(y)
-    return trace, y.detach()
-
-
-def signed(name, trace, **options):
-    return METHODS[name](trace, sign="both", **options).streams
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -63,15 +59,7 @@ def two_streams():
              [[1, 1], [0, 0], [5, 0]], [[1, 1], [1, 1], [1, 0]]),
         made((i1, t0), [[[1 / 3, 1 / 3, 1 / 3], [1, 0, 0]]], [[1, 0], [4, 4]], [[-1, 3], [0, 0]]),
     ]  # fmt: skip
-    lengths = {"image": 2, "text": 3}
-    return AttentionTrace(
-        steps, lengths, {}, ("image", "text"), (Node("image", 2), torch.tensor([0])), text_stream="text"
-    )
-
-
-def check(found, **streams):
-    for stream, expected in streams.items():
-        torch.testing.assert_close(found[stream], tensor([expected]), rtol=0, atol=1e-12)
+    return image_and_text(steps)
 
 
 def test_full_grad_by_hand():
@@ -171,24 +159,8 @@ QUICK = ("hf_bert", "hf_vilt", "open_clip_coca", "torch_transformer, batch_first
 
 @pytest.mark.parametrize("family", mostly_slow(FAMILIES, QUICK))
 def test_equals_the_naive_implementation(family):
-    case = CASES[family]()
-    names = case.streams or {stream: stream for stream in case.places}
     for rules in ("plain", "libra") if family in LIBRA else ("plain",):
-        trace, _ = traced(case, rules)
-        around = nullcontext if rules == "plain" else naive_rules.detached
-        for row in range(2):
-            runs, places = families.naive_runs(case, row, rules, around)
-            for name in NAMES:
-                found, wanted = signed(name, trace), NAIVE[name](runs[0])
-                assert set(found) == set(names)
-                assert (wanted.abs() > 1e-3 * wanted.abs().max()).sum() >= 3, "an example that proves nothing"
-                for stream, source in names.items():
-                    values, expected = found[stream][row], wanted[places[source]]
-                    torch.testing.assert_close(
-                        values[: len(expected)], expected, rtol=1e-8, atol=1e-11,
-                        msg=lambda m, n=name, s=stream, r=row: f"{n}, sample {r}, {s}: {m}",
-                    )  # fmt: skip
-                    assert not values[len(expected) :].any()
+        equals_naive(CASES[family](), rules, {name: NAIVE[name] for name in NAMES})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -240,19 +212,7 @@ def test_x_grad_cam_sums_to_gradient_times_token_where_tokens_are_positive():
 
 
 def test_attention_is_rebuilt_in_blocks(monkeypatch):
-    trace, _ = traced(families.hf_lxmert())
-    whole, counts = signed("att_cat", trace), []
-    probabilities = Attention.probabilities
-
-    def noting(step):
-        counts.append(step.query.shape[0] * step.query.shape[2])
-        return probabilities(step)
-
-    monkeypatch.setattr(Attention, "probabilities", noting)
-    monkeypatch.setattr(propagation, "_BLOCK", 100)
-    for stream, values in signed("att_cat", trace).items():
-        torch.testing.assert_close(values, whole[stream])
-    assert max(counts) <= 4 and len(counts) > 2 * len(trace.attention)
+    rebuilds_attention_in_blocks("att_cat", monkeypatch)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,7 @@ import torch
 from support import caption_models, families, training_models
 
 from clipmapper.errors import UserError
-from clipmapper.models.tokens import all_but
+from clipmapper.evaluation.perturbation import kept_indices
 from clipmapper.relevance import METHODS, record
 from clipmapper.tasks.captioning.trace import trace_caption, word_relevance
 from clipmapper.tasks.vqa.explain import trace_answers
@@ -27,7 +27,12 @@ def asked(request, folder):
 
 
 def test_all_but_one():
-    assert all_but(torch.tensor([0, 2, 3]), 4).tolist() == [[1, 2, 3], [0, 1, 3], [0, 1, 2]]
+    kept = np.arange(4) != np.array([[0], [2], [3]])
+    assert kept_indices(kept).tolist() == [
+        [1, 2, 3],
+        [0, 1, 3],
+        [0, 1, 2],
+    ]
 
 
 @pytest.mark.parametrize("explained", ["logit", "probability"])
@@ -121,10 +126,9 @@ def test_it_is_fitted_to_removal(asked):
     model, images, text = asked
     traced = trace_answers(model, images, text)
     found = METHODS["leave_one_out"](traced.trace, sign="both").image.flatten(1)
-    rows = torch.arange(9)
     for row in range(2):
         scorer = model.kept_scorer(images[[row]], text[[row]])
-        logits = scorer(torch.zeros(9, dtype=torch.long), all_but(rows, 9), None)
+        logits = scorer(torch.zeros(9, dtype=torch.long), kept_indices(~np.eye(9, dtype=bool)), None)
         assert int(found[row].argmax()) == int(logits[:, traced.explained[row]].argmin())
     assert np.isfinite(found.numpy()).all()
 

@@ -1,26 +1,28 @@
 """Value × gradient: worked by hand, on many families by every rule, in blocks; where it is not defined."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
-from support import families, naive_rules
+from support import families
 from support.made_traces import sublayer, tensor
 from support.more_families import CASES as MORE
 from support.naive_methods import value_gradient_plain
+from support.signed_maps import (
+    check,
+    equals_naive,
+    image_and_text,
+    rebuilds_attention_in_blocks,
+    signed,
+    traced,
+)
 from support.slow import mostly_slow
 
 from clipmapper.errors import UserError
-from clipmapper.relevance import METHODS, Attention, AttentionTrace, Join, Node, propagation, record
+from clipmapper.relevance import METHODS, AttentionTrace, Join, Node
 from clipmapper.relevance import method_named as named
 from clipmapper.relevance.method import Needs
 
 CASES = {**families.CASES, **MORE}
 BY_RULES = {"plain": "value_gradient_plain", "libra": "value_gradient_libra", "attn_lrp": "value_gradient"}
-
-
-def signed(name, trace, **options):
-    return METHODS[name](trace, sign="both", **options).streams
 
 
 def made(nodes, evidence):
@@ -39,15 +41,7 @@ def two_streams():
         made((t0, i1), [[[1.0, -1], [1, 0], [0, 0]]]),
         made((i1, t0), [[[1.0, 2, -1], [0, 0, 0]]]),
     ]
-    lengths = {"image": 2, "text": 3}
-    return AttentionTrace(
-        steps, lengths, {}, ("image", "text"), (Node("image", 2), torch.tensor([0])), text_stream="text"
-    )
-
-
-def check(found, **streams):
-    for stream, expected in streams.items():
-        torch.testing.assert_close(found[stream], tensor([expected]), rtol=0, atol=1e-12)
+    return image_and_text(steps)
 
 
 def test_by_hand():
@@ -76,13 +70,6 @@ def test_joined_streams_go_back_to_their_places():
     check(signed("value_gradient_plain", trace), image=[3, -3], text=[0, 3])
 
 
-def traced(case, rules):
-    with record(case.model, rules=rules) as trace:
-        y = case.y(case.run(case.model, case.inputs))
-    trace.backward(y)
-    return trace
-
-
 FAMILIES = [
     "hf_bert", "hf_vilt", "hf_siglip", "open_clip_coca", "hf_clip", "hf_dinov2", "hf_mt5", "hf_qwen3",
     "hf_gptj", "hf_visual_bert", "shared_block", "timm_eva_post_norm", "hf_blip2", "hf_bart", "hf_paligemma",
@@ -95,22 +82,9 @@ BY_LIBRA = ("hf_bert", "hf_vilt")
 
 @pytest.mark.parametrize("family", mostly_slow(FAMILIES, QUICK))
 def test_equals_the_naive_implementation(family):
-    case = CASES[family]()
-    names = case.streams or {stream: stream for stream in case.places}
     for rules in ("plain", "libra") if family in BY_LIBRA else ("plain",):
-        trace = traced(case, rules)
-        around = nullcontext if rules == "plain" else naive_rules.detached
-        for row in range(2):
-            runs, places = families.naive_runs(case, row, rules, around)
-            found, wanted = signed(BY_RULES[rules], trace), value_gradient_plain(runs[0])
-            assert set(found) == set(names)
-            assert (wanted.abs() > 1e-3 * wanted.abs().max()).sum() >= 3, "an example that proves nothing"
-            for stream, source in names.items():
-                values, expected = found[stream][row], wanted[places[source]]
-                if stream == "pool":  # learned queries, no input
-                    expected = torch.zeros_like(expected)
-                torch.testing.assert_close(values[: len(expected)], expected, rtol=1e-8, atol=1e-11)
-                assert not values[len(expected) :].any()
+        # (Learned queries that pool are no input.)
+        equals_naive(CASES[family](), rules, {BY_RULES[rules]: value_gradient_plain}, nothing=["pool"])
 
 
 def test_each_form_is_recorded_by_its_rules():
@@ -118,27 +92,15 @@ def test_each_form_is_recorded_by_its_rules():
         assert METHODS[name].needs == Needs(rules=rules)
     assert named("value_gradient_attn_lrp") is METHODS["value_gradient"]
     with pytest.raises(UserError, match="value_gradient_libra runs the model more than once"):
-        METHODS["value_gradient_libra"](traced(families.hf_bert(), "plain"))
+        METHODS["value_gradient_libra"](traced(families.hf_bert())[0])
 
 
 def test_attention_is_rebuilt_in_blocks(monkeypatch):
-    trace = traced(families.hf_lxmert(), "plain")
-    whole, counts = signed("value_gradient_plain", trace), []
-    probabilities = Attention.probabilities
-
-    def noting(step):
-        counts.append(step.query.shape[0] * step.query.shape[2])
-        return probabilities(step)
-
-    monkeypatch.setattr(Attention, "probabilities", noting)
-    monkeypatch.setattr(propagation, "_BLOCK", 100)
-    for stream, values in signed("value_gradient_plain", trace).items():
-        torch.testing.assert_close(values, whole[stream])
-    assert max(counts) <= 4 and len(counts) > 2 * len(trace.attention)
+    rebuilds_attention_in_blocks("value_gradient_plain", monkeypatch)
 
 
 def test_a_stream_that_is_only_read_counts_where_it_is_read():
-    trace = traced(families.hf_gpt2_reading(), "plain")
+    trace, _ = traced(families.hf_gpt2_reading())
     expected = sum(
         (step.probabilities() * step.probability_gradient()).sum(dim=(1, 2))
         for step in trace.attention

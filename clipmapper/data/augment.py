@@ -31,9 +31,9 @@ class Augmentation:
     visual : the image tower (``open_clip``).
     seed : of the run.
 
-    What is drawn depends on the seed, the step and a name (the id of the record, or of an image that several
-    records of a batch share) alone: a step has the same images in
-    whatever process, worker or part of a batch they are made, and after a resumption.
+    What is drawn depends on the seed, the step and a name alone (the id of the record, or that of an image
+    which several records of a batch share): a step has the same images in whatever process, worker or part of
+    a batch they are made, and after a resumption.
     """
 
     def __init__(self, kind: str, visual: nn.Module, seed: int) -> None:

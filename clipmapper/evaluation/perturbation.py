@@ -146,7 +146,7 @@ def _batches(count: Int[np.ndarray, "variants"], batch_size: int, *, equal_count
             yield slice(begin, min(begin + batch_size, int(stop)))
 
 
-def _indices(kept: Bool[np.ndarray, "variants tokens"]) -> Int[Tensor, "variants kept_tokens"]:
+def kept_indices(kept: Bool[np.ndarray, "variants tokens"]) -> Int[Tensor, "variants kept_tokens"]:
     """The positions kept, ascending; rows that keep fewer are filled up with −1."""
     count = kept.sum(axis=1)
     width = int(count.max())
@@ -218,7 +218,7 @@ def perturb(
         unique, points = changed[first], np.bincount(kind, minlength=len(first))
         unique_scores = np.empty((len(unique), len(scorer.names)))
         for batch in _batches(kept[unique].sum(axis=1), batch_size, equal_counts=modality == "image"):
-            keep = _indices(kept[unique[batch]])
+            keep = kept_indices(kept[unique[batch]])
             keeps = (keep, None) if modality == "image" else (None, keep)
             unique_scores[batch] = scorer.score(sample[unique[batch]], *keeps)
             if progress is not None:

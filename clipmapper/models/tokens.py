@@ -42,12 +42,6 @@ class TokenizedText:
         return TokenizedText(*(t.to(device) for t in (self.ids, self.valid, self.removable)))
 
 
-def all_but(tokens: Int[Tensor, "rows"], count: int) -> Int[Tensor, "rows kept"]:
-    """The numbers below ``count`` but one, in every row another, ascending."""
-    others = torch.arange(count - 1, device=tokens.device).expand(len(tokens), -1)
-    return others + (others >= tokens[:, None])
-
-
 def tokenize(tokenizer, texts: Sequence[str], whole_context: bool = False) -> TokenizedText:
     """Token ids with start and end tokens; a text longer than the context is cut, with a warning.
 

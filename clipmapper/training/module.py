@@ -102,6 +102,7 @@ class TaskModule(lightning.LightningModule):
         whole = 1.0 if own is None else own / self.learning_rate
         scales = learning_rate_scales(encoder, self.layer_decay, whole)
         later = set(encoder.parameters()) if self.frozen_steps else ()
+        whole_here = not isinstance(self, FSDPModule)
         optimiser = adamw(
             self.model,
             self.learning_rate,
@@ -110,20 +111,13 @@ class TaskModule(lightning.LightningModule):
             later=later,
             begins=self.frozen_steps,
             # A trained encoder has the vectors of its whole vocabulary to move: on CPUs, a tenth of a step.
-            fused=True if self._fuses() else None,
+            # (Lightning clips no gradients for it where they are scaled, which they are on GPUs alone.)
+            fused=(not encoder.frozen and whole_here and self.model.device.type == "cpu") or None,
         )
-        if isinstance(self, FSDPModule):
+        if not whole_here:
             with_state_of_all(optimiser)
         schedule = warmup_cosine(optimiser, self.warmup_steps, self.max_steps)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _fuses(self) -> bool:
-        """(What has a scaler of gradients, which Lightning does not let be clipped then, is no CPU's.)"""
-        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        whole = not isinstance(self, FSDPModule)
-        return (
-            whole and not self.model.encoder.frozen and all(weight.device.type == "cpu" for weight in trained)
-        )
 
     def configure_model(self) -> None:
         if self.device_mesh is not None and not isinstance(self, FSDPModule):

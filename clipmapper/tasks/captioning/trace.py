@@ -1,22 +1,24 @@
 """From an image and its caption to the relevance of everything that each token was written from."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from clipmapper.errors import UserError
-from clipmapper.models.tokens import TokenizedText, all_but, word_positions
+from clipmapper.models.tokens import TokenizedText, word_positions
 from clipmapper.relevance import Again, Attention, AttentionTrace, method_named, record
 from clipmapper.relevance.explained_scalar import ClassScalar, require_size
 from clipmapper.relevance.many_scalars import attention_for_several, each_scalar
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions
 from clipmapper.tasks.captioning.head import UnsayableToken, spell
 from clipmapper.tasks.captioning.model import Captioner
+from clipmapper.tasks.removal import OneTokenLess
 
 AT_ONCE = 16  # tokens whose gradients are held together
 
@@ -155,41 +157,57 @@ def _again(traced: TracedCaption, positions: Int[Tensor, "scalars"], explained: 
     return Again(model, forward, Head(), scalar, _OneTokenLess(traced, positions))
 
 
-class _OneTokenLess:
+class _OneTokenLess(OneTokenLess):
     """The logits behind these positions without one patch of the image, or one word of the text up to there.
 
     A patch is physically removed. A word is read by nothing any more, which is the same for all words but the
-    last of the text: that one's own row is what is read, and stays.
+    last of the text: that one's own row is what is read, and stays. What a removal leaves whole is encoded
+    once.
     """
 
     def __init__(self, traced: TracedCaption, positions: Int[Tensor, "scalars"]) -> None:
         self.traced, self.positions = traced, positions
-        trace, text, count = traced.trace, traced.text, len(positions)
-        self.image_stream, self.prefix = trace.image_stream, traced.model.encoder.prefix_tokens
-        patches = torch.arange(trace.lengths[trace.image_stream], device=positions.device) >= self.prefix
-        place = torch.arange(text.ids.shape[1], device=positions.device)
-        self.removable = {
-            trace.image_stream: patches.expand(count, -1),
-            trace.text_stream: text.removable & (place <= positions[:, None]),
-        }
+        place = torch.arange(traced.text.ids.shape[1], device=positions.device)
+        words = traced.text.removable & (place <= positions[:, None])
+        super().__init__(traced.trace, traced.model.encoder, words)
 
-    def without(
-        self, rows: Int[Tensor, "variants"], stream: str, tokens: Int[Tensor, "variants"]
+    def without_patch(
+        self, rows: Int[Tensor, "variants"], keep: Int[Tensor, "variants kept"]
     ) -> Float[Tensor, "variants vocabulary"]:
-        model, text, many = self.traced.model, self.traced.text, (len(rows), -1)
-        ids, valid, keep = text.ids.expand(many), text.valid.expand(many), None
-        if stream == self.image_stream:
-            grid = model.encoder.grid
-            keep = all_but(tokens - self.prefix, grid[0] * grid[1])
-            pixels = self.traced.pixels.expand(len(rows), -1, -1, -1)
-            image_tokens = model.encoder.image_tokens(pixels, keep=keep)
-            text_tokens = model.text_tokens(ids, valid)
-        else:
-            ignore = torch.arange(ids.shape[1], device=rows.device) == tokens[:, None]
-            image_tokens = self.traced.image_tokens.expand(len(rows), -1, -1)
-            text_tokens, valid = model.text_tokens(ids, valid, ignore=ignore), valid & ~ignore
-        logits = model.caption_logits(image_tokens, text_tokens, valid, keep=keep)
+        embedded, rotary = self._embedded
+        tower = self.traced.model.encoder.image_tower
+        image_tokens = tower.behind(embedded.expand(len(rows), -1, -1), rotary, keep=keep)
+        text_tokens = self._text_tokens.expand(len(rows), -1, -1)
+        return self._logits(rows, image_tokens, text_tokens, self.traced.text.valid, keep)
+
+    def without_word(
+        self, rows: Int[Tensor, "variants"], tokens: Int[Tensor, "variants"]
+    ) -> Float[Tensor, "variants vocabulary"]:
+        text, image_tokens = self.traced.text, self.traced.image_tokens.expand(len(rows), -1, -1)
+        ids = text.ids.expand(len(rows), -1)
+        ignore = torch.arange(ids.shape[1], device=rows.device) == tokens[:, None]
+        text_tokens = self.traced.model.text_tokens(ids, text.valid.expand(len(rows), -1), ignore=ignore)
+        return self._logits(rows, image_tokens, text_tokens, text.valid & ~ignore)
+
+    def _logits(
+        self,
+        rows: Int[Tensor, "variants"],
+        image_tokens: Float[Tensor, "variants image width"],
+        text_tokens: Float[Tensor, "variants tokens text_width"],
+        valid: Bool[Tensor, "_ tokens"],
+        keep: Int[Tensor, "variants kept"] | None = None,
+    ) -> Float[Tensor, "variants vocabulary"]:
+        valid = valid.expand(len(rows), -1)
+        logits = self.traced.model.caption_logits(image_tokens, text_tokens, valid, keep=keep)
         return logits[torch.arange(len(rows), device=rows.device), self.positions[rows]]
+
+    @functools.cached_property
+    def _embedded(self) -> tuple[Tensor, Tensor | None]:
+        return self.traced.model.encoder.image_tower.embed(self.traced.pixels)
+
+    @functools.cached_property
+    def _text_tokens(self) -> Float[Tensor, "1 tokens text_width"]:
+        return self.traced.model.text_tokens(self.traced.text.ids, self.traced.text.valid)
 
 
 def _merged(

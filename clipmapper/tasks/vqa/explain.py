@@ -13,7 +13,8 @@ from torch import Tensor
 
 from clipmapper.data.images import picture_of
 from clipmapper.errors import UserError
-from clipmapper.models.tokens import TokenizedText, all_but, merge_words
+from clipmapper.evaluation.perturbation import kept_indices
+from clipmapper.models.tokens import TokenizedText, merge_words
 from clipmapper.relevance import (
     Again,
     Attention,
@@ -26,6 +27,7 @@ from clipmapper.relevance import (
 )
 from clipmapper.relevance.explained_scalar import ClassScalar, check_explained, require_size
 from clipmapper.relevance.rerun import Removal
+from clipmapper.tasks.removal import OneTokenLess
 from clipmapper.tasks.vqa.model import CLIPmapper
 from clipmapper.visual.explanation import plot_explanation
 from clipmapper.visual.layout import save_figure
@@ -186,7 +188,7 @@ def answers_again(
     return Again(model, forward, Head(), scalar, removal)
 
 
-class _OneTokenLess:
+class _OneTokenLess(OneTokenLess):
     """Answers without one patch of an image or one token of a question: physically removed."""
 
     def __init__(
@@ -197,32 +199,23 @@ class _OneTokenLess:
         trace: AttentionTrace,
     ) -> None:
         self.model, self.images, self.text = model, images, text
-        self.image_stream, prefix = trace.image_stream, model.encoder.prefix_tokens
-        self.prefix = prefix
-        patches = torch.arange(trace.lengths[trace.image_stream], device=trace.device) >= prefix
+        # (A tower that reads its padding has it as tokens of its stream.)
         words = torch.zeros_like(trace.padding_free(trace.text_stream))
         words[:, : text.removable.shape[1]] = text.removable
-        self.removable = {
-            trace.image_stream: patches.expand(trace.batch, -1),
-            trace.text_stream: words,
-        }
+        super().__init__(trace, model.encoder, words)
 
-    def without(
-        self, rows: Int[Tensor, "variants"], stream: str, tokens: Int[Tensor, "variants"]
+    def without_patch(
+        self, rows: Int[Tensor, "variants"], keep: Int[Tensor, "variants kept"]
     ) -> Float[Tensor, "variants answers"]:
-        if stream == self.image_stream:
-            return self._scorer(rows, all_but(tokens - self.prefix, len(self._patches)), None)
+        return self._scorer(rows, keep, None)
+
+    def without_word(
+        self, rows: Int[Tensor, "variants"], tokens: Int[Tensor, "variants"]
+    ) -> Float[Tensor, "variants answers"]:
         valid = self.text.valid[rows]
         stay = valid & (torch.arange(valid.shape[1], device=valid.device) != tokens[:, None])
-        # Those that stay in front, then -1.
-        order = stay.int().argsort(dim=1, descending=True, stable=True)[:, : int(stay.sum(dim=1).max())]
-        return self._scorer(rows, None, order.masked_fill(~stay.gather(1, order), -1))
+        return self._scorer(rows, None, kept_indices(stay.cpu().numpy()))
 
     @functools.cached_property
     def _scorer(self) -> Callable:
         return self.model.kept_scorer(self.images, self.text)
-
-    @property
-    def _patches(self) -> range:
-        rows, columns = self.model.encoder.grid
-        return range(rows * columns)
