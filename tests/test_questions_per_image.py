@@ -44,6 +44,12 @@ def test_one_by_one_is_the_order_of_before():
     assert epochs(30, 30, 1, images, 3)(0) != epochs(30, 30, 1, images, 3)(1)  # each epoch has its own
 
 
+def test_groups_come_in_any_order():
+    images = np.arange(60) // 3
+    first = images[epochs(60, 60, 1, images, 3)(0)][::3]
+    assert len(set(first.tolist())) == 20 and first.tolist() != sorted(first.tolist())
+
+
 def test_the_different_images_of_some_rows():
     first, image_of = different_images(np.array([5, 5, 2, 9, 2]), [4, 0, 1, 2])
     assert first == [4, 0] and image_of.tolist() == [0, 1, 1, 0]
