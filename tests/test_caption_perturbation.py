@@ -151,7 +151,7 @@ def test_samples(model, data, samples):
     assert len(set(samples.ids)) == 4 and samples.images.shape[0] == 4
     for row, number in enumerate(samples.ids):
         assert (samples.pictures[row] == data.validation[number].image.pixels).all()
-        known, scene = samples.known[row], data.validation[number].truth.scene
+        known, scene = samples.spoken[row], data.validation[number].truth.scene
         assert known.text in samples.references[row] == list(data.validation[number].captions)
         text = model.tokenize(known.text)
         words = [w for w, _ in word_positions(model.encoder.tokenizer, text.ids[0], text.removable[0])]
@@ -165,7 +165,7 @@ def test_samples(model, data, samples):
                 seen = np.isin(data.validation[number].truth.instances, [k + 1 for k in alike])
                 assert mask.any() and not (mask & ~seen).any()
     again = caption_samples(model, data, "validation", 4, seed=1)
-    assert again.ids == samples.ids and [k.text for k in again.known] == [k.text for k in samples.known]
+    assert again.ids == samples.ids and [k.text for k in again.spoken] == [k.text for k in samples.spoken]
 
 
 def test_words_are_found_in_any_tokenizer_s_words():
@@ -199,7 +199,7 @@ def test_report_explains_the_model_s_captions(model, samples, report):
 def test_localisation_of_words(model, samples, report):
     """Recomputed from explanations of the known captions, one by one."""
     expected: dict[str, list[float]] = {}
-    for row, known in enumerate(samples.known):
+    for row, known in enumerate(samples.spoken):
         explanation = explain_captions(model, samples.images[row], methods=["gae"], caption=known.text)[0]
         by_kind: dict[str, list[float]] = {}
         for place, (kind, mask) in known.words.items():

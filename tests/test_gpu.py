@@ -17,7 +17,7 @@ from clipmapper.relevance import METHODS, propagation, record
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions
 from clipmapper.tasks.registry import load
 from clipmapper.tasks.vqa.explain import trace_answers
-from clipmapper.tasks.vqa.report import AnswerScorer
+from clipmapper.tasks.vqa.perturbation import AnswerScorer
 
 GPU = torch.device("cuda")
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

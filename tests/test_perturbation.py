@@ -16,7 +16,7 @@ from clipmapper.evaluation.perturbation import (
     run_in_chunks,
 )
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, PerturbationScores
-from clipmapper.tasks.vqa.report import AnswerScorer
+from clipmapper.tasks.vqa.perturbation import AnswerScorer
 
 
 class BagOfTokens:

@@ -25,7 +25,7 @@ from clipmapper.evaluation.perturbation import (
 )
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.tasks.vqa.model import CLIPmapper
-from clipmapper.tasks.vqa.report import AnswerScorer
+from clipmapper.tasks.vqa.perturbation import AnswerScorer
 from clipmapper.training.shown import console
 
 MODELS: dict[str, Callable[[], CLIPmapper]] = {"scenes": scenes_mapper, "vit_b_32": vit_b_32_mapper}

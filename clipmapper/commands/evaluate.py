@@ -227,6 +227,7 @@ def _explained(
         architecture=config.architecture,
         data=config.data,
         methods=config.methods,
+        scores=config.scores,
         samples=config.samples,
         split=config.split,
         explained=config.explained,

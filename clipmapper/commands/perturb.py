@@ -40,6 +40,7 @@ def perturb_checkpoint(config: PerturbConfig) -> Path:
     model = load(config.checkpoint, chosen_device(config.device), config.architecture)
     task = task_of(model)
     _options(config, task)
+    task.check_explanation_scores(config.scores)
     data = data_for(task, model, config.data, config.checkpoint)
     numbers = explanation_scores(config, task, model, data)
     folder = Path(config.output)
@@ -61,7 +62,7 @@ def explanation_scores(config: PerturbConfig, task: Task, model: nn.Module, data
     digest = model_digest(model_path(config.checkpoint))
     depends = {k: v for k, v in settings.items() if k in ("methods", "samples", "split", "seed", "chunk")}
     depends |= options | {"data": settings["data"], "explained": samples.digest()}
-    total = samples.points(len(config.methods))
+    total = samples.points(len(config.methods), config.scores)
     chunks = folder / "chunks"
     if not config.resume and chunks.exists():
         for file in chunks.rglob("chunk_*.npz"):
@@ -76,6 +77,7 @@ def explanation_scores(config: PerturbConfig, task: Task, model: nn.Module, data
                 chunk=config.chunk,
                 batch_size=config.batch_size,
                 seed=config.seed,
+                scores=config.scores,
                 folder=chunks,
                 key=key,
                 progress=advance,

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -232,15 +232,33 @@ def perturb(
 _log = logging.getLogger(__name__)
 
 
+@runtime_checkable
+class Kept(Protocol):
+    """What is known of some samples: kept in a file, and put together from that of parts of them."""
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Any]) -> Any: ...
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Any: ...
+
+    def to_arrays(self) -> dict[str, np.ndarray]: ...
+
+
+_Found = TypeVar("_Found", bound=Kept)
+
+
 def run_in_chunks(
     n_samples: int,
     chunk_size: int,
-    compute: Callable[[range], PerturbationScores],
+    compute: Callable[[range], _Found],
     *,
     folder: Path | None,
     key: str,
-) -> PerturbationScores:
-    """Scores of samples 0 … n_samples − 1, `chunk_size` at a time; `compute` gets the positions of one chunk.
+    kind: type[_Found] = PerturbationScores,
+) -> _Found:
+    """Scores of samples 0 … n_samples − 1, `chunk_size` at a time; `compute` gets the positions of one chunk
+    and gives a ``kind``.
 
     With a `folder`, each finished chunk is kept as `chunk_00000.npz` and so on, together with `key`: a string
     that names everything the numbers depend on (checkpoint, data, methods, seed, fractions …). A later run
@@ -257,14 +275,14 @@ def run_in_chunks(
         path = None if folder is None else folder / f"chunk_{index:05d}.npz"
         # The positions belong to the key: another chunk size cuts the same samples differently.
         chunk_key = f"{key} [{positions.start}:{positions.stop}]"
-        scores = None if path is None else _load_chunk(path, chunk_key)
+        scores = None if path is None else _load_chunk(path, chunk_key, kind)
         if scores is None:
             scores = compute(positions)
             if path is not None:
                 with whole_file(path, durable=False) as file:
                     np.savez(file, **scores.to_arrays(), key=np.array(chunk_key))
         chunks.append(scores)
-    return PerturbationScores.concatenate(chunks)
+    return kind.concatenate(chunks)
 
 
 def finished_chunks(folder: Path, key: str) -> int:
@@ -280,7 +298,7 @@ def _key_of(path: Path) -> str:
         return ""
 
 
-def _load_chunk(path: Path, chunk_key: str) -> PerturbationScores | None:
+def _load_chunk(path: Path, chunk_key: str, kind: type[_Found]) -> _Found | None:
     if not path.exists():
         return None
     try:
@@ -288,7 +306,7 @@ def _load_chunk(path: Path, chunk_key: str) -> PerturbationScores | None:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             if str(stored["key"]) != chunk_key:
                 return None
-            return PerturbationScores.from_arrays(stored)
+            return kind.from_arrays(stored)
     # What numpy raises for an empty, a foreign, an incomplete and a cut file, and one with pickled objects.
     except Exception as error:
         _log.warning("%s is damaged and is computed again (%s)", path, visible(str(error)))

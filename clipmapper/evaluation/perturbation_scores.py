@@ -170,13 +170,15 @@ class ScoreName(NamedTuple):
     factor: int
 
 
-LOG_PROBABILITY, WORD_PROBABILITY = "log_probability", "word_probability"
+LOG_PROBABILITY, MEAN_PROBABILITY = "log_probability", "mean_probability"
+WORD_PROBABILITY = "word_probability"
 SCORES = {
     "accuracy": ScoreName("soft accuracy (%)", "soft accuracy", 100),
     "probability": ScoreName(
         "probability of the predicted answer (%)", "probability of the predicted answer", 100
     ),
     LOG_PROBABILITY: ScoreName("log-probability (nats)", "log-probability of the caption (nats)", 1),
+    MEAN_PROBABILITY: ScoreName("mean probability of its tokens (%)", "geometric mean of probabilities", 100),
     WORD_PROBABILITY: ScoreName("probability (%)", "probability of the word", 100),
     **{f"bleu_{n}": ScoreName(f"BLEU-{n} (%)", f"BLEU-{n} of single captions", 100) for n in range(1, 5)},
     "rouge_l": ScoreName("ROUGE-L (%)", "ROUGE-L", 100),

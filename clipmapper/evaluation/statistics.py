@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from scipy.stats import rankdata
 
 # Entries of the resampling matrix held at a time (8 MB a copy), so memory does not grow with resamples.
 _CHUNK_ENTRIES = 2**20
@@ -44,7 +45,7 @@ def bootstrap_intervals(
     # Relative to the first sample: rounding scales with the spread, and equal values give exactly width 0.
     origin = values[0].astype(np.float64)
     relative = values.astype(np.float64) - origin
-    means = _resampled_means(relative, resamples, seed)
+    means = resampled_means(relative, resamples, seed)
     tail = (1 - confidence) / 2
     mean = origin + relative.mean(axis=0)
     low, high = origin + np.quantile(means, [tail, 1 - tail], axis=0)
@@ -67,7 +68,7 @@ def bootstrap_score(
     _check(values, confidence, resamples)
     values = values.astype(np.float64)
     tail = (1 - confidence) / 2
-    low, high = np.quantile(score(_resampled_means(values, resamples, seed)), [tail, 1 - tail])
+    low, high = np.quantile(score(resampled_means(values, resamples, seed)), [tail, 1 - tail])
     return Interval(float(score(values.mean(axis=0))), float(low), float(high))
 
 
@@ -82,9 +83,10 @@ def _check(values: Float[np.ndarray, "samples statistics"], confidence: float, r
         raise ValueError(f"resamples must be at least 1, not {resamples}")
 
 
-def _resampled_means(
+def resampled_means(
     values: Float[np.ndarray, "samples statistics"], resamples: int, seed: int
 ) -> Float[np.ndarray, "resamples statistics"]:
+    """Means over ``resamples`` sets of samples, each drawn with replacement; all columns of the same sets."""
     samples, statistics = values.shape
     generator = np.random.default_rng(seed)
     means = np.empty((resamples, statistics))
@@ -109,6 +111,29 @@ def bootstrap_interval(
     """The mean of `values` and its percentile bootstrap interval; errors as in `bootstrap_intervals`."""
     (interval,) = bootstrap_intervals(values[:, None], confidence=confidence, resamples=resamples, seed=seed)
     return interval
+
+
+def rank_correlation(
+    first: Float[np.ndarray, "samples tokens"],
+    second: Float[np.ndarray, "samples tokens"],
+    valid: Bool[np.ndarray, "samples tokens"] | None = None,
+) -> Float[np.ndarray, "samples"]:
+    """Spearman's correlation of two maps of each sample, over its ``valid`` tokens; ties share their mean
+    rank.
+
+    Of two constant maps it is 1, of a constant one and another 0: a constant map ranks nothing. A map of
+    fewer than two tokens is constant.
+    """
+    found = np.empty(len(first))
+    for row, maps in enumerate(zip(first, second, strict=True)):
+        ranks = [rankdata(one if valid is None else one[valid[row]]) for one in maps]
+        ranks = [one - one.mean() if len(one) else one for one in ranks]
+        constant = [not one.any() for one in ranks]
+        if any(constant):
+            found[row] = float(all(constant))
+        else:
+            found[row] = (ranks[0] @ ranks[1]) / np.sqrt((ranks[0] @ ranks[0]) * (ranks[1] @ ranks[1]))
+    return found
 
 
 def trapezoid_area(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from clipmapper.settings.data import DataConfig
 from clipmapper.settings.keys import (
+    EXPLANATION_SCORES,
     SEED_LIMIT,
     WORD_MAPS,
     Section,
@@ -64,6 +65,7 @@ class PerturbConfig(Section):
     architecture: str | None = setting()
     data: DataConfig | None = setting()
     methods: list[str] = setting(choices=explanation_methods)
+    scores: list[str] = setting(choices=EXPLANATION_SCORES)
     samples: int = setting(minimum=1)
     split: str = setting(choices=("validation", "held_out", "train", "test"))
     explained: str | None = setting(choices=explained_scalars)
@@ -80,6 +82,7 @@ class PerturbConfig(Section):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from list_problems("methods", self.methods)
+        yield from list_problems("scores", self.scores)
         if self.caption_scores is not None:
             yield from list_problems("caption_scores", self.caption_scores)
         yield from device_problems(self.device)
@@ -91,7 +94,7 @@ class EvaluateConfig(Section):
 
     ``checkpoint``: one, or several as ``[a,b]``, of which the first is what others are compared with.
     ``data``: as of :class:`PerturbConfig`. ``chunk``: how many samples are settled between two savings.
-    ``methods``, ``explained`` and ``samples`` are of ``explain``, as of :class:`PerturbConfig`.
+    ``methods``, ``scores``, ``explained`` and ``samples`` are of ``explain``, as of :class:`PerturbConfig`.
     """
 
     # As of TrainerConfig, of which devices are started.
@@ -114,6 +117,7 @@ class EvaluateConfig(Section):
     seed: int = setting(minimum=0, maximum=SEED_LIMIT)
     explain: bool = setting()
     methods: list[str] = setting(choices=explanation_methods)
+    scores: list[str] = setting(choices=EXPLANATION_SCORES)
     explained: str | None = setting(choices=explained_scalars)
     samples: int = setting(minimum=1)
 
@@ -135,6 +139,7 @@ class EvaluateConfig(Section):
             yield "explain", "the samples that are explained are of one split; give split=…, or explain=false"
         yield from devices_problems(self.devices)
         yield from list_problems("methods", self.methods)
+        yield from list_problems("scores", self.scores)
 
 
 @dataclass

@@ -13,6 +13,21 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from omegaconf import MISSING
 
 SEED_LIMIT = 2**32 - 1  # numpy's legacy generator, which Lightning seeds as well, takes no more
+# Of explanations: what each is, clipmapper.evaluation.explanation_scores.chosen says.
+EXPLANATION_SCORES = (
+    "removal",
+    "replace_mean",
+    "replace_other",
+    "replace_blur",
+    "replace_grey",
+    "replace_background",
+    "oracle",
+    "f_syn",
+    "adcc",
+    "infidelity",
+    "sensitivity",
+    "sanity",
+)
 WORD_MAPS = ("scaled", "raw")  # how the maps of a caption's words go into the caption's
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from clipmapper.host.outputs import file_name_problem
 from clipmapper.settings.data import DataConfig
 from clipmapper.settings.keys import (
+    EXPLANATION_SCORES,
     SEED_LIMIT,
     WORD_MAPS,
     Section,
@@ -208,6 +209,7 @@ class RelevanceCallbackConfig(CallbacksConfig):
 
     _target_: str = setting()
     methods: list[str] = setting(choices=explanation_methods)
+    scores: list[str] = setting(choices=EXPLANATION_SCORES)
     explained: str | None = setting(choices=explained_scalars)
     word_maps: str | None = setting(choices=WORD_MAPS)
     every_n_validations: int = setting(minimum=1)
@@ -219,6 +221,7 @@ class RelevanceCallbackConfig(CallbacksConfig):
 
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from list_problems("methods", self.methods)
+        yield from list_problems("scores", self.scores)
         if self.pictures > self.samples:
             yield "pictures", f"{self.pictures} pictures of {self.samples} samples"
 

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 
 from clipmapper.errors import RunCutShort
+from clipmapper.evaluation.explanation_scores.chosen import REMOVAL
 from clipmapper.host.progress import progress
 from clipmapper.relevance import method_named
 from clipmapper.training.best import KeepBest
@@ -39,8 +40,10 @@ class RelevanceCallback(lightning.Callback):
     Of several processes each explains its part; the main one has the report of all, and writes.
 
     Parameters: ``methods`` by name (``UserError`` for an unknown one), ``pictures`` how many samples are
-    drawn, ``batch_size`` perturbed variants a forward, ``confidence`` of the intervals; ``explained`` and
-    ``word_maps``, which some tasks have (:attr:`Task.perturb_settings`), None where the task is to choose.
+    drawn, ``batch_size`` perturbed variants a forward, ``confidence`` of the intervals, ``scores`` of
+    explanations (:data:`~clipmapper.settings.keys.EXPLANATION_SCORES`); ``explained``
+    and ``word_maps``, which some tasks have (:attr:`Task.perturb_settings`), None where the task
+    is to choose.
     """
 
     def __init__(
@@ -52,12 +55,13 @@ class RelevanceCallback(lightning.Callback):
         batch_size: int,
         confidence: float,
         seed: int,
+        scores: Sequence[str] = (REMOVAL,),
         explained: str | None = None,
         word_maps: str | None = None,
     ) -> None:
         for method in methods:
             method_named(method)
-        self.methods = list(methods)
+        self.methods, self.scores = list(methods), list(scores)
         self.every_n_validations, self.samples, self.pictures = every_n_validations, samples, pictures
         self.batch_size, self.confidence, self.seed = batch_size, confidence, seed
         self.settings: Mapping[str, Any] = {"explained": explained, "word_maps": word_maps}
@@ -72,6 +76,7 @@ class RelevanceCallback(lightning.Callback):
         Raises ``UserError`` for settings that the task does not have.
         """
         self.settings = task.report_settings(self.settings, "callbacks.")
+        task.check_explanation_scores(self.scores)
         self._prepared = task, samples, folder
 
     def state_dict(self) -> dict[str, int]:
@@ -127,7 +132,7 @@ class RelevanceCallback(lightning.Callback):
         stopping: GracefulInterrupt | None,
     ) -> Report:
         """Raises ``_Told`` where the run is to be stopped."""
-        total = samples.points(len(self.methods))
+        total = samples.points(len(self.methods), self.scores)
         # Recording turns gradients on inside; under inference mode (Lightning's default) it could not.
         with (
             torch.inference_mode(False),
@@ -146,6 +151,7 @@ class RelevanceCallback(lightning.Callback):
                 chunk=_CHUNK,
                 batch_size=self.batch_size,
                 seed=self.seed,
+                scores=self.scores,
                 progress=told,
                 **self.settings,
             )

@@ -19,6 +19,9 @@ from clipmapper.data.images import input_size, seen_part
 from clipmapper.data.pixels import normalised
 from clipmapper.data.record import Record, resized, seen_mask
 from clipmapper.errors import UserError
+from clipmapper.evaluation.explanation_scores.chosen import REMOVAL, Scored
+from clipmapper.evaluation.explanation_scores.sanity import unchanged
+from clipmapper.evaluation.explanation_scores.values import ScoreValues
 from clipmapper.evaluation.localisation import LOCALISATION_SCORES, Localisation, localisation_numbers
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, SCORES, PerturbationScores
 from clipmapper.training.processes import Share
@@ -43,6 +46,15 @@ def looked_at(
         picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
         pictures.append(np.asarray(picture))
     return pictures, normalised(torch.stack(images), visual)
+
+
+def others_of(images: Sequence[str]) -> list[int]:
+    """For each sample the next one, round in a circle, whose image is another; −1 where there is none."""
+    count = len(images)
+    return [
+        next((j % count for j in range(i + 1, i + count) if images[j % count] != images[i]), -1)
+        for i in range(count)
+    ]
 
 
 def whole_picture(record: Record) -> UInt8[np.ndarray, "height width 3"]:
@@ -112,11 +124,14 @@ class Explanation(Protocol):
 class Samples(ABC):
     """Samples to be explained, in a fixed order: a dataclass whose fields have an entry a sample.
 
-    ``of_all``: the fields that have not.
+    ``of_all``: the fields that have not. ``others``: for each sample, the place among all of them, whatever
+    part this is, of one with another image, whose patches and words take the place of its own; −1 where there
+    is none.
     """
 
     of_all: ClassVar[tuple[str, ...]] = ()
     ids: Sequence[int]
+    others: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -126,8 +141,8 @@ class Samples(ABC):
         """Another one for other samples: a digest of what their scores depend on."""
 
     @abstractmethod
-    def points(self, methods: int) -> int:
-        """How many points of curves a report on them by so many methods has."""
+    def points(self, methods: int, scores: Sequence[str]) -> int:
+        """How many points of curves a report on them by so many methods has, other scores by their weight."""
 
     def note(self) -> str | None:
         """A line about samples that cannot be scored. Raises ``UserError`` where there are no others."""
@@ -146,32 +161,43 @@ class Samples(ABC):
 class Report(ABC):
     """Everything that is known about the methods on some samples.
 
+    ``scored``: by the names of
+    :data:`~clipmapper.settings.keys.EXPLANATION_SCORES`, those that were asked for.
     ``localisation``: method → what was looked for → scores. ``curves``: the picture of curves that says most.
     ``columns``: of the table of samples for loggers; the curves of each come behind them.
     """
 
     samples: Samples
+    scored: Mapping[str, Scored]
     localisation: Mapping[str, Mapping[str, Localisation]]
     curves: ClassVar[str]
     columns: ClassVar[tuple[str, ...]]
 
     def numbers(self, confidence: float, seed: int) -> dict:
         """All results by name, for ``results.json``: areas, paired differences, localisation."""
-        return {
+        found = {
             "samples": len(self.samples),
             "confidence": confidence,
             "perturbation": self.perturbation_numbers(confidence, seed),
+            "scores": {
+                score: found.values.numbers(confidence=confidence, seed=seed)
+                for score, found in self.scored.items()
+                if score != REMOVAL
+            },
             "localisation": localisation_numbers(self.localisation, confidence, seed),
         }
+        if "sanity" in self.scored:
+            found["unchanged"] = unchanged(self.scored["sanity"].values)
+        return found
 
     @abstractmethod
     def perturbation_numbers(self, confidence: float, seed: int) -> dict:
-        """Areas and paired differences by name."""
+        """Areas and paired differences by name, where tokens were removed."""
 
     @property
     @abstractmethod
-    def tests(self) -> Mapping[str, PerturbationScores]:
-        """The perturbation tests, by what a picture's title says was tested."""
+    def tests(self) -> Mapping[str, Mapping[str, PerturbationScores]]:
+        """The perturbation tests: score → what a picture's title says was tested → curves."""
 
     @property
     @abstractmethod
@@ -208,23 +234,26 @@ class Report(ABC):
             written.append(save_figure(figure, folder / f"{name}.png"))
         if count:
             written.append(save_figure(self.comparison(0), folder / "methods.png"))
-        for tested, scores in self.tests.items():
-            for score in scores.scores:
-                figure = _curves(scores, score, f"Perturbation test, {tested}", confidence)
-                written.append(save_figure(figure, folder / f"perturbation_{score}.png"))
+        for test, by_title in self.tests.items():
+            how, part = ("", "") if test == REMOVAL else (f" ({test})", f"{test}_")
+            for tested, scores in by_title.items():
+                for score in scores.scores:
+                    figure = _curves(scores, score, f"Perturbation test{how}, {tested}", confidence)
+                    written.append(save_figure(figure, folder / f"perturbation_{part}{score}.png"))
         return written
 
     def media(self, folder: Path) -> Media:
         """The pictures that :meth:`write` has left in ``folder``, and a table of the samples that are drawn,
         for loggers that take them."""
-        columns, rows = [*self.columns, "curves"], []
-        scores = next(iter(self.tests.values()))
+        first = next(iter(next(iter(self.tests.values()), {}).values()), None)
+        columns, rows = [*self.columns, *(["curves"] if first is not None else [])], []
         for path in sorted(folder.glob("explanation_*.png")):
             number = int(path.stem.split("_")[1])
-            curves = save_figure(
-                _sample_curves(scores, self.sampled_score, number), folder / "curves" / path.name
-            )
-            rows.append(dict(zip(columns, (*self.cells(number, path), Picture(curves)), strict=True)))
+            cells = [*self.cells(number, path)]
+            if first is not None:
+                figure = _sample_curves(first, self.sampled_score, number)
+                cells.append(Picture(save_figure(figure, folder / "curves" / path.name)))
+            rows.append(dict(zip(columns, cells, strict=True)))
         pictures = [folder / "methods.png", *sorted(folder.glob("perturbation_*.png"))]
         shown = {f"pictures/{path.stem}": Picture(path) for path in pictures if path.exists()}
         return {"explanations": MediaTable(columns, rows)} | shown
@@ -233,6 +262,16 @@ class Report(ABC):
     @abstractmethod
     def together(cls, samples: Samples, reports: Sequence["Report"]) -> "Report":
         """The report on ``samples`` from those on the parts of them, in order."""
+
+    def score_scalars(self) -> dict[str, float]:
+        """Values of all scores but removal, whose areas have names of their own."""
+        return {
+            f"scores/{score}/{quantity.name}/{method}": float(value)
+            for score, found in self.scored.items()
+            if score != REMOVAL
+            for quantity in found.values.quantities
+            for method, value in zip(found.values.methods, found.values.mean(quantity), strict=True)
+        }
 
     def localisation_scalars(self) -> dict[str, float]:
         """Means over the samples."""
@@ -274,6 +313,13 @@ def _panels(scores: PerturbationScores, values: np.ndarray) -> dict[str, dict[st
 def joined(parts: Sequence[Sequence]) -> list:
     """Lists, one behind the other."""
     return [one for part in parts for one in part]
+
+
+def joined_scored(parts: Sequence[Scored]) -> Scored:
+    """One score's values and curves, of parts."""
+    curves = [part.curves for part in parts if part.curves is not None]
+    values = ScoreValues.concatenate([part.values for part in parts])
+    return Scored(values, PerturbationScores.concatenate(curves) if curves else None)
 
 
 def joined_localisation(reports: Sequence[Report]) -> dict[str, dict[str, Localisation]]:

@@ -1,6 +1,6 @@
 """Things that a run shows: tables on the console; pictures, pages and tables in words of no logger."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clipmapper.errors import visible
+from clipmapper.evaluation.perturbation_scores import SCORES
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,11 @@ def console() -> PlainConsole:
     return plain if plain.is_terminal else PlainConsole(width=_WIDTH)
 
 
-def areas_table(title: str, columns: Sequence[Areas]) -> Table:
-    """Areas with intervals, the best of each column in bold, and paired differences to ``weighted``."""
+def areas_table(title: str, columns: Sequence[Areas], unchanged: Collection[str] = ()) -> Table:
+    """Areas with intervals, the best of each column in bold, and paired differences to ``weighted``.
+
+    ``unchanged``: the methods that are marked, for they do not depend on what the model has learnt.
+    """
     table = Table(title=title, title_justify="left", min_width=min(len(title), _WIDTH))
     table.add_column("method")
     for column in columns:
@@ -119,10 +123,73 @@ def areas_table(title: str, columns: Sequence[Areas]) -> Table:
             if difference is not None and difference["low"] <= 0 <= difference["high"]:
                 text += " ="
             cells.append(Text(text, style="bold" if area["mean"] == best else ""))
-        table.add_row(method, *cells)
-    table.caption = "bold: best; = : not significantly different from weighted (paired interval holds 0)"
+        table.add_row(_marked(method, unchanged), *cells)
+    table.caption = _CAPTION + _unchanged_line(unchanged)
     table.caption_justify = "left"
     return table
+
+
+_CAPTION = "bold: best; = : not significantly different from weighted (paired interval holds 0)"
+_COLUMNS = 4  # of a table of scores, so that a line holds them
+
+
+def _marked(method: str, unchanged: Collection[str]) -> str:
+    return f"{method} †" if method in unchanged else method
+
+
+def _unchanged_line(unchanged: Collection[str]) -> str:
+    return "\n† : hardly changes when the model's weights are randomised (sanity)" if unchanged else ""
+
+
+def score_tables(numbers: Mapping) -> list[Table]:
+    """The scores of explanations but removal (``numbers``: of :meth:`Report.numbers`), a few columns a table;
+    of a sanity check its end, where nothing of the model is left."""
+    tables = []
+    unchanged = numbers.get("unchanged", ())
+    for score, quantities in numbers["scores"].items():
+        for title, shown in _grouped(score, quantities).items():
+            for start in range(0, len(shown), _COLUMNS):
+                columns = dict(list(shown.items())[start : start + _COLUMNS])
+                table = Table(title=f"{title}, {interval_name(numbers)}", title_justify="left")
+                table.add_column("method")
+                for name, quantity in columns.items():
+                    unit = " (%)" if quantity["factor"] == 100 else ""
+                    arrow = "↓" if quantity["better"] == "low" else "↑"
+                    table.add_column(f"{name}{unit} {arrow}", justify="right")
+                for method in next(iter(columns.values()))["methods"]:
+                    cells = [_value_cell(quantity, method) for quantity in columns.values()]
+                    table.add_row(_marked(method, unchanged), *cells)
+                table.caption = _CAPTION + _unchanged_line(unchanged)
+                table.caption_justify = "left"
+                tables.append(table)
+    return tables
+
+
+def _grouped(score: str, quantities: Mapping[str, Mapping]) -> dict[str, dict[str, Mapping]]:
+    """Title → column → quantity. Areas under curves have a title for each score of the model's output."""
+    groups: dict[str, dict[str, Mapping]] = {}
+    for name, quantity in quantities.items():
+        if quantity["better"] == "neither" or (score == "sanity" and not name.endswith("/all")):
+            continue
+        *where, last = name.split("/")
+        if last in SCORES:
+            title, column = f"{score}, area under {SCORES[last].title}", " ".join(where)
+        else:
+            title, column = score, name.replace("/", " ").replace("_", " ")
+        groups.setdefault(title, {})[column] = quantity
+    return groups
+
+
+def _value_cell(quantity: Mapping, method: str) -> Text:
+    entries, factor = quantity["methods"], quantity["factor"]
+    means = [entry["value"]["mean"] for entry in entries.values()]
+    best = min(means) if quantity["better"] == "low" else max(means)
+    digits = 1 if factor == 100 else 3
+    mean, low, high = (f"{factor * entries[method]['value'][k]:.{digits}f}" for k in ("mean", "low", "high"))
+    difference = entries[method].get("difference_to_weighted")
+    same = difference is not None and difference["low"] <= 0 <= difference["high"]
+    style = "bold" if entries[method]["value"]["mean"] == best else ""
+    return Text(f"{mean} [{low}, {high}]{' =' if same else ''}", style=style)
 
 
 def files_table(files: Mapping[str, str | Path]) -> Table:

@@ -17,6 +17,7 @@ from clipmapper.data.records import RecordData
 from clipmapper.data.tables.base import Records
 from clipmapper.data.token_cache import TokenStore
 from clipmapper.errors import UserError
+from clipmapper.evaluation.explanation_scores.chosen import REMOVAL, check_scores
 from clipmapper.models.description import ModelRules
 from clipmapper.settings.schema import TrainConfig
 from clipmapper.training.batches import SplitBatches
@@ -191,6 +192,7 @@ class Task(ABC):
     scores : the keys of ``results.json`` under which a run of it has its scores.
     explain_settings : the settings of ``clipmapper explain`` that are for this task and not for all; they
         come to :meth:`explain` where given.
+    perturbed : of "image" and "text", those whose tokens :meth:`report` takes away.
     perturb_settings : those of ``clipmapper perturb`` and of the callback that explains while training, each
         with what :meth:`report` is given where they say nothing.
     """
@@ -200,6 +202,7 @@ class Task(ABC):
     records: str
     scores: tuple[str, ...] = ()
     explain_settings: tuple[str, ...] = ()
+    perturbed: tuple[str, ...] = ("image",)
     perturb_settings: Mapping[str, Any] = MappingProxyType({})
 
     @abstractmethod
@@ -232,12 +235,14 @@ class Task(ABC):
         chunk: int,
         batch_size: int,
         seed: int,
+        scores: Sequence[str] = (REMOVAL,),
         folder: Path | None = None,
         key: str = "",
         progress: Callable[[int], None] | None = None,
         **settings,
     ) -> Report:
-        """Explain every sample by every method, remove tokens in that order, compare with the truth.
+        """Explain every sample by every method, score that by ``scores``
+        (:data:`~clipmapper.settings.keys.EXPLANATION_SCORES`), compare with the truth.
 
         ``chunk`` samples are settled together; ``batch_size`` is the most perturbed variants in one forward.
         With ``folder`` finished chunks are kept there and taken up again when ``key`` is the same.
@@ -263,6 +268,10 @@ class Task(ABC):
         """Scores of validation by their titles, of a run's ``results.json``; each with what it is multiplied
         by in tables."""
         return {results["objective"]["name"]: (results["objective"]["value"], 1)}
+
+    def check_explanation_scores(self, scores: Sequence[str]) -> None:
+        """Raise ``UserError`` for a score of explanations that this task's models do not have."""
+        check_scores(scores, self.perturbed)
 
     def report_settings(self, given: Mapping[str, Any], section: str = "") -> dict[str, Any]:
         """The ``perturb_settings``, as given where they are (not None), for :meth:`report`.

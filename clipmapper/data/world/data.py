@@ -26,7 +26,7 @@ from clipmapper.data.world.captions import (
     draw_caption,
 )
 from clipmapper.data.world.questions import ANSWERS, CHANCE, FAMILIES, SceneQuestion, balanced_questions
-from clipmapper.data.world.scenes import MAX_OBJECTS, Scene, draw_scene, render_all
+from clipmapper.data.world.scenes import MAX_OBJECTS, Scene, draw_scene, render, render_all
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +135,17 @@ class _Drawn(Mapping[str, RecordList]):
 _PEOPLE = 10  # annotators who agree: the official accuracy is then 1 or 0
 
 
+def _background(scene: Scene) -> RenderedImage:
+    return RenderedImage(render([scene], empty=True).images[0])
+
+
 @dataclass(frozen=True, slots=True)
 class QuestionTruth:
     """The objects and the words that decide the answer to a question about a scene."""
 
     question: SceneQuestion
     instances: UInt8[np.ndarray, "height width"]
+    scene: Scene
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -154,6 +159,10 @@ class QuestionTruth:
     def mask(self) -> Bool[np.ndarray, "height width"]:
         """The visible pixels of the objects that decide."""
         return np.isin(self.instances, [k + 1 for k in self.question.deciding_objects])
+
+    def background(self) -> RenderedImage:
+        """The picture without its objects."""
+        return _background(self.scene)
 
 
 class ScenesVQA(World):
@@ -190,8 +199,8 @@ class ScenesVQA(World):
             most=2 if name == "simple" else MAX_OBJECTS,
         )
         records: list[Record] = []
-        for number, (questions, image, instances) in enumerate(
-            zip(asked, *self.rendered(scenes), strict=True)
+        for number, (scene, questions, image, instances) in enumerate(
+            zip(scenes, asked, *self.rendered(scenes), strict=True)
         ):
             for question in questions:
                 records.append(
@@ -202,7 +211,7 @@ class ScenesVQA(World):
                         question=question.text,
                         answers=(question.answer,) * _PEOPLE,
                         family=question.family,
-                        truth=QuestionTruth(question, instances),
+                        truth=QuestionTruth(question, instances, scene),
                     )
                 )
         return RecordList(records)
@@ -221,6 +230,10 @@ class SceneTruth:
 
     def mask(self) -> None:
         return None
+
+    def background(self) -> RenderedImage:
+        """The picture without its objects."""
+        return _background(self.scene)
 
     @property
     def has_twins(self) -> bool:

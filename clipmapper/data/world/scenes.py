@@ -174,8 +174,9 @@ def _rearranged(scene: Scene, looks: Sequence[Sequence[str]], rng: random.Random
     return Scene(key, tuple(objects))
 
 
-def render(scenes: Sequence[Scene]) -> RenderedScenes:
-    """Draw scenes: soft-edged objects on a textured, noisy background.
+def render(scenes: Sequence[Scene], *, empty: bool = False) -> RenderedScenes:
+    """Draw scenes: soft-edged objects on a textured, noisy background; ``empty``: the background alone, which
+    is the same to the last bit where no object is.
 
     Vectorised over the batch; signed distances are evaluated only in a window around each object.
     """
@@ -200,6 +201,8 @@ def render(scenes: Sequence[Scene]) -> RenderedScenes:
         jitter = np.stack([noise[i].uniform(-18, 18, 3) for i in rows]).astype(np.float32)
         light = 1 - 0.012 * (dx + dy)  # lit from the upper left
         paint = (colour + jitter)[:, None, None, :] * light[..., None]
+        if empty:  # (behind the random numbers that the objects take)
+            continue
         index = rows[:, None, None], (down + pad)[:, :, None], (across + pad)[:, None, :]
         canvas[index] += cover[..., None] * (paint - canvas[index])
         instances[index] = np.where(cover > 0.5, slot + 1, instances[index])

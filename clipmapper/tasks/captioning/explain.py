@@ -60,15 +60,8 @@ class CaptionExplanation:
 
     @property
     def patches(self) -> Float[np.ndarray, "rows columns"]:
-        """The map of the whole caption: the weighted mean of its words' maps.
-
-        "scaled" (the code of WRA): each of them is first divided by its sum, so that a word counts for its
-        weight and not for the size of its map. Where a map has negative entries too (evidence for and
-        against), by the sum of their sizes: the sum itself may be 0. A map of zeros stays one; the word then
-        adds nothing.
-        """
-        maps = scaled_maps(self.maps) if self.word_maps == "scaled" else self.maps
-        return np.tensordot(self.weights, maps, axes=1)
+        """The map of the whole caption: see :func:`caption_map`."""
+        return caption_map(self.maps, self.weights, self.word_maps)
 
     def earlier_words(self, row: int) -> list[tuple[str, float]]:
         """(word, relevance) of every word before the word that ``maps[row]`` explains."""
@@ -111,6 +104,19 @@ def check_word_maps(word_maps: str) -> None:
     """Raises ``UserError`` for another word."""
     if word_maps not in WORD_MAPS:
         raise UserError(f"word_maps={word_maps!r}: must be one of {', '.join(WORD_MAPS)}")
+
+
+def caption_map(
+    maps: Float[np.ndarray, "words rows columns"], weights: Float[np.ndarray, "words"], word_maps: str
+) -> Float[np.ndarray, "rows columns"]:
+    """The weighted mean of the maps of a caption's words.
+
+    ``word_maps`` "scaled" (the code of WRA): each of them is first divided by its sum, so that a word counts
+    for its weight and not for the size of its map. Where a map has negative entries too (evidence for and
+    against), by the sum of their sizes: the sum itself may be 0. A map of zeros stays one; the word then adds
+    nothing. "raw": as they are.
+    """
+    return np.tensordot(weights, scaled_maps(maps) if word_maps == "scaled" else maps, axes=1)
 
 
 def scaled_maps(maps: Float[np.ndarray, "words rows columns"]) -> Float[np.ndarray, "words rows columns"]:

@@ -24,7 +24,7 @@ def localised_words(
     by every method. Returns method → kind of word → an entry a caption.
     """
     gathered: dict[str, dict[str, list[Localisation]]] = {method: {} for method in methods}
-    for row, known in enumerate(samples.known):
+    for row, known in enumerate(samples.spoken):
         if known is None or not known.words:
             continue
         pixels = samples.images[row : row + 1].to(model.device)

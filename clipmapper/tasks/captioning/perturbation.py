@@ -10,12 +10,15 @@ from torch import Tensor
 
 from clipmapper.evaluation.captions.ngram_scores import DocumentFrequencies
 from clipmapper.evaluation.captions.scores import check_scores, score_captions
-from clipmapper.evaluation.perturbation_scores import LOG_PROBABILITY, WORD_PROBABILITY
+from clipmapper.evaluation.perturbation_scores import LOG_PROBABILITY, MEAN_PROBABILITY, WORD_PROBABILITY
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions
 from clipmapper.tasks.captioning.model import Captioner
+from clipmapper.tasks.replaced import Replacing
 
-CAPTION_SCORES = (LOG_PROBABILITY, "bleu_4", "cider")
+CAPTION_SCORES = (LOG_PROBABILITY, MEAN_PROBABILITY, "bleu_4", "cider")
+# Of the original caption, by the model; other scores are of the caption that is written.
+TOLD = (LOG_PROBABILITY, MEAN_PROBABILITY)
 
 
 CaptionKept: TypeAlias = Callable[
@@ -32,11 +35,13 @@ Arguments otherwise as of :meth:`clipmapper.evaluation.perturbation.VariantScore
 class CaptionScorer:
     """A :class:`clipmapper.evaluation.perturbation.VariantScorer` of whole captions.
 
-    "log_probability" is that of the original caption, end token included, in nats: a sum over its tokens. Any
-    other score (`clipmapper.evaluation.captions.scores.SCORES`) is that of the caption written from what is
-    left, against the image's references, image by image: "bleu_4" is that of single captions, whose mean is
-    not the corpus BLEU-4. `frequencies` are CIDEr's document frequencies; they must come from more images
-    than the chunk, or the chunk would change the score.
+    "log_probability" is that of the original caption, end token included, in nats: a sum over its tokens.
+    "mean_probability" is the geometric mean of its tokens' probabilities: between 0 and 1, so that being sure
+    of the wrong thing is not rewarded without end. Any other score
+    (`clipmapper.evaluation.captions.scores.SCORES`) is that of the caption written from what is left, against
+    the image's references, image by image: "bleu_4" is that of single captions, whose mean is not the corpus
+    BLEU-4. `frequencies` are CIDEr's document frequencies; they must come from more images than the chunk, or
+    the chunk would change the score. `tokens`: how many tokens each caption has, the end counted.
 
     Raises UserError for a score that is unknown or needs a Java that is not there.
     """
@@ -46,12 +51,14 @@ class CaptionScorer:
         caption_kept: CaptionKept,
         references: Sequence[Sequence[str]],
         frequencies: DocumentFrequencies,
+        tokens: Int[np.ndarray, "samples"],
         scores: Sequence[str] = CAPTION_SCORES,
     ) -> None:
-        self._written = tuple(name for name in scores if name != LOG_PROBABILITY)
+        self._written = tuple(name for name in scores if name not in TOLD)
         check_scores(self._written)
         self.names = tuple(scores)
         self._caption_kept, self._references, self._frequencies = caption_kept, references, frequencies
+        self._tokens = tokens
         # Many variants end in the same caption: each is scored once an image.
         self._known: dict[tuple[int, str], dict[str, float]] = {}
 
@@ -65,7 +72,9 @@ class CaptionScorer:
         text_keep: Tensor | None = None,
     ) -> Float[np.ndarray, "variants scores"]:
         told, texts = self._caption_kept(torch.from_numpy(sample), image_keep, bool(self._written))
-        columns = {LOG_PROBABILITY: _finite(told).sum(dim=1).numpy()}
+        told = _finite(told)
+        total = told.sum(dim=1).numpy()
+        columns = {LOG_PROBABILITY: total, MEAN_PROBABILITY: np.exp(total / self._tokens[sample])}
         if self._written:
             columns |= self._score_texts(sample.tolist(), texts)
         return np.stack([columns[name] for name in self.names], axis=1)
@@ -130,27 +139,41 @@ def _finite(log_probabilities: Float[Tensor, "variants tokens"]) -> Float[Tensor
 _MOST_SCORES = 2**26
 
 
+ImageKept: TypeAlias = Callable[
+    [Int[Tensor, "variants"], Int[Tensor, "variants kept"] | None],
+    tuple[Float[Tensor, "variants image width"], Int[Tensor, "variants kept"] | None],
+]
+"""`image_kept(sample, image_keep)` → the encoder's tokens of variants of images, and which patches are there
+(None: all)."""
+
+
+@torch.no_grad()
+def images_removed(model: Captioner, images: Num[Tensor, "samples 3 height width"]) -> ImageKept:
+    """Images some of whose patches are removed, behind patches that are embedded once."""
+    tower = model.encoder.image_tower
+    embedded, rotary = tower.embed(images.to(model.device))
+    return lambda sample, keep: (tower.behind(embedded[sample], rotary, keep=keep), keep)
+
+
+@torch.no_grad()
+def images_replaced(others: Replacing) -> ImageKept:
+    """Images some of whose patches are replaced."""
+    whole = others.encoder.image_tokens(others.images)
+    return lambda sample, keep: (whole[sample] if keep is None else others.image_tokens(sample, keep), None)
+
+
 @torch.no_grad()
 def kept_captions(
-    model: Captioner,
-    images: Num[Tensor, "samples 3 height width"],
-    text: TokenizedText,
-    decoding: Decoding,
-) -> Callable[
-    [Int[Tensor, "variants"], Int[Tensor, "variants kept"] | None, bool],
-    tuple[Float[Tensor, "variants told"], Sequence[str] | None],
-]:
-    """A function that captions these images with some of their patches removed.
+    model: Captioner, image_kept: ImageKept, text: TokenizedText, decoding: Decoding
+) -> CaptionKept:
+    """A function that captions these images with some of their patches removed, or replaced.
 
     ``function(sample, image_keep, write)`` → the log-probability of every token of the given captions but the
     first, 0 at padding, and, where ``write``, the captions that the model writes from what is left.
     ``sample`` are positions in this batch, ``image_keep`` the patches that stay (None: all). The text tower,
-    which does not read the image, runs once; a variant's image tower runs once for both, behind patches that
-    are embedded once.
+    which does not read the image, runs once; a variant's image tower runs once for both.
     """
-    images, text = images.to(model.device), text.to(model.device)
-    tower = model.encoder.image_tower
-    embedded, rotary = tower.embed(images)
+    text = text.to(model.device)
     text_tokens = model.text_tokens(text.ids, text.valid)
 
     @torch.no_grad()
@@ -158,9 +181,8 @@ def kept_captions(
         sample: Int[Tensor, "variants"], image_keep: Int[Tensor, "variants kept"] | None, write: bool
     ) -> tuple[Float[Tensor, "variants told"], Sequence[str] | None]:
         sample = sample.to(model.device)
-        keep = None if image_keep is None else image_keep.to(model.device)
-        image_tokens = tower.behind(embedded[sample], rotary, keep=keep)
-        told = _log_probabilities(model, image_tokens, text_tokens[sample], text[sample], keep)
+        image_tokens, keep = image_kept(sample, None if image_keep is None else image_keep.to(model.device))
+        told = log_probabilities(model, image_tokens, text_tokens[sample], text[sample], keep)
         if not write:
             return told, None
         written = write_captions(model, image_tokens, decoding, keep=keep)
@@ -169,7 +191,7 @@ def kept_captions(
     return function
 
 
-def _log_probabilities(
+def log_probabilities(
     model: Captioner,
     image_tokens: Float[Tensor, "variants image image_width"],
     text_tokens: Float[Tensor, "variants tokens text_width"],

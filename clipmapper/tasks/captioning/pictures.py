@@ -22,6 +22,8 @@ def comparison_figure(report: Report, number: int) -> Figure:
 def caption_perturbation_tables(results: Mapping) -> list[Table]:
     """The same of captions: probabilities in one table, the scores of what is written in others."""
     found = results["perturbation"]
+    if not found:
+        return []
     written = [score for score in found["caption"]["positive"] if score != LOG_PROBABILITY]
     chosen = [("caption", LOG_PROBABILITY)] if LOG_PROBABILITY in found["caption"]["positive"] else []
     groups = [[*chosen, ("word", WORD_PROBABILITY)]]
@@ -34,7 +36,8 @@ def caption_perturbation_tables(results: Mapping) -> list[Table]:
             for d in DIRECTIONS
         ]
         names = ", ".join(f"{SCORES[score].title} of the {test}" for test, score in group)
-        tables.append(areas_table(f"Perturbation: area under {names}, {interval_name(results)}", columns))
+        title = f"Perturbation: area under {names}, {interval_name(results)}"
+        tables.append(areas_table(title, columns, results.get("unchanged", ())))
     return tables
 
 

@@ -12,10 +12,17 @@ from rich.table import Table
 
 from clipmapper.evaluation.captions.ngram_scores import CiderD
 from clipmapper.evaluation.captions.scores import is_stop_word
+from clipmapper.evaluation.explanation_scores.chosen import (
+    REMOVAL,
+    Scored,
+    as_scored,
+    score_kind,
+    score_samples,
+)
+from clipmapper.evaluation.explanation_scores.values import ScoreValues
 from clipmapper.evaluation.localisation import Localisation
-from clipmapper.evaluation.perturbation import ModalityRelevance, perturb, run_in_chunks
+from clipmapper.evaluation.perturbation import ModalityRelevance, run_in_chunks
 from clipmapper.evaluation.perturbation_scores import PerturbationScores, perturbation_numbers
-from clipmapper.models.tokens import TokenizedText, padding_id
 from clipmapper.tasks.captioning.decoding import Decoding
 from clipmapper.tasks.captioning.explain import (
     CaptionExplanation,
@@ -24,21 +31,22 @@ from clipmapper.tasks.captioning.explain import (
 )
 from clipmapper.tasks.captioning.localised import localised_captions, localised_words
 from clipmapper.tasks.captioning.model import Captioner
-from clipmapper.tasks.captioning.perturbation import CAPTION_SCORES, CaptionScorer, WordScorer, kept_captions
+from clipmapper.tasks.captioning.perturbation import CAPTION_SCORES
 from clipmapper.tasks.captioning.pictures import (
     caption_perturbation_tables,
     comparison_figure,
     word_localisation_table,
 )
 from clipmapper.tasks.captioning.samples import TESTS, CaptionSamples
+from clipmapper.tasks.captioning.subject import CaptionSubject, Said
 from clipmapper.tasks.captioning.trace import (
     TracedCaption,
     WordRelevance,
     trace_caption,
     word_relevance,
 )
-from clipmapper.training.explained import DRAWN_WORDS, Report, joined, joined_localisation
-from clipmapper.training.shown import Cell, Html, Picture
+from clipmapper.training.explained import DRAWN_WORDS, Report, joined, joined_localisation, joined_scored
+from clipmapper.training.shown import Cell, Html, Picture, score_tables
 from clipmapper.visual.caption_strip import plot_caption_strip
 from clipmapper.visual.heatmap import words_html
 
@@ -48,16 +56,15 @@ class CaptionReport(Report):
     """Everything that is known about the methods on some captions.
 
     ``explanations``: of each method, of the model's own caption of every image. ``chosen``: in each caption,
-    the word that is perturbed alone (its place). ``caption_scores`` and ``word_scores``: curves of the
-    caption and of that word. ``localisation``: method → kind of word → one entry for every true caption that
-    has such words, the mean over them.
+    the word that is perturbed alone (its place). ``tested``: score → "caption" | "word" → what it says of
+    the caption's maps, or of that word's. ``localisation``: method → kind of word → one entry for every true
+    caption that has such words, the mean over them.
     """
 
     samples: CaptionSamples
     explanations: Mapping[str, Sequence[CaptionExplanation]]
     chosen: Sequence[int]
-    caption_scores: PerturbationScores
-    word_scores: PerturbationScores
+    tested: Mapping[str, Mapping[str, Scored]]
     localisation: Mapping[str, Mapping[str, Localisation]]
 
     curves = "perturbation_log_probability.png"
@@ -65,33 +72,55 @@ class CaptionReport(Report):
     columns = ("image", "word by word", "caption", "references")
 
     @property
-    def tests(self) -> dict[str, PerturbationScores]:
-        captions = f"{len(self.samples)} captions"
+    def scored(self) -> dict[str, Scored]:
+        """Both tests beside each other; their curves are in ``tests``."""
         return {
-            f"{captions} (by the caption's map)": self.caption_scores,
-            f"{captions} (one word a caption, by its map)": self.word_scores,
+            score: Scored(ScoreValues.beside({test: found.values for test, found in by_test.items()}))
+            for score, by_test in self.tested.items()
         }
 
     @property
+    def tests(self) -> dict[str, dict[str, PerturbationScores]]:
+        how = {"caption": "by the caption's map", "word": "one word a caption, by its map"}
+        return {
+            score: {
+                f"{len(self.samples)} captions ({how[test]})": found.curves for test, found in by_test.items()
+            }
+            for score, by_test in self.tested.items()
+            if by_test["caption"].curves is not None
+        }
+
+    @property
+    def caption_scores(self) -> PerturbationScores:
+        """The curves of captions where patches are removed, if that is one of the scores."""
+        return self.tested[REMOVAL]["caption"].curves
+
+    @property
+    def word_scores(self) -> PerturbationScores:
+        """Likewise of words."""
+        return self.tested[REMOVAL]["word"].curves
+
+    @property
     def sampled_score(self) -> str:
-        return self.caption_scores.scores[0]
+        return next(iter(next(iter(self.tests.values())).values())).scores[0]
 
     def perturbation_numbers(self, confidence: float, seed: int) -> dict:
         return {
-            name: perturbation_numbers(scores, confidence, seed)["image"]
-            for name, scores in zip(TESTS, self.tests.values(), strict=True)
+            test: perturbation_numbers(found.curves, confidence, seed)["image"]
+            for test, found in self.tested.get(REMOVAL, {}).items()
         }
 
     def scalars(self) -> dict[str, float]:
         scalars = {}
-        for name, scores in zip(TESTS, self.tests.values(), strict=True):
-            for row in scores.summary():
-                scalars[f"perturbation/{name}/{row.direction}/{row.method}/{row.score}"] = row.area.mean
-        return scalars | self.localisation_scalars()
+        for test, found in self.tested.get(REMOVAL, {}).items():
+            for row in found.curves.summary():
+                scalars[f"perturbation/{test}/{row.direction}/{row.method}/{row.score}"] = row.area.mean
+        return scalars | self.score_scalars() | self.localisation_scalars()
 
     @staticmethod
     def tables(numbers: Mapping) -> list[Table]:
-        return [*caption_perturbation_tables(numbers), *filter(None, [word_localisation_table(numbers)])]
+        tables = [*caption_perturbation_tables(numbers), *score_tables(numbers)]
+        return [*tables, *filter(None, [word_localisation_table(numbers)])]
 
     def explanation(self, number: int) -> tuple[str, Figure]:
         truth = self.samples.references[number][0]
@@ -122,8 +151,10 @@ class CaptionReport(Report):
                 for method in reports[0].explanations
             },
             chosen=joined([report.chosen for report in reports]),
-            caption_scores=PerturbationScores.concatenate([r.caption_scores for r in reports]),
-            word_scores=PerturbationScores.concatenate([r.word_scores for r in reports]),
+            tested={
+                score: {test: joined_scored([r.tested[score][test] for r in reports]) for test in by_test}
+                for score, by_test in reports[0].tested.items()
+            },
             localisation=joined_localisation(reports),
         )
 
@@ -136,6 +167,7 @@ def caption_report(
     chunk: int,
     batch_size: int,
     seed: int,
+    scores: Sequence[str] = (REMOVAL,),
     explained: str = "logit",
     word_maps: str = "scaled",
     word_weights: str = "mean",
@@ -157,7 +189,8 @@ def caption_report(
     decoding = decoding or Decoding("greedy")
     relevance = partial(word_relevance, methods=methods, explained=explained, seed=seed)
     with model.evaluating():
-        whole, chosen, texts, words = [], [], [], []
+        whole: list[dict[str, CaptionExplanation]] = []
+        said: list[Said] = []
         for row, sample in enumerate(samples.ids):
             pixels = samples.images[row : row + 1].to(model.device)
             traced = trace_caption(model, pixels, decoding=decoding)
@@ -173,59 +206,52 @@ def caption_report(
                 )
             )
             word = _chosen_word([word for word, _ in traced.words], seed, sample)
-            chosen.append(word)
-            texts.append(traced.text.to("cpu"))
-            words.append([p - 1 for p in traced.words[word][1]])
+            weights = next(iter(whole[-1].values())).weights
+            tokens = [p - 1 for p in traced.words[word][1]]
+            said.append(Said(traced.text.to("cpu"), weights, word, tokens))
             if progress is not None:
                 progress(0)  # no point of a curve yet, but whoever wants to stop can
         explanations = {m: [by_method[m] for by_method in whole] for m in methods}
 
-        def compute(positions: range, test: str) -> PerturbationScores:
-            part = slice(positions.start, positions.stop)
-            text = _together(texts[part], padding_id(model.tokenizer))
-            kept = kept_captions(model, samples.images[part], text, decoding)
-            if test == "word":
-                scorer = WordScorer(kept, words[part])
-            else:
-                scorer = CaptionScorer(kept, samples.references[part], samples.frequencies, caption_scores)
-            maps = {
-                method: [
-                    e.maps[chosen[i]] if test == "word" else e.patches
-                    for i, e in zip(positions, its[part], strict=True)
-                ]
-                for method, its in explanations.items()
-            }
-            return perturb(
-                scorer,
-                {
-                    method: ModalityRelevance(
-                        torch.from_numpy(np.stack(its)).flatten(1), torch.zeros(text.ids.shape)
-                    )
-                    for method, its in maps.items()
-                },
-                text.removable,
-                text.valid,
-                sample_ids=np.array(samples.ids[part]),
-                modalities=("image",),
-                batch_size=batch_size,
-                seed=seed,
-                progress=progress,
+        def compute(positions: range, score: str, test: str) -> PerturbationScores | ScoreValues:
+            subject = CaptionSubject(
+                model,
+                samples,
+                positions,
+                said[positions.start : positions.stop],
+                test,
+                relevance=relevance,
+                word_maps=word_maps,
+                caption_scores=caption_scores,
+                decoding=decoding,
             )
+            maps = {}
+            for method, its in explanations.items():
+                shown = [its[i].maps[said[i].word] if test == "word" else its[i].patches for i in positions]
+                image = torch.from_numpy(np.stack(shown)).flatten(1)
+                maps[method] = ModalityRelevance(image, torch.zeros(subject.text_valid.shape))
+            return score_samples(score, subject, maps, batch_size=batch_size, seed=seed, progress=progress)
 
-        parts = {
-            name: run_in_chunks(
-                len(samples),
-                chunk,
-                lambda positions, name=name: compute(positions, name),
-                folder=None if folder is None else folder / name,
-                key=key,
-            )
-            for name in TESTS
+        scored = {
+            score: {
+                test: as_scored(
+                    run_in_chunks(
+                        len(samples),
+                        chunk,
+                        partial(compute, score=score, test=test),
+                        folder=None if folder is None else folder / score / test,
+                        key=key,
+                        kind=score_kind(score),
+                    )
+                )
+                for test in TESTS
+            }
+            for score in scores
         }
         localisation = localised_words(model, samples, methods, relevance)
         for method, own in localised_captions(samples, explanations).items():
             localisation[method] |= own
-    return CaptionReport(samples, explanations, chosen, parts["caption"], parts["word"], localisation)
+    return CaptionReport(samples, explanations, [one.word for one in said], scored, localisation)
 
 
 def _explained(
@@ -267,10 +293,3 @@ def _chosen_word(words: Sequence[str], seed: int, sample: int) -> int:
     images, which are what intervals are over, count alike."""
     places = [place for place, word in enumerate(words) if not is_stop_word(word)] or list(range(len(words)))
     return int(np.random.default_rng((seed, sample, DRAWN_WORDS)).choice(places))
-
-
-def _together(texts: Sequence[TokenizedText], padding: int) -> TokenizedText:
-    """One batch of texts of one row each."""
-    longest = max(text.ids.shape[1] for text in texts)
-    padded = [text.padded(longest, padding) for text in texts]
-    return TokenizedText(*(torch.cat([getattr(t, k) for t in padded]) for k in ("ids", "valid", "removable")))

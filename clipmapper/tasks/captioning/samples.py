@@ -9,16 +9,16 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from clipmapper.data.content import content_digest, joint_digest
+from clipmapper.data.record import Truth
 from clipmapper.data.records import RecordData
 from clipmapper.data.world.captions import WORD_KINDS, AlignedCaption
 from clipmapper.errors import UserError
 from clipmapper.evaluation.captions.ngram_scores import DocumentFrequencies
 from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
-from clipmapper.evaluation.perturbation import FRACTIONS
-from clipmapper.evaluation.perturbation_scores import DIRECTIONS
+from clipmapper.evaluation.explanation_scores.chosen import points
 from clipmapper.models.tokens import word_positions
 from clipmapper.tasks.captioning.model import Captioner
-from clipmapper.training.explained import DRAWN_IMAGES, Samples, looked_at, mask_of
+from clipmapper.training.explained import DRAWN_IMAGES, Samples, looked_at, mask_of, others_of
 
 TESTS = ("caption", "word")  # what is perturbed: by the caption's map, by one word's map
 
@@ -39,30 +39,34 @@ class KnownCaption:
 class CaptionSamples(Samples):
     """Images whose captions are to be explained.
 
-    ``frequencies``: CIDEr's, of all images of the split. ``known``: a true caption of an image whose words
+    ``frequencies``: CIDEr's, of all images of the split. ``spoken``: a true caption of an image whose words
     know what they speak of, None where there is none. ``masks``: the pixels that captions of an image speak
-    of, None where that is not known.
+    of, None where that is not known; so has ``known``, what the data set knows. ``all_images``: of the
+    samples that ``others`` names.
     """
 
-    of_all = ("frequencies",)
+    of_all = ("frequencies", "all_images")
 
     ids: Sequence[int]
     pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]
     images: Float[Tensor, "samples 3 model_height model_width"]
     references: Sequence[Sequence[str]]
     frequencies: DocumentFrequencies
-    known: Sequence[KnownCaption | None]
+    spoken: Sequence[KnownCaption | None]
     masks: Sequence[Bool[np.ndarray, "_ _"] | None]
+    known: Sequence[Truth | None]
+    others: Sequence[int]
+    all_images: Float[Tensor, "all 3 model_height model_width"]
 
     def digest(self) -> str:
-        known = [caption.text for caption in self.known if caption is not None]
+        known = [caption.text for caption in self.spoken if caption is not None]
         counts = self.frequencies.counts
         of_split = [self.frequencies.images, len(counts), sum(counts.values())]
         texts = json.dumps([self.ids, self.references, known, of_split])
         return joint_digest([content_digest(self.images.cpu().numpy()), content_digest(texts.encode())])
 
-    def points(self, methods: int) -> int:
-        return len(TESTS) * len(self) * methods * len(DIRECTIONS) * len(FRACTIONS)
+    def points(self, methods: int, scores: Sequence[str]) -> int:
+        return sum(len(TESTS) * points(score, len(self), methods, ("image",)) for score in scores)
 
 
 def caption_samples(model: Captioner, data: RecordData, split: str, count: int, seed: int) -> CaptionSamples:
@@ -74,14 +78,14 @@ def caption_samples(model: Captioner, data: RecordData, split: str, count: int, 
     rng = np.random.default_rng((seed, DRAWN_IMAGES))
     chosen = told_of[rng.permutation(len(told_of))[:count]].tolist()
     told = [records[number] for number in chosen]
-    known: list[KnownCaption | None] = []
+    spoken: list[KnownCaption | None] = []
     for record in told:
         aligned = getattr(record.truth, "aligned", None)
         if aligned is None:
-            known.append(None)
+            spoken.append(None)
             continue
         captions = aligned(len(record.captions))
-        known.append(_known(model, captions[rng.integers(len(captions))], record.truth.instances))
+        spoken.append(_known(model, captions[rng.integers(len(captions))], record.truth.instances))
     visual = model.encoder.clip.visual
     pictures, images = looked_at(told, data.reader(model.encoder), visual)
     return CaptionSamples(
@@ -92,8 +96,11 @@ def caption_samples(model: Captioner, data: RecordData, split: str, count: int, 
         frequencies=DocumentFrequencies.of(
             [[ptb_tokenise(caption) for caption in captions] for captions in records.captions() if captions]
         ),
-        known=known,
+        spoken=spoken,
         masks=[mask_of(record, visual) for record in told],
+        known=[record.truth for record in told],
+        others=others_of([record.image_id for record in told]),
+        all_images=images,
     )
 
 

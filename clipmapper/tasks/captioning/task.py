@@ -18,7 +18,6 @@ from clipmapper.data.tables.base import Records
 from clipmapper.data.world.captions import where_words
 from clipmapper.errors import UserError
 from clipmapper.evaluation.captions.scores import check_scores
-from clipmapper.evaluation.perturbation_scores import LOG_PROBABILITY
 from clipmapper.host.progress import counted
 from clipmapper.models.checkpoint import load_checkpoint
 from clipmapper.models.clip_weights import names_tokenizer
@@ -30,7 +29,7 @@ from clipmapper.tasks.captioning.evaluation import CaptionEvaluation
 from clipmapper.tasks.captioning.explain import explain_captions
 from clipmapper.tasks.captioning.head import take_words
 from clipmapper.tasks.captioning.model import Captioner
-from clipmapper.tasks.captioning.perturbation import CAPTION_SCORES
+from clipmapper.tasks.captioning.perturbation import CAPTION_SCORES, TOLD
 from clipmapper.tasks.captioning.report import caption_report
 from clipmapper.tasks.captioning.results import (
     family_scores,
@@ -279,7 +278,7 @@ class Captioning(DescribedCaptioner, Task):
         """Raise ``UserError`` for a score that there is not, or that needs a Java that is not there."""
         scores = settings.get("caption_scores", ())
         try:
-            check_scores([score for score in scores if score != LOG_PROBABILITY])
+            check_scores([score for score in scores if score not in TOLD])
         except UserError as error:
             raise UserError(f"caption_scores: {error}") from error
 

@@ -58,10 +58,10 @@ class WordRelevance:
 def trace_caption(
     model: Captioner,
     pixels: Float[Tensor, "1 3 height width"],
-    caption: str | None = None,
+    caption: str | TokenizedText | None = None,
     decoding: Decoding | None = None,
 ) -> TracedCaption:
-    """Write a caption (or read the given one), and record the forward of all its words.
+    """Write a caption (or read the given one, a text or its tokens), and record the forward of all its words.
 
     The image passes its tower once: the caption is written from the tokens that are traced. The model is
     left as it was. Raises ``UserError`` for an empty caption and for words that the model cannot say.
@@ -73,6 +73,8 @@ def trace_caption(
                 how = decoding or Decoding(max_length=model.longest)
                 text = write_captions(model, image_tokens.detach(), how).tokens[:1]
             text = text[:, : int(text.valid.sum())]
+        elif isinstance(caption, TokenizedText):
+            text = caption
         else:
             text = model.tokenize(caption)
             try:
@@ -84,7 +86,8 @@ def trace_caption(
     words = word_positions(model.tokenizer, text.ids[0], text.removable[0])
     if not words:
         raise UserError("the model's caption of this image is empty: there is no word to explain")
-    told = spell(model.tokenizer, text.ids[0][text.removable[0]]) if caption is None else caption.strip()
+    given = isinstance(caption, str)
+    told = caption.strip() if given else spell(model.tokenizer, text.ids[0][text.removable[0]])
     return TracedCaption(told, model, pixels, trace, text, scores, image_tokens.detach(), words)
 
 

@@ -55,7 +55,8 @@ def perturbation_table(results: Mapping, score: str = "accuracy") -> Table:
     columns = [
         Areas(f"{m} {d}", d, results["perturbation"][m][d][score], SCORES[score].factor) for m, d in panels
     ]
-    return areas_table(f"Perturbation: area under {SCORES[score].title}, {interval_name(results)}", columns)
+    title = f"Perturbation: area under {SCORES[score].title}, {interval_name(results)}"
+    return areas_table(title, columns, results.get("unchanged", ()))
 
 
 def localisation_table(results: Mapping) -> Table | None:

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 
 from clipmapper.data.answers import AnswerVocabulary, normalised
 from clipmapper.data.content import content_digest, joint_digest
+from clipmapper.data.record import Truth
 from clipmapper.data.records import RecordData
 from clipmapper.data.tables.base import Records
 from clipmapper.errors import UserError
-from clipmapper.evaluation.perturbation import FRACTIONS
-from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES
+from clipmapper.evaluation.explanation_scores.chosen import points
+from clipmapper.evaluation.perturbation_scores import MODALITIES
 from clipmapper.models.tokens import TokenizedText, tokenize, word_positions
 from clipmapper.tasks.vqa.model import CLIPmapper
-from clipmapper.training.explained import DRAWN_QUESTIONS, Samples, looked_at, mask_of
+from clipmapper.training.explained import DRAWN_QUESTIONS, Samples, looked_at, mask_of, others_of
 
 _Mask = Bool[np.ndarray, "_ _"] | None
 
@@ -30,8 +31,11 @@ class QuestionSamples(Samples):
 
     ``pictures`` are what the model sees, as a reader is to see it; ``targets`` are the soft accuracies of
     every answer. ``masks`` (pixels that decide the answer) and ``deciding`` (words that do, per word of the
-    question) have None for a question of which that is not known.
+    question) have None for a question of which that is not known; so has ``known``, what the data set knows.
+    ``all_images`` and ``all_text`` are those of the samples that ``others`` names.
     """
+
+    of_all = ("all_images", "all_text")
 
     ids: Sequence[int]
     pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]]
@@ -43,6 +47,10 @@ class QuestionSamples(Samples):
     targets: Float[Tensor, "samples answers"]
     masks: Sequence[_Mask]
     deciding: Sequence[Sequence[bool] | None]
+    known: Sequence[Truth | None]
+    others: Sequence[int]
+    all_images: Float[Tensor, "all 3 model_height model_width"]
+    all_text: TokenizedText
 
     def digest(self) -> str:
         return joint_digest(
@@ -53,8 +61,8 @@ class QuestionSamples(Samples):
             ]
         )
 
-    def points(self, methods: int) -> int:
-        return len(self) * methods * len(MODALITIES) * len(DIRECTIONS) * len(FRACTIONS)
+    def points(self, methods: int, scores: Sequence[str]) -> int:
+        return sum(points(score, len(self), methods, MODALITIES) for score in scores)
 
     def note(self) -> str | None:
         """A line about questions none of whose answers the model can give."""
@@ -109,6 +117,10 @@ def question_samples(
         targets=torch.stack([vocabulary.targets(record.answers) for record in asked]),
         masks=[mask for _, mask in chosen],
         deciding=deciding,
+        known=[record.truth for record in asked],
+        others=others_of([record.image_id for record in asked]),
+        all_images=images,
+        all_text=text,
     )
 
 

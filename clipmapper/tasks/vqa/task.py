@@ -14,6 +14,7 @@ from clipmapper.data.answer_rule import write_results
 from clipmapper.data.answers import AnswerVocabulary, questions_without_answer
 from clipmapper.data.records import RecordData
 from clipmapper.errors import UserError
+from clipmapper.evaluation.perturbation_scores import MODALITIES
 from clipmapper.models.description import MAPPER, WIDTH, ModelRules
 from clipmapper.settings.plain_values import list_of, section, text
 from clipmapper.settings.schema import TrainConfig
@@ -196,6 +197,7 @@ class VQA(Task):
     records = "questions"
     scores = ("accuracy",)
     explain_settings = ("question", "answer", "explained")
+    perturbed = MODALITIES
     perturb_settings = MappingProxyType({"explained": "logit"})
 
     run, samples = VQARun, staticmethod(question_samples)
