@@ -117,3 +117,19 @@ def test_a_stream_that_nothing_reads_is_refused():
     ) as error:
         METHODS["value_gradient_plain"](trace)
     assert "\n" not in str(error.value)
+
+
+def test_hidden_state_by_gradient_is_what_is_read_and_what_passes_by():
+    """By LibraGrad's rules and without biases this is the part of AttCAT's factor that goes by attention."""
+    case = families.hf_vit()
+    with torch.no_grad():
+        for name, weight in case.model.named_parameters():
+            if name.endswith("bias"):
+                weight.zero_()
+    trace, _ = traced(case, "libra")
+    read = 0
+    for step in trace.attention:
+        before, behind = (torch.linalg.vecdot(step.before, gradient) for gradient in step.gradients())
+        read = read + before - behind
+    torch.testing.assert_close(signed("value_gradient_libra", trace)["image"], read, rtol=0, atol=1e-10)
+    assert (read.abs() > 1e-3 * read.abs().max()).sum() >= 3
