@@ -21,7 +21,7 @@ ONE_RECORDING = [
     name for name in METHODS
     if not name.endswith("libra") and name not in (
         *LRP, "random", "beyond_intuition", "attn_lrp", "integrated_gradients", "occlusion", "legrad",
-        "value_gradient", "leave_one_out",
+        "value_gradient", "leave_one_out", "weighted_evidence",
     )
 ]  # fmt: skip
 

@@ -151,6 +151,7 @@ def test_the_methods_that_accumulate_have_start_layer():
         "rollout", "attention_flow", "effective_rollout", "effective_weighted", "efficient_rollout",
         "efficient_weighted", "token_tm", "alti", "beyond_intuition", "transformer_attribution", "legrad",
         "full_grad", "att_cat", "x_grad_cam", "value_gradient", "value_gradient_plain",
+        "weighted_evidence",
     }  # fmt: skip
 
 

@@ -300,6 +300,8 @@ def expected(col, row, method):
         if method == "value_gradient":  # (twice: naively, halves meet in A v as well)
             return 2 * more.value_gradient_plain(col.run(row, "attn_lrp")[0])
         return more.value_gradient_plain(col.run(row, rules)[0])
+    if method == "weighted_evidence":
+        return more.weighted_evidence(col.run(row, "attn_lrp")[0], halved=True)
     if base in NAIVE:
         return NAIVE[base](col.run(row, rules)[0])
     if base.startswith(("effective", "efficient")):

@@ -35,6 +35,8 @@ from clipmapper.relevance.methods.lrp import (
     GRADIENT_METHODS,
     partial_lrp,
     transformer_attribution,
+    weighted_evidence,
+    weighted_evidence_libra,
     with_libra,
 )
 from clipmapper.relevance.methods.norms import alti, beyond_intuition, token_tm
@@ -88,6 +90,8 @@ METHODS = {
         value_gradient,
         value_gradient_libra,
         value_gradient_plain,
+        weighted_evidence,
+        weighted_evidence_libra,
         *map(with_libra, GRADIENT_METHODS),
     )
 }
@@ -107,7 +111,10 @@ COMPARED = (
 
 
 # Names by which a method is looked for as well: it has forms by several rules, and this one is the default.
-ALSO_CALLED = {"value_gradient_attn_lrp": "value_gradient"}
+ALSO_CALLED = {
+    "value_gradient_attn_lrp": "value_gradient",
+    "weighted_evidence_attn_lrp": "weighted_evidence",
+}
 
 
 def method_named(name: str):
@@ -164,6 +171,8 @@ __all__ = [
     "value_gradient_libra",
     "value_gradient_plain",
     "weighted",
+    "weighted_evidence",
+    "weighted_evidence_libra",
     "weighted_half",
     "weighted_norm",
     "weighted_token",

@@ -117,7 +117,7 @@ def rows_times(
     step = exact_step(step, only_attention=True)
     total = torch.zeros(*row.shape[:2], step.key.shape[2], dtype=row.dtype, device=row.device)
     stuck = torch.zeros_like(row)
-    for samples, queries in _blocks(step, row):
+    for samples, queries in blocks(step, row):
         part = matrix(step, samples, queries).to(row.dtype)
         weight = row[samples, :, queries]
         if normalise:
@@ -147,7 +147,7 @@ def _kernels() -> ModuleType | None:
     return kernels
 
 
-def _blocks(step: Attention, row: Float[Tensor, "batch rows queries"]) -> Iterator[tuple[slice, slice]]:
+def blocks(step: Attention, row: Float[Tensor, "batch rows queries"]) -> Iterator[tuple[slice, slice]]:
     """Samples and query rows that cover all of ``row`` but its zeros in front and behind."""
     asked = (row != 0).flatten(0, 1).any(dim=0).nonzero().flatten()
     if len(asked) == 0:

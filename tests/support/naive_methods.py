@@ -160,8 +160,23 @@ def value_gradient_plain(run):
     return values
 
 
+def weighted_evidence(run, halved=False):
+    """``halved``: by AttnLRP's rules A has half of what A v gets, as the naive rules have it."""
+
+    def alpha(s):
+        found = torch.relu(s.A * s.dA).sum((0, 2)) * (2 if halved else 1)
+        own = torch.relu((s.x * s.dx).sum(dim=1))
+        beta = torch.zeros_like(found)
+        for i in range(len(found)):
+            if found[i] > 0:
+                beta[i] = found[i] / (own[i] + found[i]) * found[i] / found.max()
+        return 1 - beta
+
+    return naive_relevance.accumulate(run, alpha, naive_relevance.positive)[run.read]
+
+
 _ALL = (
     weighted_norm, weighted_token_norm, grad_eclip, input_x_gradient, full_grad, att_cat, x_grad_cam, alti,
-    token_tm, value_gradient_plain,
+    token_tm, value_gradient_plain, weighted_evidence,
 )  # fmt: skip
 NAIVE = {method.__name__: method for method in _ALL}

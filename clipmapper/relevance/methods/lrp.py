@@ -16,6 +16,7 @@ from clipmapper.errors import UserError
 from clipmapper.relevance.method import Relevance, as_relevance, differentiated, explanation, from_layer
 from clipmapper.relevance.methods.attention_only import last_attention, last_reading
 from clipmapper.relevance.methods.effective import effective_weighted, efficient_weighted
+from clipmapper.relevance.methods.evidence import weighted_evidence_plain
 from clipmapper.relevance.methods.gae import gae
 from clipmapper.relevance.methods.gradients import (
     grad_cam,
@@ -136,12 +137,26 @@ def with_libra(method: Callable[..., Relevance]) -> Callable[..., Relevance]:
     Takes a trace that was recorded so, or any with ``trace.again``. Options are those of the method.
     """
 
-    def balanced(trace: AttentionTrace, y: object = None, **options) -> Relevance:
-        trace = differentiated(trace, y, gradient=True)
-        return method(with_rules(trace, "libra", balanced.__name__), **options)
+    return _by_rules(method, "libra", f"{method.__name__}_libra", "LibraGrad's gradient")
 
-    balanced.__name__ = balanced.__qualname__ = f"{method.__name__}_libra"
-    balanced.__doc__ = f"{method.__name__} with LibraGrad's gradient in place of the plain one."
-    balanced.__signature__ = inspect.signature(method)
-    balanced.needs = replace(method.needs, rules="libra")
-    return balanced
+
+def _by_rules(
+    method: Callable[..., Relevance], rules: str, name: str, gradient: str
+) -> Callable[..., Relevance]:
+    def changed(trace: AttentionTrace, y: object = None, **options) -> Relevance:
+        trace = differentiated(trace, y, gradient=True)
+        return method(with_rules(trace, rules, name), **options)
+
+    changed.__name__ = changed.__qualname__ = name
+    changed.__doc__ = f"{method.__name__} with {gradient} in place of the plain one."
+    changed.__signature__ = inspect.signature(method)
+    changed.needs = replace(method.needs, rules=rules)
+    return changed
+
+
+weighted_evidence = _by_rules(
+    weighted_evidence_plain, "attn_lrp", "weighted_evidence", "the gradient of AttnLRP's rules"
+)
+weighted_evidence_libra = _by_rules(
+    weighted_evidence_plain, "libra", "weighted_evidence_libra", "LibraGrad's gradient"
+)
