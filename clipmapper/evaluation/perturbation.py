@@ -122,7 +122,7 @@ def _kept_sets(
     return np.stack(kept)
 
 
-def _unique_variants(
+def unique_variants(
     sample: Int[np.ndarray, "variants"], kept: Bool[np.ndarray, "variants tokens"]
 ) -> tuple[Int[np.ndarray, "unique"], Int[np.ndarray, "variants"]]:
     """Positions of one variant of each kind, and the kind of every variant.
@@ -214,7 +214,7 @@ def perturb(
         changed = np.flatnonzero((kept != valid[sample]).any(axis=1))
         if progress is not None:
             progress(len(sample) - len(changed))
-        first, kind = _unique_variants(sample[changed], kept[changed])
+        first, kind = unique_variants(sample[changed], kept[changed])
         unique, points = changed[first], np.bincount(kind, minlength=len(first))
         unique_scores = np.empty((len(unique), len(scorer.names)))
         for batch in _batches(kept[unique].sum(axis=1), batch_size, equal_counts=modality == "image"):

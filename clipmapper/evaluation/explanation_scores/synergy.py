@@ -13,6 +13,7 @@ from clipmapper.evaluation.perturbation import (
     kept_indices,
     number_removed,
     removal_order,
+    unique_variants,
 )
 from clipmapper.evaluation.statistics import trapezoid_area
 
@@ -38,37 +39,29 @@ def synergy(
     scorer = subject.certain()
     scorer.unperturbed(batch_size)
     removable, valid = subject.removable_text.cpu().numpy(), subject.text_valid.cpu().numpy()
-    columns = []
+    images, texts = [], []
     for relevance in maps.values():
-        if progress is not None:
-            progress(0)
         image, text = (getattr(relevance, name).double().cpu().numpy() for name in ("image", "text"))
         patches = np.ones(image.shape, dtype=bool)
         # [samples, steps, tokens]: the k most relevant tokens of each.
         top_image = _most_relevant(image, patches, subject.sample_ids, seed)
         top_text = _most_relevant(text, removable, subject.sample_ids, seed)
         always = (valid & ~removable)[:, None]
-        certainty = _certainties(scorer, batch_size)
         whole_image, whole_text = np.ones_like(top_image), np.broadcast_to(valid[:, None], top_text.shape)
         no_image, no_text = np.zeros_like(top_image), np.broadcast_to(always, top_text.shape)
-        less_image, less_text = ~top_image, valid[:, None] & ~top_text
-        only_text = always | top_text
-        deleted = (
-            certainty(less_image, less_text)
-            - certainty(less_image, whole_text)
-            - certainty(whole_image, less_text)
-            + certainty(whole_image, whole_text)
+        less_image, less_text, only_text = ~top_image, valid[:, None] & ~top_text, always | top_text
+        # In the order of the terms above.
+        images.append(
+            [less_image, less_image, whole_image, whole_image, top_image, top_image, no_image, no_image]
         )
-        inserted = (
-            certainty(top_image, only_text)
-            - certainty(top_image, no_text)
-            - certainty(no_image, only_text)
-            + certainty(no_image, no_text)
-        )
-        areas = trapezoid_area(np.stack([deleted, inserted]), STEPS)
-        columns.append(np.stack([areas.mean(axis=0), areas[0], areas[1]]))
+        texts.append([less_text, whole_text, less_text, whole_text, only_text, no_text, only_text, no_text])
+    found = _certainties(scorer, np.array(images), np.array(texts), valid, batch_size, progress)
+    signs = np.array([1.0, -1.0, -1.0, 1.0])[:, None, None]
+    deleted, inserted = (signs * found[:, :4]).sum(axis=1), (signs * found[:, 4:]).sum(axis=1)
+    areas = trapezoid_area(np.stack([deleted, inserted]), STEPS)  # [2, methods, samples]
     quantities = tuple(Quantity(name, HIGH) for name in ("f_syn", "deletion", "insertion"))
-    return ScoreValues(quantities, tuple(maps), subject.sample_ids, np.stack(columns, axis=1))
+    values = np.stack([areas.mean(axis=0), areas[0], areas[1]])
+    return ScoreValues(quantities, tuple(maps), subject.sample_ids, values)
 
 
 def _most_relevant(
@@ -83,17 +76,30 @@ def _most_relevant(
     return removable[:, None] & (rank[:, None] < taken[:, :, None])
 
 
-def _certainties(scorer: VariantScorer, batch_size: int):
-    def certainty(
-        image: Bool[np.ndarray, "samples steps patches"], text: Bool[np.ndarray, "samples steps tokens"]
-    ) -> Float[np.ndarray, "samples steps"]:
-        """Variants that keep equally many patches share a forward."""
-        samples, steps, _ = image.shape
-        found = np.empty((samples, steps))
-        for step in range(steps):  # every sample has the same number of patches left at a step
-            for rows in np.split(np.arange(samples), range(batch_size, samples, batch_size)):
-                keeps = kept_indices(image[rows, step]), kept_indices(text[rows, step])
-                found[rows, step] = scorer.score(rows, *keeps)[:, 0]
-        return found
-
-    return certainty
+def _certainties(
+    scorer: VariantScorer,
+    images: Bool[np.ndarray, "*many samples steps patches"],
+    texts: Bool[np.ndarray, "*many samples steps tokens"],
+    valid: Bool[np.ndarray, "samples tokens"],
+    batch_size: int,
+    progress: Callable[[int], None] | None,
+) -> Float[np.ndarray, "*many samples steps"]:
+    """Equal variants are scored once, those that keep equally many patches share a forward, and of what is
+    whole nothing is encoded again."""
+    shape = images.shape[:-1]
+    rows = np.broadcast_to(np.arange(shape[-2])[:, None], shape).ravel()
+    images, texts = images.reshape(len(rows), -1), texts.reshape(len(rows), -1)
+    first, kind = unique_variants(rows, np.concatenate([images, texts], axis=1))
+    rows, images, texts = rows[first], images[first], texts[first]
+    whole_image, whole_text = images.all(axis=1), (texts == valid[rows]).all(axis=1)
+    found = np.empty(len(rows))
+    group = images.sum(axis=1) * 2 + whole_text
+    for one in np.unique(group):
+        same = np.flatnonzero(group == one)
+        for part in np.split(same, range(batch_size, len(same), batch_size)):
+            if progress is not None:
+                progress(0)
+            image = None if whole_image[part[0]] else kept_indices(images[part])
+            text = None if whole_text[part[0]] else kept_indices(texts[part])
+            found[part] = scorer.score(rows[part], image, text)[:, 0]
+    return found[kind].reshape(shape)
