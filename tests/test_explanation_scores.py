@@ -443,7 +443,7 @@ def test_parts_of_adcc():
 class Learnt:
     """A model of three parameters; each map is a product of some of them and the sample's image."""
 
-    def __init__(self, samples=3):
+    def __init__(self):
         generator = torch.Generator().manual_seed(0)
         self.head, self.block, self.embedding = (
             nn.Parameter(torch.randn(9, generator=generator)) for _ in range(3)
@@ -451,7 +451,7 @@ class Learnt:
         self.calls = 0
         self.subject = MadeSubject(
             grid=(3, 3),
-            words=(4, 3, 1)[:samples],
+            words=(8, 6, 1),
             explained=self.maps,
             layers=(("head", [self.head]), ("block", [self.block]), ("embeddings", [self.embedding])),
         )
@@ -511,7 +511,7 @@ def test_sanity_counts_words_alone():
     generator = torch.Generator().manual_seed(RUN["seed"])
     drawn = [torch.randperm(9, generator=generator) for _ in range(3)]
     values = model.embedding.detach()
-    ranks = [np.argsort(np.argsort(its[:3].numpy())) for its in (values, values[drawn[2]])]
+    ranks = [np.argsort(np.argsort(its[:6].numpy())) for its in (values, values[drawn[2]])]
     assert found.of("text/all")[1, 1] == pytest.approx(np.corrcoef(*ranks)[0, 1])
 
 
