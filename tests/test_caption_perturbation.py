@@ -19,7 +19,7 @@ from clipmapper.models.tokens import word_positions
 from clipmapper.tasks.captioning import perturbation as caption_variants
 from clipmapper.tasks.captioning.decoding import Decoding
 from clipmapper.tasks.captioning.explain import explain_captions
-from clipmapper.tasks.captioning.perturbation import CaptionScorer, WordScorer, kept_captions
+from clipmapper.tasks.captioning.perturbation import CaptionScorer, WordScorer, images_removed, kept_captions
 from clipmapper.tasks.captioning.pictures import caption_perturbation_tables, word_localisation_table
 from clipmapper.tasks.captioning.report import caption_report
 from clipmapper.tasks.captioning.samples import caption_samples, token_word_places
@@ -83,11 +83,21 @@ def curves(scorer, best_first=True):
 def test_caption_curves_by_hand():
     references = [["a red ring", "the red ring"]]
     frequencies = DocumentFrequencies.of([[ptb_tokenise(r) for r in references[0]], [["two", "squares"]]])
-    found = curves(CaptionScorer(fake, references, frequencies, ("log_probability", "bleu_1", "cider")))
-    assert found.scores == ("log_probability", "bleu_1", "cider")
+    scores = ("log_probability", "mean_probability", "bleu_1", "cider")
+    found = curves(CaptionScorer(fake, references, frequencies, np.array([2]), scores))
+    assert found.scores == scores
     positive, negative = found.score("log_probability")[0, :, 0, 0]
     assert positive.tolist() == pytest.approx([-1.1, -2.6, -3.6, -4.6, -5.6])
     assert negative.tolist() == pytest.approx([-1.1, -2.1, -3.1, -4.1, -5.6])
+    # Of two tokens: the root of their product.
+    positive, negative = found.score("mean_probability")[0, :, 0, 0]
+    assert positive.tolist() == pytest.approx(
+        [
+            np.sqrt(np.exp(-1.0 - a) * np.exp(-0.1 - b))
+            for a, b in ((0, 0), (1, 0.5), (2, 0.5), (3, 0.5), (4, 0.5))
+        ]
+    )
+    assert negative[3] == pytest.approx(np.sqrt(np.exp(-4.0) * np.exp(-0.1)))
     good, bad = (
         score_captions([text], references, ("bleu_1", "cider"), frequencies).samples
         for text in ("a red ring", "a blue ring")
@@ -112,7 +122,7 @@ def test_scores_that_there_are():
     assert {*SCORES, LOG_PROBABILITY} <= set(SCORE_NAMES)
     frequencies = DocumentFrequencies.of([[["a"]]])
     with pytest.raises(UserError, match="unknown caption scores"):
-        CaptionScorer(fake, [["a"]], frequencies, ("beauty",))
+        CaptionScorer(fake, [["a"]], frequencies, np.array([2]), ("beauty",))
     broken = WordScorer(lambda *args: (torch.full((1, 3), torch.nan), None), [[0]])
     with pytest.raises(ValueError, match="finite"):
         broken.unperturbed(1)
@@ -127,7 +137,7 @@ def test_kept_captions_are_the_model_s(model, data, monkeypatch, most):
     monkeypatch.setattr(caption_variants, "_MOST_SCORES", most)
     images = torch.cat([model.load_image(record.image.pixels) for record in data.validation[:2]])
     text = model.tokenize([data.validation[0].captions[0], data.validation[1].captions[1]])
-    kept = kept_captions(model, images, text, GREEDY)
+    kept = kept_captions(model, images_removed(model, images), text, GREEDY)
     sample = torch.tensor([1, 0, 1])
     for keep in (None, torch.tensor([[0, 4, 8], [1, 2, 3], [0, 1, 2]]), torch.zeros(3, 0, dtype=torch.long)):
         told, texts = kept(sample, keep, True)
@@ -266,7 +276,7 @@ def test_report_goes_on_where_it_stopped(model, samples, report, tmp_path):
         return caption_report(model, samples, METHODS, chunk=3, batch_size=50, seed=2, **options)
 
     first = run("a")
-    assert sum(points) == samples.points(len(METHODS))
+    assert sum(points) == samples.points(len(METHODS), ["removal"])
     assert np.array_equal(first.caption_scores.values, report.caption_scores.values)
     again = run("a")
     assert not any(points) and np.array_equal(again.word_scores.values, report.word_scores.values)

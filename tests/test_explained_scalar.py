@@ -205,7 +205,7 @@ def test_settings_of_tasks():
         "explained": "probability",
         "word_maps": "scaled",
         "word_weights": "mean",
-        "caption_scores": ["log_probability", "bleu_4", "cider"],
+        "caption_scores": ["log_probability", "mean_probability", "bleu_4", "cider"],
     }
     with pytest.raises(
         UserError, match=r"callbacks.word_maps: this model answers questions; .* are explained$"
@@ -218,23 +218,25 @@ class Seen(Exception):
 
 
 class NoSamples(Samples):
-    ids = ()
+    ids = others = ()
 
     def digest(self):
         return ""
 
-    def points(self, methods):
+    def points(self, methods, scores):
         return 0
 
 
 def test_the_callback_hands_it_on(monkeypatch, tmp_path):
     numbers = {"every_n_validations": 1, "samples": 1, "pictures": 0, "batch_size": 1, "seed": 0}
     options = {"explained": "probability", "word_maps": "raw"}
-    callback = RelevanceCallback(["gae"], **numbers, confidence=0.9, **options)
+    scores = ["removal", "sanity"]
+    callback = RelevanceCallback(["gae"], **numbers, confidence=0.9, scores=scores, **options)
     with pytest.raises(UserError, match=r"callbacks\.word_maps"):
         callback.prepare(task_named("vqa"), NoSamples(), tmp_path)
     captioning = task_named("captioning")
     callback.prepare(captioning, NoSamples(), tmp_path)
+    options["scores"] = scores
 
     def report(*args, **given):
         raise Seen({name: given[name] for name in options})

@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from clipmapper.evaluation import statistics
 from clipmapper.evaluation.statistics import (
     Interval,
     bootstrap_interval,
     bootstrap_intervals,
+    rank_correlation,
     trapezoid_area,
 )
 
@@ -94,3 +96,25 @@ def test_refuses_what_has_no_answer():
 def test_trapezoid_area_by_hand():
     curves = np.array([[1.0, 0.5, 0.0], [1.0, 1.0, 1.0]])
     assert trapezoid_area(curves, (0.0, 0.2, 1.0)) == pytest.approx([0.15 + 0.2, 1.0])
+
+
+@pytest.mark.parametrize("levels", [1000, 4], ids=["untied", "tied"])
+def test_rank_correlation_agrees_with_scipy(levels):
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, levels, (2, 20, 12)).astype(float)
+    valid = rng.random((20, 12)) < 0.7
+    for row, its in enumerate(rank_correlation(first, second)):
+        assert its == pytest.approx(spearmanr(first[row], second[row]).statistic)
+    for row, its in enumerate(rank_correlation(first, second, valid)):
+        kept = valid[row]
+        assert its == pytest.approx(spearmanr(first[row][kept], second[row][kept]).statistic)
+
+
+def test_rank_correlation_by_hand():
+    """Ranks 1, 2, 3 and 1, 3, 2: 1 − 6 · 2 / (3 · 8) = ½. A constant map ranks nothing."""
+    first = np.array([[1.0, 5, 9], [1, 2, 3], [1, 2, 3], [2, 2, 2], [2, 2, 2]])
+    second = np.array([[1.0, 3, 2], [9, 8, 0], [10, 20, 40], [1, 2, 3], [5, 5, 5]])
+    assert rank_correlation(first, second).tolist() == pytest.approx([0.5, -1, 1, 0, 1])
+    assert rank_correlation(second, first).tolist() == pytest.approx([0.5, -1, 1, 0, 1])
+    one_or_none = np.array([[True, False, False], [False, False, False]])
+    assert rank_correlation(first[:2], second[:2], one_or_none).tolist() == [1, 1]

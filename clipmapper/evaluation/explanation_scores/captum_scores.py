@@ -139,7 +139,7 @@ def sensitivity(
     progress: Callable[[int], None] | None = None,
 ) -> ScoreValues:
     """max over 10 images with uniform noise of ‖R(x + δ) − R(x)‖ / ‖R(x)‖, |δ| ≤ 0.02 in normalised pixels;
-    of image maps, in the Euclidean norm. A map of zeros: 0 if it stays one, else 1."""
+    of image maps, in the Euclidean norm. That of a map of zeros counts as 1."""
     metrics = require_captum()
     known: list[Mapping[str, ModalityRelevance]] = []
     row = []

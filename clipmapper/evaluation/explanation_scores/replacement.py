@@ -51,7 +51,10 @@ def blurred(
     sigma = float(max(patch_side(images, grid)))
     # As far as two standard deviations, and no farther than an image can be mirrored at its edge.
     reach = min(int(2 * sigma), images.shape[2] - 1, images.shape[3] - 1)
-    return gaussian_blur(images, [2 * reach + 1, 2 * reach + 1], [sigma, sigma])
+    # One axis after the other: the same, and torchvision would take a square of weights at every pixel.
+    for kernel in ([2 * reach + 1, 1], [1, 2 * reach + 1]):
+        images = gaussian_blur(images, kernel, [sigma, sigma])
+    return images
 
 
 def patches_replaced(

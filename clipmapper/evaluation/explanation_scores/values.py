@@ -22,6 +22,7 @@ class Quantity:
     factor : 100 for a share, which tables show in per cent.
     over : name of the quantity of the same score that it is a share of. Its value is then the mean over the
         samples divided by the mean of that one: a quotient of each sample would explode where that is near 0.
+        A share of 0 is 0.
     """
 
     name: str
@@ -52,7 +53,7 @@ class ScoreValues:
     def mean(self, quantity: Quantity) -> Float[np.ndarray, "methods"]:
         """The quantity's value over all samples, by method."""
         mean = self.of(quantity.name).mean(axis=1)
-        return mean if quantity.over is None else mean / self.of(quantity.over).mean(axis=1)
+        return mean if quantity.over is None else _shares(mean, self.of(quantity.over).mean(axis=1))
 
     def intervals(
         self, reference: str | None = None, *, confidence: float, seed: int, resamples: int = 2000
@@ -77,9 +78,7 @@ class ScoreValues:
         means = means.reshape(len(means), *self.values.shape[:2])
         over = [i if one.over is None else self._place(one.over) for i, one in enumerate(self.quantities)]
         is_share = np.array([one.over is not None for one in self.quantities])[:, None]
-        means = np.divide(
-            means, means[:, over], out=means.copy(), where=np.broadcast_to(is_share, means.shape)
-        )
+        means = np.where(is_share, _shares(means, means[:, over]), means)
         if reference is None:
             return means
         return means - means[:, :, [self.methods.index(reference)]]
@@ -158,3 +157,7 @@ class ScoreValues:
             arrays["sample_ids"],
             arrays["values"],
         )
+
+
+def _shares(values: Float[np.ndarray, "*any"], over: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
+    return np.divide(values, over, out=np.zeros_like(values), where=over != 0)
