@@ -15,8 +15,8 @@ def require_truth(samples: QuestionSamples) -> None:
     )
     if unknown:
         raise UserError(
-            f"planted: of {unknown} of {len(samples)} questions it is not known which pixels and words decide "
-            "the answer; the built-in world knows it"
+            f"planted: of {unknown} of {len(samples)} questions it is not known what decides the "
+            "answer (pixels and words); the built-in world knows it"
         )
 
 
