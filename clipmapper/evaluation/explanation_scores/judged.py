@@ -25,6 +25,7 @@ Truth = Mapping[str, Mapping[str, Float[np.ndarray, "methods samples"]]]
 RIGHT, LEVEL, WRONG = "right", "level", "wrong"
 _OF_IMAGES = ("adcc", "sensitivity")  # whose quantities do not name the one modality that they are of
 _RESAMPLES = 2000
+_ROUNDING = 1e-12  # sums of the same numbers in another order
 
 
 class Pair(NamedTuple):
@@ -118,7 +119,7 @@ def _planted(values: ScoreValues, confidence: float, seed: int) -> dict[str, lis
         for quantity, (mean, *ends) in zip(values.quantities, differences.tolist(), strict=True):
             sign = _sign(quantity)
             low, high = sorted(sign * end for end in ends)
-            verdict = RIGHT if low > 0 else WRONG if high < 0 else LEVEL
+            verdict = RIGHT if low > _ROUNDING else WRONG if high < -_ROUNDING else LEVEL
             found[str(pair)].append(Interval(sign * mean, low, high).as_dict() | {"verdict": verdict})
     return found
 
