@@ -99,7 +99,8 @@ class AnswerReport(Report):
             }
             for modality in MODALITIES
         }
-        return {"answer": judge(values, truth, confidence=confidence, seed=seed)}
+        scores = judge(values, truth, confidence=confidence, seed=seed)
+        return {"answer": {"samples": len(self.samples), "scores": scores}}
 
     def scalars(self) -> dict[str, float]:
         scalars = {}
