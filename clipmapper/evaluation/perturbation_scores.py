@@ -1,7 +1,7 @@
 """Results of a perturbation test: curves, areas, intervals, files of them, and the names of its scores."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +52,11 @@ class PerturbationScores:
     def areas(self, score: str) -> Float[np.ndarray, "modalities directions methods samples"]:
         """Area under every sample's curve by the trapezoid rule over the fraction axis."""
         return trapezoid_area(self.score(score), self.fractions)
+
+    def part(self, methods: Sequence[str]) -> "PerturbationScores":
+        """The curves of some of the methods."""
+        places = [self.methods.index(method) for method in methods]
+        return replace(self, methods=tuple(methods), values=self.values[:, :, :, places])
 
     def summary(
         self, *, confidence: float = 0.95, seed: int = 0, reference: str | None = None

@@ -136,6 +136,26 @@ def rank_correlation(
     return found
 
 
+def kendall_tau(
+    first: Float[np.ndarray, "*rankings items"], second: Float[np.ndarray, "*rankings items"]
+) -> Float[np.ndarray, "*rankings"]:
+    """Kendall's τ-b of two rankings of the same items: (C − D) / √((n − t₁) (n − t₂)), with C and D the pairs
+    of items that both order alike and otherwise, n all pairs and t those that a ranking leaves tied.
+
+    0 where one of the two leaves all tied: it ranks nothing. Numbers that differ by no more than rounding
+    does (1e-12 of the largest) are tied.
+    """
+    upper = np.triu_indices(first.shape[-1], 1)
+    signs = []
+    for one in (first, second):
+        apart = (one[..., :, None] - one[..., None, :])[..., upper[0], upper[1]]
+        least = 1e-12 * np.abs(one).max(axis=-1, keepdims=True)
+        signs.append(np.sign(apart) * (np.abs(apart) > least))
+    ordered = np.prod([np.abs(sign).sum(axis=-1) for sign in signs], axis=0)
+    agreement = (signs[0] * signs[1]).sum(axis=-1)
+    return np.divide(agreement, np.sqrt(ordered), out=np.zeros_like(agreement), where=ordered > 0)
+
+
 def trapezoid_area(
     curves: Float[np.ndarray, "*curves points"], at: Float[np.ndarray, "points"] | Sequence[float]
 ) -> Float[np.ndarray, "*curves"]:

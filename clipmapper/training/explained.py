@@ -180,14 +180,14 @@ class Report(ABC):
             "confidence": confidence,
             "perturbation": self.perturbation_numbers(confidence, seed),
             "scores": {
-                score: found.values.numbers(confidence=confidence, seed=seed)
+                score: found.of_methods.numbers(confidence=confidence, seed=seed)
                 for score, found in self.scored.items()
                 if score != REMOVAL
             },
             "localisation": localisation_numbers(self.localisation, confidence, seed),
         }
         if "sanity" in self.scored:
-            found["unchanged"] = unchanged(self.scored["sanity"].values)
+            found["unchanged"] = unchanged(self.scored["sanity"].of_methods)
         return found
 
     @abstractmethod
@@ -269,8 +269,9 @@ class Report(ABC):
             f"scores/{score}/{quantity.name}/{method}": float(value)
             for score, found in self.scored.items()
             if score != REMOVAL
-            for quantity in found.values.quantities
-            for method, value in zip(found.values.methods, found.values.mean(quantity), strict=True)
+            for values in [found.of_methods]
+            for quantity in values.quantities
+            for method, value in zip(values.methods, values.mean(quantity), strict=True)
         }
 
     def localisation_scalars(self) -> dict[str, float]:

@@ -236,6 +236,7 @@ class Task(ABC):
         batch_size: int,
         seed: int,
         scores: Sequence[str] = (REMOVAL,),
+        planted: bool = False,
         folder: Path | None = None,
         key: str = "",
         progress: Callable[[int], None] | None = None,
@@ -248,6 +249,11 @@ class Task(ABC):
         With ``folder`` finished chunks are kept there and taken up again when ``key`` is the same.
         ``progress`` is told of points of curves (:meth:`Samples.points`). ``settings``: all of
         ``perturb_settings``.
+
+        ``planted``: score the maps of :data:`~clipmapper.evaluation.explanation_scores.planted.PLANTED` too,
+        behind the methods (so many more, of which ``progress`` is told); they are in the values of ``scored``
+        and nowhere else, and a report's ``judged`` says what the scores are worth. Raises ``UserError`` where
+        it is not known of every sample what decides it.
         """
 
     @abstractmethod

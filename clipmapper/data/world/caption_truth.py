@@ -68,10 +68,16 @@ class CaptionTruth:
 
 
 @dataclass
-class _Said:
-    """A caption that was read: objects are mentions by number, in the order in which they are introduced."""
+class Said:
+    """A caption that was read: objects are mentions by number, in the order in which they are introduced.
+
+    ``opening`` and ``clauses``: its text, in parts that a comma or "and" stands between; with each clause
+    which mention is its "a", and its "b".
+    """
 
     wording: str
+    opening: re.Match
+    clauses: list[tuple[re.Match, dict[str, int]]] = field(default_factory=list)
     things: list[str] = field(default_factory=list)
     places: list[tuple[int, str]] = field(default_factory=list)
     relations: list[tuple[int, str, int]] = field(default_factory=list)
@@ -92,29 +98,39 @@ def caption_truth(caption: str, scene: Scene) -> CaptionTruth:
     (:func:`relation_holds`). A list behind "three objects:" claims to be the whole: one that does not add up
     to three is a count that does not hold, as is a total that is not the scene's.
     """
-    said = _read(" ".join(re.sub(r"\s+([,:])", r"\1", caption).split()))
+    said = read_caption(caption)
     if said is None:
         return CaptionTruth(None, (), False)
     counts = tuple(_counted(said, scene.objects))
-    best: tuple[Statement, ...] = ()
-    for chosen in _meanings(len(said.things), scene.objects):
-        judged = tuple(_judged(said, chosen))
-        if not best or _agreement(judged) > _agreement(best):
-            best = judged
-        if all(statement.holds for statement in best):
-            break
+    _, best = best_meaning(said, scene.objects)
     told = sum(number for _, number in said.tallies) + len(said.things)
     correct = all(statement.holds for statement in best + counts)
     return CaptionTruth(said.wording, best + counts, correct and told == len(scene.objects))
 
 
-def _read(caption: str) -> _Said | None:
+def best_meaning(
+    said: Said, items: Sequence[SceneObject]
+) -> tuple[list[SceneObject | None], tuple[Statement, ...]]:
+    """Which object each mention means, and what then holds; of several that agree equally well the first."""
+    best: tuple[list[SceneObject | None], tuple[Statement, ...]] = ([], ())
+    for chosen in _meanings(len(said.things), items):
+        judged = tuple(_judged(said, chosen))
+        if not best[1] or _agreement(judged) > _agreement(best[1]):
+            best = chosen, judged
+        if all(statement.holds for statement in best[1]):
+            break
+    return best
+
+
+def read_caption(caption: str) -> Said | None:
+    """What a caption says; None for one that does not follow the grammar."""
+    caption = " ".join(re.sub(r"\s+([,:])", r"\1", caption).split())
     opening = _OPENING.match(caption)
     rest = caption[opening.end() :]
     parts = re.split(r", | and ", rest)
     if rest != join(parts):
         return None
-    said = _Said("", only=opening["only"] is not None)
+    said = Said("", opening, only=opening["only"] is not None)
     if opening["total"]:
         said.total = NUMBERS.index(opening["total"])
         if (opening["noun"] == "object") != (said.total == 1):
@@ -122,7 +138,7 @@ def _read(caption: str) -> _Said | None:
     wordings = set()
     for part in parts:
         read = [(name, clause) for name, form in _CLAUSES.items() if (clause := form.fullmatch(part))]
-        if not read or not _add(said, read[0][0], read[0][1].groupdict()):
+        if not read or not _add(said, *read[0]):
             return None
         wordings.add(read[0][0])
     if wordings == {"listing"} and said.total:
@@ -133,8 +149,10 @@ def _read(caption: str) -> _Said | None:
     return said
 
 
-def _add(said: _Said, wording: str, clause: dict[str, str]) -> bool:
+def _add(said: Said, wording: str, clause: re.Match) -> bool:
     """Take a clause up; False when it makes no sense."""
+    mentioned: dict[str, int] = {}
+    said.clauses.append((clause, mentioned))
     if wording == "counts":
         number, kind = NUMBERS.index(clause["number"]), clause["kind"]
         if (kind in _PLURALS or kind.endswith("things")) != (number > 1):
@@ -147,6 +165,7 @@ def _add(said: _Said, wording: str, clause: dict[str, str]) -> bool:
         return True
     before = list(said.things)
     said.things.append(clause["a"])
+    mentioned["a"] = len(before)
     if wording == "places":
         said.places.append((len(before), clause["place"]))
     if wording == "relations":
@@ -157,6 +176,7 @@ def _add(said: _Said, wording: str, clause: dict[str, str]) -> bool:
         else:
             other = len(said.things)
             said.things.append(clause["b"])
+        mentioned["b"] = other
         said.relations.append((len(before), clause["how"], other))
     return True
 
@@ -181,9 +201,9 @@ def _agreement(statements: Sequence[Statement]) -> tuple[int, int]:
     return sum(s.holds for s in statements if s.kind == "object"), sum(s.holds for s in statements)
 
 
-def _judged(said: _Said, chosen: Sequence[SceneObject | None]) -> Iterator[Statement]:
+def _judged(said: Said, chosen: Sequence[SceneObject | None]) -> Iterator[Statement]:
     for name, item in zip(said.things, chosen, strict=True):
-        yield Statement("object", f"a {name}", item is not None and _fits(name, item))
+        yield Statement("object", f"a {name}", item is not None and fits(name, item))
     for thing, place in said.places:
         item = chosen[thing]
         holds = item is not None and place_holds(item, place)
@@ -194,7 +214,7 @@ def _judged(said: _Said, chosen: Sequence[SceneObject | None]) -> Iterator[State
         yield Statement("relation", f"{said.things[one]} {how} {said.things[other]}", holds)
 
 
-def _counted(said: _Said, items: Sequence[SceneObject]) -> Iterator[Statement]:
+def _counted(said: Said, items: Sequence[SceneObject]) -> Iterator[Statement]:
     told = sum(number for _, number in said.tallies) + len(said.things)
     if said.total is not None:
         yield Statement("count", f"{said.total} in all", said.total == len(items))
@@ -206,5 +226,6 @@ def _counted(said: _Said, items: Sequence[SceneObject]) -> Iterator[Statement]:
         yield Statement("count", f"{number} × {word}", found == number)
 
 
-def _fits(name: str, item: SceneObject) -> bool:
+def fits(name: str, item: SceneObject) -> bool:
+    """Whether an object is what it is called."""
     return all(word in (item.size, item.colour, item.shape) for word in name.split())

@@ -8,6 +8,7 @@ from clipmapper.evaluation.explanation_scores.adcc import adcc
 from clipmapper.evaluation.explanation_scores.captum_scores import infidelity, require_captum, sensitivity
 from clipmapper.evaluation.explanation_scores.curves import area_values, curves
 from clipmapper.evaluation.explanation_scores.oracle import oracle_share
+from clipmapper.evaluation.explanation_scores.planted import is_planted
 from clipmapper.evaluation.explanation_scores.replacement import REPLACEMENTS, WORDS_REPLACED
 from clipmapper.evaluation.explanation_scores.sanity import sanity
 from clipmapper.evaluation.explanation_scores.subject import Subject
@@ -32,10 +33,18 @@ _OF_CAPTUM = ("infidelity", "sensitivity")
 
 @dataclass(frozen=True)
 class Scored:
-    """What one score says: its values, and the curves behind them where it has some."""
+    """What one score says: its values, and the curves behind them where it has some.
+
+    Where planted maps were scored too they are behind the methods of ``values``, and nowhere else.
+    """
 
     values: ScoreValues
     curves: PerturbationScores | None = None
+
+    @property
+    def of_methods(self) -> ScoreValues:
+        """The values without those of planted maps."""
+        return self.values.part(_unplanted(self.values.methods))
 
 
 def check_scores(scores: Sequence[str], modalities: Sequence[str]) -> None:
@@ -101,4 +110,10 @@ def points(score: str, samples: int, methods: int, modalities: Sequence[str]) ->
 
 def as_scored(found: PerturbationScores | ScoreValues) -> Scored:
     """The values of whatever :func:`score_samples` gave, and its curves."""
-    return Scored(area_values(found), found) if isinstance(found, PerturbationScores) else Scored(found)
+    if not isinstance(found, PerturbationScores):
+        return Scored(found)
+    return Scored(area_values(found), found.part(_unplanted(found.methods)))
+
+
+def _unplanted(methods: Sequence[str]) -> list[str]:
+    return [method for method in methods if not is_planted(method)]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from clipmapper.evaluation.statistics import Interval, resampled_means
 
@@ -63,14 +63,24 @@ class ScoreValues:
 
         All come from the same resamples. Raises ValueError for values that are not finite.
         """
+        drawn = self.resampled(reference, seed=seed, resamples=resamples)
+        tail = (1 - confidence) / 2
+        low, high = np.quantile(drawn, [tail, 1 - tail], axis=0)
+        value = self._compared(self._columns.mean(axis=0)[None], reference)[0]
+        return np.stack([value, low, high], axis=-1)
+
+    def resampled(
+        self, reference: str | None = None, *, seed: int, resamples: int = 2000
+    ) -> Float[np.ndarray, "resamples quantities methods"]:
+        """What :meth:`intervals` are of: the values over sets of samples that are drawn with replacement, the
+        sets of :func:`~clipmapper.evaluation.statistics.resampled_means` for the same seed."""
         if not np.isfinite(self.values).all():
             raise ValueError("an interval needs finite values")
-        columns = self.values.reshape(-1, self.values.shape[-1]).T
-        drawn = resampled_means(columns, resamples, seed)
-        tail = (1 - confidence) / 2
-        low, high = np.quantile(self._compared(drawn, reference), [tail, 1 - tail], axis=0)
-        value = self._compared(columns.mean(axis=0)[None], reference)[0]
-        return np.stack([value, low, high], axis=-1)
+        return self._compared(resampled_means(self._columns, resamples, seed), reference)
+
+    @property
+    def _columns(self) -> Float[np.ndarray, "samples columns"]:
+        return self.values.reshape(-1, self.values.shape[-1]).T
 
     def _compared(
         self, means: Float[np.ndarray, "sets columns"], reference: str | None
@@ -99,6 +109,16 @@ class ScoreValues:
                     entry[f"difference_to_{reference}"] = difference.as_dict()
             out[quantity.name] = {"better": quantity.better, "factor": quantity.factor, "methods": by_method}
         return out
+
+    def part(
+        self, methods: Sequence[str] | None = None, samples: Bool[np.ndarray, "samples"] | None = None
+    ) -> "ScoreValues":
+        """Those of some of the methods, and of some of the samples (None: all)."""
+        methods = self.methods if methods is None else tuple(methods)
+        values = self.values[:, [self.methods.index(method) for method in methods]]
+        if samples is None:
+            return ScoreValues(self.quantities, methods, self.sample_ids, values)
+        return ScoreValues(self.quantities, methods, self.sample_ids[samples], values[:, :, samples])
 
     @classmethod
     def concatenate(cls, parts: "Sequence[ScoreValues]") -> "ScoreValues":

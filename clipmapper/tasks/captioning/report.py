@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from clipmapper.evaluation.captions.ngram_scores import CiderD
-from clipmapper.evaluation.captions.scores import is_stop_word
+from clipmapper.errors import UserError
 from clipmapper.evaluation.explanation_scores.chosen import (
     REMOVAL,
     Scored,
@@ -19,16 +19,14 @@ from clipmapper.evaluation.explanation_scores.chosen import (
     score_kind,
     score_samples,
 )
+from clipmapper.evaluation.explanation_scores.judged import judge
 from clipmapper.evaluation.explanation_scores.values import ScoreValues
+from clipmapper.evaluation.explanation_scores.with_planted import WithPlanted
 from clipmapper.evaluation.localisation import Localisation
 from clipmapper.evaluation.perturbation import ModalityRelevance, run_in_chunks
 from clipmapper.evaluation.perturbation_scores import PerturbationScores, perturbation_numbers
 from clipmapper.tasks.captioning.decoding import Decoding
-from clipmapper.tasks.captioning.explain import (
-    CaptionExplanation,
-    caption_word_weights,
-    check_word_maps,
-)
+from clipmapper.tasks.captioning.explain import CaptionExplanation, check_word_maps
 from clipmapper.tasks.captioning.localised import localised_captions, localised_words
 from clipmapper.tasks.captioning.model import Captioner
 from clipmapper.tasks.captioning.perturbation import CAPTION_SCORES
@@ -37,15 +35,12 @@ from clipmapper.tasks.captioning.pictures import (
     comparison_figure,
     word_localisation_table,
 )
+from clipmapper.tasks.captioning.planted import SpokenOf, require_scenes, spoken_of
 from clipmapper.tasks.captioning.samples import TESTS, CaptionSamples
 from clipmapper.tasks.captioning.subject import CaptionSubject, Said
-from clipmapper.tasks.captioning.trace import (
-    TracedCaption,
-    WordRelevance,
-    trace_caption,
-    word_relevance,
-)
-from clipmapper.training.explained import DRAWN_WORDS, Report, joined, joined_localisation, joined_scored
+from clipmapper.tasks.captioning.trace import word_relevance
+from clipmapper.tasks.captioning.written import written_captions
+from clipmapper.training.explained import Report, joined, joined_localisation, joined_scored
 from clipmapper.training.shown import Cell, Html, Picture, score_tables
 from clipmapper.visual.caption_strip import plot_caption_strip
 from clipmapper.visual.heatmap import words_html
@@ -58,7 +53,8 @@ class CaptionReport(Report):
     ``explanations``: of each method, of the model's own caption of every image. ``chosen``: in each caption,
     the word that is perturbed alone (its place). ``tested``: score → "caption" | "word" → what it says of
     the caption's maps, or of that word's. ``localisation``: method → kind of word → one entry for every true
-    caption that has such words, the mean over them.
+    caption that has such words, the mean over them. ``spoken_of``: what captions
+    and chosen words speak of, where planted maps were asked for.
     """
 
     samples: CaptionSamples
@@ -66,6 +62,7 @@ class CaptionReport(Report):
     chosen: Sequence[int]
     tested: Mapping[str, Mapping[str, Scored]]
     localisation: Mapping[str, Mapping[str, Localisation]]
+    spoken_of: SpokenOf | None = None
 
     curves = "perturbation_log_probability.png"
 
@@ -109,6 +106,35 @@ class CaptionReport(Report):
             test: perturbation_numbers(found.curves, confidence, seed)["image"]
             for test, found in self.tested.get(REMOVAL, {}).items()
         }
+
+    def judged(self, confidence: float, seed: int) -> dict[str, dict]:
+        """What the scores are worth, by test; of single words, those that speak of something that is there,
+        and no entry where there are none. ``aligned``: of how many samples it is known by the words."""
+        if self.spoken_of is None:
+            raise UserError("planted: the report was made without planted maps")
+        found = {}
+        for test in TESTS:
+            rows = self.spoken_of.judged(test)
+            if not rows.any():
+                continue
+            maps = {method: self._maps(test, its) for method, its in self.explanations.items()}
+            values = {
+                score: by_test[test].values.part(samples=rows) for score, by_test in self.tested.items()
+            }
+            truth = self.spoken_of.truth(test, maps)
+            found[test] = {
+                "samples": int(rows.sum()),
+                "aligned": int(self.spoken_of.aligned[test].sum()),
+                "scores": judge(values, truth, confidence=confidence, seed=seed),
+            }
+        return found
+
+    def _maps(
+        self, test: str, its: Sequence[CaptionExplanation]
+    ) -> Float[np.ndarray, "samples rows columns"]:
+        if test == "caption":
+            return np.stack([one.patches for one in its])
+        return np.stack([one.maps[word] for one, word in zip(its, self.chosen, strict=True)])
 
     def scalars(self) -> dict[str, float]:
         scalars = {}
@@ -156,6 +182,7 @@ class CaptionReport(Report):
                 for score, by_test in reports[0].tested.items()
             },
             localisation=joined_localisation(reports),
+            spoken_of=SpokenOf.together([r.spoken_of for r in reports]) if reports[0].spoken_of else None,
         )
 
 
@@ -168,6 +195,7 @@ def caption_report(
     batch_size: int,
     seed: int,
     scores: Sequence[str] = (REMOVAL,),
+    planted: bool = False,
     explained: str = "logit",
     word_maps: str = "scaled",
     word_weights: str = "mean",
@@ -186,32 +214,23 @@ def caption_report(
     :meth:`clipmapper.training.task.Task.report`.
     """
     check_word_maps(word_maps)
+    if planted:
+        require_scenes(samples)
     decoding = decoding or Decoding("greedy")
     relevance = partial(word_relevance, methods=methods, explained=explained, seed=seed)
     with model.evaluating():
-        whole: list[dict[str, CaptionExplanation]] = []
-        said: list[Said] = []
-        for row, sample in enumerate(samples.ids):
-            pixels = samples.images[row : row + 1].to(model.device)
-            traced = trace_caption(model, pixels, decoding=decoding)
-            whole.append(
-                _explained(
-                    model,
-                    traced,
-                    samples,
-                    row,
-                    relevance,
-                    word_weights=word_weights,
-                    word_maps=word_maps,
-                )
-            )
-            word = _chosen_word([word for word, _ in traced.words], seed, sample)
-            weights = next(iter(whole[-1].values())).weights
-            tokens = [p - 1 for p in traced.words[word][1]]
-            said.append(Said(traced.text.to("cpu"), weights, word, tokens))
-            if progress is not None:
-                progress(0)  # no point of a curve yet, but whoever wants to stop can
-        explanations = {m: [by_method[m] for by_method in whole] for m in methods}
+        explanations, said = written_captions(
+            model,
+            samples,
+            methods,
+            relevance,
+            decoding=decoding,
+            word_weights=word_weights,
+            word_maps=word_maps,
+            seed=seed,
+            progress=progress,
+        )
+        told = _spoken_of(model, samples, explanations, said) if planted else None
 
         def compute(positions: range, score: str, test: str) -> PerturbationScores | ScoreValues:
             subject = CaptionSubject(
@@ -230,6 +249,10 @@ def caption_report(
                 shown = [its[i].maps[said[i].word] if test == "word" else its[i].patches for i in positions]
                 image = torch.from_numpy(np.stack(shown)).flatten(1)
                 maps[method] = ModalityRelevance(image, torch.zeros(subject.text_valid.shape))
+            if told is not None:
+                deciding = told.deciding(test, positions, model.encoder.grid)
+                subject = WithPlanted(subject, deciding, seed)
+                maps |= subject.planted()
             return score_samples(score, subject, maps, batch_size=batch_size, seed=seed, progress=progress)
 
         scored = {
@@ -240,7 +263,7 @@ def caption_report(
                         chunk,
                         partial(compute, score=score, test=test),
                         folder=None if folder is None else folder / score / test,
-                        key=key,
+                        key=f"{key}, planted" if planted else key,
                         kind=score_kind(score),
                     )
                 )
@@ -251,45 +274,16 @@ def caption_report(
         localisation = localised_words(model, samples, methods, relevance)
         for method, own in localised_captions(samples, explanations).items():
             localisation[method] |= own
-    return CaptionReport(samples, explanations, [one.word for one in said], scored, localisation)
+    chosen = [one.word for one in said]
+    return CaptionReport(samples, explanations, chosen, scored, localisation, told)
 
 
-def _explained(
+def _spoken_of(
     model: Captioner,
-    traced: TracedCaption,
     samples: CaptionSamples,
-    row: int,
-    relevance: Callable[..., Mapping[str, WordRelevance]],
-    *,
-    word_weights: str,
-    word_maps: str,
-) -> dict[str, CaptionExplanation]:
-    places = tuple(range(len(traced.words)))
-    found = relevance(traced, places, sample=samples.ids[row])
-    words = tuple(word for word, _ in traced.words)
-    weights = caption_word_weights(
-        model, traced, word_weights, samples.references[row], CiderD(samples.frequencies)
-    )
-    return {
-        name: CaptionExplanation(
-            caption=traced.caption,
-            words=words,
-            explained=places,
-            maps=its.maps,
-            word_matrix=its.matrix,
-            probabilities=traced.word_probabilities(places),
-            weights=weights,
-            word_weights=word_weights,
-            image=samples.pictures[row],
-            method=name,
-            word_maps=word_maps,
-        )
-        for name, its in found.items()
-    }
-
-
-def _chosen_word(words: Sequence[str], seed: int, sample: int) -> int:
-    """One word of a caption at random, no stop-word where there are others: one curve an image, so that
-    images, which are what intervals are over, count alike."""
-    places = [place for place, word in enumerate(words) if not is_stop_word(word)] or list(range(len(words)))
-    return int(np.random.default_rng((seed, sample, DRAWN_WORDS)).choice(places))
+    explanations: Mapping[str, Sequence[CaptionExplanation]],
+    said: Sequence[Said],
+) -> SpokenOf:
+    written = next(iter(explanations.values()))
+    captions, words = [its.caption for its in written], [its.words for its in written]
+    return spoken_of(model, samples, captions, words, [one.word for one in said])

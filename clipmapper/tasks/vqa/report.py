@@ -18,10 +18,12 @@ from clipmapper.evaluation.explanation_scores.chosen import (
     score_kind,
     score_samples,
 )
+from clipmapper.evaluation.explanation_scores.judged import judge
 from clipmapper.evaluation.explanation_scores.values import ScoreValues
+from clipmapper.evaluation.explanation_scores.with_planted import WithPlanted
 from clipmapper.evaluation.localisation import Localisation, image_localisation, word_localisation
 from clipmapper.evaluation.perturbation import ModalityRelevance, run_in_chunks
-from clipmapper.evaluation.perturbation_scores import PerturbationScores, perturbation_numbers
+from clipmapper.evaluation.perturbation_scores import MODALITIES, PerturbationScores, perturbation_numbers
 from clipmapper.models.tokens import word_positions
 from clipmapper.tasks.vqa.model import CLIPmapper
 from clipmapper.tasks.vqa.pictures import (
@@ -30,6 +32,7 @@ from clipmapper.tasks.vqa.pictures import (
     localisation_table,
     perturbation_table,
 )
+from clipmapper.tasks.vqa.planted import deciding_of, require_truth
 from clipmapper.tasks.vqa.samples import QuestionSamples
 from clipmapper.tasks.vqa.subject import AnswerSubject, answer_maps
 from clipmapper.training.explained import Report, joined, joined_localisation, joined_scored
@@ -83,6 +86,21 @@ class AnswerReport(Report):
         if REMOVAL not in self.scored:
             return {}
         return perturbation_numbers(self.perturbation, confidence, seed)
+
+    def judged(self, confidence: float, seed: int) -> dict[str, dict]:
+        """What the scores are worth (:func:`~clipmapper.evaluation.explanation_scores.judged.judge`), under
+        "answer". Raises ``UserError`` where it is not known of every question what decides it."""
+        require_truth(self.samples)
+        values = {score: found.values for score, found in self.scored.items()}
+        truth = {
+            modality: {
+                name: np.stack([getattr(its[modality], name) for its in self.localisation.values()])
+                for name in ("mass", "rank")
+            }
+            for modality in MODALITIES
+        }
+        scores = judge(values, truth, confidence=confidence, seed=seed)
+        return {"answer": {"samples": len(self.samples), "scores": scores}}
 
     def scalars(self) -> dict[str, float]:
         scalars = {}
@@ -147,6 +165,7 @@ def answer_report(
     batch_size: int,
     seed: int,
     scores: Sequence[str] = (REMOVAL,),
+    planted: bool = False,
     explained: str = "logit",
     folder: Path | None = None,
     key: str = "",
@@ -155,6 +174,7 @@ def answer_report(
     """See :meth:`clipmapper.training.task.Task.report`. ``explained``: as of
     :func:`~clipmapper.tasks.vqa.explain.trace_answers`."""
     rows, columns = model.encoder.grid
+    deciding = deciding_of(model, samples) if planted else None
     with model.evaluating():
         traced = []
         for start in range(0, len(samples), chunk):
@@ -184,6 +204,9 @@ def answer_report(
                 )
                 for method in methods
             }
+            if deciding is not None:
+                subject = WithPlanted(subject, deciding.part(positions), seed)
+                relevance |= subject.planted()
             return score_samples(
                 score, subject, relevance, batch_size=batch_size, seed=seed, progress=progress
             )
@@ -195,7 +218,7 @@ def answer_report(
                     chunk,
                     partial(compute, score=score),
                     folder=None if folder is None else folder / score,
-                    key=key,
+                    key=f"{key}, planted" if planted else key,
                     kind=score_kind(score),
                 )
             )
