@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support import caption_models, training_models
+from support import caption_models, tiny_models, training_models
 
 from clipmapper.errors import UserError
 from clipmapper.evaluation.explanation_scores import chosen
@@ -29,8 +29,9 @@ from clipmapper.training.callback import RelevanceCallback
 from clipmapper.training.processes import Share
 from clipmapper.training.shown import console, score_tables
 
-METHODS = ("weighted", "gae", "random")
+METHODS = ("weighted", "random")
 OF_IMAGES = tuple(score for score in EXPLANATION_SCORES if score != "f_syn")
+OF_CAPTIONS = ("removal", "replace_mean", "replace_blur", "oracle", "adcc", "infidelity", "sanity")  # fast
 GREEDY = Decoding("greedy", max_length=6)
 
 
@@ -87,8 +88,8 @@ def answers(answering, folders):
 @pytest.fixture(scope="module")
 def captions(captioning, folders):
     told = []
-    report = of_images(captioning, OF_IMAGES, folder=folders["captions"], key="a", progress=told.append)
-    assert sum(told) == captioning[1].points(len(METHODS), OF_IMAGES)
+    report = of_images(captioning, OF_CAPTIONS, folder=folders["captions"], key="a", progress=told.append)
+    assert sum(told) == captioning[1].points(len(METHODS), OF_CAPTIONS)
     return report
 
 
@@ -96,7 +97,7 @@ def captions(captioning, folders):
 
 
 def test_the_settings_name_what_can_be_computed():
-    assert EXPLANATION_SCORES == (chosen.REMOVAL, *chosen._REPLACING, *chosen._OTHERS)
+    assert (chosen.REMOVAL, *chosen._REPLACING, *chosen._OTHERS) == EXPLANATION_SCORES
     assert set(chosen._OF_CAPTUM) < set(EXPLANATION_SCORES)
 
 
@@ -133,6 +134,8 @@ def test_what_the_data_do_not_have_is_one_line(answering, captioning):
         elsewhere = replace(samples, known=[None] * len(samples))
         with pytest.raises(UserError, match=r"^scores: replace_background needs"):
             run(asked, ["replace_background"], elsewhere)
+        if run is of_images:  # the same code, and slow
+            continue
         alone = replace(samples, others=[-1] * len(samples))
         with pytest.raises(UserError, match=r"^scores: replace_other takes"):
             run(asked, ["replace_other"], alone)
@@ -169,8 +172,9 @@ def test_no_score_is_computed_again(task, request, folders, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(module, "score_samples", never)
         again = run(asked, scores, folder=folders[task], key="a")
-        with pytest.raises(AssertionError):
-            run(asked, scores, folder=folders[task] / "elsewhere", key="a")
+        if task == "answers":
+            with pytest.raises(AssertionError):
+                run(asked, scores, folder=folders[task], key="b")
     assert again.numbers(0.9, 0) == first.numbers(0.9, 0)
 
 
@@ -189,7 +193,7 @@ def test_a_score_asked_for_later_finds_the_chunks_of_others(answering, answers, 
 
 def test_whoever_wants_to_stop_can(answering):
     """Every score tells its progress before the end."""
-    for score in EXPLANATION_SCORES:
+    for score in ("removal", "replace_grey", *chosen._OTHERS):
         told = []
 
         def stop(number, told=told):
@@ -202,12 +206,12 @@ def test_whoever_wants_to_stop_can(answering):
 
 
 def test_parts_of_two_processes_are_the_whole(answering, answers):
-    samples = answering[1]
-    parts = [of_questions(answering, EXPLANATION_SCORES, samples.part(Share(k, 2))) for k in range(2)]
+    samples, scores = answering[1], ("removal", "replace_other", "oracle", "adcc", "sensitivity", "sanity")
+    parts = [of_questions(answering, scores, samples.part(Share(k, 2))) for k in range(2)]
     joined = AnswerReport.together(samples, parts)
-    assert list(joined.scored) == list(answers.scored)
-    for score, found in answers.scored.items():
-        its = joined.scored[score]
+    assert tuple(joined.scored) == scores
+    for score, its in joined.scored.items():
+        found = answers.scored[score]
         assert its.values.quantities == found.values.quantities
         np.testing.assert_allclose(its.values.values, found.values.values, rtol=1e-4, atol=1e-5)
         assert (its.values.sample_ids == samples.ids).all()
@@ -217,12 +221,15 @@ def test_parts_of_two_processes_are_the_whole(answering, answers):
     assert joined.numbers(0.9, 0)["unchanged"] == answers.numbers(0.9, 0)["unchanged"]
 
 
-def test_parts_of_captions_are_the_whole(captioning, captions):
-    samples, scores = captioning[1], ("replace_other", "adcc")
-    parts = [of_images(captioning, scores, samples.part(Share(k, 2))) for k in range(2)]
+@pytest.mark.slow
+def test_every_score_of_captions_in_two_parts(captioning, captions):
+    samples = captioning[1]
+    parts = [of_images(captioning, OF_IMAGES, samples.part(Share(k, 2))) for k in range(2)]
     joined = type(captions).together(samples, parts)
-    for score in scores:
-        for test, found in captions.tested[score].items():
+    assert tuple(joined.scored) == OF_IMAGES
+    json.dumps(joined.numbers(0.9, 0), allow_nan=False)
+    for score, by_test in captions.tested.items():
+        for test, found in by_test.items():
             its = joined.tested[score][test]
             np.testing.assert_allclose(its.values.values, found.values.values, rtol=1e-4, atol=1e-5)
             assert (its.curves is None) == (found.curves is None)
@@ -241,12 +248,12 @@ def test_where_the_numbers_land(task, request):
     of_score = {"answers": "f_syn", "captions": "adcc"}[task]
     its = numbers["scores"][of_score][first]
     assert (its["better"], set(its["methods"])) == ("high", set(METHODS))
-    assert set(its["methods"]["gae"]) == {"value", "difference_to_weighted"}
-    assert set(its["methods"]["gae"]["value"]) == {"mean", "low", "high"}
+    assert set(its["methods"]["random"]) == {"value", "difference_to_weighted"}
+    assert set(its["methods"]["random"]["value"]) == {"mean", "low", "high"}
     quantity = next(q for q in report.scored[of_score].values.quantities if q.name == first)
     mean = report.scored[of_score].values.mean(quantity)[1]
-    assert its["methods"]["gae"]["value"]["mean"] == pytest.approx(mean)
-    assert report.scalars()[f"scores/{of_score}/{first}/gae"] == pytest.approx(mean)
+    assert its["methods"]["random"]["value"]["mean"] == pytest.approx(mean)
+    assert report.scalars()[f"scores/{of_score}/{first}/random"] == pytest.approx(mean)
     assert not any(name.startswith("scores/removal") for name in report.scalars())
     assert numbers["unchanged"] == ["random"]  # which reads no weight
     ends = [name for name in numbers["scores"]["sanity"] if name.endswith("/all")]
@@ -276,7 +283,7 @@ def test_tables_are_printed(task, request):
     assert "possible" not in told and "1 head" not in told and "…" not in told
     assert all(len(table.columns) <= 5 for table in score_tables(numbers))
     lines = told.splitlines()
-    titles = ("replace_mean, area under", "adcc, 90", "infidelity, 90", "sensitivity, 90", "sanity, 90")
+    titles = ("replace_mean, area under", "adcc, 90", "infidelity, 90", "sanity, 90")
     for title in titles:
         assert any(line.startswith(title) for line in lines), title
 
@@ -354,12 +361,8 @@ def test_answers_as_scores_see_them(answering, answers):
         logits = model(others, samples.text[1:4])
     expected = logits.softmax(1).gather(1, given[1:, None])[:, 0]
     np.testing.assert_allclose(subject.certainty_of(np.arange(3), others), expected, rtol=1e-5)
-    moved = AnswerSubject(
-        model, replace(samples, images=others), range(3), METHODS, answers=given[1:], seed=2
-    )
-    moved._rows, moved.images, moved._text = torch.arange(3), others, samples.text[1:4]
     found, own = subject.maps(others), subject.maps()
-    assert not torch.allclose(found["gae"].image, own["gae"].image, rtol=0.01)
+    assert not torch.allclose(found["weighted"].image, own["weighted"].image, rtol=0.01)
     assert torch.equal(found["random"].image, own["random"].image)
 
 
@@ -412,16 +415,14 @@ def test_layers_from_the_output_to_the_input(architecture, answering, captioning
         "head", "mapper block 1", "mapper projections", "encoder block 1", "encoder embeddings",
     ]  # fmt: skip
     by_name = dict(groups)
-    towers = [list(t.attention_blocks())[0] for t in (model.encoder.image_tower, model.encoder.text_tower)]
+    towers = [next(iter(t.attention_blocks())) for t in (model.encoder.image_tower, model.encoder.text_tower)]
     in_blocks = {id(p) for tower in towers for p in tower.parameters()}
     assert {id(p) for p in by_name["encoder block 1"]} == in_blocks
     assert {id(p) for p in by_name["mapper block 1"]} == {id(p) for p in model.mapper.blocks.parameters()}
 
 
-def test_layers_of_towers_of_different_depth(tmp_path):
-    """The last blocks of both go together; the deeper tower's first is left alone."""
-    from support import tiny_models
-
+def test_blocks_are_counted_from_the_last(tmp_path):
+    """The last blocks of both go together."""
     model = tiny_models.clipmapper(tmp_path, depth=2)
     groups = parameter_groups(model)
     assert [name for name, _ in groups] == [
@@ -441,7 +442,6 @@ def test_layers_of_towers_of_different_depth(tmp_path):
 def test_sanity_leaves_a_model_as_it_was(answering):
     model, samples = answering
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     of_questions(answering, ["sanity"], samples.part(Share(0, 2)))
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
