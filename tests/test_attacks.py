@@ -268,11 +268,11 @@ def test_perturbation_of_data_that_the_user_names(canary, tmp_path, content, cap
     assert "1 of 2 questions have no answer that the model can give" in capfd.readouterr().out
     results = json.loads((out / "results.json").read_text())
     assert results["settings"]["data"]["path"] == str(tmp_path / "my.jsonl")
-    first = (out / "chunks" / "chunk_00000.npz").read_bytes()
+    first = (out / "chunks" / "removal" / "chunk_00000.npz").read_bytes()
     # Other data of the same name are other data.
     manifest(tmp_path, "green")
     cli.perturb([*given[1:], *data])
-    assert (out / "chunks" / "chunk_00000.npz").read_bytes() != first
+    assert (out / "chunks" / "removal" / "chunk_00000.npz").read_bytes() != first
 
 
 @pytest.mark.parametrize(

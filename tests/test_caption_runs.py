@@ -163,7 +163,7 @@ def test_perturb(command, tmp_path, monkeypatch):
     results = results["explanations"]
     assert set(results["perturbation"]["caption"]["positive"]) == {"cider", "log_probability"}
     chunks = sorted(str(p.relative_to(tmp_path)) for p in (tmp_path / "result" / "chunks").rglob("*.npz"))
-    assert chunks == [f"result/chunks/{test}/chunk_00000.npz" for test in ("caption", "word")]
+    assert chunks == [f"result/chunks/removal/{test}/chunk_00000.npz" for test in ("caption", "word")]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from clipmapper import cli
 from clipmapper.data.world.data import ScenesVQA
 from clipmapper.data.world.questions import CHANCE
 from clipmapper.relevance import COMPARED as METHODS
-from clipmapper.tasks.vqa import report as explanation_report
+from clipmapper.evaluation.explanation_scores import curves as explanation_curves
 from clipmapper.tasks.vqa.pictures import perturbation_table
 from clipmapper.tasks.vqa.task import accuracy_table
 from clipmapper.training.shown import console, files_table
@@ -238,7 +238,7 @@ def test_perturb_scores_every_method(perturbed):
     assert len(names) == 5 + 3
     for path in (perturbed.folder / "result" / "pictures").glob("*.png"):
         assert opened(path).ndim == 3
-    chunks = sorted(path.name for path in (perturbed.folder / "result" / "chunks").iterdir())
+    chunks = sorted(path.name for path in (perturbed.folder / "result" / "chunks" / "removal").iterdir())
     assert chunks == ["chunk_00000.npz", "chunk_00001.npz", "chunk_00002.npz"]
 
 
@@ -248,13 +248,13 @@ def again(perturbed, checkpoint, monkeypatch, capsys):
     monkeypatch.chdir(perturbed.folder)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
     computed = []
-    original = explanation_report.perturb
+    original = explanation_curves.perturb
 
     def counting(*args, **kwargs):
         computed.append(len(kwargs["sample_ids"]))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(explanation_report, "perturb", counting)
+    monkeypatch.setattr(explanation_curves, "perturb", counting)
     monkeypatch.setattr("clipmapper.commands.perturb._PICTURES", 0)
 
     def run(*overrides: str, output: str = "few") -> tuple[list[int], dict]:
@@ -277,14 +277,14 @@ def test_perturb_takes_finished_chunks_from_disk(perturbed, again):
     computed, results = again(few)
     first = results["explanations"]
     assert computed == [2, 2, 1]
-    digests = {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.glob("chunks/*")}
+    digests = {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.glob("chunks/removal/*")}
     assert len(digests) == 3
     # As after an interruption in the second chunk.
-    (folder / "chunks" / "chunk_00001.npz").unlink()
-    (folder / "chunks" / "chunk_00002.npz").unlink()
+    (folder / "chunks" / "removal" / "chunk_00001.npz").unlink()
+    (folder / "chunks" / "removal" / "chunk_00002.npz").unlink()
     computed, results = again(few)
     assert computed == [2, 1] and results["explanations"] == first
-    assert {p.name: hashlib.sha256(p.read_bytes()).digest() for p in folder.glob("chunks/*")} == digests
+    assert {p.name: hashlib.sha256(p.read_bytes()).digest() for p in folder.glob("chunks/removal/*")} == digests
     computed, results = again(few, "seed=1", "chunk=7")
     assert computed == [5] and results["explanations"] != first
     computed, _ = again("resume=false", "seed=1", "chunk=7", "methods=[random]")

@@ -150,15 +150,15 @@ def test_explanations_stop_between_two_parts(settings, monkeypatch):
     from clipmapper.tasks.vqa import report as explanation_report
 
     config, whole = settings("name=explaining", *EXPLAINED), train(settings("name=explained", *EXPLAINED))
-    original, parts = explanation_report._relevance, []
+    original, parts = explanation_report.answer_maps, []
 
-    def relevance(*arguments):
+    def maps(*arguments, **options):
         parts.append(arguments)
         os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
+        return original(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(explanation_report, "_relevance", relevance)
+        patched.setattr(explanation_report, "answer_maps", maps)
         with pytest.raises(
             RunInterrupted, match=r"^stopped in the explanations after step 2; 2 steps are saved"
         ):

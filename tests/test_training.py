@@ -29,7 +29,7 @@ from clipmapper.data.token_cache import TokenStore
 from clipmapper.data.world.data import RenderedImage
 from clipmapper.data.world.questions import ANSWERS, SceneQuestion
 from clipmapper.errors import RunInterrupted, UserError
-from clipmapper.tasks.vqa import report as explanation_report
+from clipmapper.evaluation.explanation_scores import curves as explanation_curves
 from clipmapper.tasks.vqa import task as vqa_run
 from clipmapper.tasks.vqa.batches import QuestionBatches
 from clipmapper.tasks.vqa.blind import blind_answers
@@ -464,14 +464,14 @@ def test_stopped_at_the_end_and_resumed(settings, whole_run, monkeypatch, moment
         if moment == "last step":
             during_step(6, patched, ctrl_c)
         elif "validation" in moment:
-            original = explanation_report.perturb
+            original = explanation_curves.perturb
 
             def perturb(*args, **kwargs):
                 if (newest(stopped) / CHECKPOINT).exists():  # saved behind the last step, before validation
                     ctrl_c()
                 return original(*args, **kwargs)
 
-            patched.setattr(explanation_report, "perturb", perturb)
+            patched.setattr(explanation_curves, "perturb", perturb)
         else:
             patched.setattr(vqa_run, "blind_answers", lambda *args, **kwargs: ctrl_c())
         with pytest.raises((RunInterrupted, KeyboardInterrupt)):

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from clipmapper.data.answers import AnswerVocabulary
 from clipmapper.data.records import RecordData
 from clipmapper.data.tables.base import RecordList
+from clipmapper.evaluation.perturbation_scores import MODALITIES
 from clipmapper.models.checkpoint import build_encoder, describe
 from clipmapper.models.description import MAPPER, WIDTH, ModelRules
 from clipmapper.models.tokens import tokenize
@@ -124,6 +125,7 @@ class MatchingRun(TaskRun):
 class Matching(Task):
     name, does, records = "matching", "tells whether a sentence belongs to a picture", "captions"
     explain_settings = ("caption",)
+    perturbed = MODALITIES
 
     run, report = staticmethod(MatchingRun), staticmethod(answer_report)
 
