@@ -9,7 +9,6 @@ from clipmapper.evaluation.explanation_scores.chosen import as_scored, score_sam
 from clipmapper.evaluation.explanation_scores.judged import PAIRS, judge, judged_table
 from clipmapper.evaluation.explanation_scores.planted import PLANTED, PLANTED_NAMES, Deciding, planted_maps
 from clipmapper.evaluation.explanation_scores.values import HIGH, LOW, NEITHER, Quantity, ScoreValues
-from clipmapper.evaluation.perturbation import ModalityRelevance
 from clipmapper.evaluation.statistics import bootstrap_interval, kendall_tau
 
 # Kendall's tau
@@ -157,10 +156,16 @@ class FakeSubject:
         patches = self.deciding.patches.reshape(len(words), -1)
         return Certain(patches, words, self.text_valid, self._broken)
 
+    layers = ()
+
+    def certain(self):
+        return self.scorer()
+
+    def certainty_of(self, sample, images):
+        raise NotImplementedError
+
     def maps(self, images=None):
-        return planted_maps(
-            self.deciding, self.images, tokens=12, sample_ids=self.sample_ids, seed=0
-        )  # fmt: skip
+        return planted_maps(self.deciding, self.images, tokens=12, sample_ids=self.sample_ids, seed=0)
 
 
 def removal(broken: bool) -> dict:
@@ -208,7 +213,6 @@ def test_what_says_nothing_is_level():
         seed=0,
     )
     assert {its["verdict"] for its in found["one"]["q"]["planted"].values()} == {"level"}
-    assert judged_table(found, "rank") if found["one"]["q"]["methods"] else True
 
 
 def test_pairs_are_a_partial_order():
@@ -225,8 +229,3 @@ def test_some_methods_and_samples():
     part = values.part(("c", "a"), np.array([False, True]))
     assert part.methods == ("c", "a") and part.sample_ids.tolist() == [9]
     assert part.values.tolist() == [[[5.0], [1.0]]]
-
-
-def test_relevance_is_what_perturb_takes():
-    maps = FakeSubject(samples=2).maps()
-    assert all(isinstance(its, ModalityRelevance) and its.image.shape == (2, 36) for its in maps.values())
