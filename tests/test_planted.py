@@ -58,7 +58,6 @@ def test_blurred_by_one_patch():
             one[to, place if place < 3 else fold[place - 3]] += its
     np.testing.assert_allclose(blurred(TRUTH), one @ TRUTH @ one.T, atol=1e-12)
     assert blurred(TRUTH).sum() == pytest.approx(1.5)
-    assert blurred(TRUTH).argmax() == 4
     np.testing.assert_allclose(blurred(TRUTH[1]), one @ TRUTH[1], atol=1e-12)
 
 
@@ -95,7 +94,7 @@ def test_all_tokens_of_a_word_have_its_value_and_others_none():
     side = pytest.approx(np.exp(-((4 / 3) ** 2) / 2))
     assert found["planted/centre"] == [0, side, 1, 1, side, 0]
     blur = found["planted/truth_blurred"]
-    assert blur[2] == blur[3] > blur[1] == pytest.approx(blur[4]) > 0
+    assert blur[2] == blur[3] > blur[1] > 0 and blur[1] == pytest.approx(blur[4])
 
 
 def test_maps_of_patches():
