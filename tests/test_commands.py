@@ -14,8 +14,8 @@ from support import training_models
 from clipmapper import cli
 from clipmapper.data.world.data import ScenesVQA
 from clipmapper.data.world.questions import CHANCE
-from clipmapper.relevance import COMPARED as METHODS
 from clipmapper.evaluation.explanation_scores import curves as explanation_curves
+from clipmapper.relevance import COMPARED as METHODS
 from clipmapper.tasks.vqa.pictures import perturbation_table
 from clipmapper.tasks.vqa.task import accuracy_table
 from clipmapper.training.shown import console, files_table
@@ -277,14 +277,18 @@ def test_perturb_takes_finished_chunks_from_disk(perturbed, again):
     computed, results = again(few)
     first = results["explanations"]
     assert computed == [2, 2, 1]
-    digests = {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.glob("chunks/removal/*")}
+    digests = {
+        path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.glob("chunks/removal/*")
+    }
     assert len(digests) == 3
     # As after an interruption in the second chunk.
     (folder / "chunks" / "removal" / "chunk_00001.npz").unlink()
     (folder / "chunks" / "removal" / "chunk_00002.npz").unlink()
     computed, results = again(few)
     assert computed == [2, 1] and results["explanations"] == first
-    assert {p.name: hashlib.sha256(p.read_bytes()).digest() for p in folder.glob("chunks/removal/*")} == digests
+    assert {
+        p.name: hashlib.sha256(p.read_bytes()).digest() for p in folder.glob("chunks/removal/*")
+    } == digests
     computed, results = again(few, "seed=1", "chunk=7")
     assert computed == [5] and results["explanations"] != first
     computed, _ = again("resume=false", "seed=1", "chunk=7", "methods=[random]")
