@@ -277,14 +277,18 @@ def test_perturb_takes_finished_chunks_from_disk(perturbed, again):
     computed, results = again(few)
     first = results["explanations"]
     assert computed == [2, 2, 1]
-    digests = {path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.glob("chunks/removal/*")}
+    digests = {
+        path.name: hashlib.sha256(path.read_bytes()).digest() for path in folder.glob("chunks/removal/*")
+    }
     assert len(digests) == 3
     # As after an interruption in the second chunk.
     (folder / "chunks" / "removal" / "chunk_00001.npz").unlink()
     (folder / "chunks" / "removal" / "chunk_00002.npz").unlink()
     computed, results = again(few)
     assert computed == [2, 1] and results["explanations"] == first
-    assert {p.name: hashlib.sha256(p.read_bytes()).digest() for p in folder.glob("chunks/removal/*")} == digests
+    assert {
+        p.name: hashlib.sha256(p.read_bytes()).digest() for p in folder.glob("chunks/removal/*")
+    } == digests
     computed, results = again(few, "seed=1", "chunk=7")
     assert computed == [5] and results["explanations"] != first
     computed, _ = again("resume=false", "seed=1", "chunk=7", "methods=[random]")

@@ -1,16 +1,15 @@
 """F_syn: do the most relevant patches and words act together? (arXiv 2605.22168)"""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clipmapper.evaluation.explanation_scores.subject import Subject
+from clipmapper.evaluation.explanation_scores.subject import Subject, certainties
 from clipmapper.evaluation.explanation_scores.values import HIGH, Quantity, ScoreValues
 from clipmapper.evaluation.perturbation import (
     ModalityRelevance,
     VariantScorer,
-    kept_indices,
     number_removed,
     removal_order,
 )
@@ -48,23 +47,20 @@ def synergy(
         top_image = _most_relevant(image, patches, subject.sample_ids, seed)
         top_text = _most_relevant(text, removable, subject.sample_ids, seed)
         always = (valid & ~removable)[:, None]
-        certainty = _certainties(scorer, batch_size)
         whole_image, whole_text = np.ones_like(top_image), np.broadcast_to(valid[:, None], top_text.shape)
         no_image, no_text = np.zeros_like(top_image), np.broadcast_to(always, top_text.shape)
         less_image, less_text = ~top_image, valid[:, None] & ~top_text
         only_text = always | top_text
-        deleted = (
-            certainty(less_image, less_text)
-            - certainty(less_image, whole_text)
-            - certainty(whole_image, less_text)
-            + certainty(whole_image, whole_text)
+        pairs = [
+            (less_image, less_text), (less_image, whole_text), (whole_image, less_text),
+            (whole_image, whole_text),
+            (top_image, only_text), (top_image, no_text), (no_image, only_text), (no_image, no_text),
+        ]  # fmt: skip
+        both, image_less, text_less, whole, alone, image_alone, text_alone, none = _certainties(
+            scorer, pairs, batch_size
         )
-        inserted = (
-            certainty(top_image, only_text)
-            - certainty(top_image, no_text)
-            - certainty(no_image, only_text)
-            + certainty(no_image, no_text)
-        )
+        deleted = both - image_less - text_less + whole
+        inserted = alone - image_alone - text_alone + none
         areas = trapezoid_area(np.stack([deleted, inserted]), STEPS)
         columns.append(np.stack([areas.mean(axis=0), areas[0], areas[1]]))
     quantities = tuple(Quantity(name, HIGH) for name in ("f_syn", "deletion", "insertion"))
@@ -83,17 +79,14 @@ def _most_relevant(
     return removable[:, None] & (rank[:, None] < taken[:, :, None])
 
 
-def _certainties(scorer: VariantScorer, batch_size: int):
-    def certainty(
-        image: Bool[np.ndarray, "samples steps patches"], text: Bool[np.ndarray, "samples steps tokens"]
-    ) -> Float[np.ndarray, "samples steps"]:
-        """Variants that keep equally many patches share a forward."""
-        samples, steps, _ = image.shape
-        found = np.empty((samples, steps))
-        for step in range(steps):  # every sample has the same number of patches left at a step
-            for rows in np.split(np.arange(samples), range(batch_size, samples, batch_size)):
-                keeps = kept_indices(image[rows, step]), kept_indices(text[rows, step])
-                found[rows, step] = scorer.score(rows, *keeps)[:, 0]
-        return found
-
-    return certainty
+def _certainties(
+    scorer: VariantScorer,
+    pairs: Sequence[
+        tuple[Bool[np.ndarray, "samples steps patches"], Bool[np.ndarray, "samples steps tokens"]]
+    ],
+    batch_size: int,
+) -> Float[np.ndarray, "pairs samples steps"]:
+    image, text = (np.stack(kept) for kept in zip(*pairs, strict=True))
+    sample = np.broadcast_to(np.arange(image.shape[1])[:, None], image.shape[:3])
+    flat = [kept.reshape(-1, kept.shape[-1]) for kept in (image, text)]
+    return certainties(scorer, sample.reshape(-1), *flat, batch_size).reshape(image.shape[:3])
