@@ -14,8 +14,8 @@ from support import training_models
 from clipmapper import cli
 from clipmapper.data.world.data import ScenesVQA
 from clipmapper.data.world.questions import CHANCE
-from clipmapper.relevance import COMPARED as METHODS
 from clipmapper.evaluation.explanation_scores import curves as explanation_curves
+from clipmapper.relevance import COMPARED as METHODS
 from clipmapper.tasks.vqa.pictures import perturbation_table
 from clipmapper.tasks.vqa.task import accuracy_table
 from clipmapper.training.shown import console, files_table
