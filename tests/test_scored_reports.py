@@ -119,13 +119,13 @@ def test_what_cannot_be_scored_is_one_line(scores, modalities, said):
     check_scores(EXPLANATION_SCORES, MODALITIES)
 
 
-def test_tasks_and_the_callback_refuse_what_they_have_not(tmp_path):
+def test_tasks_and_the_callback_refuse_what_they_have_not(captioning, tmp_path):
     task_named("vqa").check_explanation_scores(EXPLANATION_SCORES)
     task_named("captioning").check_explanation_scores(OF_IMAGES)
     numbers = {"every_n_validations": 1, "samples": 1, "pictures": 0, "batch_size": 1, "seed": 0}
     callback = RelevanceCallback(["gae"], **numbers, confidence=0.9, scores=["removal", "f_syn"])
     with pytest.raises(UserError, match="scores: f_syn"):
-        callback.prepare(task_named("captioning"), None, tmp_path)
+        callback.prepare(task_named("captioning"), captioning[1], tmp_path)
 
 
 def test_what_the_data_do_not_have_is_one_line(answering, captioning):

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clipmapper.errors import UserError
-from clipmapper.evaluation.explanation_scores.subject import Subject
+from clipmapper.evaluation.explanation_scores.subject import Subject, certainties
 from clipmapper.evaluation.explanation_scores.values import LOW, Quantity, ScoreValues
-from clipmapper.evaluation.perturbation import ModalityRelevance, VariantScorer, kept_indices
+from clipmapper.evaluation.perturbation import ModalityRelevance
 
 _SUBSETS = 50  # random sets of tokens a sample
 _NOISES = 10  # noisy images a sample (captum's and the paper's number)
@@ -63,7 +63,8 @@ def infidelity(
             # captum repeats samples one behind the other.
             rows = np.repeat(np.arange(len(whole)), len(present) // len(whole))
             kept = present.bool().numpy() if valid is None else present.bool().numpy() & valid[rows]
-            return torch.from_numpy(_certainty(scorer, rows, kept, whole, text, batch_size))
+            keeps = (None, kept) if text else (kept, None)
+            return torch.from_numpy(certainties(scorer, rows, *keeps, batch_size))
 
         row = []
         for relevance in maps.values():
@@ -108,26 +109,6 @@ class _Remembered:
         found = self._function(given)
         self._known[place:] = [(given.clone(), found)]
         return found
-
-
-def _certainty(
-    scorer: VariantScorer,
-    rows: np.ndarray,
-    kept: np.ndarray,
-    whole: np.ndarray,
-    text: bool,
-    batch_size: int,
-) -> Float[np.ndarray, "variants"]:
-    """The certainties of variants; of images, those that keep equally many patches share a forward."""
-    found = np.empty(len(rows))
-    count = kept.sum(axis=1)
-    for many in [None] if text else np.unique(count):
-        same = np.arange(len(rows)) if many is None else np.flatnonzero(count == many)
-        for part in np.split(same, range(batch_size, len(same), batch_size)):
-            keep = kept_indices(kept[part])
-            keeps = (None, keep) if text else (keep, None)
-            found[part] = scorer.score(rows[part], *keeps)[:, 0]
-    return found
 
 
 def sensitivity(

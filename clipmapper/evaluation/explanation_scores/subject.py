@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from clipmapper.evaluation.perturbation import ModalityRelevance, VariantScorer
+from clipmapper.evaluation.perturbation import ModalityRelevance, VariantScorer, kept_indices
 
 
 @runtime_checkable
@@ -70,3 +70,25 @@ class OneScore:
         text_keep: Int[Tensor, "variants kept_tokens"] | None,
     ) -> Float[np.ndarray, "variants scores"]:
         return self._scorer.score(sample, image_keep, text_keep)[:, [self._place]]
+
+
+def certainties(
+    scorer: VariantScorer,
+    sample: Int[np.ndarray, "variants"],
+    image: Bool[np.ndarray, "variants patches"] | None,
+    text: Bool[np.ndarray, "variants tokens"] | None,
+    batch_size: int,
+) -> Float[np.ndarray, "variants"]:
+    """The only score of variants that keep these patches and tokens (None: all): equal ones once, and those
+    that keep equally many patches in one forward."""
+    kept = [one for one in (image, text) if one is not None]
+    rows = np.concatenate([sample[:, None], *(np.packbits(one, axis=1) for one in kept)], axis=1)
+    _, first, kind = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    count = np.zeros(len(first)) if image is None else image[first].sum(axis=1)
+    found = np.empty(len(first))
+    for many in np.unique(count):
+        same = np.flatnonzero(count == many)
+        for part in np.split(same, range(batch_size, len(same), batch_size)):
+            keeps = [None if one is None else kept_indices(one[first[part]]) for one in (image, text)]
+            found[part] = scorer.score(sample[first[part]], *keeps)[:, 0]
+    return found[kind.reshape(-1)]

@@ -1,19 +1,17 @@
 """F_syn: do the most relevant patches and words act together? (arXiv 2605.22168)"""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from clipmapper.evaluation.explanation_scores.subject import Subject
+from clipmapper.evaluation.explanation_scores.subject import Subject, certainties
 from clipmapper.evaluation.explanation_scores.values import HIGH, Quantity, ScoreValues
 from clipmapper.evaluation.perturbation import (
     ModalityRelevance,
     VariantScorer,
-    kept_indices,
     number_removed,
     removal_order,
-    unique_variants,
 )
 from clipmapper.evaluation.statistics import trapezoid_area
 
@@ -39,8 +37,10 @@ def synergy(
     scorer = subject.certain()
     scorer.unperturbed(batch_size)
     removable, valid = subject.removable_text.cpu().numpy(), subject.text_valid.cpu().numpy()
-    images, texts = [], []
+    columns = []
     for relevance in maps.values():
+        if progress is not None:
+            progress(0)
         image, text = (getattr(relevance, name).double().cpu().numpy() for name in ("image", "text"))
         patches = np.ones(image.shape, dtype=bool)
         # [samples, steps, tokens]: the k most relevant tokens of each.
@@ -49,19 +49,22 @@ def synergy(
         always = (valid & ~removable)[:, None]
         whole_image, whole_text = np.ones_like(top_image), np.broadcast_to(valid[:, None], top_text.shape)
         no_image, no_text = np.zeros_like(top_image), np.broadcast_to(always, top_text.shape)
-        less_image, less_text, only_text = ~top_image, valid[:, None] & ~top_text, always | top_text
-        # In the order of the terms above.
-        images.append(
-            [less_image, less_image, whole_image, whole_image, top_image, top_image, no_image, no_image]
+        less_image, less_text = ~top_image, valid[:, None] & ~top_text
+        only_text = always | top_text
+        pairs = [
+            (less_image, less_text), (less_image, whole_text), (whole_image, less_text),
+            (whole_image, whole_text),
+            (top_image, only_text), (top_image, no_text), (no_image, only_text), (no_image, no_text),
+        ]  # fmt: skip
+        both, image_less, text_less, whole, alone, image_alone, text_alone, none = _certainties(
+            scorer, pairs, batch_size
         )
-        texts.append([less_text, whole_text, less_text, whole_text, only_text, no_text, only_text, no_text])
-    found = _certainties(scorer, np.array(images), np.array(texts), valid, batch_size, progress)
-    signs = np.array([1.0, -1.0, -1.0, 1.0])[:, None, None]
-    deleted, inserted = (signs * found[:, :4]).sum(axis=1), (signs * found[:, 4:]).sum(axis=1)
-    areas = trapezoid_area(np.stack([deleted, inserted]), STEPS)  # [2, methods, samples]
+        deleted = both - image_less - text_less + whole
+        inserted = alone - image_alone - text_alone + none
+        areas = trapezoid_area(np.stack([deleted, inserted]), STEPS)
+        columns.append(np.stack([areas.mean(axis=0), areas[0], areas[1]]))
     quantities = tuple(Quantity(name, HIGH) for name in ("f_syn", "deletion", "insertion"))
-    values = np.stack([areas.mean(axis=0), areas[0], areas[1]])
-    return ScoreValues(quantities, tuple(maps), subject.sample_ids, values)
+    return ScoreValues(quantities, tuple(maps), subject.sample_ids, np.stack(columns, axis=1))
 
 
 def _most_relevant(
@@ -78,28 +81,12 @@ def _most_relevant(
 
 def _certainties(
     scorer: VariantScorer,
-    images: Bool[np.ndarray, "*many samples steps patches"],
-    texts: Bool[np.ndarray, "*many samples steps tokens"],
-    valid: Bool[np.ndarray, "samples tokens"],
+    pairs: Sequence[
+        tuple[Bool[np.ndarray, "samples steps patches"], Bool[np.ndarray, "samples steps tokens"]]
+    ],
     batch_size: int,
-    progress: Callable[[int], None] | None,
-) -> Float[np.ndarray, "*many samples steps"]:
-    """Equal variants are scored once, those that keep equally many patches share a forward, and of what is
-    whole nothing is encoded again."""
-    shape = images.shape[:-1]
-    rows = np.broadcast_to(np.arange(shape[-2])[:, None], shape).ravel()
-    images, texts = images.reshape(len(rows), -1), texts.reshape(len(rows), -1)
-    first, kind = unique_variants(rows, np.concatenate([images, texts], axis=1))
-    rows, images, texts = rows[first], images[first], texts[first]
-    whole_image, whole_text = images.all(axis=1), (texts == valid[rows]).all(axis=1)
-    found = np.empty(len(rows))
-    group = images.sum(axis=1) * 2 + whole_text
-    for one in np.unique(group):
-        same = np.flatnonzero(group == one)
-        for part in np.split(same, range(batch_size, len(same), batch_size)):
-            if progress is not None:
-                progress(0)
-            image = None if whole_image[part[0]] else kept_indices(images[part])
-            text = None if whole_text[part[0]] else kept_indices(texts[part])
-            found[part] = scorer.score(rows[part], image, text)[:, 0]
-    return found[kind].reshape(shape)
+) -> Float[np.ndarray, "pairs samples steps"]:
+    image, text = (np.stack(kept) for kept in zip(*pairs, strict=True))
+    sample = np.broadcast_to(np.arange(image.shape[1])[:, None], image.shape[:3])
+    flat = [kept.reshape(-1, kept.shape[-1]) for kept in (image, text)]
+    return certainties(scorer, sample.reshape(-1), *flat, batch_size).reshape(image.shape[:3])
