@@ -17,7 +17,7 @@ def test_the_best_has_rank_one_and_ties_share():
 
 # Demšar 2006, table 5 (a): two-tailed Nemenyi test, α = 0.05.
 @pytest.mark.parametrize(
-    "methods, q", enumerate([1.960, 2.343, 2.569, 2.728, 2.850, 2.949, 3.031, 3.102, 3.164], start=2)
+    "methods, q", list(enumerate([1.960, 2.343, 2.569, 2.728, 2.850, 2.949, 3.031, 3.102, 3.164], start=2))
 )
 def test_critical_values_are_the_published_ones(methods, q):
     blocks = 14
