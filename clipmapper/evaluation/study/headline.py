@@ -3,7 +3,7 @@
 from clipmapper.evaluation.explanation_scores.values import NEITHER, Quantity
 
 # A model's certainty of what it says; what else is perturbed (accuracy, BLEU) is in the file of values.
-_CERTAINTIES = ("probability", "log_probability")
+_CERTAINTIES = ("probability", "log_probability", "word_probability")
 _WITHOUT_RANK = "sanity"  # of which a low value is wanted, but the lowest is no better than a low one
 
 
