@@ -34,11 +34,12 @@ def cell(model: str, seed: int, levels: dict[str, float], **more) -> StudyCell:
     return StudyCell(f"{model}/{seed}", model, values, **more)
 
 
+DUAL = {"weighted": 0.5, "gae": 0.3, "random": 0.0}
 CELLS = [
-    cell("dual", 0, {"weighted": 0.5, "gae": 0.3, "random": 0.0}, unchanged=["random"], seconds=dict.fromkeys(METHODS, 1.0)),
-    cell("dual", 1, {"weighted": 0.5, "gae": 0.3, "random": 0.0}, seconds=dict.fromkeys(METHODS, 3.0)),
+    cell("dual", 0, DUAL, unchanged=["random"], seconds=dict.fromkeys(METHODS, 1.0)),
+    cell("dual", 1, DUAL, seconds=dict.fromkeys(METHODS, 3.0)),
     cell("single", 0, {"weighted": 0.2, "gae": 0.4, "random": 0.0}),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
