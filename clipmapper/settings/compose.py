@@ -13,7 +13,6 @@ from clipmapper.settings.data import DataConfig
 from clipmapper.settings.keys import Section, implementations, is_text, setting_named
 from clipmapper.shipped import shipped_root
 
-
 # What else has groups, by its schema: all other groups are those of ``clipmapper train``.
 _GROUPS = {study.StudyConfig: ("study",)}
 
