@@ -38,6 +38,7 @@ _FORMAT = 1  # of the file; part of the key
 _TIMED = 4  # samples that each method explains alone, to be timed
 # Settings that the numbers of a model depend on.
 _DECIDE = ("methods", "scores", "samples", "fewer", "split", "seed", "chunk", "data")
+_DECIDE_CHUNKS = ("methods", "split", "seed", "chunk", "data")
 _TOGETHER = "f_syn"  # takes patches and words away together
 
 
@@ -88,7 +89,6 @@ def run_cell(config: StudyConfig, cell: CellModel) -> None:
 
     Finished trainings and chunks of samples are taken up again. :class:`RunInterrupted` says what there is.
     """
-    began = time.monotonic()
     path, results = (model_path(cell.given), {}) if cell.seed is None else trained(cell)
     given = cell.given if cell.seed is None else str(path)
     model = load(given, chosen_device(config.device))
@@ -98,18 +98,16 @@ def run_cell(config: StudyConfig, cell: CellModel) -> None:
         data_config = run_settings(cell).data
     data = data_for(task, model, data_config, given)
     sha256, settings = model_digest(path), _settings(config, cell)
-    key = json.dumps({"sha256": sha256, "settings": settings}, sort_keys=True)
     chunks = cell.folder / "chunks"
     if not config.resume:
         for file in chunks.rglob("chunk_*.npz"):
             file.unlink()
-    trained_in = round(time.monotonic() - began, 1)
+    scoring = _Scoring(config, cell, task, model, data, sha256)
     try:
-        report = _Scoring(config, cell, task, model, data, key)
-        values, marked, seconds = report.all()
+        values, marked, seconds = scoring.all()
         alone = _alone(config, task, model, data)
     except KeyboardInterrupt as stop:
-        done = finished_chunks(chunks, key)
+        done = sum(finished_chunks(chunks, key) for key in scoring.keys)
         what = f"{done} chunk{'' if done == 1 else 's'} saved" if done else "no chunk was finished"
         raise RunInterrupted(f"scoring {cell.name}: {what}") from stop
     about = {
@@ -123,7 +121,7 @@ def run_cell(config: StudyConfig, cell: CellModel) -> None:
         "objective": results.get("objective"),
         "unchanged": marked,
         "seconds_a_sample": alone,
-        "seconds": {"training": results.get("seconds"), "loading": trained_in if not results else None} | seconds,
+        "seconds": ({"training": results["seconds"]} if results else {}) | seconds,
         "machine": machine(chosen_device(config.device)),
     }  # fmt: skip
     write_cell(cell.folder, values, about)
@@ -137,13 +135,14 @@ def write_cell(folder: Path, values: StudyValues, about: Mapping[str, Any]) -> N
 
 
 class _Scoring:
-    """The reports on one model: one for each number of samples that scores are of."""
+    """The reports on one model: one for each number of samples that scores are of. ``sha``: the model's."""
 
     def __init__(
-        self, config: StudyConfig, cell: CellModel, task: Task, model: nn.Module, data: RecordData, key: str
+        self, config: StudyConfig, cell: CellModel, task: Task, model: nn.Module, data: RecordData, sha: str
     ) -> None:
         self._config, self._cell, self._task = config, cell, task
-        self._model, self._data, self._key = model, data, key
+        self._model, self._data, self._sha = model, data, sha
+        self.keys: list[str] = []  # of the chunks so far
 
     def all(self) -> tuple[StudyValues, list[str], dict[str, float]]:
         """All values, the methods that fail the sanity check, and the seconds that each report took."""
@@ -182,6 +181,11 @@ class _Scoring:
         samples = task.samples(self._model, self._data, config.split, count, config.seed)
         if line := samples.note():
             console().print(line, soft_wrap=True)
+        # Not of the list of scores, nor of how many samples others are: those may grow without a new start.
+        depends = {key: value for key, value in asdict(config).items() if key in _DECIDE_CHUNKS}
+        depends |= {"sha256": self._sha, "samples": samples.digest()}
+        key = json.dumps(depends, sort_keys=True, default=str)
+        self.keys.append(key)
         total = samples.points(len(config.methods), scores)
         with progress(f"{self._cell.name}, {', '.join(scores) or LOCALISATION}", max(total, 1)) as advance:
             return task.report(
@@ -193,7 +197,7 @@ class _Scoring:
                 seed=config.seed,
                 scores=scores,
                 folder=self._cell.folder / "chunks",
-                key=self._key,
+                key=key,
                 progress=advance,
                 **task.report_settings({}),
             )
