@@ -1,12 +1,9 @@
-"""The run behind ``scripts/study.py``: models × seeds × methods × scores, resumable, and one report of all."""
+"""The run behind ``scripts/study.py``: models × seeds × methods × scores, and one report of all."""
 
-import gc
 import time
 from pathlib import Path
 
-import torch
-
-from clipmapper.commands.study_cells import finished_cell, run_cell
+from clipmapper.commands.study_cells import finished_cell, worked_off
 from clipmapper.commands.study_files import write_study
 from clipmapper.commands.study_jobs import run_jobs
 from clipmapper.commands.study_models import CellModel, is_part, run_settings, study_models
@@ -15,7 +12,6 @@ from clipmapper.host.outputs import check_folder
 from clipmapper.models.exported import model_path
 from clipmapper.models.tokens import cut_texts_said_once
 from clipmapper.settings.study import StudyConfig
-from clipmapper.training.run_folder import only_one
 from clipmapper.training.shown import console, files_table
 
 
@@ -47,7 +43,7 @@ def study(config: StudyConfig) -> Path:
     except RunInterrupted as stop:
         raise RunInterrupted(f"{stop}; {_kept(config, cells)}") from stop
     except KeyboardInterrupt as stop:
-        raise RunInterrupted(f"stopped between two models; {_kept(config, cells)}") from stop
+        raise RunInterrupted(f"stopped; {_kept(config, cells)}") from stop
     kept = {cell: finished_cell(config, cell) for cell in cells}
     missing = [cell.name for cell, found in kept.items() if found is None]
     if missing:
@@ -60,17 +56,6 @@ def study(config: StudyConfig) -> Path:
     files = write_study(config, [found for found in kept.values() if found], time.monotonic() - began)
     out.print(files_table(files))
     return folder
-
-
-def worked_off(config: StudyConfig, cell: CellModel) -> None:
-    """One model, which no other process works at meanwhile."""
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    with only_one(cell.folder):
-        console().print(f"{cell.name}, in {cell.folder}", soft_wrap=True)
-        run_cell(config, cell)
-    gc.collect()  # models hold each other by hooks
 
 
 def _check(cells: list[CellModel]) -> None:

@@ -1,5 +1,6 @@
 """One model of a study: explained by every method and scored, and everything kept in one file."""
 
+import gc
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +31,7 @@ from clipmapper.tasks.registry import load, task_of
 from clipmapper.training.checkpoint_data import data_for
 from clipmapper.training.explained import Report
 from clipmapper.training.explained_values import LOCALISATION
+from clipmapper.training.run_folder import only_one
 from clipmapper.training.shown import console
 from clipmapper.training.task import Task
 
@@ -84,6 +86,17 @@ def _settings(config: StudyConfig, cell: CellModel) -> dict:
     return json.loads(json.dumps(given, default=str))
 
 
+def worked_off(config: StudyConfig, cell: CellModel) -> None:
+    """One model, which no other process works at meanwhile."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    with only_one(cell.folder):
+        console().print(f"{cell.name}, in {cell.folder}", soft_wrap=True)
+        run_cell(config, cell)
+    gc.collect()  # models hold each other by hooks
+
+
 def run_cell(config: StudyConfig, cell: CellModel) -> None:
     """Train the model where that is wanted and was not done; explain, score, time; write its file.
 
@@ -121,6 +134,7 @@ def run_cell(config: StudyConfig, cell: CellModel) -> None:
         "objective": results.get("objective"),
         "unchanged": marked,
         "seconds_a_sample": alone,
+        "judged": {},  # section → what its scores are worth (explanation_scores' judge), where that was looked at
         "seconds": ({"training": results["seconds"]} if results else {}) | seconds,
         "machine": machine(chosen_device(config.device)),
     }  # fmt: skip

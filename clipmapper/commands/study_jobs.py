@@ -9,6 +9,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
+from clipmapper.commands.study_cells import worked_off
 from clipmapper.commands.study_models import CellModel
 from clipmapper.errors import RunInterrupted, UserError
 from clipmapper.host.stopping import a_command
@@ -60,8 +61,6 @@ def _started(config: StudyConfig, cell: CellModel) -> tuple[BaseProcess, Connect
 
 
 def _worked_off(config: StudyConfig, cell: CellModel, answer: Connection) -> None:
-    from clipmapper.commands.study import worked_off
-
     cell.folder.mkdir(parents=True, exist_ok=True)
     with (cell.folder / LOG).open("a", buffering=1) as log, redirect_stdout(log), redirect_stderr(log):
         try:
