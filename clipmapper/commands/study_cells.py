@@ -134,7 +134,7 @@ def run_cell(config: StudyConfig, cell: CellModel) -> None:
         "objective": results.get("objective"),
         "unchanged": marked,
         "seconds_a_sample": alone,
-        "judged": {},  # section → what its scores are worth (explanation_scores' judge), where that was looked at
+        "judged": {},  # section → what its scores are worth, where that was looked at
         "seconds": ({"training": results["seconds"]} if results else {}) | seconds,
         "machine": machine(chosen_device(config.device)),
     }  # fmt: skip

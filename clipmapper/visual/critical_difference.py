@@ -1,4 +1,4 @@
-"""The diagram of critical differences: mean ranks on a line, and bars over methods that are not told apart."""
+"""The diagram of critical differences: mean ranks on a line, and bars over what is not told apart."""
 
 from collections.abc import Collection, Mapping, Sequence
 
