@@ -98,13 +98,14 @@ def _told(config: StudyConfig, cells: Sequence[KeptCell], seconds: float) -> dic
 
 def _commit() -> str | None:
     """The repository's, with a plus behind it where something differs from it; None without git."""
+
+    def git(*command: str) -> str:
+        told = ["git", "-C", str(shipped_root()), *command]
+        return subprocess.run(told, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
     try:
-        head, changed = (
-            subprocess.run(
-                ["git", "-C", str(shipped_root()), *command], capture_output=True, text=True, check=True, timeout=30
-            ).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )  # fmt: skip
+        head = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
     return f"{head}+" if changed else head
@@ -152,8 +153,8 @@ def _pictures(folder: Path, tables: Mapping[str, dict], alike: Mapping[str, list
                 cliques(list(mean_ranks.values()), difference),
                 title=f"{section}: {name}",
                 note=(
-                    f"Mean rank over {its['blocks']} samples; what a bar joins differs by less than Nemenyi's "
-                    f"critical difference at 0.05 (Demšar 2006)."
+                    f"Mean rank over {its['blocks']} samples; what a bar joins differs by less than the "
+                    "critical difference of Nemenyi's test at 0.05 (Demšar 2006)."
                 ),
                 marked=marked,
             )

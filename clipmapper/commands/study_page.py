@@ -43,8 +43,8 @@ def _told(page: Page, results: Mapping) -> None:
     )
     fewer = "".join(f", {score} of {count}" for score, count in settings["fewer"].items())
     page.text(
-        f"{len(settings['methods'])} methods, {len(results['cells'])} models ({', '.join(results['cells'])}), "
-        f"{settings['samples']} samples of split {settings['split']} each{fewer}. Intervals are of "
+        f"{len(settings['methods'])} methods, {len(results['cells'])} models "
+        f"({', '.join(results['cells'])}), {settings['samples']} samples of split {settings['split']} each{fewer}. Intervals are of "
         f"{100 * settings['confidence']:g} %, by the bootstrap over samples. A win or a loss is a paired "
         "difference whose interval is clear of 0. Ranks are 1 for the best, ties share. docs/study.md says "
         "how to read this page."
@@ -54,8 +54,8 @@ def _told(page: Page, results: Mapping) -> None:
 def _overall(page: Page, table: Mapping) -> None:
     count = len(table["cells"])
     page.text(
-        f"Over {count} model{'s' * (count > 1)} and {len(table['quantities'])} quantities; ms: an explanation "
-        "of a sample by this method alone."
+        f"Over {count} model{'s' * (count > 1)} and {len(table['quantities'])} quantities; ms: an "
+        "explanation of a sample by this method alone."
     )
     rows = []
     order = sorted(table["methods"].items(), key=lambda item: item[1]["mean_rank"])
