@@ -44,8 +44,8 @@ def _told(page: Page, results: Mapping) -> None:
     fewer = "".join(f", {score} of {count}" for score, count in settings["fewer"].items())
     page.text(
         f"{len(settings['methods'])} methods, {len(results['cells'])} models "
-        f"({', '.join(results['cells'])}), {settings['samples']} samples of split {settings['split']} each{fewer}. Intervals are of "
-        f"{100 * settings['confidence']:g} %, by the bootstrap over samples. A win or a loss is a paired "
+        f"({', '.join(results['cells'])}), {settings['samples']} samples of split {settings['split']} each"
+        f"{fewer}. Intervals are of {100 * settings['confidence']:g} %, by the bootstrap over samples. A win or a loss is a paired "
         "difference whose interval is clear of 0. Ranks are 1 for the best, ties share. docs/study.md says "
         "how to read this page."
     )
