@@ -39,7 +39,7 @@ VALUES = "values.npz"
 _FORMAT = 1  # of the file; part of the key
 _TIMED = 4  # samples that each method explains alone, to be timed
 # Settings that the numbers of a model depend on.
-_DECIDE = ("methods", "scores", "samples", "fewer", "split", "seed", "chunk", "data")
+_DECIDE = ("methods", "scores", "samples", "fewer", "split", "seed", "chunk", "data", "caption_scores")
 _DECIDE_CHUNKS = ("methods", "split", "seed", "chunk", "data")
 _TOGETHER = "f_syn"  # takes patches and words away together
 
@@ -197,7 +197,8 @@ class _Scoring:
             console().print(line, soft_wrap=True)
         # Not of the list of scores, nor of how many samples others are: those may grow without a new start.
         depends = {key: value for key, value in asdict(config).items() if key in _DECIDE_CHUNKS}
-        depends |= {"sha256": self._sha, "samples": samples.digest()}
+        settings = _settings_of(task, config)
+        depends |= {"sha256": self._sha, "samples": samples.digest()} | settings
         key = json.dumps(depends, sort_keys=True, default=str)
         self.keys.append(key)
         total = samples.points(len(config.methods), scores)
@@ -213,26 +214,36 @@ class _Scoring:
                 folder=self._cell.folder / "chunks",
                 key=key,
                 progress=advance,
-                **task.report_settings({}),
+                **settings,
             )
 
 
+def _settings_of(task: Task, config: StudyConfig) -> dict[str, Any]:
+    """Those of the task's reports, the study's where it has them."""
+    its = {"caption_scores": config.caption_scores}
+    return task.report_settings({name: value for name, value in its.items() if name in task.perturb_settings})
+
+
 def _alone(config: StudyConfig, task: Task, model: nn.Module, data: RecordData) -> dict[str, float]:
-    """Method → seconds a sample when it is the only one: recording and gradients are not shared then."""
+    """Method → seconds a sample when it is the only one: recording and gradients are not shared then.
+
+    On a CPU of this process's threads, which counts less of what others do meanwhile.
+    """
+    clock = time.perf_counter if next(model.parameters()).is_cuda else time.process_time
     samples = task.samples(model, data, config.split, _TIMED, config.seed)
 
     def explain(method: str) -> Callable[[], Report]:
         return lambda: task.report(
             model, samples, [method], chunk=_TIMED, batch_size=config.batch_size, seed=config.seed, scores=[],
-            **task.report_settings({}),
+            **_settings_of(task, config),
         )  # fmt: skip
 
     explain(config.methods[0])()  # what a first call prepares
     found = {}
     for method in config.methods:
-        began = time.perf_counter()
+        began = clock()
         explain(method)()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        found[method] = (time.perf_counter() - began) / len(samples)
+        found[method] = (clock() - began) / len(samples)
     return found

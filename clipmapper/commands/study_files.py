@@ -139,8 +139,9 @@ def _pictures(folder: Path, tables: Mapping[str, dict], alike: Mapping[str, list
             limits=(1, len(order)),
             dark_is_low=True,
             digits=1,
-            title=f"{section}: mean rank over {len(table['cells'])} models",
-            note="1 is the best." + (" † does not depend on what a model has learnt." if marked else ""),
+            title=f"{section}: mean ranks over {', '.join(table['cells'])}",
+            note="1 is the best; all: every score counts alike."
+            + (" † does not depend on what a model has learnt." if marked else ""),
         )
         found[f"{section}: ranks"] = save_figure(figure, folder / f"{slug}_ranks.png")
         for name in _first_of_scores(quantities):

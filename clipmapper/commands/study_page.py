@@ -54,8 +54,9 @@ def _told(page: Page, results: Mapping) -> None:
 def _overall(page: Page, table: Mapping) -> None:
     count = len(table["cells"])
     page.text(
-        f"Over {count} model{'s' * (count > 1)} and {len(table['quantities'])} quantities; ms: an "
-        "explanation of a sample by this method alone."
+        f"Over {count} model{'s' * (count > 1)} and {len(table['quantities'])} quantities. The mean "
+        "rank is over models and scores, each score the mean of its quantities; wins and losses are over all "
+        "quantities; ms: processor time of an explanation of a sample by this method alone."
     )
     rows = []
     order = sorted(table["methods"].items(), key=lambda item: item[1]["mean_rank"])
@@ -86,7 +87,7 @@ def _quantity(page: Page, name: str, its: Mapping, table: Mapping) -> None:
     if its["critical_difference"] is not None:
         note += (
             f" Ranks over samples differ from {its['critical_difference']:.2f} on (Nemenyi, 0.05, "
-            f"{its['blocks']} samples); over the {len(table['cells'])} models alone it would be from "
+            f"{its['blocks']} samples); with models as blocks, {len(table['cells'])} of them, it would be from "
             f"{its['critical_difference_of_cells']:.1f} on."
         )
     page.text(note)
@@ -173,7 +174,10 @@ def _name(method: str, table: Mapping) -> str:
 
 
 def _number(value: float | None, factor: int) -> str:
-    return "" if value is None else f"{factor * value:.{1 if factor == 100 else 3}f}"
+    if value is None:
+        return ""
+    digits = 1 if factor == 100 else 3
+    return f"{round(factor * value, digits) + 0.0:.{digits}f}"  # + 0.0: of −0.0 it makes 0.0
 
 
 def _tau(interval: Mapping[str, float]) -> str:

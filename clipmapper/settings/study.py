@@ -37,6 +37,7 @@ class StudyConfig(Section):
     split: str = setting(choices=("validation", "held_out", "train", "test"))
     methods: list[str] = setting(choices=explanation_methods)
     scores: list[str] = setting(choices=EXPLANATION_SCORES)
+    caption_scores: list[str] | None = setting()
     samples: int = setting(minimum=1)
     fewer: dict[str, int] = setting()
     only_model: str | None = setting()
@@ -56,6 +57,8 @@ class StudyConfig(Section):
         yield from list_problems("methods", self.methods)
         yield from list_problems("scores", self.scores)
         yield from list_problems("seeds", self.seeds)
+        if self.caption_scores is not None:
+            yield from list_problems("caption_scores", self.caption_scores)
         yield from device_problems(self.device)
         for score, count in self.fewer.items():
             if score not in EXPLANATION_SCORES:

@@ -81,6 +81,6 @@ class Page:
 def _marked(text: str) -> str:
     """Without what a table or Markdown would read as its own; a method's underscores stay as they are."""
     escaped = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
-    for mark in "*`[]<":
+    for mark in "*`<":
         escaped = escaped.replace(mark, f"\\{mark}")
-    return escaped
+    return escaped.replace("](", "]\\(")  # brackets alone are no link

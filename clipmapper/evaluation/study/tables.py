@@ -32,7 +32,7 @@ class StudyCell:
 def section_tables(cells: Sequence[StudyCell], *, confidence: float, seed: int) -> dict[str, dict]:
     """Section → its tables, for ``study.json``; see docs/study.md.
 
-    ``mean_rank`` is over cells and ranked quantities; wins and losses are paired, over cells, quantities and
+    ``mean_rank`` is over cells and scores, of each the mean over its ranked quantities; wins and losses are paired, over cells, quantities and
     other methods. Raises ValueError where cells of a section differ in their methods.
     """
     sections = dict.fromkeys(name for cell in cells for name in cell.values.sections)
@@ -55,7 +55,9 @@ def _section(cells: Sequence[StudyCell], section: str, confidence: float, seed: 
     for method in methods:
         entries = [found["methods"][method] for found in quantities.values()]
         overall[method] = {
-            "mean_rank": float(np.mean([entry["rank"] for entry in entries])) if entries else None,
+            "mean_rank": _mean_over_scores(
+                {name: its["methods"][method]["rank"] for name, its in quantities.items()}
+            ),
             "wins": sum(entry["wins"] for entry in entries),
             "losses": sum(entry["losses"] for entry in entries),
             "level": sum(
@@ -172,6 +174,14 @@ def _interval(
 
 def _entry(interval: tuple[np.ndarray, np.ndarray, np.ndarray], method: int) -> dict[str, float]:
     return {key: float(ends[method]) for key, ends in zip(("mean", "low", "high"), interval, strict=True)}
+
+
+def _mean_over_scores(ranks_of: Mapping[str, float]) -> float | None:
+    """Every score counts alike, however many quantities it has."""
+    by_score: dict[str, list[float]] = {}
+    for name, rank in ranks_of.items():
+        by_score.setdefault(name.partition("/")[0], []).append(rank)
+    return _mean([float(np.mean(found)) for found in by_score.values()])
 
 
 def _mean(values: Sequence[float]) -> float | None:
