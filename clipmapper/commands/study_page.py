@@ -45,8 +45,8 @@ def _told(page: Page, results: Mapping) -> None:
     page.text(
         f"{len(settings['methods'])} methods, {len(results['cells'])} models "
         f"({', '.join(results['cells'])}), {settings['samples']} samples of split {settings['split']} each"
-        f"{fewer}. Intervals are of {100 * settings['confidence']:g} %, by the bootstrap over samples. A win or a loss is a paired "
-        "difference whose interval is clear of 0. Ranks are 1 for the best, ties share. docs/study.md says "
+        f"{fewer}. Intervals are of {100 * settings['confidence']:g} %, by the bootstrap over samples. A win or "
+        "a loss is a paired difference whose interval is clear of 0. Ranks are 1 for the best, ties share. docs/study.md says "
         "how to read this page."
     )
 
@@ -87,7 +87,7 @@ def _quantity(page: Page, name: str, its: Mapping, table: Mapping) -> None:
     if its["critical_difference"] is not None:
         note += (
             f" Ranks over samples differ from {its['critical_difference']:.2f} on (Nemenyi, 0.05, "
-            f"{its['blocks']} samples); with models as blocks, {len(table['cells'])} of them, it would be from "
+            f"{its['blocks']} samples); with the {len(table['cells'])} models as blocks it would be from "
             f"{its['critical_difference_of_cells']:.1f} on."
         )
     page.text(note)

@@ -32,8 +32,8 @@ class StudyCell:
 def section_tables(cells: Sequence[StudyCell], *, confidence: float, seed: int) -> dict[str, dict]:
     """Section → its tables, for ``study.json``; see docs/study.md.
 
-    ``mean_rank`` is over cells and scores, of each the mean over its ranked quantities; wins and losses are paired, over cells, quantities and
-    other methods. Raises ValueError where cells of a section differ in their methods.
+    ``mean_rank`` is over cells and scores, of each the mean over its ranked quantities; wins and losses are
+    paired, over cells, quantities and other methods. Raises ValueError where cells of a section differ in their methods.
     """
     sections = dict.fromkeys(name for cell in cells for name in cell.values.sections)
     return {
