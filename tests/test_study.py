@@ -137,11 +137,11 @@ def test_interrupted_it_says_what_is_kept(models, tmp_path, monkeypatch):
 
 
 def test_wrong_models_end_it_before_anything_begins(tmp_path, models):
-    with pytest.raises(UserError, match=r"models.second=/nowhere: there is no such file"):
+    with pytest.raises(UserError, match=r"models\.second=/nowhere: there is no such file"):
         study(settings(tmp_path, models | {"second": "/nowhere"}))
-    with pytest.raises(UserError, match=r"models.trained: .*did you mean"):
+    with pytest.raises(UserError, match=r"models\.trained: .*did you mean"):
         study(settings(tmp_path, models | {"trained": ["training.max_stepz=3"]}))
-    with pytest.raises(UserError, match="models.trained: seed is for the study to say"):
+    with pytest.raises(UserError, match=r"models\.trained: seed is for the study to say"):
         study(settings(tmp_path, models | {"trained": ["seed=3"]}))
     assert not list(tmp_path.glob("cells/*/values.npz"))
 

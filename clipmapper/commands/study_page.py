@@ -45,8 +45,9 @@ def _told(page: Page, results: Mapping) -> None:
     page.text(
         f"{len(settings['methods'])} methods, {len(results['cells'])} models "
         f"({', '.join(results['cells'])}), {settings['samples']} samples of split {settings['split']} each"
-        f"{fewer}. Intervals are of {100 * settings['confidence']:g} %, by the bootstrap over samples. A win or "
-        "a loss is a paired difference whose interval is clear of 0. Ranks are 1 for the best, ties share. docs/study.md says "
+        f"{fewer}. Intervals are of {100 * settings['confidence']:g} %, by the bootstrap over samples. "
+        "A win or a loss is a paired difference whose interval is clear of 0. Ranks are 1 for the best, ties "
+        "share. docs/study.md says "
         "how to read this page."
     )
 

@@ -33,7 +33,8 @@ def section_tables(cells: Sequence[StudyCell], *, confidence: float, seed: int) 
     """Section → its tables, for ``study.json``; see docs/study.md.
 
     ``mean_rank`` is over cells and scores, of each the mean over its ranked quantities; wins and losses are
-    paired, over cells, quantities and other methods. Raises ValueError where cells of a section differ in their methods.
+    paired, over cells, quantities and other methods. Raises ValueError where cells of a section differ in
+    their methods.
     """
     sections = dict.fromkeys(name for cell in cells for name in cell.values.sections)
     return {
