@@ -20,6 +20,7 @@ from clipmapper import cli
 from clipmapper.commands.study_models import run_settings, study_models
 from clipmapper.errors import UserError
 from clipmapper.models.exported import model_path
+from clipmapper.relevance import METHODS
 from clipmapper.settings import schema as config
 from clipmapper.settings.checks import built
 from clipmapper.settings.commands import (
@@ -215,6 +216,12 @@ def test_every_study_composes_and_its_models_can_be_trained(run, name):
     for cell in study_models(given):
         assert cell.seed is None or run_settings(cell).seed == cell.seed
         assert cell.seed is not None or model_path(cell.given).exists()
+
+
+def test_the_study_of_scenes_has_every_method_below_ten_floors(run):
+    dear = ("integrated_gradients", "occlusion", "beyond_intuition", "leave_one_out")
+    cheap = {name for name in METHODS if not name.startswith(dear)}
+    assert set(run.config("study").methods) == cheap
 
 
 @pytest.mark.parametrize(
