@@ -36,6 +36,7 @@ from clipmapper.settings.commands import (
 from clipmapper.settings.compose import completed, config_groups, quoted
 from clipmapper.settings.keys import Section
 from clipmapper.settings.schema import TrainConfig
+from clipmapper.settings.study import StudyConfig
 from clipmapper.shipped import shipped_root
 from clipmapper.tasks.registry import register_settings
 
@@ -84,6 +85,18 @@ def perturb(arguments: Sequence[str] | None = None) -> None:
         perturb_checkpoint(config)
 
     _run_on_data("perturb", PerturbConfig, work, arguments)
+
+
+def study(arguments: Sequence[str] | None = None) -> None:
+    """Compare methods over models, seeds and scores."""
+
+    def work(config: StudyConfig) -> None:
+        with lasting_imports():
+            from clipmapper.commands.study import study
+
+        study(config)
+
+    _run_on_data("study", StudyConfig, work, arguments)
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> None:
@@ -152,6 +165,7 @@ _SETTINGS = {
     "explain": explain,
     "perturb": perturb,
     "evaluate": evaluate,
+    "study": study,
     "export": export,
     "pretrain_clip": pretrain_clip,
 }
@@ -229,7 +243,7 @@ def _composed(
     # Hydra prints errors itself, on several lines and with exit status 1, unless told to let them through.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     conf = shipped_root() / "conf"
-    groups = config_groups() if schema is TrainConfig else {}  # the other commands have none
+    groups = config_groups(schema)
     try:
         given = list(original[1:] if arguments is None else arguments)
         if "--version" in given:

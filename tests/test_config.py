@@ -17,7 +17,10 @@ from omegaconf import OmegaConf
 from support.slow import mostly_slow
 
 from clipmapper import cli
+from clipmapper.commands.study_models import run_settings, study_models
 from clipmapper.errors import UserError
+from clipmapper.models.exported import model_path
+from clipmapper.relevance import METHODS
 from clipmapper.settings import schema as config
 from clipmapper.settings.checks import built
 from clipmapper.settings.commands import (
@@ -30,6 +33,7 @@ from clipmapper.settings.commands import (
 from clipmapper.settings.compose import quoted
 from clipmapper.settings.data import ScenesCaptionsConfig, ScenesVQAConfig
 from clipmapper.settings.keys import Section, setting_named
+from clipmapper.settings.study import StudyConfig
 from clipmapper.tasks.captioning.settings import CaptionModelConfig, ScenesCaptionTrainingConfig
 from clipmapper.tasks.registry import task_named
 from clipmapper.tasks.vqa.settings import ScenesVQATrainingConfig, VQAModelConfig
@@ -64,10 +68,15 @@ COMMANDS = {
         ExportConfig,
         ["checkpoint=model.ckpt", "folder=mine"],
     ),
+    "study": ("clipmapper.commands.study", "study", StudyConfig, []),
     "pretrain_clip": ("clipmapper.commands.pretrain_clip", "run_pretraining", PretrainConfig, []),
 }
 CAPTIONS = "experiment=caption_scenes"
-CHOICES = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
+STUDIES = sorted(path.stem for path in (CONF / "study").glob("*.yaml"))
+# Of clipmapper train.
+CHOICES = sorted(
+    f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name != "study"
+)
 
 
 def with_what_belongs_to_it(choice: str) -> list[str]:
@@ -195,6 +204,49 @@ def test_every_choice_composes_and_validates(run, choice):
         assert getattr(given, group) is None
     else:
         assert isinstance(getattr(given, group), Section)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_composes_and_its_models_can_be_trained(run, name):
+    given = run.config("study", f"study={name}")
+    text = (CONF / "study" / f"{name}.yaml").read_text()
+    command = "scripts/study.py\n" if name == "scenes" else f"scripts/study.py study={name}\n"
+    assert f"# Command:   python {command}" in text
+    assert all(f"# {heading}:" in text for heading in ("Hardware", "Time"))
+    for cell in study_models(given):
+        assert cell.seed is None or run_settings(cell).seed == cell.seed
+        assert cell.seed is not None or model_path(cell.given).exists()
+
+
+def test_the_study_of_scenes_has_every_method_below_ten_floors(run):
+    dear = ("integrated_gradients", "occlusion", "beyond_intuition", "leave_one_out")
+    cheap = {name for name in METHODS if not name.startswith(dear)}
+    assert set(run.config("study").methods) == cheap
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["study=quik"], "study: 'quik' is not one of quick, scenes; did you mean quick?"),
+        (
+            ["+models.mine=[]"],
+            "models.mine: [] is neither a checkpoint nor a list of settings for clipmapper",
+        ),
+        (["+models.mine=3"], "models.mine: 3 is neither"),
+        (["+models.a/b=scenes-vqa"], "'a/b' is to be the name of a folder"),
+        (["only_model=nobody"], "only_model: 'nobody' is not one of vqa_dual_flow"),
+        (["only_seed=7"], "only_seed: 7 is not one of seeds=[0, 1, 2]"),
+        (["seeds=[1,1]"], "seeds: 1 is listed twice"),
+        (["fewer={removal: 501}"], "fewer.removal: 501 is not between 1 and samples=500"),
+        (["+fewer.love=3"], "fewer.love: no score"),
+        (["methods=[wieghted]"], "did you mean weighted?"),
+        (["sampels=3"], "sampels: there is no such setting; did you mean samples?"),
+        (["jobs=0"], "jobs: 0 is less than 1"),
+        (["study=quick", "models.scenes-vqa=null", "models.scenes-captioner=null"], "models: there are none"),
+    ],
+)
+def test_mistakes_in_a_study_are_one_line(run, arguments, line):
+    assert line in run.error("study", *arguments)
 
 
 def test_experiment_is_overridden_by_the_command_line(run):

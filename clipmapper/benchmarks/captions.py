@@ -5,13 +5,14 @@ from argparse import ArgumentParser, Namespace
 import torch
 from torch import Tensor
 
-from clipmapper.benchmarks.timing import machine, measured
+from clipmapper.benchmarks.timing import measured
 from clipmapper.commands.explain import chosen_device
 from clipmapper.commands.mistakes import seed, whole
 from clipmapper.data.images import clip_input
 from clipmapper.data.world.captions import aligned_captions
 from clipmapper.data.world.data import ScenesCaptions
 from clipmapper.data.world.scenes import draw_scene, render
+from clipmapper.host.machine import machine
 from clipmapper.relevance import method_named
 from clipmapper.tasks.captioning.build import build_captioner
 from clipmapper.tasks.captioning.decoding import Decoding, write_captions

@@ -19,11 +19,12 @@ from tempfile import TemporaryFile
 from rich.table import Table
 from tqdm import tqdm
 
-from clipmapper.benchmarks.timing import earlier_rows, machine, write_results
+from clipmapper.benchmarks.timing import earlier_rows, write_results
 from clipmapper.commands.explain import chosen_device
 from clipmapper.commands.mistakes import seed, some_path, whole
 from clipmapper.data.text_files import parsed_json, text_lines
 from clipmapper.errors import UserError
+from clipmapper.host.machine import machine
 from clipmapper.host.outputs import write_whole
 from clipmapper.training.shown import console
 

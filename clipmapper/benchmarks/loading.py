@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from clipmapper.benchmarks.captions import MODELS
-from clipmapper.benchmarks.timing import machine, measured
+from clipmapper.benchmarks.timing import measured
 from clipmapper.commands.explain import chosen_device
 from clipmapper.commands.mistakes import seed, some_path, whole
 from clipmapper.data.images import image_problem
@@ -24,6 +24,7 @@ from clipmapper.data.token_cache import TokenCache, TokenStore
 from clipmapper.data.world.data import RenderedReader, ScenesVQA
 from clipmapper.data.world.questions import ANSWERS
 from clipmapper.errors import UserError
+from clipmapper.host.machine import machine
 from clipmapper.models.tokens import tokenize
 from clipmapper.tasks.registry import load
 from clipmapper.tasks.vqa.model import CLIPmapper, build_clipmapper

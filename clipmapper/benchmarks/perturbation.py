@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from clipmapper.benchmarks.subjects import scenes_mapper, tokens_of_texts, vit_b_32_mapper
-from clipmapper.benchmarks.timing import machine, measured, ratio_chart
+from clipmapper.benchmarks.timing import measured, ratio_chart
 from clipmapper.commands.explain import chosen_device
 from clipmapper.commands.mistakes import seconds, whole
 from clipmapper.data.images import input_size
@@ -23,6 +23,7 @@ from clipmapper.evaluation.perturbation import (
     perturb,
     removal_order,
 )
+from clipmapper.host.machine import machine
 from clipmapper.models.tokens import TokenizedText
 from clipmapper.tasks.vqa.model import CLIPmapper
 from clipmapper.tasks.vqa.perturbation import AnswerScorer

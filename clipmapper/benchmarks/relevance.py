@@ -16,7 +16,6 @@ from clipmapper.benchmarks.subjects import SUBJECTS, Subject
 from clipmapper.benchmarks.timing import (
     available_bytes,
     earlier_rows,
-    machine,
     measured,
     peak_bytes,
     peak_resident_bytes,
@@ -27,6 +26,7 @@ from clipmapper.benchmarks.timing import (
 from clipmapper.commands.explain import chosen_device
 from clipmapper.commands.mistakes import seconds, whole
 from clipmapper.errors import UserError
+from clipmapper.host.machine import machine
 from clipmapper.relevance import METHODS, Relevance, method_named, needs_of
 from clipmapper.training.shown import console
 

@@ -2,14 +2,12 @@
 
 import json
 import os
-import platform
 import re
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -80,32 +78,10 @@ def _summary(times: Sequence[tuple[float, float]], others: Sequence[tuple[float,
     return found
 
 
-def machine(device: torch.device) -> dict:
-    """Return what the times depend on. ``load``: threads that wanted to run, mean of the last minute."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {
-        "device": str(device),
-        "name": name or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),
-        "torch": torch.__version__,
-        "when": datetime.now().isoformat(timespec="seconds"),
-    }
-
-
 def write_results(name: str, results: Mapping, output: Path) -> Path:
     """``output/name.json``; it appears complete or not at all."""
     output.mkdir(parents=True, exist_ok=True)
     return write_whole(output / f"{name}.json", json.dumps(results, indent=2) + "\n")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -8,15 +8,25 @@ from pathlib import Path
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from clipmapper.settings import commands, schema
+from clipmapper.settings import commands, schema, study
 from clipmapper.settings.data import DataConfig
 from clipmapper.settings.keys import Section, implementations, is_text, setting_named
 from clipmapper.shipped import shipped_root
 
+# What else has groups, by its schema: all other groups are those of ``clipmapper train``.
+_GROUPS = {study.StudyConfig: ("study",)}
 
-def config_groups() -> Mapping[str, Sequence[str]]:
-    """The groups of ``clipmapper train`` and their choices; Hydra's own are for Hydra to check."""
-    folders = [path for path in conf().iterdir() if path.is_dir() and path.name != "hydra"]
+
+def config_groups(of: type[Section] = schema.TrainConfig) -> Mapping[str, Sequence[str]]:
+    """The groups of a command, by its schema, and their choices; Hydra's own are for Hydra to check."""
+    others = {name for names in _GROUPS.values() for name in names}
+    folders = [
+        path
+        for path in conf().iterdir()
+        if path.is_dir()
+        and path.name != "hydra"
+        and (path.name not in others if of is schema.TrainConfig else path.name in _GROUPS.get(of, ()))
+    ]
     return {folder.name: sorted(file.stem for file in folder.glob("*.yaml")) for folder in folders}
 
 
@@ -79,6 +89,7 @@ def _literal(value: str) -> str:
 
 SCHEMAS = {
     "train_schema": schema.TrainConfig,
+    "study_schema": study.StudyConfig,
     "explain_schema": commands.ExplainConfig,
     "perturb_schema": commands.PerturbConfig,
     "evaluate_schema": commands.EvaluateConfig,

@@ -24,6 +24,7 @@ from clipmapper.evaluation.explanation_scores.sanity import unchanged
 from clipmapper.evaluation.explanation_scores.values import ScoreValues
 from clipmapper.evaluation.localisation import LOCALISATION_SCORES, Localisation, localisation_numbers
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, SCORES, PerturbationScores
+from clipmapper.training.explained_values import Valued
 from clipmapper.training.processes import Share
 from clipmapper.training.shown import Cell, Media, MediaTable, Picture
 from clipmapper.visual.curves import plot_perturbation_curves
@@ -158,7 +159,7 @@ class Samples(ABC):
         return replace(self, **{name: value[rows] for name, value in known.items()})
 
 
-class Report(ABC):
+class Report(Valued, ABC):
     """Everything that is known about the methods on some samples.
 
     ``scored``: by the names of

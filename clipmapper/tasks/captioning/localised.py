@@ -47,7 +47,7 @@ def localised_captions(
     samples: CaptionSamples, explanations: Mapping[str, Sequence[CaptionExplanation]]
 ) -> dict[str, dict[str, Localisation]]:
     """The map of the whole caption against the pixels that it should speak of, where these are known."""
-    rows = [row for row, mask in enumerate(samples.masks) if mask is not None and mask.any()]
+    rows = _with_mask(samples)
     if not rows:
         return {}
     masks = [samples.masks[row] for row in rows]
@@ -57,6 +57,19 @@ def localised_captions(
         }
         for method, its in explanations.items()
     }
+
+
+def located_rows(samples: CaptionSamples) -> dict[str, list[int]]:
+    """The samples that the entries of both are of: kind of word, or "caption" → places."""
+    rows: dict[str, list[int]] = {"caption": _with_mask(samples)}
+    for row, known in enumerate(samples.spoken):
+        for kind in sorted({kind for kind, _ in known.words.values()} if known is not None else ()):
+            rows.setdefault(kind, []).append(row)
+    return rows
+
+
+def _with_mask(samples: CaptionSamples) -> list[int]:
+    return [row for row, mask in enumerate(samples.masks) if mask is not None and mask.any()]
 
 
 def _mean(scores: Localisation, chosen: np.ndarray) -> Localisation:

@@ -27,7 +27,7 @@ from clipmapper.evaluation.perturbation import ModalityRelevance, run_in_chunks
 from clipmapper.evaluation.perturbation_scores import PerturbationScores, perturbation_numbers
 from clipmapper.tasks.captioning.decoding import Decoding
 from clipmapper.tasks.captioning.explain import CaptionExplanation, check_word_maps
-from clipmapper.tasks.captioning.localised import localised_captions, localised_words
+from clipmapper.tasks.captioning.localised import localised_captions, localised_words, located_rows
 from clipmapper.tasks.captioning.model import Captioner
 from clipmapper.tasks.captioning.perturbation import CAPTION_SCORES
 from clipmapper.tasks.captioning.pictures import (
@@ -135,6 +135,31 @@ class CaptionReport(Report):
         if test == "caption":
             return np.stack([one.patches for one in its])
         return np.stack([one.maps[word] for one, word in zip(its, self.chosen, strict=True)])
+
+    def groups(self) -> dict[str, list[str]]:
+        """By whether what the caption says is right, where the data can judge any caption."""
+        judges = [getattr(truth, "judge", None) for truth in self.samples.spoken]
+        if None in judges:
+            return {}
+        right = [judge(its.caption).correct for judge, its in zip(judges, self._first, strict=True)]
+        return {"caption": ["right" if one else "wrong" for one in right]}
+
+    def located(self) -> dict[str, list[int]]:
+        return located_rows(self.samples)
+
+    def values_by_test(self) -> dict[str, dict[str, ScoreValues]]:
+        """Of captions, and of words: kinds of words are localised, and captions as a whole."""
+        found: dict[str, dict[str, ScoreValues]] = {}
+        for test in TESTS:
+            mine = {
+                method: {
+                    name: its for name, its in by_name.items() if (name == "caption") == (test == "caption")
+                }
+                for method, by_name in self.localisation.items()
+            }
+            scored = {score: by_test[test].values for score, by_test in self.tested.items()}
+            found[test] = scored | self.located_values(mine)
+        return found
 
     def scalars(self) -> dict[str, float]:
         scalars = {}

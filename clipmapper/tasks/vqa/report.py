@@ -54,11 +54,13 @@ class MethodRelevance:
 
 @dataclass(frozen=True)
 class AnswerReport(Report):
-    """On answers. ``localisation``: method → "image" | "text", of the questions of which that is known."""
+    """On answers. ``localisation``: method → "image" | "text", of the questions of which that is known.
+    ``accuracies``: of the predictions, soft."""
 
     samples: QuestionSamples
     predictions: Sequence[str]
     probabilities: Sequence[float]
+    accuracies: Sequence[float]
     relevance: Mapping[str, MethodRelevance]
     scored: Mapping[str, Scored]
     localisation: Mapping[str, Mapping[str, Localisation]]
@@ -102,6 +104,15 @@ class AnswerReport(Report):
         scores = judge(values, truth, confidence=confidence, seed=seed)
         return {"answer": {"samples": len(self.samples), "scores": scores}}
 
+    def groups(self) -> dict[str, list[str]]:
+        """By whether the answer is right (a soft accuracy of one half, at least), and by family."""
+        right = ["right" if accuracy >= 0.5 else "wrong" for accuracy in self.accuracies]
+        return {"answer": right, "family": list(self.samples.families)}
+
+    def located(self) -> dict[str, list[int]]:
+        known = {"image": self.samples.masks, "text": self.samples.deciding}
+        return {name: [i for i, one in enumerate(rows) if one is not None] for name, rows in known.items()}
+
     def scalars(self) -> dict[str, float]:
         scalars = {}
         for row in self.perturbation.summary() if REMOVAL in self.scored else ():
@@ -140,6 +151,7 @@ class AnswerReport(Report):
             samples=samples,
             predictions=joined([report.predictions for report in reports]),
             probabilities=joined([report.probabilities for report in reports]),
+            accuracies=joined([report.accuracies for report in reports]),
             relevance={
                 method: MethodRelevance(
                     np.concatenate([report.relevance[method].patches for report in reports]),
@@ -234,6 +246,7 @@ def answer_report(
         samples=samples,
         predictions=[model.answers[i] for i in given.tolist()],
         probabilities=probability.tolist(),
+        accuracies=samples.targets.cpu().gather(1, given.cpu()[:, None])[:, 0].tolist(),
         relevance=relevance,
         scored=scored,
         localisation={m: _localise(samples, r) for m, r in relevance.items()},
