@@ -15,6 +15,7 @@ from clipmapper.settings.checks import check_overrides, describe_failure
 from clipmapper.settings.compose import config_groups, quoted
 from clipmapper.settings.schema import TrainConfig
 from clipmapper.settings.study import StudyConfig
+from clipmapper.tasks.registry import register_settings
 from clipmapper.training.run_folder import CHECKPOINT, RESULTS, finished_run, newest_run, saved_step
 
 
@@ -69,6 +70,7 @@ def run_settings(cell: CellModel) -> TrainConfig:
     for key in ("seed", "output", "name", "resume"):
         if key in map(_key, cell.given):
             raise UserError(f"{said}: {key} is for the study to say; leave it out of the list")
+    register_settings()  # a process of jobs starts without
     groups = config_groups()
     try:
         check_overrides(quoted(cell.given, TrainConfig), TrainConfig, groups, sweep=False)
