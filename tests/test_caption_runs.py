@@ -82,14 +82,14 @@ def test_training_explains_captions(folder):
     explained = json.loads((folder / RESULTS).read_text())["explanations"]
     assert explained["samples"] == 3
     caption = explained["perturbation"]["caption"]
-    assert set(caption["positive"]) == {"log_probability", "bleu_4", "cider"}
+    assert set(caption["positive"]) == {"log_probability", "mean_probability", "bleu_4", "cider"}
     for score in caption["negative"].values():
         assert set(score) == set(SOME)
     assert set(explained["perturbation"]["word"]["positive"]["word_probability"]) == set(SOME)
     assert {"colour", "shape"} <= set(explained["localisation"])
     assert all(map(math.isfinite, numbers_of(explained)))
     names = {path.name for path in (folder / "pictures").glob("*.png")}
-    scores = ("log_probability", "bleu_4", "cider", "word_probability")
+    scores = ("log_probability", "mean_probability", "bleu_4", "cider", "word_probability")
     assert names == {
         "explanation_00_caption.png",
         "methods.png",

@@ -19,6 +19,7 @@ from clipmapper.tasks.captioning.decoding import Decoding
 from clipmapper.tasks.captioning.report import caption_report
 from clipmapper.tasks.captioning.samples import caption_samples
 from clipmapper.tasks.captioning.subject import CaptionSubject, Said
+from clipmapper.tasks.captioning.trace import trace_caption
 from clipmapper.tasks.layers import parameter_groups
 from clipmapper.tasks.registry import task_named
 from clipmapper.tasks.vqa import report as of_answers
@@ -372,7 +373,7 @@ def test_captions_as_scores_see_them(captioning, captions):
     for row, (chosen_word, its) in enumerate(
         zip(captions.chosen, captions.explanations["weighted"], strict=True)
     ):
-        traced = of_captions.trace_caption(model, samples.images[row : row + 1], decoding=GREEDY)
+        traced = trace_caption(model, samples.images[row : row + 1], decoding=GREEDY)
         tokens = [place - 1 for place in traced.words[chosen_word][1]]
         said.append(Said(traced.text.to("cpu"), its.weights, chosen_word, tokens))
     relevance = of_captions.partial(of_captions.word_relevance, methods=METHODS, explained="logit", seed=2)

@@ -16,20 +16,22 @@ from torch import nn
 from clipmapper.commands.explain import chosen_device
 from clipmapper.commands.study_models import CellModel, run_settings, trained
 from clipmapper.data.records import RecordData
-from clipmapper.errors import RunInterrupted
+from clipmapper.errors import RunInterrupted, UserError
+from clipmapper.evaluation.explanation_scores.planted import PLANTED
 from clipmapper.evaluation.explanation_scores.sanity import unchanged
 from clipmapper.evaluation.explanation_scores.values import ScoreValues
 from clipmapper.evaluation.perturbation import finished_chunks
 from clipmapper.evaluation.study.tables import StudyCell
 from clipmapper.evaluation.study.values import StudyValues, side_by_side
-from clipmapper.host.machine import machine
-from clipmapper.host.outputs import whole_file
+from clipmapper.host.machine import commit, machine
+from clipmapper.host.outputs import NO_ROOM, whole_file
 from clipmapper.host.progress import progress
 from clipmapper.models.exported import model_digest, model_path
 from clipmapper.settings.study import StudyConfig
+from clipmapper.shipped import shipped_root
 from clipmapper.tasks.registry import load, task_of
 from clipmapper.training.checkpoint_data import data_for
-from clipmapper.training.explained import Report
+from clipmapper.training.explained import Report, Samples
 from clipmapper.training.explained_values import LOCALISATION
 from clipmapper.training.run_folder import only_one
 from clipmapper.training.shown import console
@@ -39,7 +41,18 @@ VALUES = "values.npz"
 _FORMAT = 1  # of the file; part of the key
 _TIMED = 4  # samples that each method explains alone, to be timed
 # Settings that the numbers of a model depend on.
-_DECIDE = ("methods", "scores", "samples", "fewer", "split", "seed", "chunk", "data", "caption_scores")
+_DECIDE = (
+    "methods",
+    "scores",
+    "samples",
+    "fewer",
+    "judged",
+    "split",
+    "seed",
+    "chunk",
+    "data",
+    "caption_scores",
+)
 _DECIDE_CHUNKS = ("methods", "split", "seed", "chunk", "data")
 _TOGETHER = "f_syn"  # takes patches and words away together
 
@@ -116,13 +129,20 @@ def run_cell(config: StudyConfig, cell: CellModel) -> None:
         for file in chunks.rglob("chunk_*.npz"):
             file.unlink()
     scoring = _Scoring(config, cell, task, model, data, sha256)
+
+    def kept() -> str:
+        done = sum(finished_chunks(chunks, key) for key in scoring.keys)
+        return f"{done} chunk{'' if done == 1 else 's'} saved" if done else "no chunk was finished"
+
     try:
-        values, marked, seconds = scoring.all()
+        values = scoring.all()
         alone = _alone(config, task, model, data)
     except KeyboardInterrupt as stop:
-        done = sum(finished_chunks(chunks, key) for key in scoring.keys)
-        what = f"{done} chunk{'' if done == 1 else 's'} saved" if done else "no chunk was finished"
-        raise RunInterrupted(f"scoring {cell.name}: {what}") from stop
+        raise RunInterrupted(f"scoring {cell.name}: {kept()}") from stop
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise UserError(f"no room to write ({error.strerror}) in {cell.folder}; {kept()}") from error
     about = {
         "settings": settings,
         "name": cell.name,
@@ -132,10 +152,11 @@ def run_cell(config: StudyConfig, cell: CellModel) -> None:
         "given": cell.given if cell.seed is None else list(cell.given),
         "sha256": sha256,
         "objective": results.get("objective"),
-        "unchanged": marked,
+        "unchanged": scoring.unchanged,
         "seconds_a_sample": alone,
-        "judged": {},  # section → what its scores are worth, where that was looked at
-        "seconds": ({"training": results["seconds"]} if results else {}) | seconds,
+        "judged": scoring.judged,
+        "seconds": ({"training": results["seconds"]} if results else {}) | scoring.seconds,
+        "commit": commit(shipped_root()),
         "machine": machine(chosen_device(config.device)),
     }  # fmt: skip
     write_cell(cell.folder, values, about)
@@ -149,17 +170,23 @@ def write_cell(folder: Path, values: StudyValues, about: Mapping[str, Any]) -> N
 
 
 class _Scoring:
-    """The reports on one model: one for each number of samples that scores are of. ``sha``: the model's."""
+    """The reports on one model: one for each number of samples that scores are of. ``sha``: the model's.
+
+    Afterwards ``unchanged`` has the methods that fail the sanity check, ``judged`` section → score → what it
+    is worth, ``seconds`` what each report took, and ``keys`` those of the chunks.
+    """
 
     def __init__(
         self, config: StudyConfig, cell: CellModel, task: Task, model: nn.Module, data: RecordData, sha: str
     ) -> None:
         self._config, self._cell, self._task = config, cell, task
         self._model, self._data, self._sha = model, data, sha
-        self.keys: list[str] = []  # of the chunks so far
+        self.keys: list[str] = []
+        self.unchanged: list[str] = []
+        self.judged: dict[str, dict] = {}
+        self.seconds: dict[str, float] = {}
 
-    def all(self) -> tuple[StudyValues, list[str], dict[str, float]]:
-        """All values, the methods that fail the sanity check, and the seconds that each report took."""
+    def all(self) -> StudyValues:
         config, task = self._config, self._task
         scores = [one for one in config.scores if one != _TOGETHER or len(task.perturbed) > 1]
         task.check_explanation_scores(scores)
@@ -167,8 +194,7 @@ class _Scoring:
         for score in scores:
             of_count.setdefault(config.fewer.get(score, config.samples), []).append(score)
         parts: list[tuple[str, str, ScoreValues]] = []
-        marked: list[str] = []
-        seconds, first = {}, None
+        first = None
         for count in sorted(of_count, reverse=True):
             began = time.monotonic()
             report = self._report(count, of_count[count])
@@ -177,31 +203,49 @@ class _Scoring:
                 report.write(
                     self._cell.folder / "pictures", count=config.pictures, confidence=config.confidence
                 )
-            for test, by_score in report.values_by_test().items():
-                section = f"{task.name}, {test}s" if test else task.name
+            by_test = report.values_by_test()
+            for test, by_score in by_test.items():
                 parts += [
-                    (section, score, values)
+                    (self._section(test), score, values.part(config.methods))
                     for score, values in by_score.items()
                     if score != LOCALISATION or report is first
                 ]
             if "sanity" in report.scored:
-                marked = unchanged(report.scored["sanity"].values)
+                self.unchanged = unchanged(report.scored["sanity"].of_methods)
+            if self._judged(report.samples) and of_count[count]:
+                for test, its in report.judged(config.confidence, config.seed).items():
+                    section = self.judged.setdefault(self._section(test if test in by_test else ""), {})
+                    for score, quantities in its["scores"].items():
+                        section[score] = {"samples": its["samples"], "quantities": quantities}
             what = ", ".join(of_count[count]) or LOCALISATION
-            seconds[f"{what} ({count} samples)"] = round(time.monotonic() - began, 1)
-        return side_by_side(parts, np.array(first.samples.ids), first.groups()), marked, seconds
+            self.seconds[f"{what} ({count} samples)"] = round(time.monotonic() - began, 1)
+        return side_by_side(parts, np.array(first.samples.ids), first.groups())
+
+    def _section(self, test: str) -> str:
+        return f"{self._task.name}, {test}s" if test else self._task.name
+
+    def _judged(self, samples: Samples) -> bool:
+        return self._config.judged and not samples.undecided()
 
     def _report(self, count: int, scores: Sequence[str]) -> Report:
         config, task = self._config, self._task
         samples = task.samples(self._model, self._data, config.split, count, config.seed)
         if line := samples.note():
             console().print(line, soft_wrap=True)
+        judged = self._judged(samples)
+        if self._config.judged and not judged:
+            console().print(
+                f"judged: of {samples.undecided()} of {len(samples)} samples it is not known what decides; "
+                "this model's scores are not judged",
+                soft_wrap=True,
+            )
         # Not of the list of scores, nor of how many samples others are: those may grow without a new start.
         depends = {key: value for key, value in asdict(config).items() if key in _DECIDE_CHUNKS}
         settings = _settings_of(task, config)
         depends |= {"sha256": self._sha, "samples": samples.digest()} | settings
         key = json.dumps(depends, sort_keys=True, default=str)
-        self.keys.append(key)
-        total = samples.points(len(config.methods), scores)
+        self.keys.append(f"{key}, planted" if judged else key)  # as the report names its chunks
+        total = samples.points(len(config.methods) + judged * len(PLANTED), scores)
         with progress(f"{self._cell.name}, {', '.join(scores) or LOCALISATION}", max(total, 1)) as advance:
             return task.report(
                 self._model,
@@ -211,6 +255,7 @@ class _Scoring:
                 batch_size=config.batch_size,
                 seed=config.seed,
                 scores=scores,
+                planted=judged,
                 folder=self._cell.folder / "chunks",
                 key=key,
                 progress=advance,

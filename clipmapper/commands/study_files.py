@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -19,8 +18,9 @@ from clipmapper.commands.study_page import study_page
 from clipmapper.evaluation.ranking import cliques
 from clipmapper.evaluation.study.claims import claim_rows
 from clipmapper.evaluation.study.tables import agreement, section_tables
+from clipmapper.evaluation.study.trust import trust_rows
 from clipmapper.evaluation.study.values import StudyValues
-from clipmapper.host.machine import machine
+from clipmapper.host.machine import commit, machine
 from clipmapper.host.outputs import whole_file, write_whole
 from clipmapper.settings.study import StudyConfig
 from clipmapper.shipped import shipped_root
@@ -39,13 +39,15 @@ def write_study(config: StudyConfig, cells: Sequence[KeptCell], seconds: float) 
     folder = Path(config.output)
     studied = [cell.of_study() for cell in cells]
     tables = section_tables(studied, confidence=config.confidence, seed=config.seed)
+    judged = {cell.about["name"]: cell.about["judged"] for cell in cells if cell.about["judged"]}
     results = {
         "study": _told(config, cells, seconds),
-        "cells": {cell.about["name"]: _without(cell.about, ("name", "settings")) for cell in cells},
+        "cells": {cell.about["name"]: _without(cell.about, ("name", "settings", "judged")) for cell in cells},
         "sections": tables,
         "agreement": agreement(tables),
         "claims": claim_rows(studied, confidence=config.confidence, seed=config.seed),
-        "judged": {cell.about["name"]: cell.about["judged"] for cell in cells if cell.about.get("judged")},
+        "trusted": trust_rows(judged, tables),
+        "judged": judged,
     }
     write_whole(folder / RESULTS, _compact(results))
     write_values(folder / VALUES, {cell.about["name"]: cell.values for cell in cells})
@@ -88,27 +90,12 @@ def _told(config: StudyConfig, cells: Sequence[KeptCell], seconds: float) -> dic
     return {
         "command": shlex.join([Path(program).name if Path(program).is_absolute() else program, *given]),
         "version": version("clipmapper"),
-        "commit": _commit(),
+        "commit": commit(shipped_root()),
         "machine": machine(chosen_device(config.device)),
         "seconds_of_this_call": round(seconds, 1),
         "seconds_of_cells": round(spent, 1),
         "settings": asdict(config),
     }
-
-
-def _commit() -> str | None:
-    """The repository's, with a plus behind it where something differs from it; None without git."""
-
-    def git(*command: str) -> str:
-        told = ["git", "-C", str(shipped_root()), *command]
-        return subprocess.run(told, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-
-    try:
-        head = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return f"{head}+" if changed else head
 
 
 def _without(about: Mapping, keys: Sequence[str]) -> dict:

@@ -1,7 +1,8 @@
 """The leaderboard of a study as a page."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
+from clipmapper.evaluation.explanation_scores.judged import LEVEL, RIGHT, WRONG
 from clipmapper.evaluation.study.claims import AGAINST, CLAIMED
 from clipmapper.host.progress import span
 from clipmapper.visual.page import Page
@@ -27,7 +28,7 @@ def study_page(results: Mapping, pictures: Mapping[str, str]) -> Page:
             if f"{section}: {name}" in pictures:
                 page.picture(pictures[f"{section}: {name}"], f"critical differences of {name}")
     _claims(page, results["claims"])
-    _judged(page, results["judged"])
+    _trusted(page, results["trusted"])
     _costs(page, results["cells"])
     return page
 
@@ -139,25 +140,41 @@ def _verdicts(row: Mapping, others: list[str]) -> Iterator[str]:
         yield f"{its['verdict']}: {mean} [{low}, {high}]"
 
 
-def _judged(page: Page, judged: Mapping[str, Mapping]) -> None:
-    """``judged``: cell → section → score → quantity → "methods", "samples" → truth → interval; "planted"."""
-    if not judged:
+def _trusted(page: Page, rows: Sequence[Mapping]) -> None:
+    if not rows:
         return
-    page.heading("Which scores can be trusted")
+    page.heading("Which scores can be trusted?")
     page.text(
-        "Kendall's τ between each quantity and the truth (relevance rank accuracy), over methods and within "
-        "samples; and how many pairs of planted maps it puts in their right order."
+        "Kendall's τ between each quantity and the truth (relevance rank accuracy): between the means of all "
+        "methods, and within each sample, the mean over models and the lowest and highest of them. Pairs of "
+        "planted maps one of which is better: how many are put right, level or wrong, over models. Then what "
+        "the truth itself scores, and the best method, and how many methods are put above the truth. A model "
+        "may need more than what decides: what is judged is a score on these models."
     )
-    rows = []
-    for cell, by_section in judged.items():
-        for section, scores in by_section.items():
-            for score, quantities in scores.items():
-                for quantity, its in quantities.items():
-                    taus = [_tau(its[over]["rank"]) for over in ("methods", "samples")]
-                    verdicts = [one["verdict"] for one in its.get("planted", {}).values()]
-                    right = f"{verdicts.count('right')} of {len(verdicts)}" if verdicts else ""
-                    rows.append([f"{score}/{quantity}", section, cell, *taus, right])
-    page.table(["quantity", "section", "model", "τ over methods", "τ within samples", "pairs right"], rows)
+    shown = []
+    for row in rows:
+        right, level, wrong = (sum(row["pairs"][verdict].values()) for verdict in (RIGHT, LEVEL, WRONG))
+        factor = row["factor"]
+        truth, best = (_number(row[key], factor) + " %" * (factor == 100) for key in ("truth", "best"))
+        shown.append([
+            row["quantity"], row["section"], str(row["samples"]), _tau(row["tau_of_methods"]),
+            _tau(row["tau_within_samples"]), str(right), str(level), str(wrong), truth, best,
+            f"{row['above_truth']:.1f}",
+        ])  # fmt: skip
+    page.table(
+        ["quantity", "section", "samples", "τ over methods", "τ within samples", "right", "level", "wrong",
+         "truth", "best method", "methods above the truth"],
+        shown,
+    )  # fmt: skip
+    page.text(
+        "The pairs that are not put right everywhere, and in how many models they are wrong (or level):"
+    )
+    failing = []
+    for row in rows:
+        wrong, level = row["pairs"][WRONG], row["pairs"][LEVEL]
+        named = [f"{pair}: {wrong.get(pair, 0)} ({level.get(pair, 0)})" for pair in {**wrong, **level}]
+        failing.append([row["quantity"], row["section"], "; ".join(named)])
+    page.table(["quantity", "section", "pairs"], failing)
 
 
 def _costs(page: Page, cells: Mapping[str, Mapping]) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 from datetime import datetime
 from pathlib import Path
 
@@ -20,6 +21,22 @@ def machine(device: torch.device) -> dict:
         "torch": torch.__version__,
         "when": datetime.now().isoformat(timespec="seconds"),
     }
+
+
+def commit(folder: Path) -> str | None:
+    """The commit of the repository that the folder is in, with a plus behind it where a file that belongs to
+    it has changed; None without a repository."""
+
+    def git(*command: str) -> str:
+        told = ["git", "-C", str(folder), *command]
+        return subprocess.run(told, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    try:
+        head = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return f"{head}+" if changed else head
 
 
 def _processor() -> str:

@@ -26,7 +26,8 @@ class StudyConfig(Section):
     train`` is given to train one (with each of ``seeds``, and with ``training`` where the list does not say
     otherwise); or null, which takes a model of the study's file out. ``data``: as of
     :class:`~clipmapper.settings.commands.PerturbConfig`, of all models; null: what each was trained on.
-    ``fewer``: score → of how many of the ``samples`` it is. ``only_model``, ``only_seed``: the part of the
+    ``fewer``: score → of how many of the ``samples`` it is. ``judged``:
+    whether planted maps and the truth judge the scores. ``only_model``, ``only_seed``: the part of the
     study that this call is to work off. ``threads``: of each of the ``jobs``; null: the cores shared out.
     """
 
@@ -40,6 +41,7 @@ class StudyConfig(Section):
     caption_scores: list[str] | None = setting()
     samples: int = setting(minimum=1)
     fewer: dict[str, int] = setting()
+    judged: bool = setting()
     only_model: str | None = setting()
     only_seed: int | None = setting(minimum=0, maximum=SEED_LIMIT)
     output: str = setting()

@@ -149,6 +149,10 @@ class Samples(ABC):
         """A line about samples that cannot be scored. Raises ``UserError`` where there are no others."""
         return None
 
+    def undecided(self) -> int:
+        """How many of them have no known truth, what decides; planted maps need it of all."""
+        return len(self)
+
     def part(self, share: Share) -> "Samples | None":
         """A run of samples one behind the other; None where there are fewer samples than shares."""
         rows = slice(len(self) * share.index // share.of, len(self) * (share.index + 1) // share.of)
@@ -190,6 +194,12 @@ class Report(Valued, ABC):
         if "sanity" in self.scored:
             found["unchanged"] = unchanged(self.scored["sanity"].of_methods)
         return found
+
+    def judged(self, confidence: float, seed: int) -> dict[str, dict]:
+        """What was tested → ``samples``, and ``scores``: what each is worth
+        (:func:`~clipmapper.evaluation.explanation_scores.judged.judge`). Raises ``UserError`` where it is not
+        known of every sample what decides."""
+        raise UserError("judged: this task's reports do not know what decides")
 
     @abstractmethod
     def perturbation_numbers(self, confidence: float, seed: int) -> dict:

@@ -63,7 +63,7 @@ def plot_critical_difference(
     write_lines(figure, _MARGIN, _MARGIN, heading, _TITLE_SIZE)
     write_lines(figure, _MARGIN, foot, caption, CAPTION_SIZE)
 
-    axes = axes_at(figure, 0, 0, width, height)
+    axes = axes_at(figure, 0.0, 0.0, width, height)
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     axes.axis("off")
@@ -72,7 +72,7 @@ def plot_critical_difference(
     last = max(last, first + 1)
     left = _MARGIN + label
 
-    def at(rank: float) -> float:
+    def at(rank: float | int) -> float:
         return left + _LINE * (rank - first) / (last - first)
 
     _line(axes, [at(first), at(last)], [top, top], 1.4)

@@ -56,7 +56,7 @@ def plot_numbers(
     figure = new_figure(width, height)
     write_lines(figure, _MARGIN, _MARGIN, heading, _TITLE_SIZE)
     write_lines(figure, _MARGIN, foot, caption, CAPTION_SIZE)
-    axes = axes_at(figure, 0, 0, width, height)
+    axes = axes_at(figure, 0.0, 0.0, width, height)
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
     axes.axis("off")

@@ -68,8 +68,8 @@ def judge(scored: Mapping[str, ScoreValues], truth: Truth, *, confidence: float,
     score → quantity → "methods" | "samples" → "mass" | "rank" → τ with its interval: between the mean values
     of the methods and their mean truth; and the mean of that within each sample. "planted" → pair → the mean
     paired difference, which should be above 0, and its "verdict": "right" or "wrong" where the interval is
-    clear of 0, else "level". Intervals are percentile bootstrap intervals over samples, a pair's alone: of
-    many pairs that are truly level some will not be called so.
+    clear of 0, else "level". "maps" → planted map → its mean. Intervals are percentile bootstrap intervals
+    over samples, a pair's alone: of many pairs that are truly level some will not be called so.
 
     Raises ValueError where scores and truth are of other methods or samples.
     """
@@ -100,6 +100,11 @@ def judge(scored: Mapping[str, ScoreValues], truth: Truth, *, confidence: float,
                 entry["samples"][name] = interval.as_dict()
             if planted:
                 entry["planted"] = {pair: by_place[place] for pair, by_place in planted.items()}
+                entry["maps"] = {
+                    method.removeprefix(PREFIX): mean
+                    for method, mean in zip(values.methods, values.mean(quantity).tolist(), strict=True)
+                    if is_planted(method)
+                }
     return found
 
 

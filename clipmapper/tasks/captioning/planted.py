@@ -59,8 +59,7 @@ class SpokenOf:
 
 def require_scenes(samples: CaptionSamples) -> None:
     """Raise ``UserError`` where it is not known of every image where its objects are."""
-    unknown = sum(not np.any(getattr(truth, "instances", 0)) for truth in samples.known)
-    if unknown:
+    if unknown := samples.undecided():
         raise UserError(
             f"planted: of {unknown} of {len(samples)} images it is not known which objects are where; the "
             "built-in world knows it"

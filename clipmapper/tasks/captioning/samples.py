@@ -65,6 +65,9 @@ class CaptionSamples(Samples):
         texts = json.dumps([self.ids, self.references, known, of_split])
         return joint_digest([content_digest(self.images.cpu().numpy()), content_digest(texts.encode())])
 
+    def undecided(self) -> int:
+        return sum(not np.any(getattr(truth, "instances", 0)) for truth in self.known)
+
     def points(self, methods: int, scores: Sequence[str]) -> int:
         return sum(len(TESTS) * points(score, len(self), methods, ("image",)) for score in scores)
 

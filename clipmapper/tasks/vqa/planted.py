@@ -9,11 +9,7 @@ from clipmapper.tasks.vqa.samples import QuestionSamples
 
 def require_truth(samples: QuestionSamples) -> None:
     """Raise ``UserError`` where it is not known of every question which pixels and words decide it."""
-    unknown = sum(
-        mask is None or words is None or not any(words)
-        for mask, words in zip(samples.masks, samples.deciding, strict=True)
-    )
-    if unknown:
+    if unknown := samples.undecided():
         raise UserError(
             f"planted: of {unknown} of {len(samples)} questions it is not known what decides the "
             "answer (pixels and words); the built-in world knows it"

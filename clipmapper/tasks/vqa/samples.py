@@ -64,6 +64,12 @@ class QuestionSamples(Samples):
     def points(self, methods: int, scores: Sequence[str]) -> int:
         return sum(points(score, len(self), methods, MODALITIES) for score in scores)
 
+    def undecided(self) -> int:
+        return sum(
+            mask is None or words is None or not any(words)
+            for mask, words in zip(self.masks, self.deciding, strict=True)
+        )
+
     def note(self) -> str | None:
         """A line about questions none of whose answers the model can give."""
         found = int((self.targets.sum(1) == 0).sum())
