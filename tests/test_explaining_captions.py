@@ -5,6 +5,8 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from support import caption_models, training_models
 from support.compared_methods import METHODS
@@ -245,6 +247,42 @@ def test_words_count_for_their_weight_and_not_for_the_size_of_their_map():
     np.testing.assert_allclose(caption_of_maps(maps, "scaled").patches, [[1 / 2, 1 / 2]])
 
 
+def test_other_ways_to_put_maps_together():
+    """Scaled: .64 .36 0 and 0 .01 .99 of two words, which count half."""
+    maps = [[[64, 36, 0]], [[0, 1, 99]]]
+    root = [[0.8 / 2, (0.6 + 0.1) / 2, 0.99**0.5 / 2]]
+    np.testing.assert_allclose(caption_of_maps(maps, "root").patches, root)
+    np.testing.assert_allclose(caption_of_maps(maps, "largest").patches, [[0.32, 0.18, 0.495]])
+    # The third patch first, then the first; what is left of both words for the second is little.
+    left = (1 - 0.8) / 2 + (1 - 0.99**0.5) / 2
+    np.testing.assert_allclose(caption_of_maps(maps, "coverage").patches, [[0.4, left, 0.99**0.5 / 2]])
+    against = [[[-4, 12]], [[8, -8]]]
+    np.testing.assert_allclose(
+        caption_of_maps(against, "root").patches, [[(0.5**0.5 - 0.5) / 2, (0.75**0.5 - 0.5**0.5) / 2]]
+    )
+    assert caption_of_maps(against, "coverage").patches.min() >= 0
+
+
+@given(st.integers(0, 10**6))
+def test_coverage_takes_the_patch_that_adds_most(seed):
+    rng = np.random.default_rng(seed)
+    maps = rng.normal(size=(3, 2, 3)) * rng.integers(0, 2, (3, 2, 3))
+    found = caption_of_maps(maps, "coverage").patches.ravel()
+    shares = [
+        [max(x, 0.0) / (np.abs(one).sum() or 1.0) for x in one.ravel()] for one in maps
+    ]  # by word, by patch
+    taken: list[int] = []
+
+    def worth(patches):
+        return sum(sum(word[j] for j in patches) ** 0.5 for word in shares) / 3
+
+    for patch in sorted(range(6), key=lambda j: (-found[j], j)):
+        gains = {j: worth([*taken, j]) - worth(taken) for j in range(6) if j not in taken}
+        assert found[patch] == pytest.approx(max(gains.values()), abs=1e-12)
+        assert gains[patch] == pytest.approx(max(gains.values()), abs=1e-12)
+        taken.append(patch)
+
+
 def test_maps_without_a_sum():
     """Zeros add nothing; evidence for and against is scaled by the sum of its sizes; nothing is too small."""
     np.testing.assert_allclose(caption_of_maps([[[0, 0]], [[1, 3]]], "scaled").patches, [[1 / 8, 3 / 8]])
@@ -326,7 +364,10 @@ def test_plot_writes_a_picture(plain, picture, tmp_path):
             "word_weights='best': must be one of mean, cider, clip",
         ),
         ({"caption": CAPTION, "word_weights": "cider"}, "needs references"),
-        ({"caption": CAPTION, "word_maps": "thin"}, "word_maps='thin': must be one of scaled, raw"),
+        (
+            {"caption": CAPTION, "word_maps": "thin"},
+            "word_maps='thin': must be one of scaled, raw, root, largest, coverage",
+        ),
         (
             {"caption": CAPTION, "explained": "odds"},
             "explained='odds': must be one of logit, probability, log_probability",

@@ -52,6 +52,7 @@ _DECIDE = (
     "chunk",
     "data",
     "caption_scores",
+    "word_maps",
 )
 _DECIDE_CHUNKS = ("methods", "split", "seed", "chunk", "data")
 _TOGETHER = "f_syn"  # takes patches and words away together
@@ -265,7 +266,7 @@ class _Scoring:
 
 def _settings_of(task: Task, config: StudyConfig) -> dict[str, Any]:
     """Those of the task's reports, the study's where it has them."""
-    its = {"caption_scores": config.caption_scores}
+    its = {"caption_scores": config.caption_scores, "word_maps": config.word_maps}
     return task.report_settings({name: value for name, value in its.items() if name in task.perturb_settings})
 
 

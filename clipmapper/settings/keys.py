@@ -28,7 +28,8 @@ EXPLANATION_SCORES = (
     "sensitivity",
     "sanity",
 )
-WORD_MAPS = ("scaled", "raw")  # how the maps of a caption's words go into the caption's
+# How words' maps become a caption's.
+WORD_MAPS = ("scaled", "raw", "root", "largest", "coverage")
 
 
 def explanation_methods() -> Sequence[str]:

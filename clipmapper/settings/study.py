@@ -11,6 +11,7 @@ from clipmapper.settings.data import DataConfig
 from clipmapper.settings.keys import (
     EXPLANATION_SCORES,
     SEED_LIMIT,
+    WORD_MAPS,
     Section,
     explanation_methods,
     list_problems,
@@ -39,6 +40,7 @@ class StudyConfig(Section):
     methods: list[str] = setting(choices=explanation_methods)
     scores: list[str] = setting(choices=EXPLANATION_SCORES)
     caption_scores: list[str] | None = setting()
+    word_maps: str | None = setting(choices=WORD_MAPS)
     samples: int = setting(minimum=1)
     fewer: dict[str, int] = setting()
     judged: bool = setting()

@@ -45,6 +45,13 @@ _HOW = {
     "cider": "its words' maps, weighed by the CIDEr that is lost without the word",
     "clip": "its words' maps, weighed by the CLIPScore that is lost without the word",
 }
+_PUT_TOGETHER = {
+    "scaled": ", each scaled to sum 1",
+    "raw": "",
+    "root": ", the roots of each, scaled to sum 1",
+    "largest": ", of each patch the largest, each map scaled to sum 1",
+    "coverage": ", what each patch adds to those before it",
+}
 
 
 @runtime_checkable
@@ -157,7 +164,7 @@ def _write_side(
     if len(of.explained) < len(of.words):
         how = "that of the one word that was chosen"
     else:
-        how = _HOW[of.word_weights] + (", each scaled to sum 1" if of.word_maps == "scaled" else "")
+        how = _HOW[of.word_weights] + _PUT_TOGETHER[of.word_maps]
     notes = [[Run("truth:", FAINT), Run(truth)]] if truth is not None else []
     notes += [
         [Run("method:", FAINT), Run(of.method, weight="bold")],

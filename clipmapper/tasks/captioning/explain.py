@@ -17,7 +17,7 @@ from clipmapper.evaluation.captions.ptb_tokenizer import ptb_tokenise
 from clipmapper.evaluation.captions.scores import WORD_WEIGHTS, loss_weights, mean_weights
 from clipmapper.models.tokens import tokenize
 from clipmapper.relevance.explained_scalar import check_explained
-from clipmapper.settings.keys import WORD_MAPS
+from clipmapper.tasks.captioning.caption_maps import caption_map, check_word_maps
 from clipmapper.tasks.captioning.decoding import Decoding
 from clipmapper.tasks.captioning.model import Captioner
 from clipmapper.tasks.captioning.trace import TracedCaption, trace_caption, word_relevance
@@ -39,7 +39,8 @@ class CaptionExplanation:
     probabilities : of each explained word, given the image and the words before it.
     weights : how much each explained word counts in ``patches``; they sum to 1.
     word_weights : where the weights come from, "mean", "cider" or "clip".
-    word_maps : which maps of words are averaged, "scaled" (each to a sum of 1) or "raw".
+    word_maps : how they are put together there, see
+        :func:`~clipmapper.tasks.captioning.caption_maps.caption_map`.
     image : UInt8[height, width, 3], what the model saw of the image, at its own resolution.
     method : name of the explanation method.
     called : "caption", or "explained caption" where it need not be the model's.
@@ -60,7 +61,7 @@ class CaptionExplanation:
 
     @property
     def patches(self) -> Float[np.ndarray, "rows columns"]:
-        """The map of the whole caption: see :func:`caption_map`."""
+        """The map of the whole caption."""
         return caption_map(self.maps, self.weights, self.word_maps)
 
     def earlier_words(self, row: int) -> list[tuple[str, float]]:
@@ -100,34 +101,6 @@ class CaptionExplanation:
         return Path(path)
 
 
-def check_word_maps(word_maps: str) -> None:
-    """Raises ``UserError`` for another word."""
-    if word_maps not in WORD_MAPS:
-        raise UserError(f"word_maps={word_maps!r}: must be one of {', '.join(WORD_MAPS)}")
-
-
-def caption_map(
-    maps: Float[np.ndarray, "words rows columns"], weights: Float[np.ndarray, "words"], word_maps: str
-) -> Float[np.ndarray, "rows columns"]:
-    """The weighted mean of the maps of a caption's words.
-
-    ``word_maps`` "scaled" (the code of WRA): each of them is first divided by its sum, so that a word counts
-    for its weight and not for the size of its map. Where a map has negative entries too (evidence for and
-    against), by the sum of their sizes: the sum itself may be 0. A map of zeros stays one; the word then adds
-    nothing. "raw": as they are.
-    """
-    return np.tensordot(weights, scaled_maps(maps) if word_maps == "scaled" else maps, axes=1)
-
-
-def scaled_maps(maps: Float[np.ndarray, "words rows columns"]) -> Float[np.ndarray, "words rows columns"]:
-    """Each map divided by the sum of the sizes of its entries; a map of zeros as it is."""
-    largest = np.abs(maps).max(axis=(1, 2), keepdims=True)
-    # By the largest first: of very small numbers the sum could not be divided by.
-    maps = np.divide(maps, largest, out=np.zeros_like(maps), where=largest > 0)
-    total = np.abs(maps).sum(axis=(1, 2), keepdims=True)
-    return np.divide(maps, total, out=maps, where=total > 0)
-
-
 def explain_captions(
     model: Captioner,
     image,
@@ -148,9 +121,9 @@ def explain_captions(
     word of it alone, by name or by place (default: all). ``word_weights``: how the maps of words are averaged
     into one of the caption: "mean" (stop-words count 0), "cider" (by the CIDEr that is lost without the word;
     needs ``references`` and ``frequencies``) or "clip" (by the CLIPScore that is lost). ``word_maps``:
-    whether each word's map is "scaled" to a sum of 1 before that, or averaged "raw". ``explained``: of each
-    word its "logit", "probability" or "log_probability". (The code of WRA, Huang et al. 2023, explains the
-    probability and scales.)
+    how (:func:`~clipmapper.tasks.captioning.caption_maps.caption_map`). ``explained``: of each word its
+    "logit", "probability" or "log_probability". (The code of WRA, Huang et al. 2023, explains the probability
+    and scales.)
 
     Raises ``UserError`` for an empty caption, words that the model cannot say, a ``word`` that the caption
     does not have or has several times, a value that is none of these, and a probability that is too small to

@@ -25,8 +25,9 @@ from clipmapper.evaluation.explanation_scores.with_planted import WithPlanted
 from clipmapper.evaluation.localisation import Localisation
 from clipmapper.evaluation.perturbation import ModalityRelevance, run_in_chunks
 from clipmapper.evaluation.perturbation_scores import PerturbationScores, perturbation_numbers
+from clipmapper.tasks.captioning.caption_maps import check_word_maps
 from clipmapper.tasks.captioning.decoding import Decoding
-from clipmapper.tasks.captioning.explain import CaptionExplanation, check_word_maps
+from clipmapper.tasks.captioning.explain import CaptionExplanation
 from clipmapper.tasks.captioning.localised import localised_captions, localised_words, located_rows
 from clipmapper.tasks.captioning.model import Captioner
 from clipmapper.tasks.captioning.perturbation import CAPTION_SCORES

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from clipmapper.evaluation.perturbation import ModalityRelevance, VariantScorer
 from clipmapper.evaluation.perturbation_scores import MEAN_PROBABILITY, WORD_PROBABILITY
 from clipmapper.models.tokens import TokenizedText, padding_id
+from clipmapper.tasks.captioning.caption_maps import caption_map
 from clipmapper.tasks.captioning.decoding import Decoding
-from clipmapper.tasks.captioning.explain import caption_map
 from clipmapper.tasks.captioning.model import Captioner
 from clipmapper.tasks.captioning.perturbation import (
     CaptionScorer,
