@@ -32,7 +32,8 @@ def settings(output: Path, models: dict, **changes) -> StudyConfig:
         models=models, training=["logger=csv", "callbacks=none"], seeds=[0, 1], data=None, split="validation",
         methods=METHODS, scores=["removal", "sanity"], caption_scores=["log_probability"], word_maps=None,
         samples=8, fewer={"sanity": 3}, judged=True, only_model=None, only_seed=None, output=str(output),
-        resume=True, jobs=1, threads=None, batch_size=128, chunk=4, pictures=1, confidence=0.9, seed=0, device="cpu",
+        resume=True, jobs=1, threads=None, batch_size=128, chunk=4, pictures=1, confidence=0.9, seed=0,
+        device="cpu",
     )  # fmt: skip
     return replace(given, **changes)
 
