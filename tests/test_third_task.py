@@ -61,9 +61,9 @@ def test_its_checkpoint_says_and_explains(run, tmp_path):
     ):
         clipmapper.explain(model, image, caption="a red ring", word=1)
     settings = {one.name: None for one in fields(PerturbConfig)} | {
-        "checkpoint": str(run / "checkpoints" / "last.ckpt"), "methods": ["weighted"], "samples": 3,
-        "split": "held_out", "output": str(tmp_path), "resume": False, "batch_size": 64, "chunk": 2,
-        "confidence": 0.9, "seed": 0, "device": "cpu",
+        "checkpoint": str(run / "checkpoints" / "last.ckpt"), "methods": ["weighted"],
+        "scores": ["removal"], "samples": 3, "split": "held_out", "output": str(tmp_path), "resume": False,
+        "batch_size": 64, "chunk": 2, "confidence": 0.9, "seed": 0, "device": "cpu",
     }  # fmt: skip
     folder = perturb_checkpoint(PerturbConfig(**settings))
     assert json.loads((folder / "results.json").read_text())["explanations"]["samples"] == 3
