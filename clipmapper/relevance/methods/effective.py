@@ -21,12 +21,14 @@ from torch import Tensor
 
 from clipmapper.relevance.method import Relevance, explanation
 from clipmapper.relevance.methods.attention_only import raw_attention, rollout
+from clipmapper.relevance.methods.solved_rows import SolvedRows
 from clipmapper.relevance.methods.weighted import weighted
 from clipmapper.relevance.trace import Attention, AttentionTrace, Join
 
 # How much more the conditions of a row with negative entries count than its norm, until it is polished.
 _WEIGHT = 1e5
 _RESIDUAL = 1e-9
+_SOLVED = SolvedRows()
 
 Matrix = Float[Tensor, "batch heads queries keys"]
 
@@ -89,7 +91,7 @@ def effective_matrix(step: Attention) -> Matrix:
     Brunner et al. 2020 (arXiv 1908.04211), Sun & Marasović 2021. Rows may have negative entries and need not
     sum to 1. Under a mask, N is that of the values which the row may read (the papers have no mask).
     """
-    return _per_head(step, lambda A, basis: _project(A, basis), ones=False)
+    return _per_head(step, _projected, ones=False)
 
 
 def efficient_matrix(step: Attention) -> Matrix:
@@ -105,8 +107,8 @@ def efficient_matrix(step: Attention) -> Matrix:
     return _per_head(step, _distributions, ones=True)
 
 
-def _per_head(step: Attention, solve: Callable[[Tensor, Tensor], Tensor], ones: bool) -> Matrix:
-    """``solve(rows [n, M], basis [M, r] or [n, M, r])`` for the rows of each head, in float64."""
+def _per_head(step: Attention, solve: Callable[[Tensor, Tensor, Tensor], Tensor], ones: bool) -> Matrix:
+    """``solve(rows [n, M], values [M, D], allowed [n, M])`` for the rows of each head, in float64."""
     probabilities = step.probabilities()
     A, value = probabilities.double(), step.value.detach().double()
     if ones:
@@ -115,9 +117,7 @@ def _per_head(step: Attention, solve: Callable[[Tensor, Tensor], Tensor], ones: 
     result = A.clone()
     for sample in range(A.shape[0]):
         for head in range(A.shape[1]):
-            rows, may = A[sample, head], allowed[sample, head]
-            basis = _basis(value[sample, head], may)
-            result[sample, head] = solve(rows, basis) * may
+            result[sample, head] = _SOLVED(solve, A[sample, head], value[sample, head], allowed[sample, head])
     return result.to(probabilities.dtype)
 
 
@@ -140,18 +140,20 @@ def _combine(coordinates: Tensor, basis: Tensor) -> Float[Tensor, "queries keys"
     return coordinates @ basis.mT if basis.ndim == 2 else (coordinates[:, None] @ basis.mT)[:, 0]
 
 
-def _project(rows: Tensor, basis: Tensor) -> Float[Tensor, "queries keys"]:
-    return _combine(_coordinates(rows, basis), basis)
+def _projected(rows: Tensor, value: Tensor, may: Tensor) -> Float[Tensor, "queries keys"]:
+    basis = _basis(value, may)
+    return _combine(_coordinates(rows, basis), basis) * may
 
 
-def _distributions(rows: Tensor, basis: Tensor) -> Float[Tensor, "queries keys"]:
+def _distributions(rows: Tensor, value: Tensor, may: Tensor) -> Float[Tensor, "queries keys"]:
+    basis = _basis(value, may)
     target = _coordinates(rows, basis)
     result = _combine(target, basis)
     for i in (result < 0).any(dim=-1).nonzero().flatten().tolist():
         W = (basis if basis.ndim == 2 else basis[i]).cpu().numpy()
         found = _least_norm(target[i].cpu().numpy(), W)
         result[i] = rows[i] if found is None else torch.from_numpy(found).to(result)
-    return result
+    return result * may
 
 
 def _least_norm(
