@@ -31,7 +31,8 @@ def settings(output: Path, models: dict, **changes) -> StudyConfig:
     given = StudyConfig(
         models=models, training=["logger=csv", "callbacks=none"], seeds=[0, 1], data=None, split="validation",
         methods=METHODS, scores=["removal", "sanity"], caption_scores=["log_probability"], word_maps=None,
-        samples=8, fewer={"sanity": 3}, judged=True, only_model=None, only_seed=None, output=str(output),
+        samples=8, fewer={"sanity": 3}, of_model={}, judged=True, only_model=None, only_seed=None,
+        output=str(output),
         resume=True, jobs=1, threads=None, batch_size=128, chunk=4, pictures=1, confidence=0.9, seed=0,
         device="cpu",
     )  # fmt: skip
@@ -171,3 +172,12 @@ def test_models_are_trained_once(tmp_path, monkeypatch):
     assert (tmp_path / "study" / "cells" / "mine" / "0" / "log.txt").read_text()
     monkeypatch.setattr("clipmapper.commands.train.train", lambda *_: pytest.fail("trained again"))
     study(replace(config, samples=5, jobs=1))
+
+
+def test_a_model_with_numbers_of_its_own(tmp_path):
+    config = settings(tmp_path, {"mine": "scenes-vqa"}, of_model={"mine": {"samples": 2, "removal": 1}})
+    assert (config.for_model("other").samples, config.for_model("other").fewer) == (8, {"sanity": 3})
+    assert (config.for_model("mine").samples, config.for_model("mine").fewer) == (
+        2,
+        {"sanity": 2, "removal": 1},
+    )

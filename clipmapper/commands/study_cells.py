@@ -94,7 +94,7 @@ def finished_cell(config: StudyConfig, cell: CellModel) -> KeptCell | None:
 
 def _settings(config: StudyConfig, cell: CellModel) -> dict:
     """What decides about the numbers: as JSON has it, for a comparison."""
-    settings = asdict(config)
+    settings = asdict(config.for_model(cell.model))
     given: dict = {"format": _FORMAT} | {key: settings[key] for key in _DECIDE}
     given["training"] = None if cell.seed is None else run_settings(cell).name
     return json.loads(json.dumps(given, default=str))
@@ -116,6 +116,7 @@ def run_cell(config: StudyConfig, cell: CellModel) -> None:
 
     Finished trainings and chunks of samples are taken up again. :class:`RunInterrupted` says what there is.
     """
+    config = config.for_model(cell.model)
     path, results = (model_path(cell.given), {}) if cell.seed is None else trained(cell)
     given = cell.given if cell.seed is None else str(path)
     model = load(given, chosen_device(config.device))

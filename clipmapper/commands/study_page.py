@@ -43,6 +43,8 @@ def _told(page: Page, results: Mapping) -> None:
         f"{span(told['seconds_of_this_call'])}."
     )
     fewer = "".join(f", {score} of {count}" for score, count in settings["fewer"].items())
+    for model, counts in settings["of_model"].items():
+        fewer += f"; of {model} " + ", ".join(f"{score} of {count}" for score, count in counts.items())
     page.text(
         f"{len(settings['methods'])} methods, {len(results['cells'])} models "
         f"({', '.join(results['cells'])}), {settings['samples']} samples of split {settings['split']} each"

@@ -2,7 +2,7 @@
 """The settings of ``clipmapper study``."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from clipmapper.host.outputs import file_name_problem
@@ -27,7 +27,8 @@ class StudyConfig(Section):
     train`` is given to train one (with each of ``seeds``, and with ``training`` where the list does not say
     otherwise); or null, which takes a model of the study's file out. ``data``: as of
     :class:`~clipmapper.settings.commands.PerturbConfig`, of all models; null: what each was trained on.
-    ``fewer``: score → of how many of the ``samples`` it is. ``judged``:
+    ``fewer``: score → of how many of the ``samples`` it is. ``of_model``:
+    model → other numbers of ``samples``, and of scores. ``judged``:
     whether planted maps and the truth judge the scores. ``only_model``, ``only_seed``: the part of the
     study that this call is to work off. ``threads``: of each of the ``jobs``; null: the cores shared out.
     """
@@ -43,6 +44,7 @@ class StudyConfig(Section):
     word_maps: str | None = setting(choices=WORD_MAPS)
     samples: int = setting(minimum=1)
     fewer: dict[str, int] = setting()
+    of_model: dict[str, dict[str, int]] = setting()
     judged: bool = setting()
     only_model: str | None = setting()
     only_seed: int | None = setting(minimum=0, maximum=SEED_LIMIT)
@@ -57,6 +59,13 @@ class StudyConfig(Section):
     seed: int = setting(minimum=0, maximum=SEED_LIMIT)
     device: str = setting()
 
+    def for_model(self, model: str) -> "StudyConfig":
+        """The settings with this model's numbers of samples."""
+        counts = dict(self.of_model.get(model, {}))
+        samples = counts.pop("samples", self.samples)
+        fewer = {score: min(count, samples) for score, count in {**self.fewer, **counts}.items()}
+        return replace(self, samples=samples, fewer=fewer)
+
     def problems(self) -> Iterator[tuple[str, str]]:
         yield from list_problems("methods", self.methods)
         yield from list_problems("scores", self.scores)
@@ -64,12 +73,16 @@ class StudyConfig(Section):
         if self.caption_scores is not None:
             yield from list_problems("caption_scores", self.caption_scores)
         yield from device_problems(self.device)
-        for score, count in self.fewer.items():
-            if score not in EXPLANATION_SCORES:
-                yield f"fewer.{score}", f"no score; there are {', '.join(EXPLANATION_SCORES)}"
-            elif not 1 <= count <= self.samples:
-                yield f"fewer.{score}", f"{count} is not between 1 and samples={self.samples}"
+        yield from _counts_problems("fewer", self.fewer, self.samples)
         chosen = {name: given for name, given in self.models.items() if given is not None}
+        for name, counts in self.of_model.items():
+            if name not in self.models:
+                yield f"of_model.{name}", f"no model of this study; there are {', '.join(chosen)}"
+            of_scores = {score: count for score, count in counts.items() if score != "samples"}
+            samples = counts.get("samples", self.samples)
+            if samples < 1:
+                yield f"of_model.{name}.samples", f"{samples} is less than 1"
+            yield from _counts_problems(f"of_model.{name}", of_scores, samples)
         if not chosen:
             yield "models", "there are none; give one as +models.NAME=CHECKPOINT"
         for name, given in chosen.items():
@@ -84,6 +97,14 @@ class StudyConfig(Section):
             yield "only_model", f"{self.only_model!r} is not one of {', '.join(chosen)}"
         if self.only_seed is not None and self.only_seed not in self.seeds:
             yield "only_seed", f"{self.only_seed} is not one of seeds={self.seeds}"
+
+
+def _counts_problems(key: str, counts: dict[str, int], samples: int) -> Iterator[tuple[str, str]]:
+    for score, count in counts.items():
+        if score not in EXPLANATION_SCORES:
+            yield f"{key}.{score}", f"no score; there are {', '.join(EXPLANATION_SCORES)}"
+        elif not 1 <= count <= samples:
+            yield f"{key}.{score}", f"{count} is not between 1 and samples={samples}"
 
 
 def _is_texts(given: Any) -> bool:
