@@ -91,8 +91,13 @@ def _quantity(page: Page, name: str, its: Mapping, table: Mapping) -> None:
     if its["critical_difference"] is not None:
         note += (
             f" Ranks over samples differ from {its['critical_difference']:.2f} on (Nemenyi, 0.05, "
-            f"{its['blocks']} samples); with the {len(table['cells'])} models as blocks it would be from "
+            f"{its['blocks']} samples)"
+        )
+        note += (
+            f"; with the {len(table['cells'])} models as blocks it would be from "
             f"{its['critical_difference_of_cells']:.1f} on."
+            if several
+            else "."
         )
     page.text(note)
     columns = ["method", "% " * (its["factor"] == 100) + "[interval]"]
