@@ -65,23 +65,36 @@ def test_areas_and_gap_by_hand():
         "image/positive/probability": 0.25,
         "image/negative/probability": 0.75,
         "image/gap/probability": 0.5,
+        "image/reversed/probability": 0.0,
         "text/positive/probability": 0.75,
         "text/negative/probability": 0.5,
         "text/gap/probability": -0.25,
+        "text/reversed/probability": 1.0,
         "gap/probability": 0.125,
     }
     better = {one.name: one.better for one in found.quantities}
     assert better["image/positive/probability"] == LOW
     assert [name for name, one in better.items() if one == LOW] == [
-        "image/positive/probability", "text/positive/probability",
+        "image/positive/probability", "image/reversed/probability",
+        "text/positive/probability", "text/reversed/probability",
     ]  # fmt: skip
     assert {one.factor for one in found.quantities} == {100}
     of_caption = area_values(scored([[-1, -2, -3], [-1, -1, -3]], scores=("log_probability",)))
     assert [one.name for one in of_caption.quantities] == [
-        "image/positive/log_probability", "image/negative/log_probability", "image/gap/log_probability",
+        "image/positive/log_probability", "image/positive/log_probability/above_end",
+        "image/negative/log_probability", "image/negative/log_probability/above_end",
+        "image/gap/log_probability", "image/reversed/log_probability",
     ]  # fmt: skip
-    assert {one.factor for one in of_caption.quantities} == {1}
-    assert of_caption.values[:, 0, 0].tolist() == [-2, -1.5, 0.5]
+    assert [one.factor for one in of_caption.quantities] == [1, 1, 1, 1, 1, 100]
+    assert of_caption.values[:, 0, 0].tolist() == [-2, 1, -1.5, 1.5, 0.5, 0]
+    # An order that is wrong at one of two inner fractions, where a tie is not wrong; below its own end.
+    at = np.array([0.0, 0.25, 0.5, 1.0])
+    values = np.array([[0, -1, -9, -4], [0, -3, -9, -4]], float).reshape(1, 1, 2, 1, 1, 4)
+    found = area_values(
+        PerturbationScores(("a",), ("image",), ("log_probability",), at, np.array([0]), values)
+    )
+    assert found.of("image/reversed/log_probability").item() == 0.5
+    assert found.of("image/positive/log_probability/above_end").item() == pytest.approx(-0.625)
 
 
 def test_curves_against_naive_code():
