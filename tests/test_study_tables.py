@@ -7,7 +7,9 @@ from clipmapper.evaluation.explanation_scores.values import HIGH, LOW, NEITHER, 
 from clipmapper.evaluation.study.claims import claim_rows
 from clipmapper.evaluation.study.headline import is_claimed, is_ranked
 from clipmapper.evaluation.study.tables import StudyCell, agreement, section_tables
+from clipmapper.evaluation.study.trust import trust_rows
 from clipmapper.evaluation.study.values import StudyValues, side_by_side
+from clipmapper.evaluation.study.winners import winner_rows
 
 METHODS = ("weighted", "gae", "random")
 SAMPLES = 40
@@ -40,6 +42,48 @@ CELLS = [
     cell("dual", 1, DUAL, seconds=dict.fromkeys(METHODS, 3.0)),
     cell("single", 0, {"weighted": 0.2, "gae": 0.4, "random": 0.0}),
 ]
+
+
+def test_who_wins_on_each_model():
+    rows = winner_rows(CELLS, confidence=0.95, seed=0)
+    assert {(row["cell"], row["quantity"]) for row in rows} == {
+        (one.name, name) for one in CELLS for name in ("removal/image/gap/probability", "oracle/share")
+    }
+    gaps = [row for row in rows if row["quantity"] == "removal/image/gap/probability"]
+    assert [row["best"] for row in gaps] == ["weighted", "weighted", "gae"]
+    assert not any(row["level"] for row in gaps)
+    assert gaps[0]["over_weighted"] == {"mean": 0, "low": 0, "high": 0}
+    assert gaps[2]["over_weighted"]["low"] > 0.19 and gaps[2]["value"] == pytest.approx(0.4, abs=0.01)
+    near = cell("near", 3, {"weighted": 0.5, "gae": 0.5005, "random": 0.0})
+    (row,) = (r for r in winner_rows([near], confidence=0.95, seed=0) if r["quantity"].startswith("removal"))
+    assert {row["best"], *row["level"]} == {"weighted", "gae"}
+
+
+def judgement(truth: float, tau: float, verdict: str) -> dict:
+    interval = {"mean": tau, "low": tau - 0.1, "high": tau + 0.1}
+    return {
+        "methods": {"rank": interval, "mass": interval},
+        "samples": {"rank": interval, "mass": interval},
+        "planted": {"truth > noise": {"mean": 0.1, "low": 0, "high": 1, "verdict": verdict}},
+        "maps": {"truth": truth, "noise": 0.0},
+    }
+
+
+def test_what_scores_are_worth_over_models(table):
+    quantity = {"image/gap/probability": judgement(0.45, 0.5, "right"), "image/positive/probability": {}}
+    other = {"image/gap/probability": judgement(0.15, 0.1, "wrong")}
+    judged = {
+        "dual/0": {"vqa": {"removal": {"samples": 40, "quantities": quantity}}},
+        "single/0": {"vqa": {"removal": {"samples": 20, "quantities": other}}},
+    }
+    (row,) = trust_rows(judged, {"vqa": table})  # the oracle was not judged, and areas do not rank
+    assert (row["section"], row["quantity"]) == ("vqa", "removal/image/gap/probability")
+    assert (row["samples"], row["models"]) == (30, 2)
+    assert row["tau_of_methods"] == {"mean": pytest.approx(0.3), "low": 0.1, "high": 0.5}
+    assert row["pairs"] == {"right": {"truth > noise": 1}, "level": {}, "wrong": {"truth > noise": 1}}
+    assert row["truth"] == pytest.approx(0.3) and row["best"] == pytest.approx(0.45, abs=0.01)
+    # Above the truth are weighted on the first, and weighted and gae on the second.
+    assert row["above_truth"] == 1.5
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from clipmapper.evaluation.study.claims import claim_rows
 from clipmapper.evaluation.study.tables import agreement, section_tables
 from clipmapper.evaluation.study.trust import trust_rows
 from clipmapper.evaluation.study.values import StudyValues
+from clipmapper.evaluation.study.winners import winner_rows
 from clipmapper.host.machine import commit, machine
 from clipmapper.host.outputs import whole_file, write_whole
 from clipmapper.settings.study import StudyConfig
@@ -45,6 +46,7 @@ def write_study(config: StudyConfig, cells: Sequence[KeptCell], seconds: float) 
         "cells": {cell.about["name"]: _without(cell.about, ("name", "settings", "judged")) for cell in cells},
         "sections": tables,
         "agreement": agreement(tables),
+        "winners": winner_rows(studied, confidence=config.confidence, seed=config.seed),
         "claims": claim_rows(studied, confidence=config.confidence, seed=config.seed),
         "trusted": trust_rows(judged, tables),
         "judged": judged,

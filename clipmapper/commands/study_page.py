@@ -8,6 +8,7 @@ from clipmapper.host.progress import span
 from clipmapper.visual.page import Page
 
 _DAGGER = "†"
+_NAMED = 5  # methods in a cell of a table
 
 
 def study_page(results: Mapping, pictures: Mapping[str, str]) -> Page:
@@ -27,6 +28,7 @@ def study_page(results: Mapping, pictures: Mapping[str, str]) -> Page:
             _quantity(page, name, its, table)
             if f"{section}: {name}" in pictures:
                 page.picture(pictures[f"{section}: {name}"], f"critical differences of {name}")
+    _winners(page, results["winners"])
     _claims(page, results["claims"])
     _trusted(page, results["trusted"])
     _costs(page, results["cells"])
@@ -120,6 +122,31 @@ def _quantity(page: Page, name: str, its: Mapping, table: Mapping) -> None:
             row.append("" if found is None else _number(found["mean"], its["factor"]))
         rows.append(row)
     page.table(columns, rows)
+
+
+def _winners(page: Page, rows: Sequence[Mapping]) -> None:
+    if not rows:
+        return
+    page.heading("Who wins on each model?")
+    page.text(
+        "The best method of each model and quantity, those that it is not clearly better than (the interval "
+        "of the paired difference holds 0), and its difference to the paper's rule."
+    )
+    shown = []
+    for row in rows:
+        factor, over = row["factor"], row["over_weighted"]
+        named, more = row["level"][:_NAMED], len(row["level"]) - _NAMED
+        level = ", ".join(named) + (f" and {more} more" if more > 0 else "")
+        difference = ""
+        if over is not None:
+            mean, low, high = (_number(over[key], factor) for key in ("mean", "low", "high"))
+            difference = f"{mean} [{low}, {high}]"
+        shown.append([
+            row["quantity"], row["section"], row["cell"], row["best"], _number(row["value"], factor), level,
+            difference,
+        ])  # fmt: skip
+    shown.sort(key=lambda row: row[:3])
+    page.table(["quantity", "section", "model", "best", "value", "level with it", f"over {CLAIMED}"], shown)
 
 
 def _claims(page: Page, claims: list[Mapping]) -> None:
