@@ -40,7 +40,10 @@ def test_the_latest_are_kept():
         kept(same, one)
     assert len(calls) == 3
     assert torch.equal(kept(same, tensors[1]), tensors[1]) and len(calls) == 4
+    kept.clear()
+    kept(same, tensors[1])
+    assert len(calls) == 5
     large = torch.zeros(100)
     kept(same, large)
     kept(same, large)
-    assert len(calls) == 6
+    assert len(calls) == 7

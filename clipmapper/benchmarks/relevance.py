@@ -28,6 +28,7 @@ from clipmapper.commands.mistakes import seconds, whole
 from clipmapper.errors import UserError
 from clipmapper.host.machine import machine
 from clipmapper.relevance import METHODS, Relevance, method_named, needs_of
+from clipmapper.relevance.methods.effective import SOLVED
 from clipmapper.training.shown import console
 
 FLOOR = "floor"
@@ -224,6 +225,7 @@ def explaining(subject: Subject, method: str) -> Callable[[], object]:
     """The whole of it: recorded forward, backward, method."""
 
     def explain():
+        SOLVED.clear()  # of the same input, in the turn before
         needs = needs_of([METHODS[method]])
         trace, y = subject.trace(needs.rules)
         needs.differentiate(trace, y)

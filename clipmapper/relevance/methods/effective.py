@@ -28,7 +28,7 @@ from clipmapper.relevance.trace import Attention, AttentionTrace, Join
 # How much more the conditions of a row with negative entries count than its norm, until it is polished.
 _WEIGHT = 1e5
 _RESIDUAL = 1e-9
-_SOLVED = SolvedRows()
+SOLVED = SolvedRows()
 
 Matrix = Float[Tensor, "batch heads queries keys"]
 
@@ -117,7 +117,7 @@ def _per_head(step: Attention, solve: Callable[[Tensor, Tensor, Tensor], Tensor]
     result = A.clone()
     for sample in range(A.shape[0]):
         for head in range(A.shape[1]):
-            result[sample, head] = _SOLVED(solve, A[sample, head], value[sample, head], allowed[sample, head])
+            result[sample, head] = SOLVED(solve, A[sample, head], value[sample, head], allowed[sample, head])
     return result.to(probabilities.dtype)
 
 
