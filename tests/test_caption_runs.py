@@ -175,7 +175,11 @@ def test_perturb(command, tmp_path, monkeypatch):
         ("explain", ("word_weights=best",), "word_weights: 'best' is not one of mean, clip"),
         ("perturb", ("caption_scores=[cidre]",), "caption_scores"),
         ("perturb", ("word_weights=clop",), "word_weights"),
-        ("perturb", ("word_maps=thin",), "word_maps: 'thin' is not one of scaled, raw, root, largest, coverage"),
+        (
+            "perturb",
+            ("word_maps=thin",),
+            "word_maps: 'thin' is not one of scaled, raw, root, largest, coverage",
+        ),
         (
             "explain",
             ("explained=odds",),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from support import families, more_families
@@ -308,6 +309,30 @@ def test_attention_dropout_is_refused():
         record(model),
     ):
         model(TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"drop_path_rate": 0.2}, r"drop_path1: DropPath is on"),
+        ({"patch_drop_rate": 0.25}, r"patch_drop: PatchDropout is on"),
+        ({"pos_drop_rate": 0.1}, r"pos_drop: Dropout is on"),
+        ({}, None),
+    ],
+)
+def test_a_forward_of_chance_is_refused(settings, named):
+    """(Of a model in training; one that drops nothing may be in training.)"""
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=64, depth=2, embed_dim=32, num_heads=2, num_classes=3, **settings
+    )
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    if named is not None:
+        with pytest.raises(UserError, match=rf"{named}.*model\.eval\(\)"), record(model.train()):
+            model(images)
+    for training in (False, True) if named is None else (False,):
+        with record(model.train(training)) as trace:
+            y = model(images)[:, 1]
+        trace.backward(y)
 
 
 def test_a_tower_called_twice_gives_two_streams():

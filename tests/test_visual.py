@@ -374,6 +374,14 @@ def test_curves_are_tidy_with_panels_in_order_and_weighted_on_top():
     assert "0.590" in [text.get_text() for text in figure.texts]
 
 
+def test_curves_say_what_was_done_to_the_tokens():
+    figure = plot_perturbation_curves(
+        curve_data(["gae"]), [0, 0.1, 0.2, 0.5, 1.0], ylabel="score", what_is_done="replaced"
+    )
+    assert {axes.get_xlabel() for axes in figure.axes} == {"share of tokens replaced (%)"}
+    assert sum("relevant replaced first" in text.get_text() for text in figure.texts) == 4
+
+
 def test_best_area_is_bold_low_for_positive_and_high_for_negative():
     curves = {panel: curve_data(["gae", "rollout"])[panel] for panel in ("image/positive", "image/negative")}
     areas = {panel: {"gae": 0.25, "rollout": 0.75} for panel in curves}

@@ -247,22 +247,24 @@ class Report(Valued, ABC):
             written.append(save_figure(self.comparison(0), folder / "methods.png"))
         for test, by_title in self.tests.items():
             how, part = ("", "") if test == REMOVAL else (f" ({test})", f"{test}_")
+            done = _done(test)
             for tested, scores in by_title.items():
                 for score in scores.scores:
-                    figure = _curves(scores, score, f"Perturbation test{how}, {tested}", confidence)
+                    figure = _curves(scores, score, f"Perturbation test{how}, {tested}", confidence, done)
                     written.append(save_figure(figure, folder / f"perturbation_{part}{score}.png"))
         return written
 
     def media(self, folder: Path) -> Media:
         """The pictures that :meth:`write` has left in ``folder``, and a table of the samples that are drawn,
         for loggers that take them."""
-        first = next(iter(next(iter(self.tests.values()), {}).values()), None)
+        test, by_title = next(iter(self.tests.items()), (REMOVAL, {}))
+        first, done = next(iter(by_title.values()), None), _done(test)
         columns, rows = [*self.columns, *(["curves"] if first is not None else [])], []
         for path in sorted(folder.glob("explanation_*.png")):
             number = int(path.stem.split("_")[1])
             cells = [*self.cells(number, path)]
             if first is not None:
-                figure = _sample_curves(first, self.sampled_score, number)
+                figure = _sample_curves(first, self.sampled_score, number, done)
                 cells.append(Picture(save_figure(figure, folder / "curves" / path.name)))
             rows.append(dict(zip(columns, cells, strict=True)))
         pictures = [folder / "methods.png", *sorted(folder.glob("perturbation_*.png"))]
@@ -295,7 +297,12 @@ class Report(Valued, ABC):
         }
 
 
-def _curves(scores: PerturbationScores, score: str, title: str, confidence: float) -> Figure:
+def _done(test: str) -> str:
+    """The participle of a test: all tests but that of removal replace what they take."""
+    return "removed" if test == REMOVAL else "replaced"
+
+
+def _curves(scores: PerturbationScores, score: str, title: str, confidence: float, done: str) -> Figure:
     areas = scores.areas(score).mean(axis=-1)
     return plot_perturbation_curves(
         scores.curves(score, confidence=confidence),
@@ -303,14 +310,17 @@ def _curves(scores: PerturbationScores, score: str, title: str, confidence: floa
         ylabel=SCORES[score].axis,
         areas=_panels(scores, areas),
         title=title,
+        what_is_done=done,
     )
 
 
-def _sample_curves(scores: PerturbationScores, score: str, number: int) -> Figure:
+def _sample_curves(scores: PerturbationScores, score: str, number: int, done: str) -> Figure:
     """The curves of one sample (an interval of one sample is the sample itself)."""
     panels = _panels(scores, scores.score(score)[..., number, :])
     curves = {panel: {m: (line, line, line) for m, line in lines.items()} for panel, lines in panels.items()}
-    return plot_perturbation_curves(curves, scores.fractions.tolist(), ylabel=SCORES[score].axis)
+    return plot_perturbation_curves(
+        curves, scores.fractions.tolist(), ylabel=SCORES[score].axis, what_is_done=done
+    )
 
 
 def _panels(scores: PerturbationScores, values: np.ndarray) -> dict[str, dict[str, Any]]:

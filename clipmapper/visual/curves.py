@@ -34,7 +34,7 @@ _LEFT, _BELOW, _ABOVE = 0.52, 0.50, 0.46  # room for the tick labels and titles 
 _SAMPLE = 0.34  # length of a line in the legend
 _LEGEND_SIZE, _NOTE_SIZE, _TITLE_SIZE = 8.5, 7.5, 12.0
 _ORDER = ("positive", "negative")
-_TITLES = {"positive": "most relevant removed first", "negative": "least relevant removed first"}
+_TITLES = {"positive": "most relevant {} first", "negative": "least relevant {} first"}
 _GOOD = {
     "positive": "a faithful method falls fast (low area)",
     "negative": "a faithful method stays up (high area)",
@@ -51,13 +51,15 @@ def plot_perturbation_curves(
     ylabel: str,
     areas: Mapping[str, Mapping[str, float]] | None = None,
     title: str | None = None,
+    what_is_done: str = "removed",
 ) -> Figure:
     """One panel per key of `curves` ("image/positive", "text/negative", …) and one line per method.
 
     A curve is (mean, lower bound, upper bound) of a 95 % interval at each of `fractions`, the shares of
-    tokens removed, in [0, 1]. `ylabel` says what is scored ("soft accuracy"). With `areas`, keyed as
-    `curves`, the legend is a table of areas with the best of each column in bold: the lowest for "positive",
-    the highest for "negative". Panels of one row share their y axis. Raises ValueError where a curve and
+    tokens removed, in [0, 1]. `ylabel` says what is scored ("soft accuracy"), `what_is_done` ("removed",
+    "replaced") what was done to the tokens. With `areas`, keyed as `curves`, the legend is a table of areas
+    with the best of each column in bold: the lowest for "positive", the highest for "negative". Panels of one
+    row share their y axis. Raises ValueError where a curve and
     `fractions` differ in length.
     """
     if not curves:
@@ -89,9 +91,16 @@ def plot_perturbation_curves(
             _draw_panel(axes, curves[panel], fractions, methods)
             axes.set_ylim(low, high)
             modality, _, sign = panel.partition("/")
-            write(figure, left, top - 0.24, f"{modality}: {_TITLES.get(sign, sign)}", 9.5, weight="bold")
+            write(
+                figure,
+                left,
+                top - 0.24,
+                f"{modality}: {_TITLES.get(sign, sign).format(what_is_done)}",
+                9.5,
+                weight="bold",
+            )
             write(figure, left, top - 0.09, _GOOD.get(sign, ""), _NOTE_SIZE, colour=FAINT)
-            axes.set_xlabel("share of tokens removed (%)", fontsize=8.5, fontfamily=FONT, color=INK)
+            axes.set_xlabel(f"share of tokens {what_is_done} (%)", fontsize=8.5, fontfamily=FONT, color=INK)
             if column == 0:
                 axes.set_ylabel(ylabel, fontsize=8.5, fontfamily=FONT, color=INK)
     _legend(figure, table_left, _MARGIN - 0.1 + head + _ABOVE, methods, area_panels, areas or {})

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
-from clipmapper.relevance.backward.rule import Rule, kind_of, variables
+from clipmapper.relevance.backward.rule import Rule, kept, kind_of, variables
 
 
 def quick_gelu_gate(x: Tensor) -> Tensor:
@@ -55,18 +56,20 @@ def elementwise(func: Callable, *args, gate: Callable | None = None, **kwargs) -
             gate = _GELU_GATES[kwargs.get("approximate", "none")]
     if gate is not None:
         return Gated.apply(x, lambda t: func(t, *args[1:], **kwargs), gate)
-    result = _OwnGate.apply(x, _of_one(func, x, args, kwargs))
-    return named(result, name)
+    return named(_OwnGate.apply(x, of_one_tensor(func, x, args, kwargs)), name, bool(args) and x is args[0])
 
 
-def named(result: Tensor, name: str) -> Tensor:
-    """The result, whose node in the graph says which operator it stands for."""
+def named(result: Tensor, name: str, first: bool = True) -> Tensor:
+    """The result, whose node in the graph says which operator it stands for: a power of a number (``first``:
+    whether the tensor is the operator's first argument) is an exponential."""
     if result.grad_fn is not None:
-        result.grad_fn.operator = name
+        result.grad_fn.operator = name if first else "exp"
     return result
 
 
-def _of_one(func: Callable, x: Tensor, args: tuple, kwargs: dict) -> Callable[[Tensor], Tensor]:
+def of_one_tensor(func: Callable, x: Tensor, args: tuple, kwargs: dict) -> Callable[[Tensor], Tensor]:
+    """The operator with its other arguments, as a function of x alone."""
+
     def of_one(t: Tensor) -> Tensor:
         return func(*(t if a is x else a for a in args), **{k: t if v is x else v for k, v in kwargs.items()})
 
@@ -84,7 +87,7 @@ class Gated(Rule):
 
     @staticmethod
     def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
+        (x,) = kept(ctx)
         return gradient * ctx.gate(x), None, None
 
 
@@ -103,7 +106,7 @@ class _OwnGate(Rule):
 
     @staticmethod
     def backward(ctx, gradient):
-        x, result = ctx.saved_tensors
+        x, result = kept(ctx)
         zero = x == 0
         gate = result / x.masked_fill(zero, 1.0)
         if bool(zero.any()):
@@ -126,30 +129,56 @@ def constant(func: Callable, x: Tensor, *args, **kwargs) -> Tensor:
     return func(x.detach(), *args, **kwargs)
 
 
-# What may stand between a sum and what is divided by it.
-_ON_THE_WAY = {"Unsqueeze", "Expand", "View", "UnsafeView", "Clone", "Add", "_OwnGate", "_SameRelevance"}
+# What sums, and what may stand between a sum and what is divided by it, or between the sum and exponentials.
+_SUMS = {"Sum", "Mean", "LinalgVectorNorm", "Norm", "Nansum"}
+_MATRIX_PRODUCTS = {"Mm", "Mv", "Bmm", "Dot", "_Map", "_TokenwiseMap"}
+_BEHIND_EXP = {
+    "Unsqueeze", "Expand", "View", "UnsafeView", "ReshapeAlias", "Clone", "Mul", "MaskedFill", "Where",
+    "Tril", "Triu", "Slice", "Select", "ToCopy", "Transpose", "Permute", "Squeeze", "T", "NanToNum", "Index",
+}  # fmt: skip
+_ON_THE_WAY = _BEHIND_EXP | {"Add", "_OwnGate", "_SameRelevance", "ScaledGradient", "ClampMin", "Clamp"}
+_STEPS = 12
 
 
-def writes_softmax(name: str, args: Sequence) -> bool:
-    """Whether an operator ends a softmax that is written out, which no rule for softmax would know:
-    ``exp(x) / exp(x).sum()`` or ``exp(log_softmax(x))``."""
-    if name not in ("exp", "div") or not args or not isinstance(args[0], Tensor) or args[0].grad_fn is None:
-        return False
+def writes_softmax(name: str, args: Sequence, kwargs: Mapping) -> bool:
+    """Whether an operator ends a softmax that is written out, which no rule for softmax would know.
+
+    That is what divides by a sum of exponentials, and ``exp(log_softmax(x))``.
+    """
     if name == "exp":
-        return kind_of(args[0].grad_fn) == "LogSoftmax"
-    by = args[1] if len(args) > 1 else None
-    of_exp = getattr(args[0].grad_fn, "operator", "") == "exp" and isinstance(by, Tensor)
-    if not of_exp or by.grad_fn is None:
+        made = getattr(args[0], "grad_fn", None) if args else None
+        return made is not None and kind_of(made) == "LogSoftmax"
+    if name == "div":
+        by = args[1] if len(args) > 1 else kwargs.get("other")
+    elif divides(name, args, kwargs):
+        by = args[0] if args else kwargs.get("input")
+    else:
         return False
-    edge = torch.autograd.graph.get_gradient_edge(args[0])
-    node = by.grad_fn
-    for _ in range(len(_ON_THE_WAY)):
-        further = [following for following in node.next_functions if following[0] is not None]
-        if kind_of(node) == "Sum":
-            summed, its = further[0][0], edge.node.next_functions
-            again = getattr(summed, "operator", "") == "exp" and summed.next_functions == its
-            return again or further[0] == (edge.node, edge.output_nr)
-        if kind_of(node) not in _ON_THE_WAY or len(further) != 1:
+    made = getattr(by, "grad_fn", None)
+    return made is not None and _sums_exponentials(made)
+
+
+def _sums_exponentials(node: Node) -> bool:
+    """Whether a node is a sum of exponentials, or little more."""
+    for _ in range(_STEPS):
+        further = [following for following, _ in node.next_functions if following is not None]
+        kind = kind_of(node)
+        if kind in _SUMS and further:
+            return _is_exponential(further[0])
+        if kind in _MATRIX_PRODUCTS and len(further) == 1:  # with ones, or with a mask
+            return _is_exponential(further[0])
+        if kind not in _ON_THE_WAY or len(further) != 1:
             return False
-        node = further[0][0]
+        (node,) = further
+    return False
+
+
+def _is_exponential(node: Node) -> bool:
+    for _ in range(_STEPS):
+        if getattr(node, "operator", "") in ("exp", "exp2"):
+            return True
+        further = [following for following, _ in node.next_functions if following is not None]
+        if kind_of(node) not in _BEHIND_EXP or len(further) != 1:
+            return False
+        (node,) = further
     return False

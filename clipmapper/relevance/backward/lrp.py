@@ -20,9 +20,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clipmapper.relevance.backward.elementwise import ELEMENTWISE, named
+from clipmapper.relevance.backward.elementwise import ELEMENTWISE, named, of_one_tensor
+from clipmapper.relevance.backward.products import product
 from clipmapper.relevance.backward.rule import (
     Rule,
+    kept,
     kind_of,
     operator_name,
     tensors,
@@ -44,11 +46,13 @@ def _divide(a: Tensor, b: Tensor) -> Tensor:
     return a / divisor
 
 
-def same_relevance(func: Callable, x: Tensor, *args, gate: Callable | None = None, **kwargs) -> Tensor:
+def same_relevance(func: Callable, *args, gate: Callable | None = None, **kwargs) -> Tensor:
     """Norms, activations and softmax: R_in = R_out (``gate`` is what other rules want to know of them)."""
     kwargs.pop("inplace", None)
     of_one = gate is not None or operator_name(func) in ELEMENTWISE
-    return named(_SameRelevance.apply(x, lambda t: func(t, *args, **kwargs), of_one), operator_name(func))
+    x = variables(args, kwargs)[0]  # (in 2 ** x behind a number)
+    result = _SameRelevance.apply(x, of_one_tensor(func, x, args, kwargs), of_one)
+    return named(result, operator_name(func), bool(args) and x is args[0])
 
 
 class _SameRelevance(Rule):
@@ -61,7 +65,7 @@ class _SameRelevance(Rule):
 
     @staticmethod
     def backward(ctx, gradient):
-        x, result = ctx.saved_tensors
+        x, result = kept(ctx)
         return _divide(gradient * result, x), None, None
 
 
@@ -158,7 +162,7 @@ class Add(Rule):
     @staticmethod
     def backward(ctx, gradient):
         axes = [axis for axis in range(gradient.ndim) if axis != ctx.sample_axis]
-        total = [(part * gradient).sum(axes, keepdim=True) for part in ctx.saved_tensors]
+        total = [(part * gradient).sum(axes, keepdim=True) for part in kept(ctx)]
         whole, sizes = total[0] + total[1], total[0].abs() + total[1].abs()
         factors = [_divide(_divide(t.abs(), sizes) * whole, t) for t in total]
         return gradient * factors[0], gradient * factors[1], None
@@ -171,6 +175,8 @@ def attention(
     result = func(
         query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **more
     )
+    if not (varies(query) and varies(key) and varies(value)):  # learned queries, say: the products have rules
+        return _written_out(query, key, value, result, attn_mask, is_causal, scale)
     groups = query.shape[-3] // key.shape[-3]
     if groups > 1:  # shared by several heads: their relevance adds up, as at any tensor that is read twice
         key, value = (t.repeat_interleave(groups, dim=-3) for t in (key, value))
@@ -186,18 +192,35 @@ class _Attention(Rule):
 
     @staticmethod
     def backward(ctx, gradient):
-        query, key, value = ctx.saved_tensors
+        query, key, value = kept(ctx)
         mask, causal, scale = ctx.options
         product = query @ key.mT
         scores = product * (query.shape[-1] ** -0.5 if scale is None else scale)
-        if causal:
-            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-            scores = scores.masked_fill(later, float("-inf"))
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-        probabilities = scores.softmax(dim=-1)
+        probabilities = _masked(scores, mask, causal).softmax(dim=-1)
         if (blind := blind_queries(mask)) is not None:
             probabilities = probabilities.masked_fill(blind, 0)
         relevance = probabilities * (gradient @ value.mT) / 2
         share = _divide(relevance, product) / 2
         return share @ key, share.mT @ query, probabilities.mT @ gradient / 2, None, None, None, None
+
+
+def _masked(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    if causal:
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return scores
+
+
+def _written_out(query, key, value, result: Tensor, mask, causal: bool, scale: float | None) -> Tensor:
+    groups = query.shape[-3] // key.shape[-3] if query.ndim > 2 else 1
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=-3) for t in (key, value))
+    multiply = multiplied(product)
+    scores = multiply(torch.matmul, query, key.mT)
+    scores = _masked(scores * (query.shape[-1] ** -0.5 if scale is None else scale), mask, causal)
+    probabilities = same_relevance(torch.softmax, scores, -1) if varies(scores) else scores.softmax(-1)
+    if (blind := blind_queries(mask)) is not None:
+        probabilities = probabilities.masked_fill(blind, 0)
+    return with_value(multiply(torch.matmul, probabilities, value), lambda: result)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from clipmapper.relevance.backward.products import product
-from clipmapper.relevance.backward.rule import Rule, scaled_gradient, varies, with_value
+from clipmapper.relevance.backward.rule import Rule, kept, scaled_gradient, varies, with_value
 
 
 def layer_norm(
@@ -46,7 +46,7 @@ class _LayerNorm(Rule):
 
     @staticmethod
     def backward(ctx, gradient):
-        inverse, weight = ctx.saved_tensors
+        inverse, weight = kept(ctx)
         if weight is not None:
             gradient = gradient * weight
         return (gradient - gradient.mean(ctx.axes, keepdim=True)) * inverse, None, None, None, None, None
@@ -62,7 +62,7 @@ class _RMSNorm(Rule):
 
     @staticmethod
     def backward(ctx, gradient):
-        inverse, weight = ctx.saved_tensors
+        inverse, weight = kept(ctx)
         return (gradient if weight is None else gradient * weight) * inverse, None, None, None, None
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from clipmapper.relevance.backward.probabilities import weighing
 from clipmapper.relevance.backward.rule import (
     ScaledGradient,
     kind_of,
@@ -62,7 +63,7 @@ def _shared(func: Callable, args: tuple, kwargs: dict, constant_probabilities: b
     varying = [t for t in tensors((*factors, *kwargs.values())) if varies(t)]
     if len(varying) < 2:  # (x · x has two factors)
         return func(*args, **kwargs)
-    probable = [t for t in varying if is_probability(t)] if constant_probabilities else []
+    probable = weighing(varying) if constant_probabilities else []
     if operator_name(func) == "mul" and (gate := gate_of(*varying)) is not None:
         probable = [gate]
     share = 1 / len(varying)
@@ -86,6 +87,9 @@ def gated_linear_unit(activation: Callable) -> Callable:
 
     return rule
 
+
+# How far a graph is followed.
+_STEPS = 16
 
 # Functions of one number, of what comes with constants; and those that are the number times a constant.
 _OF_ONE_NUMBER = {"Mul", "Div", "Add", "Sub", "Rsub", "Neg", "Clone", "ToCopy", "Alias"}
@@ -138,33 +142,6 @@ def _is_of(x: Tensor, number: tuple) -> bool:
     return True
 
 
-# What is done to probabilities before they weigh something.
-_STILL_PROBABILITIES = {
-    "View", "UnsafeView", "ReshapeAlias", "Expand", "Clone", "ToCopy", "Alias", "Select", "Slice",
-    "Unsqueeze", "Squeeze", "Transpose", "Permute", "Index", "IndexSelect", "Gather", "Topk", "Sort", "Div",
-    "Mul", "Scatter", "MaskedFill", "Unbind", "Split", "Where", "CopyBackwards",
-}  # fmt: skip
-_STEPS = 16
-
-
-def is_probability(x: Tensor) -> bool:
-    """Whether x comes from a softmax, with nothing between but a choice, a change of shape or a scale."""
-    node = x.grad_fn
-    for _ in range(_STEPS):
-        if node is None:
-            return False
-        kind = kind_of(node)
-        if kind == "Softmax":
-            return True
-        further = [following for following, _ in node.next_functions if following is not None]
-        if kind == "CopyBackwards":  # what was done in place: the last is what was copied
-            further = further[-1:]
-        if kind not in _STILL_PROBABILITIES or len(further) != 1:
-            return False
-        (node,) = further
-    return False
-
-
 def attention_of_libra(func: Callable, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> Tensor:
     """Values that do not vary, as of a context that is given, still leave what reads them in the graph."""
     if torch.is_grad_enabled() and not value.requires_grad:
@@ -176,6 +153,9 @@ def attention_of_attn_lrp(
     func: Callable, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs
 ) -> Tensor:
     """Half to the values and half to the probabilities, whose softmax passes its plain gradient (the Taylor
-    rule) to scores that are a product as well."""
-    query, key = scaled_gradient(query, 0.25), scaled_gradient(key, 0.25)
-    return func(query, key, scaled_gradient(value, 0.5), *args, **kwargs)
+    rule) to scores that are a product as well. One that does not vary has no share."""
+    scores = varies(query) + varies(key)
+    half = 0.5 if scores and varies(value) else 1.0
+    of_scores = half / max(scores, 1)
+    query, key = scaled_gradient(query, of_scores), scaled_gradient(key, of_scores)
+    return func(query, key, scaled_gradient(value, half), *args, **kwargs)

@@ -4,7 +4,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from clipmapper.errors import UserError
+from clipmapper.relevance.backward.weights import of_weights
 
 
 class Rule(torch.autograd.Function):
@@ -14,9 +17,25 @@ class Rule(torch.autograd.Function):
     tokenwise, of_one_number = True, False
 
 
+def kept(ctx: Any) -> tuple[Tensor | None, ...]:
+    """The tensors that a rule's forward saved.
+
+    Raises ``UserError`` where the model has changed one of them in place since.
+    """
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise UserError(
+            "the model changes in place what an operator has read or made (h.add_(...) after tanh, say); "
+            "backward rules need it as it was; write it out of place (h = h + ...)"
+        ) from None
+
+
 def varies(x: Tensor) -> bool:
-    """Whether a gradient is wanted of x, and x is no weight of the model's."""
-    return x.requires_grad and not isinstance(x, nn.Parameter) and not isinstance(x._base, nn.Parameter)
+    """Whether a gradient is wanted of x, and x is no weight of the model's, nor computed from weights."""
+    return x.requires_grad and not of_weights(x)
 
 
 def variables(args: Sequence, kwargs: Mapping) -> list[Tensor]:

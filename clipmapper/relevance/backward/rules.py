@@ -53,6 +53,7 @@ from clipmapper.relevance.backward.rule import (
     works_in_place,
 )
 from clipmapper.relevance.backward.unknown import foreign, guarded, refused
+from clipmapper.relevance.backward.weights import note_activation, note_weights
 
 RULES = ("plain", "libra", "attn_lrp", "lrp")
 
@@ -140,16 +141,21 @@ class RulesMode(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _UNSEEN or not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        given = [x for x in tensors((*args, *kwargs.values())) if x.requires_grad]
+        every = list(tensors((*args, *kwargs.values())))
+        given = [x for x in every if x.requires_grad]
         if not any(map(varies, given)):
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            note_weights(result, operator_name(func), every)
+            return result
+        if works_in_place(func) or name == "__setitem__":
+            note_activation(every[0])
         if any(map(foreign, given)):
             args, kwargs = self._without_foreign(args, kwargs)
             given = [x for x in tensors((*args, *kwargs.values())) if x.requires_grad]
         args, kwargs = _in_order(args, kwargs)
         name = operator_name(func)
         rule = self._rule(name, args, kwargs)
-        if writes_softmax(name, args):
+        if writes_softmax(name, args, kwargs):
             return refused(func(*args, **kwargs), "a softmax written out (torch.softmax has one)", self.rules)
         if rule is None:
             bases = [x._base for x in given if x._base is not None and x._base.requires_grad]
@@ -236,10 +242,35 @@ def _composed(rule: Callable, forward: Callable, gate: Callable | None) -> Calla
     return replaced
 
 
+_BY_CHANCE = "{} is on, and an explanation would be of chance; call model.eval()"
+
+
 def _dropout(func: Callable, x: Tensor, p: float = 0.5, train: bool = True, *args, **kwargs) -> Tensor:
     if train and p > 0:
-        raise UserError(f"{func.__name__} is on, and an explanation would be of chance; call model.eval()")
+        raise UserError(_BY_CHANCE.format(func.__name__))
     return func(x, p, train, *args, **kwargs)
+
+
+def _without_dropout(rule: Callable) -> Callable:
+    """The rule of attention, which may drop some of its probabilities."""
+
+    def attention(func: Callable, query, key, value, attn_mask=None, dropout_p=0.0, *args, **kwargs):
+        if dropout_p > 0:
+            raise UserError(_BY_CHANCE.format("dropout_p of scaled_dot_product_attention"))
+        return rule(func, query, key, value, attn_mask, dropout_p, *args, **kwargs)
+
+    return attention
+
+
+def _without_chance(rule: Callable) -> Callable:
+    """The rule of rrelu, whose slope is one by chance in training."""
+
+    def rrelu(func: Callable, x: Tensor, lower=1 / 8, upper=1 / 3, training=False, *args, **kwargs):
+        if training and lower != upper:
+            raise UserError(_BY_CHANCE.format("rrelu in training"))
+        return rule(func, x, lower, upper, training, *args, **kwargs)
+
+    return rrelu
 
 
 def _batch_norm(func: Callable, x, weight, bias, mean, variance, training, *args, **kwargs) -> Tensor:
@@ -261,6 +292,7 @@ _ALL = {
 _OF_GRADIENTS = {
     **_ALL,
     **dict.fromkeys(ELEMENTWISE, elementwise),
+    "rrelu": _without_chance(elementwise),
     "layer_norm": norms.layer_norm,
     "rms_norm": norms.rms_norm,
     "group_norm": norms.group_norm,
@@ -271,20 +303,21 @@ _TABLES: Mapping[str, Mapping[str, Callable]] = {
     "libra": {
         **_OF_GRADIENTS,
         **dict.fromkeys(products.MULTIPLICATIONS, products.product_of_libra),
-        "scaled_dot_product_attention": products.attention_of_libra,
+        "scaled_dot_product_attention": _without_dropout(products.attention_of_libra),
     },
     "attn_lrp": {
         **_OF_GRADIENTS,
         **dict.fromkeys(products.MULTIPLICATIONS, products.product),
-        "scaled_dot_product_attention": products.attention_of_attn_lrp,
+        "scaled_dot_product_attention": _without_dropout(products.attention_of_attn_lrp),
     },
     "lrp": {
         **_ALL,
         **dict.fromkeys((*ELEMENTWISE, "softmax", "log_softmax"), lrp.same_relevance),
+        "rrelu": _without_chance(lrp.same_relevance),
         **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "instance_norm"), lrp.same_relevance),
         "glu": products.gated_linear_unit(lrp.same_relevance),
         **dict.fromkeys(products.MULTIPLICATIONS, lrp.multiplied(products.product)),
-        "scaled_dot_product_attention": lrp.attention,
+        "scaled_dot_product_attention": _without_dropout(lrp.attention),
         "add": lrp.add,
         "sub": lrp.subtract,
     },

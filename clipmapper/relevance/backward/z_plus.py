@@ -10,6 +10,7 @@ from torch import Tensor
 from clipmapper.errors import UserError
 from clipmapper.relevance.backward.rule import (
     Rule,
+    kept,
     operator_name,
     tensors,
     variables,
@@ -110,7 +111,7 @@ class _Map(Rule):
 
     @staticmethod
     def backward(ctx, gradient):
-        x, result = ctx.saved_tensors
+        x, result = kept(ctx)
         return _passed(ctx.sum_of, x, gradient * result, result), None, None
 
 
@@ -160,7 +161,7 @@ class _TokenwiseMap(_Map):
 
     @staticmethod
     def backward(ctx, gradient):
-        x, result = ctx.saved_tensors
+        x, result = kept(ctx)
         shape, (weight, bias) = x.shape, ctx.weights
         reached = gradient.flatten(0, -2).any(dim=1) if gradient.ndim > 1 else None
         # Behind the last attention only the tokens that are read have any.

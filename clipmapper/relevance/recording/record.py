@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from clipmapper.errors import UserError
 from clipmapper.relevance.modes import in_place_changes_named
 from clipmapper.relevance.recording.capture import Call, Capture, Watched
+from clipmapper.relevance.recording.chance import refuse_chance
 from clipmapper.relevance.recording.families import refuse_capped_scores, sublayers_of, why_refused
 from clipmapper.relevance.recording.step_by_step import fused_attention
 from clipmapper.relevance.recording.streams import StreamGraph
@@ -85,6 +86,7 @@ def _complete(trace: AttentionTrace, capture: Capture, calls: list[Call], root: 
             "whole forward inside `with record(model)`, or record just the part of the model that runs, "
             "e.g. record(model.visual)"
         )
+    refuse_chance(root)
     graph = StreamGraph(trace, root)
     for call in calls:
         call.check_unchanged()
