@@ -159,3 +159,21 @@ def test_lrp_is_refused_under_autocast(tmp_path):
     refused = pytest.raises(UserError, match="not defined under autocast")
     with torch.autocast("cpu", torch.bfloat16), refused, record(model, rules="lrp"):
         forward(torch.arange(2))
+
+
+def test_a_default_of_float64_changes_nothing(tmp_path):
+    """(Notebooks of numerical people set it; the model stays in half precision.)"""
+    maps = []
+    for default in (torch.float32, torch.float64):
+        model, forward, _ = vit(tmp_path, torch.float16)
+        torch.set_default_dtype(default)
+        try:
+            with record(model, rules="libra") as trace:
+                y = forward(torch.arange(2))
+            trace.backward(y)
+            names = ("weighted", "gae", "value_gradient_libra", "weighted_evidence_libra", "full_grad_libra")
+            maps.append([METHODS[name](trace).streams["image"] for name in names])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for under_float32, under_float64 in zip(*maps, strict=True):
+        torch.testing.assert_close(under_float32, under_float64)

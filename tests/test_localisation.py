@@ -19,6 +19,7 @@ from clipmapper.evaluation.localisation import (
     word_cells,
     word_localisation,
 )
+from clipmapper.tasks.vqa.pictures import localisation_table
 
 unhurried = settings(deadline=None, max_examples=25)  # a busy machine is not a failure
 
@@ -196,3 +197,13 @@ def test_refuses_maps_without_meaning():
         word_cells(np.ones((1, 2)), np.zeros((1, 2), dtype=bool))
     with pytest.raises(ValueError, match="at least as many pixels"):
         image_cells(np.ones((1, 5, 2)), mask)
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_the_table_of_one_sample_has_no_interval(samples):
+    value = {"mean": 0.25, "low": 0.2, "high": 0.3, "median": 0.25}
+    methods = {"weighted": {"mass": value, "rank": value, "pointing": value}}
+    found = {"image": {"area_baseline": 0.1, "methods": methods}}
+    results = {"samples": samples, "confidence": 0.95, "localisation": found}
+    cells = [next(iter(column.cells)) for column in localisation_table(results).columns]
+    assert cells == ["weighted", *(["25.0"] if samples == 1 else ["25.0 ± 5.0"]) * 3]

@@ -336,5 +336,5 @@ def test_what_is_changed_in_place_behind_a_rule_is_one_line(rules):
         h.add_(x)
         return h
 
-    with pytest.raises(UserError, match="changes in place what an operator has read or made"):
+    with pytest.raises(UserError, match=r"changes in place \(x \+= .*write x = x"):
         relevance(network, rules)

@@ -28,7 +28,7 @@ def scaled_gradients(
     ``by_sample``: from a gradient to its largest number for each scalar, None where it does not tell them
     apart. Where gradients are not finite, or the scalars' are of very different size, they are made again.
     """
-    scale, largest_at_first = torch.ones(count, device=device), _LARGEST
+    scale, largest_at_first = torch.ones(count, device=device, dtype=torch.float32), _LARGEST
     for attempt in range(_ATTEMPTS):
         found, besides = run(scale, largest_at_first)
         tops = [by_sample(g) for g in found if g is not None]

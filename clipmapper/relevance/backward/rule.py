@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipmapper.errors import UserError
 from clipmapper.relevance.backward.weights import of_weights
+from clipmapper.relevance.modes import in_place_changes_named
 
 
 class Rule(torch.autograd.Function):
@@ -22,15 +22,8 @@ def kept(ctx: Any) -> tuple[Tensor | None, ...]:
 
     Raises ``UserError`` where the model has changed one of them in place since.
     """
-    try:
+    with in_place_changes_named():
         return ctx.saved_tensors
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        raise UserError(
-            "the model changes in place what an operator has read or made (h.add_(...) after tanh, say); "
-            "backward rules need it as it was; write it out of place (h = h + ...)"
-        ) from None
 
 
 def varies(x: Tensor) -> bool:

@@ -55,8 +55,9 @@ def word_localisation_table(results: Mapping) -> Table | None:
         cells = []
         for kind in found.values():
             value = kind["methods"][method]["mass"]
-            half = (value["high"] - value["low"]) / 2
-            cells.append(f"{100 * value['mean']:.1f} ± {100 * half:.1f} ({100 * value['median']:.1f})")
+            of_one = results["samples"] == 1
+            half = "" if of_one else f" ± {50 * (value['high'] - value['low']):.1f}"
+            cells.append(f"{100 * value['mean']:.1f}{half} ({100 * value['median']:.1f})")
         table.add_row(method, *cells)
     baseline = (f"{100 * kind['area_baseline']:.1f}" for kind in found.values())
     table.add_section()

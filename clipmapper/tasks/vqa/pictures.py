@@ -73,8 +73,9 @@ def localisation_table(results: Mapping) -> Table | None:
         cells = []
         for modality, score in columns:
             value = found[modality]["methods"][method][score]
-            half = (value["high"] - value["low"]) / 2
-            cells.append(f"{100 * value['mean']:.1f} ± {100 * half:.1f}")
+            of_one = results["samples"] == 1
+            half = "" if of_one else f" ± {50 * (value['high'] - value['low']):.1f}"
+            cells.append(f"{100 * value['mean']:.1f}{half}")
         table.add_row(method, *cells)
     baseline = ", ".join(f"{m} {100 * v['area_baseline']:.1f}" for m, v in found.items())
     table.caption = f"a uniform map reaches (mass): {baseline}"
