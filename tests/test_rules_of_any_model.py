@@ -1,5 +1,7 @@
 """Rules on what a model may do: weights made of weights, probabilities that are touched, chance."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,6 +65,55 @@ class LowRank(Weighted):
         return self.W + self.W[:, :2] @ self.W[:2] / 8
 
 
+class Rounded(Weighted):
+    """Trained as if it were quantised."""
+
+    def weight(self):
+        return self.W + ((self.W * 4).round() / 4 - self.W).detach()
+
+
+class Masked(Weighted):
+    def weight(self):
+        return torch.where(self.mask > 0, self.W, 0.0).masked_fill(self.mask == 0, 0.5)
+
+
+class Joined(Weighted):
+    def weight(self):
+        padded = torch.zeros(8, 8, dtype=torch.float64)
+        padded[:4] = self.W[:4]
+        return torch.cat([padded[:4], torch.ones(4, 8, dtype=torch.float64)]) - torch.eye(8).double()
+
+
+class Multiplied(torch.autograd.Function):
+    """(PEFT's LoHa makes its weights so.)"""
+
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return a * b
+
+    @staticmethod
+    def backward(ctx, gradient):
+        a, b = ctx.saved_tensors
+        return gradient * b, gradient * a
+
+
+class Own(Weighted):
+    def weight(self):
+        return Multiplied.apply(self.W, self.scale.expand(8, 8))
+
+
+class Cached(Weighted):
+    """Made before the block."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = F.normalize(self.W, dim=1) * self.scale.exp()
+
+    def weight(self):
+        return self.made if self.W.requires_grad else self.made.detach()
+
+
 class Written(Weighted):
     """Into what was made of weights, activations are written: it is of weights no more."""
 
@@ -106,6 +157,12 @@ MODELS = {
     "low rank": LowRank,
     "similarity": Similarity,
     "written into": Written,
+    "rounded": Rounded,
+    "masked": Masked,
+    "joined": Joined,
+    "function of its own": Own,
+    "made before": Cached,
+    "orthogonal": lambda: with_norm(parametrizations.orthogonal),
     "weight_norm": lambda: with_norm(parametrizations.weight_norm),
     "spectral_norm": lambda: with_norm(parametrizations.spectral_norm),
 }
@@ -242,7 +299,11 @@ WRITTEN = {
     ),
     "by ones": lambda s: (lambda e: e / (e @ torch.ones(5, 1).double()))(exponentials(s)),
     "mean": lambda s: (lambda e: e / e.mean(-1, keepdim=True) / 5)(exponentials(s)),
-    "of two": lambda s: (2**s) / (2**s).sum(-1, keepdim=True),
+    "less its logarithm": lambda s: (s - exponentials(s).sum(-1, keepdim=True).log()).exp(),
+    "end of a cumulated sum": lambda s: (lambda e: e / e.cumsum(-1)[..., -1:])(exponentials(s)),
+    "with a sink": lambda s: (lambda e: e / (e.sum(-1, keepdim=True) + e[..., :1]))(exponentials(s)),
+    "one by one": lambda s: (lambda e: e / sum(e[..., i : i + 1] for i in range(5)))(exponentials(s)),
+    "of powers": lambda s: (2**s) / (2**s).sum(-1, keepdim=True),
 }
 
 
@@ -264,8 +325,24 @@ def test_a_sum_of_exponentials_that_divides_the_output_is_refused(rules):
 
 
 @pytest.mark.parametrize("rules", RULES)
-def test_a_sigmoid_that_is_written_out_is_none(rules):
+def test_gates_that_are_written_out_are_none(rules):
     relevance(lambda x: x / (1 + (-x).exp()), rules)
+    relevance(lambda x: x * (1 / (x.exp() + (-x).exp())), rules)
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_a_recurrent_softmax_is_refused(rules):
+    """(RWKV's: numerator and denominator are added up token by token.)"""
+
+    def network(x):
+        above = below = torch.zeros(2, 8, dtype=torch.float64)
+        for i in range(5):
+            weight = (x[:, i] @ tensor(8, 8, seed=1) / 8).exp()
+            above, below = above + weight * x[:, i], below + weight
+        return above / below
+
+    with pytest.raises(UserError, match="softmax written out"):
+        relevance(network, rules)
 
 
 # --- What does not vary ------------------------------------------------------------------------------------
@@ -338,3 +415,111 @@ def test_what_is_changed_in_place_behind_a_rule_is_one_line(rules):
 
     with pytest.raises(UserError, match=r"changes in place \(x \+= .*write x = x"):
         relevance(network, rules)
+
+
+# --- What can't be seen, and other ways of writing ---------------------------------------------------------
+def gated(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.sigmoid(x)
+
+
+def by_jit(make, *args, **kwargs):
+    """torch.jit is deprecated, and in many models."""
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return make(*args, **kwargs)
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_what_the_rules_cannot_see_is_refused(rules):
+    traced = by_jit(torch.jit.trace, lambda x: (x * 2).tanh(), (X,), check_trace=False)
+    W = tensor(8, 8, seed=1)
+    for function in (by_jit(torch.jit.script, gated), traced, torch.vmap(F.silu)):
+        with pytest.raises(UserError, match=r"of torch\.jit, torch\.vmap or the like: .* have no rule"):
+            relevance(lambda x: function(x @ W) * 1.0, rules)  # noqa: B023
+
+
+@pytest.mark.parametrize("rules", ["libra", "attn_lrp"])
+def test_what_is_linear_may_go_unseen(rules):
+    doubled = by_jit(torch.jit.trace, lambda x: (x * 2).transpose(1, 2), (X,), check_trace=False)
+    found, y = relevance(lambda x: doubled(x.tanh()) * 1.0, rules)
+    assert float(found.sum()) == pytest.approx(y)
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_a_gain_divided_by_a_length(rules):
+    """(ScaleNorm as it was published; the other way round it is a division of what varies.)"""
+    W, gain = tensor(8, 8, seed=1).abs(), nn.Parameter(torch.tensor(1.3, dtype=torch.float64))
+
+    def network(x):
+        return (x @ W) * (gain / (x @ W).norm(dim=-1, keepdim=True))
+
+    found, y = relevance(network, rules)
+    expected, _ = relevance(lambda x: gain * (x @ W) / (x @ W).norm(dim=-1, keepdim=True), rules)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert float(found.sum()) == pytest.approx(y)
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_a_bias_of_scores_that_is_made_of_activations(rules):
+    def network(attend):
+        def run(x):
+            q, k, v = (x @ tensor(8, 8, seed=seed) for seed in (1, 2, 3))
+            return attend(q[:, None], k[:, None], v[:, None], (x @ tensor(8, 5, seed=4))[:, None])
+
+        return run
+
+    def by_hand(q, k, v, bias):
+        return (q @ k.mT * 8**-0.5 + bias).softmax(-1) @ v
+
+    found, y = relevance(network(F.scaled_dot_product_attention), rules)
+    expected, _ = relevance(network(by_hand), rules)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    if rules != "attn_lrp":
+        assert float(found.sum()) == pytest.approx(y)
+
+
+def test_attention_of_two_axes():
+    found, _ = relevance(lambda x: F.scaled_dot_product_attention(x, x, x), "lrp", X[0])
+    expected, _ = relevance(
+        lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None])[0], "lrp", X[0]
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_dropout_in_place_that_is_off_changes_nothing(rules):
+    dropout = nn.Dropout(0.1, inplace=True).eval()
+    for network in (lambda d: lambda x: d((x @ x.mT).softmax(-1)) @ x, lambda d: lambda x: d(x.relu()) * 2):
+        found, _ = relevance(network(dropout), rules)
+        expected, _ = relevance(network(lambda x: x), rules)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_mean_however_written_is_a_norms():
+    def network(mean):
+        return lambda x: ((x - mean(x)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()).tanh()
+
+    expected, _ = relevance(network(lambda x: x.mean(-1, keepdim=True)), "lrp")
+    for mean in (lambda x: x.mean(-1)[..., None], lambda x: x.sum(-1, keepdim=True) / 8):
+        found, _ = relevance(network(mean), "lrp")
+        torch.testing.assert_close(found, expected)
+
+
+def test_a_difference_however_written():
+    W = tensor(8, 8, seed=1)
+    expected, _ = relevance(lambda x: x - (x @ W), "lrp")
+    found, _ = relevance(lambda x: torch.rsub(x @ W, x), "lrp")
+    torch.testing.assert_close(found, expected)
+
+
+def test_lrp_in_half_precision_is_refused_wherever_it_begins():
+    def half(x):
+        return F.scaled_dot_product_attention(x.bfloat16(), x.bfloat16(), x.bfloat16()).double()
+
+    def auto(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return (x.float() @ x.float().mT).softmax(-1) @ x.float()
+
+    for network in (half, auto):
+        with pytest.raises(UserError, match="not defined in half precision"):
+            relevance(network, "lrp")

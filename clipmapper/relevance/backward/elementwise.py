@@ -9,9 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
-from clipmapper.relevance.backward.rule import Rule, kept, kind_of, variables
+from clipmapper.relevance.backward.rule import Rule, kept, variables
 
 
 def quick_gelu_gate(x: Tensor) -> Tensor:
@@ -127,58 +126,3 @@ def divides(name: str, args: Sequence, kwargs: Mapping) -> bool:
 def constant(func: Callable, x: Tensor, *args, **kwargs) -> Tensor:
     """1 / x and 1 / √x: by what something is divided (the size of a vector) counts as a constant."""
     return func(x.detach(), *args, **kwargs)
-
-
-# What sums, and what may stand between a sum and what is divided by it, or between the sum and exponentials.
-_SUMS = {"Sum", "Mean", "LinalgVectorNorm", "Norm", "Nansum"}
-_MATRIX_PRODUCTS = {"Mm", "Mv", "Bmm", "Dot", "_Map", "_TokenwiseMap"}
-_BEHIND_EXP = {
-    "Unsqueeze", "Expand", "View", "UnsafeView", "ReshapeAlias", "Clone", "Mul", "MaskedFill", "Where",
-    "Tril", "Triu", "Slice", "Select", "ToCopy", "Transpose", "Permute", "Squeeze", "T", "NanToNum", "Index",
-}  # fmt: skip
-_ON_THE_WAY = _BEHIND_EXP | {"Add", "_OwnGate", "_SameRelevance", "ScaledGradient", "ClampMin", "Clamp"}
-_STEPS = 12
-
-
-def writes_softmax(name: str, args: Sequence, kwargs: Mapping) -> bool:
-    """Whether an operator ends a softmax that is written out, which no rule for softmax would know.
-
-    That is what divides by a sum of exponentials, and ``exp(log_softmax(x))``.
-    """
-    if name == "exp":
-        made = getattr(args[0], "grad_fn", None) if args else None
-        return made is not None and kind_of(made) == "LogSoftmax"
-    if name == "div":
-        by = args[1] if len(args) > 1 else kwargs.get("other")
-    elif divides(name, args, kwargs):
-        by = args[0] if args else kwargs.get("input")
-    else:
-        return False
-    made = getattr(by, "grad_fn", None)
-    return made is not None and _sums_exponentials(made)
-
-
-def _sums_exponentials(node: Node) -> bool:
-    """Whether a node is a sum of exponentials, or little more."""
-    for _ in range(_STEPS):
-        further = [following for following, _ in node.next_functions if following is not None]
-        kind = kind_of(node)
-        if kind in _SUMS and further:
-            return _is_exponential(further[0])
-        if kind in _MATRIX_PRODUCTS and len(further) == 1:  # with ones, or with a mask
-            return _is_exponential(further[0])
-        if kind not in _ON_THE_WAY or len(further) != 1:
-            return False
-        (node,) = further
-    return False
-
-
-def _is_exponential(node: Node) -> bool:
-    for _ in range(_STEPS):
-        if getattr(node, "operator", "") in ("exp", "exp2"):
-            return True
-        further = [following for following, _ in node.next_functions if following is not None]
-        if kind_of(node) not in _BEHIND_EXP or len(further) != 1:
-            return False
-        (node,) = further
-    return False

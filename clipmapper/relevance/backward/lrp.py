@@ -139,13 +139,30 @@ def _are_residual(first: object, second: object) -> bool:
 
 
 def _is_mean_of(mean: object, x: object) -> bool:
+    """Whether the one is the other's mean: ``x.mean(-1)[..., None]``, ``x.sum(-1, keepdim=True) / width``."""
     if not (isinstance(mean, Tensor) and isinstance(x, Tensor) and varies(x)):
         return False
-    made = mean.grad_fn
-    if made is None or kind_of(made) != "Mean":
+    if mean.ndim != x.ndim or mean.shape == x.shape:
         return False
-    edge = torch.autograd.graph.get_gradient_edge(x)
-    return made.next_functions[0] == (edge.node, edge.output_nr) and mean.ndim == x.ndim
+    made, edge = mean.grad_fn, torch.autograd.graph.get_gradient_edge(x)
+    divided = False
+    while made is not None and made.next_functions:
+        kind = kind_of(made)
+        if kind == "Mean" or (kind == "Sum" and divided):
+            return made.next_functions[0] == (edge.node, edge.output_nr)
+        if kind not in _AROUND_A_SUM:
+            return False
+        divided |= kind in ("Div", "Mul")
+        made = made.next_functions[0][0]
+    return False
+
+
+_AROUND_A_SUM = {"Unsqueeze", "View", "UnsafeView", "ReshapeAlias", "Div", "Mul"}
+
+
+def reversed_subtract(func: Callable, first, second, *, alpha=1) -> Tensor:
+    """``torch.rsub(first, second)``: the second less the first."""
+    return subtract(torch.sub, second, first, alpha=alpha)
 
 
 class Add(Rule):
@@ -175,9 +192,11 @@ def attention(
     result = func(
         query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, **more
     )
-    if not (varies(query) and varies(key) and varies(value)):  # learned queries, say: the products have rules
+    all_vary = varies(query) and varies(key) and varies(value)
+    # Learned queries, a bias made of activations: the products, and the addition, have rules.
+    if not all_vary or (attn_mask is not None and varies(attn_mask)):
         return _written_out(query, key, value, result, attn_mask, is_causal, scale)
-    groups = query.shape[-3] // key.shape[-3]
+    groups = query.shape[-3] // key.shape[-3] if query.ndim > 2 else 1
     if groups > 1:  # shared by several heads: their relevance adds up, as at any tensor that is read twice
         key, value = (t.repeat_interleave(groups, dim=-3) for t in (key, value))
     return _Attention.apply(query, key, value, result, attn_mask, is_causal, scale)
@@ -209,7 +228,9 @@ def _masked(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
         later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(later, float("-inf"))
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        if mask.dtype == torch.bool:
+            return scores.masked_fill(~mask, float("-inf"))
+        return add(torch.add, scores, mask)
     return scores
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from clipmapper.relevance.backward.products import product
-from clipmapper.relevance.backward.rule import Rule, kept, scaled_gradient, varies, with_value
+from clipmapper.relevance.backward.rule import Rule, kept, scaled_gradient, with_value
+from clipmapper.relevance.backward.weights import note_of_weights, of_weights
 
 
 def layer_norm(
@@ -90,9 +91,11 @@ def instance_norm(func: Callable, x: Tensor, weight, bias, mean, variance, of_in
 
 
 def divided(func: Callable, x, by, *args, **kwargs) -> Tensor:
-    """x / ``by``: the second is a constant where the first is none."""
-    both = isinstance(x, Tensor) and isinstance(by, Tensor) and varies(x)
-    return func(x, by.detach() if both else by, *args, **kwargs)
+    """x / ``by``: the second is a constant, also of a constant x (a gain divided by a length)."""
+    result = func(x, by.detach() if isinstance(by, Tensor) else by, *args, **kwargs)
+    if isinstance(x, Tensor) and of_weights(x):
+        note_of_weights(result)
+    return result
 
 
 def half_variance(func: Callable, x: Tensor, *args, **kwargs) -> Tensor:

@@ -142,20 +142,24 @@ def _is_of(x: Tensor, number: tuple) -> bool:
     return True
 
 
-def attention_of_libra(func: Callable, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs) -> Tensor:
+def attention_of_libra(
+    func: Callable, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args, **kwargs
+) -> Tensor:
     """Values that do not vary, as of a context that is given, still leave what reads them in the graph."""
     if torch.is_grad_enabled() and not value.requires_grad:
         value = value.detach().requires_grad_()
-    return func(query.detach(), key.detach(), value, *args, **kwargs)
+    mask = mask if mask is None else mask.detach()
+    return func(query.detach(), key.detach(), value, mask, *args, **kwargs)
 
 
 def attention_of_attn_lrp(
-    func: Callable, query: Tensor, key: Tensor, value: Tensor, *args, **kwargs
+    func: Callable, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args, **kwargs
 ) -> Tensor:
     """Half to the values and half to the probabilities, whose softmax passes its plain gradient (the Taylor
     rule) to scores that are a product as well. One that does not vary has no share."""
-    scores = varies(query) + varies(key)
-    half = 0.5 if scores and varies(value) else 1.0
+    scores, biased = varies(query) + varies(key), mask is not None and varies(mask)
+    half = 0.5 if (scores or biased) and varies(value) else 1.0
     of_scores = half / max(scores, 1)
     query, key = scaled_gradient(query, of_scores), scaled_gradient(key, of_scores)
-    return func(query, key, scaled_gradient(value, half), *args, **kwargs)
+    mask = scaled_gradient(mask, half) if biased else mask  # a bias that is made of activations
+    return func(query, key, scaled_gradient(value, half), mask, *args, **kwargs)

@@ -9,6 +9,12 @@ from torch import Tensor
 from clipmapper.relevance.backward.weights import of_weights
 from clipmapper.relevance.modes import in_place_changes_named
 
+HALVES = (torch.float16, torch.bfloat16)
+IN_HALF_PRECISION = (
+    "rules='lrp' is not defined in half precision (LRP divides by sums that cancel out): "
+    "run the model in float32"
+)
+
 
 class Rule(torch.autograd.Function):
     """A rule of the backward pass. ``tokenwise``: it leaves every token where it is. ``of_one_number``: so it

@@ -41,10 +41,11 @@ from clipmapper.relevance.backward.elementwise import (
     gelu_gate,
     new_gelu_gate,
     quick_gelu_gate,
-    writes_softmax,
 )
 from clipmapper.relevance.backward.lean_activations import lean_quick_gelu
 from clipmapper.relevance.backward.rule import (
+    HALVES,
+    IN_HALF_PRECISION,
     operator_name,
     tensors,
     variables,
@@ -53,7 +54,9 @@ from clipmapper.relevance.backward.rule import (
     works_in_place,
 )
 from clipmapper.relevance.backward.unknown import foreign, guarded, refused
+from clipmapper.relevance.backward.unseen import Seen
 from clipmapper.relevance.backward.weights import note_activation, note_weights
+from clipmapper.relevance.backward.written_softmax import writes_softmax
 
 RULES = ("plain", "libra", "attn_lrp", "lrp")
 
@@ -124,6 +127,8 @@ def backward_rules(rules: str) -> Iterator["RulesMode | None"]:
                     _replace(stack, module, name, lambda *tensors: False)
         mode = RulesMode(rules)
         stack.enter_context(mode)
+        if "torch._dynamo" in sys.modules:  # compiled functions run as they were written
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield mode
 
 
@@ -135,6 +140,7 @@ class RulesMode(TorchFunctionMode):
         super().__init__()
         self.rules, self.table = rules, _TABLES[rules]
         self.additions: list[torch.autograd.graph.Node] = []
+        self.seen = Seen()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -143,15 +149,25 @@ class RulesMode(TorchFunctionMode):
             return func(*args, **kwargs)
         every = list(tensors((*args, *kwargs.values())))
         given = [x for x in every if x.requires_grad]
+        unseen = {id(x): self.seen.look_at(x, self.rules) for x in given}
         if not any(map(varies, given)):
             result = func(*args, **kwargs)
-            note_weights(result, operator_name(func), every)
+            if given:
+                note_weights(every[0] if name == "__setitem__" else result, operator_name(func), every)
+                self.seen.note(result)
             return result
+        if self.rules == "lrp" and any(x.dtype in HALVES for x in given):
+            raise UserError(IN_HALF_PRECISION)
         if works_in_place(func) or name == "__setitem__":
             note_activation(every[0])
-        if any(map(foreign, given)):
-            args, kwargs = self._without_foreign(args, kwargs)
+        if any(foreign(x) and varies(x) for x in given) or any(unseen.values()):
+            args, kwargs = self._refusing(args, kwargs, unseen)
             given = [x for x in tensors((*args, *kwargs.values())) if x.requires_grad]
+        result = self._by_rule(func, args, kwargs, given)
+        self.seen.note(result)
+        return result
+
+    def _by_rule(self, func: Callable, args: tuple, kwargs: Mapping, given: list[Tensor]) -> object:
         args, kwargs = _in_order(args, kwargs)
         name = operator_name(func)
         rule = self._rule(name, args, kwargs)
@@ -161,7 +177,7 @@ class RulesMode(TorchFunctionMode):
             bases = [x._base for x in given if x._base is not None and x._base.requires_grad]
             before = [_made_by(x) for x in (*given, *bases)]  # (in place, what a view is of is changed)
             return guarded(func(*args, **kwargs), before, func, self.rules)
-        if works_in_place(func):
+        if works_in_place(func) and name not in _DROPOUTS:  # (in evaluation they change nothing)
             rule = functools.partial(self._in_place, rule)
         result = rule(func, *args, **kwargs)
         self._note(result)
@@ -191,9 +207,15 @@ class RulesMode(TorchFunctionMode):
         sizes = {x.shape for x in tensors((*args, *kwargs.values()))}
         return rule if len(varying) == 1 and torch.broadcast_shapes(*sizes) == varying[0].shape else None
 
-    def _without_foreign(self, args: tuple, kwargs: Mapping) -> tuple[tuple, dict]:
+    def _refusing(self, args: tuple, kwargs: Mapping, unseen: Mapping[int, str | None]) -> tuple[tuple, dict]:
+        """The arguments, of which those that no rule has made are errors in the backward."""
+
         def changed(x: Tensor) -> Tensor:
-            return refused(x, x.grad_fn._forward_cls.__name__, self.rules) if foreign(x) else x
+            if foreign(x) and varies(x):
+                return refused(x, x.grad_fn._forward_cls.__name__, self.rules)
+            if name := unseen.get(id(x)):
+                return refused(x, f"{name} of torch.jit, torch.vmap or the like", self.rules)
+            return x
 
         return with_tensors(args, changed), {key: with_tensors(v, changed) for key, v in kwargs.items()}
 
@@ -281,13 +303,14 @@ def _batch_norm(func: Callable, x, weight, bias, mean, variance, training, *args
     return func(x, weight, bias, mean, variance, training, *args, **kwargs)
 
 
+_DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 # By the name of the operator.
 _ALL = {
     "div": norms.divided,
     "var": norms.half_variance,
     "cosine_similarity": norms.cosine_similarity,
     "batch_norm": _batch_norm,
-    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), _dropout),
+    **dict.fromkeys(_DROPOUTS, _dropout),
 }
 _OF_GRADIENTS = {
     **_ALL,
@@ -320,5 +343,6 @@ _TABLES: Mapping[str, Mapping[str, Callable]] = {
         "scaled_dot_product_attention": _without_dropout(lrp.attention),
         "add": lrp.add,
         "sub": lrp.subtract,
+        "rsub": lrp.reversed_subtract,
     },
 }

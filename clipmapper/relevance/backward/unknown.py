@@ -1,6 +1,7 @@
 """Operators without a rule: an error where their gradient is asked for, never the plain one silently."""
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -46,7 +47,7 @@ def guarded(result: object, before: Iterable[Node | None], func: Callable, rules
     """
     known = {node for node in before if node is not None}
     for value in tensors((result,)):
-        if value.grad_fn is not None and not all(_has_rule(node, rules) for node in _new(value, known)):
+        if value.grad_fn is not None and not all(has_rule(node, rules) for node in _new(value, known)):
             return _refused(result, getattr(func, "__name__", str(func)), rules)
     return result
 
@@ -73,7 +74,8 @@ def _new(x: Tensor, known: set[Node]) -> Iterator[Node]:
         waiting += [following for following, _ in node.next_functions if following is not None]
 
 
-def _has_rule(node: Node, rules: str) -> bool:
+def has_rule(node: Any, rules: str) -> bool:
+    """Whether relevance may pass a node of autograd's graph as its gradient does."""
     made = getattr(node, "_forward_cls", None)
     if made is not None:
         return issubclass(made, Rule)

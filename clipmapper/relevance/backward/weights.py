@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 _NOTE = "_clipmapper_of_weights"
-_SCALED = ("mul", "div")  # by a mask of pruning, say
+_MAPS = ("linear", "conv1d", "conv2d", "conv3d", "bilinear")
+_LOOKS_UP = ("embedding", "embedding_bag", "__getitem__", "index_select", "gather", "take")
+_JOINS = ("cat", "concat", "concatenate", "stack", "vstack", "hstack")
 
 
 def of_weights(x: Tensor) -> bool:
@@ -18,22 +20,30 @@ def of_weights(x: Tensor) -> bool:
     return _is_weight(x) or (x._base is not None and _is_weight(x._base))
 
 
+def note_of_weights(x: Tensor) -> None:
+    """Note that x, in whose graph there are no activations, is of weights."""
+    setattr(x, _NOTE, True)
+
+
 def note_weights(result: Any, name: str, given: Sequence[Tensor]) -> None:
     """Note that the result of operator ``name`` is of weights, where all that it was ``given`` is.
 
-    Beside weights it may have been given vectors that do not vary (those of ``spectral_norm``), and
-    been multiplied by what does not change its shape. A matrix that does not vary may hold tokens, and
-    integers may name them: what is looked up in weights (an embedding) is an activation.
+    Beside weights it may have been given what does not vary: vectors (those of ``spectral_norm``), and
+    whatever leaves the shape of a weight as it is (a mask, an identity), or is joined to
+    one. But the input of a linear map or a convolution that does not vary may be pixels, a row of tokens may
+    have positions added to it, and integers may name words: what is made of weights and of those is an
+    activation.
     """
     weights = [x for x in given if of_weights(x)]
-    if not weights:
+    if not weights or name in _LOOKS_UP:
         return
     shapes = {x.shape for x in weights if x.ndim > 1}
     for value in result if isinstance(result, list | tuple) else (result,):
         if not isinstance(value, Tensor):
             continue
-        same = name in _SCALED and value.shape in shapes
-        if all(x is value or of_weights(x) or _is_constant(x, same) for x in given):
+        joined = name in _JOINS and value.ndim < 3
+        as_they_are = joined or (name not in _MAPS and value.shape in shapes and not _is_one_row(value))
+        if all(x is value or of_weights(x) or _is_constant(x, as_they_are) for x in given):
             setattr(value, _NOTE, True)
 
 
@@ -48,5 +58,10 @@ def _is_weight(x: Tensor) -> bool:
     return isinstance(x, nn.Parameter) or getattr(x, _NOTE, False)
 
 
-def _is_constant(x: Tensor, scaled: bool) -> bool:
-    return not x.requires_grad and x.is_floating_point() and (x.ndim < 2 or scaled)
+def _is_constant(x: Tensor, as_they_are: bool) -> bool:
+    return not x.requires_grad and (as_they_are or (x.is_floating_point() and x.ndim < 2))
+
+
+def _is_one_row(x: Tensor) -> bool:
+    """Whether x has the shape of the tokens of one sample."""
+    return x.ndim == 3 and len(x) == 1

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from clipmapper.errors import UserError
 from clipmapper.relevance.backward.rule import (
     Rule,
     kept,
@@ -33,10 +32,7 @@ _TOKENWISE = ("linear", "matmul", "mm", "addmm")
 
 
 def linear_map(func: Callable, *args, **kwargs) -> Tensor:
-    """The z⁺ rule for any operator that multiplies one activation with weights.
-
-    Raises ``UserError`` in half precision, in which the sums that it divides by cancel out.
-    """
+    """The z⁺ rule for any operator that multiplies one activation with weights."""
     name, unbiased = operator_name(func), func
     factors, more = args, dict(kwargs)
     if name in ADDED_FIRST:
@@ -48,12 +44,6 @@ def linear_map(func: Callable, *args, **kwargs) -> Tensor:
         factors = (*args[:2], None, *args[3:])
         more.pop("bias", None)
     (x,) = variables(factors, more)
-    if x.dtype not in (torch.float32, torch.float64):
-        raise UserError(
-            "rules='lrp' is not defined in half precision (LRP divides by sums that cancel out): run the "
-            "model in float32"
-        )
-
     weights = sum(_is_weight(t, x) for t in tensors((*factors, *more.values())))
     if not weights:  # an einsum that sums, or exchanges axes
         return func(*args, **kwargs)
