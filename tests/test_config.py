@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import types
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from support.slow import mostly_slow
 
 from clipmapper import cli
+from clipmapper.commands.study_cells import finished_cell
 from clipmapper.commands.study_models import run_settings, study_models
 from clipmapper.errors import UserError
 from clipmapper.models.exported import model_path
@@ -222,6 +223,17 @@ def test_the_study_of_scenes_has_every_method_below_ten_floors(run):
     dear = ("integrated_gradients", "occlusion", "beyond_intuition", "leave_one_out")
     cheap = {name for name in METHODS if not name.startswith(dear)}
     assert set(run.config("study").methods) == cheap
+
+
+def test_committed_models_of_the_study_of_scenes_are_of_its_settings(run):
+    """A study that is begun with them does not compute them again."""
+    given = replace(run.config("study"), output=str(ROOT / "docs" / "results" / "study"))
+    committed = [cell for cell in study_models(given) if cell.folder.exists()]
+    assert committed
+    for cell in committed:
+        kept = finished_cell(given, cell)
+        assert kept is not None and kept.about["name"] == cell.name
+        assert kept.values.methods == tuple(given.methods)
 
 
 @pytest.mark.parametrize(
