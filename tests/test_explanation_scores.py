@@ -377,6 +377,19 @@ def adcc_of(own, again, whole, there, image=(1.0, 1.0, 1.0, 1.0)):
     return {one.name: found.of(one.name).item() for one in found.quantities}, seen
 
 
+def test_adcc_explains_each_masked_image_by_its_method_alone(monkeypatch):
+    """(By all of them, forty methods would cost forty times as much.)"""
+    subject, asked = MadeSubject(seen=lambda sample, image: 0.5), []
+
+    def maps(images=None, methods=None):
+        asked.append(methods)
+        return {method: subject.drawn(3) for method in methods}
+
+    monkeypatch.setattr(subject, "maps", maps)
+    adcc(subject, {"a": subject.drawn(1), "b": subject.drawn(2)}, **RUN)
+    assert asked == [["a"], ["b"]]
+
+
 def test_adcc_by_hand():
     """The map 1, 2, 3, 2 becomes 0, ½, 1, ½: complexity ½, drop ¼; coherency 1; 3 / (1 + 2 + 4/3)."""
     found, (pixels, images) = adcc_of([1, 2, 3, 2], [10, 20, 30, 20], 0.8, 0.6, (4.0, 2.0, -1.0, 8.0))

@@ -164,7 +164,7 @@ class FakeSubject:
     def certainty_of(self, sample, images):
         raise NotImplementedError
 
-    def maps(self, images=None):
+    def maps(self, images=None, methods=None):
         return planted_maps(self.deciding, self.images, tokens=12, sample_ids=self.sample_ids, seed=0)
 
 

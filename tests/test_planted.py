@@ -181,6 +181,11 @@ def test_it_is_a_subject(model, samples):
     subject = WithPlanted(inner, deciding.part(range(1, 4)), 0)
     assert isinstance(subject, Subject)
     assert tuple(subject.maps()) == METHODS + PLANTED_NAMES
+    every = subject.maps()
+    for some in (["gae"], ["planted/edges"], ["planted/noise", "random"]):
+        alone = subject.maps(None, some)
+        assert set(alone) == set(some)
+        assert all(torch.equal(its.image, every[method].image) for method, its in alone.items())
     np.testing.assert_array_equal(
         subject.planted()["planted/truth"].image, patch_shares(samples.masks[1:4], (3, 3)).reshape(3, -1)
     )

@@ -365,6 +365,16 @@ def test_answers_as_scores_see_them(answering, answers):
     found, own = subject.maps(others), subject.maps()
     assert not torch.allclose(found["weighted"].image, own["weighted"].image, rtol=0.01)
     assert torch.equal(found["random"].image, own["random"].image)
+    explained_alone(subject, others)
+
+
+def explained_alone(subject, images):
+    """A score that needs one method's maps gets those that it has among all."""
+    every = subject.maps(images)
+    for method in every:
+        ((name, alone),) = subject.maps(images, [method]).items()
+        assert name == method
+        assert torch.equal(alone.image, every[method].image) and torch.equal(alone.text, every[method].text)
 
 
 def test_captions_as_scores_see_them(captioning, captions):
@@ -396,6 +406,7 @@ def test_captions_as_scores_see_them(captioning, captions):
             for row, explanation in enumerate(captions.explanations[method]):
                 own = explanation.maps[said[row].word] if test == "word" else explanation.patches
                 np.testing.assert_allclose(its.image[row], own.flatten(), rtol=1e-4, atol=1e-7)
+        explained_alone(subject, samples.images[[1, 0]])
 
 
 @pytest.mark.parametrize("kind", ["answers", "captions", "tied", "gpt2_cross"])

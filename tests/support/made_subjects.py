@@ -86,8 +86,9 @@ class MadeSubject:
     def certainty_of(self, sample: np.ndarray, images: Tensor) -> np.ndarray:
         return np.array([self._seen(int(i), image) for i, image in zip(sample, images, strict=True)])
 
-    def maps(self, images: Tensor | None = None) -> Mapping[str, ModalityRelevance]:
-        return self._explained(self.images if images is None else images)
+    def maps(self, images: Tensor | None = None, methods=None) -> Mapping[str, ModalityRelevance]:
+        found = self._explained(self.images if images is None else images)
+        return found if methods is None else {method: found[method] for method in methods}
 
     def relevance(self, image: np.ndarray, words: np.ndarray | None = None) -> ModalityRelevance:
         """Of patches and of words, at the places that these have in the texts."""

@@ -51,7 +51,7 @@ def adcc(
         drop = np.divide(
             np.maximum(0, certain - there), certain, out=np.zeros_like(certain), where=certain > 0
         )
-        again = min_max(subject.maps(seen)[method].image.double())
+        again = min_max(subject.maps(seen, [method])[method].image.double())
         coherency = (_pearson(scaled.numpy(), again.numpy()) + 1) / 2
         complexity = scaled.mean(dim=1).numpy()
         values[:, number] = harmonic(coherency, 1 - complexity, 1 - drop), drop, coherency, complexity

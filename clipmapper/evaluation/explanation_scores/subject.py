@@ -49,9 +49,12 @@ class Subject(Protocol):
         """The ``certainty`` at these images, with the rest of the samples as it is."""
 
     def maps(
-        self, images: Float[Tensor, "samples 3 height width"] | None = None
+        self,
+        images: Float[Tensor, "samples 3 height width"] | None = None,
+        methods: Sequence[str] | None = None,
     ) -> Mapping[str, ModalityRelevance]:
-        """Every method's explanation of the same thing, at these images, by the model as it now is."""
+        """Explanations of the same thing by these methods (None: all), at these images, by the model as it
+        now is."""
 
 
 class OneScore:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -117,15 +118,18 @@ class CaptionSubject:
         return np.exp(told.sum(dim=1).numpy() / self._told()[sample])
 
     def maps(
-        self, images: Float[Tensor, "samples 3 height width"] | None = None
+        self,
+        images: Float[Tensor, "samples 3 height width"] | None = None,
+        methods: Sequence[str] | None = None,
     ) -> dict[str, ModalityRelevance]:
         images = self.images if images is None else images
+        relevance = self._relevance if methods is None else partial(self._relevance, methods=methods)
         found: dict[str, list[Tensor]] = {}
         for row, said in enumerate(self._said):
             pixels = images[row : row + 1].to(self._model.device)
             traced = trace_caption(self._model, pixels, said.text.to(self._model.device))
             places = [said.word] if self._test == "word" else range(len(traced.words))
-            for method, its in self._relevance(traced, places, sample=int(self.sample_ids[row])).items():
+            for method, its in relevance(traced, places, sample=int(self.sample_ids[row])).items():
                 if self._test == "word":
                     own = its.maps[0]
                 else:

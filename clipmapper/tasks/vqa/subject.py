@@ -98,7 +98,9 @@ class AnswerSubject:
         return logits.double().softmax(dim=1).gather(1, chosen)[:, 0].numpy()
 
     def maps(
-        self, images: Float[Tensor, "samples 3 height width"] | None = None
+        self,
+        images: Float[Tensor, "samples 3 height width"] | None = None,
+        methods: Sequence[str] | None = None,
     ) -> dict[str, ModalityRelevance]:
         images = self.images if images is None else images
         return answer_maps(
@@ -106,7 +108,7 @@ class AnswerSubject:
             self._samples,
             self._rows,
             images,
-            self._methods,
+            self._methods if methods is None else methods,
             seed=self._seed,
             explained=self._explained,
             answers=self._answers,
