@@ -45,6 +45,14 @@ def test_pixels_of_kept_patches_stay_to_the_bit():
     assert torch.equal(patches_replaced(images, filler, torch.arange(4).expand(2, 4), (2, 2)), images)
 
 
+def test_patches_are_numbered_row_by_row():
+    """(Two rows of three: their numbers and their transposed ones differ.)"""
+    images, filler = torch.zeros(2, 3, 4, 6), torch.ones(2, 3, 4, 6)
+    found = patches_replaced(images, filler, torch.tensor([[1], [3]]), (2, 3))
+    assert (found[0] == 0).nonzero()[:, 1:].unique(dim=0).tolist() == [[0, 2], [0, 3], [1, 2], [1, 3]]
+    assert (found[1] == 0).nonzero()[:, 1:].unique(dim=0).tolist() == [[2, 0], [2, 1], [3, 0], [3, 1]]
+
+
 def test_the_mean_patch_by_hand():
     images = random_images(2, 5, 6)
     found = mean_patches(images, (2, 3))  # patches of 2 × 2
