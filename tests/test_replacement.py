@@ -16,7 +16,6 @@ from clipmapper.evaluation.explanation_scores.replacement import (
     mean_patches,
     other_words,
     patches_replaced,
-    words_replaced,
 )
 from clipmapper.tasks.replaced import Replacing, replacing
 from clipmapper.tasks.vqa.samples import question_samples
@@ -84,12 +83,6 @@ def test_the_blur_is_a_gaussian_as_wide_as_a_patch(grid, sigma, reach):
 
 
 # Words
-
-
-def test_words_that_are_gone_are_the_filler_s():
-    ids, filler = torch.tensor([[1, 5, 6, 2], [1, 7, 8, 2]]), torch.tensor([[0, 15, 16, 0], [0, 17, 18, 0]])
-    gone = torch.tensor([[False, True, False, False], [False, False, True, False]])
-    assert words_replaced(ids, filler, gone).tolist() == [[1, 15, 6, 2], [1, 7, 18, 2]]
 
 
 def test_words_of_another_text_by_hand():

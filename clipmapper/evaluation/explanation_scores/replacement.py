@@ -74,15 +74,6 @@ def patches_replaced(
     return torch.where(stays[:, None], images, filler)
 
 
-def words_replaced(
-    ids: Int[Tensor, "variants tokens"],
-    filler: Int[Tensor, "variants tokens"],
-    gone: Bool[Tensor, "variants tokens"],
-) -> Int[Tensor, "variants tokens"]:
-    """Token ids with those of ``filler`` where they are ``gone``."""
-    return torch.where(gone, filler, ids)
-
-
 def other_words(
     ids: Int[Tensor, "samples tokens"],
     removable: Bool[Tensor, "samples tokens"],
