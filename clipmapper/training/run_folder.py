@@ -66,6 +66,7 @@ _BEFORE = {
     "training.balance": "none",
     "training.questions_per_image": 1,
     "callbacks.explained": None,
+    "callbacks.scores": ["removal"],
 }
 
 
