@@ -127,6 +127,25 @@ def test_tokens_that_change_after_they_were_read():
         trace.backward(y)
 
 
+@pytest.mark.parametrize(("whole", "named"), [(True, "blocks.0.attention"), (False, "the model")])
+def test_tokens_that_change_where_torch_does_not_mind(whole, named):
+    class Bare(Model):
+        def forward(self, tokens):
+            x = tokens * 1.5
+            mixed = self.blocks[0].attention(x, x, x, need_weights=False)[0]
+            with torch.no_grad():
+                x.add_(1)
+            return self.head(mixed[:, 0])[:, 1]
+
+    model = Bare(plainly).double().eval()
+    model.blocks = model.blocks[:1]
+    with (
+        pytest.raises(UserError, match=f"^{named}: the tokens that it reads are changed in place afterwards"),
+        record(model if whole else model.blocks[0].attention),
+    ):
+        model(TOKENS)
+
+
 def test_other_errors_of_torch_stay_as_they_are():
     model = Model(plainly).double().eval()
     with pytest.raises(RuntimeError, match="normalized_shape"), record(model):

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipmapper.errors import UserError
 from clipmapper.relevance.backward.rules import backward_rules
 from clipmapper.relevance.modes import without_parameter_gradients
 from clipmapper.relevance.recording.sample_axis import note_sample_axis
@@ -76,8 +77,8 @@ class Call:
         """Raises ``UserError`` where the model has changed in place what the trace is to hold as it was."""
         if any(tensor._version != version for tensor, version in self.versions):
             raise UserError(
-                f"{self.watched.name}: the tokens that it reads are changed in place afterwards (x += ...), "
-                "and a trace needs them as they were; write x = x + ..."
+                f"{self.watched.name or 'the model'}: the tokens that it reads are changed in place "
+                "afterwards (x += ...), and a trace needs them as they were; write x = x + ..."
             )
 
     def entry(self, node: Node, places: Tensor | None = None) -> Entry:
