@@ -222,6 +222,19 @@ def test_what_is_looked_up_in_weights_is_an_activation(rules):
     torch.testing.assert_close(hidden.detach() * gradient, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("layers", [1, 2000])
+def test_tokens_that_were_embedded_before_the_block_are_activations(layers):
+    """(However long the graph behind them is.)"""
+    embedding, W = nn.Embedding(9, 8).double(), tensor(8, 8, seed=1)
+    hidden = embedding(torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    for _ in range(layers):
+        hidden = hidden + 1e-4 * hidden.sin()
+    with backward_rules("libra"):
+        y = (F.silu(hidden @ W) * (hidden @ W)).sum()
+    (gradient,) = torch.autograd.grad(y, hidden)
+    assert float((hidden * gradient).sum().detach()) == pytest.approx(float(y.detach()))
+
+
 # --- Probabilities that something is done to ---------------------------------------------------------------
 SCORES = X @ tensor(8, 8, seed=8) @ X.mT / 8
 MIX = tensor(3, 3, seed=9).softmax(-1)

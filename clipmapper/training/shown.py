@@ -201,6 +201,12 @@ def files_table(files: Mapping[str, str | Path]) -> Table:
     return table
 
 
+def mean_in_percent(value: Mapping, results: Mapping) -> str:
+    """A mean, and half of its interval; one sample has none."""
+    half = "" if results["samples"] == 1 else f" ± {50 * (value['high'] - value['low']):.1f}"
+    return f"{100 * value['mean']:.1f}{half}"
+
+
 def interval_name(results: Mapping) -> str:
     """The confidence of the results, as titles name it."""
     return f"{100 * results['confidence']:g} % interval"

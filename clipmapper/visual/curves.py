@@ -59,8 +59,7 @@ def plot_perturbation_curves(
     tokens removed, in [0, 1]. `ylabel` says what is scored ("soft accuracy"), `what_is_done` ("removed",
     "replaced") what was done to the tokens. With `areas`, keyed as `curves`, the legend is a table of areas
     with the best of each column in bold: the lowest for "positive", the highest for "negative". Panels of one
-    row share their y axis. Raises ValueError where a curve and
-    `fractions` differ in length.
+    row share their y axis. Raises ValueError where a curve and `fractions` differ in length.
     """
     if not curves:
         raise ValueError("there are no curves to plot")
@@ -91,14 +90,8 @@ def plot_perturbation_curves(
             _draw_panel(axes, curves[panel], fractions, methods)
             axes.set_ylim(low, high)
             modality, _, sign = panel.partition("/")
-            write(
-                figure,
-                left,
-                top - 0.24,
-                f"{modality}: {_TITLES.get(sign, sign).format(what_is_done)}",
-                9.5,
-                weight="bold",
-            )
+            order = _TITLES.get(sign, sign).format(what_is_done)
+            write(figure, left, top - 0.24, f"{modality}: {order}", 9.5, weight="bold")
             write(figure, left, top - 0.09, _GOOD.get(sign, ""), _NOTE_SIZE, colour=FAINT)
             axes.set_xlabel(f"share of tokens {what_is_done} (%)", fontsize=8.5, fontfamily=FONT, color=INK)
             if column == 0:

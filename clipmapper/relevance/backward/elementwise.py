@@ -55,14 +55,14 @@ def elementwise(func: Callable, *args, gate: Callable | None = None, **kwargs) -
             gate = _GELU_GATES[kwargs.get("approximate", "none")]
     if gate is not None:
         return Gated.apply(x, lambda t: func(t, *args[1:], **kwargs), gate)
-    return named(_OwnGate.apply(x, of_one_tensor(func, x, args, kwargs)), name, bool(args) and x is args[0])
+    return named(_OwnGate.apply(x, of_one_tensor(func, x, args, kwargs)), name, x, args)
 
 
-def named(result: Tensor, name: str, first: bool = True) -> Tensor:
-    """The result, whose node in the graph says which operator it stands for: a power of a number (``first``:
-    whether the tensor is the operator's first argument) is an exponential."""
+def named(result: Tensor, name: str, x: Tensor, args: Sequence) -> Tensor:
+    """The result, whose node in the graph says which operator of x it stands for: where x is not the first of
+    its arguments, as in the power of a number, it is an exponential."""
     if result.grad_fn is not None:
-        result.grad_fn.operator = name if first else "exp"
+        result.grad_fn.operator = name if args and x is args[0] else "exp"
     return result
 
 

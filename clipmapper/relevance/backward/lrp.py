@@ -52,7 +52,7 @@ def same_relevance(func: Callable, *args, gate: Callable | None = None, **kwargs
     of_one = gate is not None or operator_name(func) in ELEMENTWISE
     x = variables(args, kwargs)[0]  # (in 2 ** x behind a number)
     result = _SameRelevance.apply(x, of_one_tensor(func, x, args, kwargs), of_one)
-    return named(result, operator_name(func), bool(args) and x is args[0])
+    return named(result, operator_name(func), x, args)
 
 
 class _SameRelevance(Rule):

@@ -5,12 +5,9 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from clipmapper.relevance.backward.rule import ScaledGradient, kind_of
+from clipmapper.relevance.backward.rule import MATRIX_PRODUCTS, ScaledGradient, kind_of
 
-# Nodes that multiply matrices (einsum and matmul are made of them).
-_MATRIX_PRODUCTS = {
-    "Mm", "Bmm", "Mv", "Dot", "Addmm", "Addmv", "Addbmm", "Baddbmm", "Linear", "Convolution",
-}  # fmt: skip
+_LINEAR_MAPS = MATRIX_PRODUCTS | {"Convolution"}
 _NORMS = {"NativeLayerNorm", "NativeGroupNorm", "NativeBatchNorm", "CudnnBatchNorm", "Rms_norm"}
 # What leaves weights being weights. (What is looked up in them may be a token.)
 _VIEWS = {
@@ -67,4 +64,4 @@ def _distance(node: Node | None, left: list[int]) -> int | None:
     farthest = max(distances)
     if farthest == _WEIGHT:
         return _WEIGHT if kind in _VIEWS and len(varying) == len(further) else None
-    return farthest + (kind in _MATRIX_PRODUCTS and sum(d >= 0 for d in distances) == 1)
+    return farthest + (kind in _LINEAR_MAPS and sum(d >= 0 for d in distances) == 1)

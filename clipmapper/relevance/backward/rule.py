@@ -57,6 +57,27 @@ def kind_of(node: Any) -> str:
     return node.name().rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
 
 
+# Nodes that multiply matrices (einsum and matmul are made of them).
+MATRIX_PRODUCTS = frozenset({"Mm", "Bmm", "Mv", "Dot", "Addmm", "Addmv", "Addbmm", "Baddbmm", "Linear"})
+
+
+def behind(node: Any) -> list[Any]:
+    """The nodes that gradients go on to from a node. (Any: torch.jit's are no Node to Python.)"""
+    return [following for following, _ in node.next_functions if following is not None]
+
+
+def walk(start: Any, is_end: Callable[[Any], bool]) -> Iterator[Any]:
+    """A node and all behind it, each once, as far as ``is_end``, whose nodes are not among them."""
+    met, waiting = set(), [start]
+    while waiting:
+        node = waiting.pop()
+        if node in met or is_end(node):
+            continue
+        met.add(node)
+        yield node
+        waiting += behind(node)
+
+
 def with_tensors(value: object, changed: Callable[[Tensor], Tensor]) -> object:
     """The same value, or list or tuple of values, whose tensors are changed."""
     if isinstance(value, Tensor):

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clipmapper.errors import UserError
-from clipmapper.relevance.backward import lrp, norms, products
+from clipmapper.relevance.backward import in_training, lrp, norms, products
 from clipmapper.relevance.backward.elementwise import (
     ELEMENTWISE,
     constant,
@@ -101,22 +101,25 @@ def backward_rules(rules: str) -> Iterator["RulesMode | None"]:
 
     Everything is restored on leaving, also after an exception. Gives the mode in which operators are
     intercepted, None for ``plain``. Raises ``ValueError`` for an unknown name, and ``UserError`` for ``lrp``
-    under autocast: it divides by sums that half precision rounds to 0. ``UserError`` inside where dropout is
-    on, and in the backward where relevance arrives at an operator without a rule, which it names.
+    under autocast and in half precision: it divides by sums that are rounded to 0 there. ``UserError`` inside
+    where dropout is on, and in the backward where relevance arrives at an operator without a rule, which it
+    names.
     """
     if rules not in RULES:
         raise ValueError(f"rules={rules!r}: must be one of {', '.join(RULES)}")
     if rules == "lrp" and any(map(torch.is_autocast_enabled, ("cpu", "cuda", "mps"))):
         raise UserError("rules='lrp' is not defined under autocast; record outside of it, in float32")
-    if rules == "plain":
-        with ExitStack() as stack:
+    activation = lrp.same_relevance if rules == "lrp" else elementwise
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:
+            # What is compiled runs as it was written: neither rules nor hooks are part of what was compiled.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if rules == "plain":
             for kind, gate in _composed_activations():
                 if gate is quick_gelu_gate:
                     _replace(stack, kind, "forward", lambda self, x: lean_quick_gelu(x))
             yield None
-        return
-    activation = lrp.same_relevance if rules == "lrp" else elementwise
-    with ExitStack() as stack:
+            return
         for kind, gate in _composed_activations():
             _replace(stack, kind, "forward", _composed(activation, kind.forward, gate))
         # Functions that torch writes in Python hand themselves to the mode whole; with this they run, and the
@@ -127,8 +130,6 @@ def backward_rules(rules: str) -> Iterator["RulesMode | None"]:
                     _replace(stack, module, name, lambda *tensors: False)
         mode = RulesMode(rules)
         stack.enter_context(mode)
-        if "torch._dynamo" in sys.modules:  # compiled functions run as they were written
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield mode
 
 
@@ -153,7 +154,8 @@ class RulesMode(TorchFunctionMode):
         if not any(map(varies, given)):
             result = func(*args, **kwargs)
             if given:
-                note_weights(every[0] if name == "__setitem__" else result, operator_name(func), every)
+                made = every[:1] if name == "__setitem__" else tensors((result,))
+                note_weights(made, operator_name(func), every)
                 self.seen.note(result)
             return result
         if self.rules == "lrp" and any(x.dtype in HALVES for x in given):
@@ -177,7 +179,7 @@ class RulesMode(TorchFunctionMode):
             bases = [x._base for x in given if x._base is not None and x._base.requires_grad]
             before = [_made_by(x) for x in (*given, *bases)]  # (in place, what a view is of is changed)
             return guarded(func(*args, **kwargs), before, func, self.rules)
-        if works_in_place(func) and name not in _DROPOUTS:  # (in evaluation they change nothing)
+        if works_in_place(func) and name not in in_training.DROPOUTS:  # (in evaluation they change nothing)
             rule = functools.partial(self._in_place, rule)
         result = rule(func, *args, **kwargs)
         self._note(result)
@@ -264,58 +266,18 @@ def _composed(rule: Callable, forward: Callable, gate: Callable | None) -> Calla
     return replaced
 
 
-_BY_CHANCE = "{} is on, and an explanation would be of chance; call model.eval()"
-
-
-def _dropout(func: Callable, x: Tensor, p: float = 0.5, train: bool = True, *args, **kwargs) -> Tensor:
-    if train and p > 0:
-        raise UserError(_BY_CHANCE.format(func.__name__))
-    return func(x, p, train, *args, **kwargs)
-
-
-def _without_dropout(rule: Callable) -> Callable:
-    """The rule of attention, which may drop some of its probabilities."""
-
-    def attention(func: Callable, query, key, value, attn_mask=None, dropout_p=0.0, *args, **kwargs):
-        if dropout_p > 0:
-            raise UserError(_BY_CHANCE.format("dropout_p of scaled_dot_product_attention"))
-        return rule(func, query, key, value, attn_mask, dropout_p, *args, **kwargs)
-
-    return attention
-
-
-def _without_chance(rule: Callable) -> Callable:
-    """The rule of rrelu, whose slope is one by chance in training."""
-
-    def rrelu(func: Callable, x: Tensor, lower=1 / 8, upper=1 / 3, training=False, *args, **kwargs):
-        if training and lower != upper:
-            raise UserError(_BY_CHANCE.format("rrelu in training"))
-        return rule(func, x, lower, upper, training, *args, **kwargs)
-
-    return rrelu
-
-
-def _batch_norm(func: Callable, x, weight, bias, mean, variance, training, *args, **kwargs) -> Tensor:
-    if training:
-        raise UserError(
-            "batch_norm takes the statistics of the batch, so that samples mix; call model.eval()"
-        )
-    return func(x, weight, bias, mean, variance, training, *args, **kwargs)
-
-
-_DROPOUTS = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
 # By the name of the operator.
 _ALL = {
     "div": norms.divided,
     "var": norms.half_variance,
     "cosine_similarity": norms.cosine_similarity,
-    "batch_norm": _batch_norm,
-    **dict.fromkeys(_DROPOUTS, _dropout),
+    "batch_norm": in_training.batch_norm,
+    **dict.fromkeys(in_training.DROPOUTS, in_training.dropout),
 }
 _OF_GRADIENTS = {
     **_ALL,
     **dict.fromkeys(ELEMENTWISE, elementwise),
-    "rrelu": _without_chance(elementwise),
+    "rrelu": in_training.rrelu(elementwise),
     "layer_norm": norms.layer_norm,
     "rms_norm": norms.rms_norm,
     "group_norm": norms.group_norm,
@@ -326,21 +288,21 @@ _TABLES: Mapping[str, Mapping[str, Callable]] = {
     "libra": {
         **_OF_GRADIENTS,
         **dict.fromkeys(products.MULTIPLICATIONS, products.product_of_libra),
-        "scaled_dot_product_attention": _without_dropout(products.attention_of_libra),
+        "scaled_dot_product_attention": in_training.attention(products.attention_of_libra),
     },
     "attn_lrp": {
         **_OF_GRADIENTS,
         **dict.fromkeys(products.MULTIPLICATIONS, products.product),
-        "scaled_dot_product_attention": _without_dropout(products.attention_of_attn_lrp),
+        "scaled_dot_product_attention": in_training.attention(products.attention_of_attn_lrp),
     },
     "lrp": {
         **_ALL,
         **dict.fromkeys((*ELEMENTWISE, "softmax", "log_softmax"), lrp.same_relevance),
-        "rrelu": _without_chance(lrp.same_relevance),
+        "rrelu": in_training.rrelu(lrp.same_relevance),
         **dict.fromkeys(("layer_norm", "rms_norm", "group_norm", "instance_norm"), lrp.same_relevance),
         "glu": products.gated_linear_unit(lrp.same_relevance),
         **dict.fromkeys(products.MULTIPLICATIONS, lrp.multiplied(products.product)),
-        "scaled_dot_product_attention": _without_dropout(lrp.attention),
+        "scaled_dot_product_attention": in_training.attention(lrp.attention),
         "add": lrp.add,
         "sub": lrp.subtract,
         "rsub": lrp.reversed_subtract,

@@ -1,13 +1,13 @@
 """Operators without a rule: an error where their gradient is asked for, never the plain one silently."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
 from clipmapper.errors import UserError
-from clipmapper.relevance.backward.rule import Rule, kind_of, tensors
+from clipmapper.relevance.backward.rule import MATRIX_PRODUCTS, Rule, behind, kind_of, tensors, walk
 
 # Nodes of autograd's graph that are linear in what they get, or pick of it: they keep input × gradient.
 _LINEAR = {
@@ -31,11 +31,7 @@ _LINEAR = {
     "NativeDropout", "Lift", "LiftFresh", "Detach",
 }  # fmt: skip
 # Linear in each of two; by rules of their own where both vary.
-_BILINEAR = {
-    "Mul", "Div", "Mm", "Bmm", "Mv", "Dot", "Addmm", "Addmv", "Addbmm", "Baddbmm", "Addcmul", "Addcdiv",
-    "Lerp", "Linear",
-}  # fmt: skip
-_MULTIPLIED_BY_WEIGHTS = _BILINEAR - {"Mul", "Div", "Addcmul", "Addcdiv", "Lerp"}
+_BILINEAR = MATRIX_PRODUCTS | {"Mul", "Div", "Addcmul", "Addcdiv", "Lerp"}
 # A softmax that nothing is multiplied by: the plain gradient, which is AttnLRP's rule for it.
 _SOFTMAX = frozenset({"Softmax", "LogSoftmax"})
 
@@ -47,7 +43,8 @@ def guarded(result: object, before: Iterable[Node | None], func: Callable, rules
     """
     known = {node for node in before if node is not None}
     for value in tensors((result,)):
-        if value.grad_fn is not None and not all(has_rule(node, rules) for node in _new(value, known)):
+        made = value.grad_fn
+        if made is not None and not all(has_rule(node, rules) for node in walk(made, known.__contains__)):
             return _refused(result, getattr(func, "__name__", str(func)), rules)
     return result
 
@@ -63,17 +60,6 @@ def refused(x: Tensor, name: str, rules: str) -> Tensor:
     return _NoRule.apply(x, name, rules)
 
 
-def _new(x: Tensor, known: set[Node]) -> Iterator[Node]:
-    seen, waiting = set(known), [x.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        yield node
-        waiting += [following for following, _ in node.next_functions if following is not None]
-
-
 def has_rule(node: Any, rules: str) -> bool:
     """Whether relevance may pass a node of autograd's graph as its gradient does."""
     made = getattr(node, "_forward_cls", None)
@@ -81,8 +67,7 @@ def has_rule(node: Any, rules: str) -> bool:
         return issubclass(made, Rule)
     kind = kind_of(node)
     if kind in _BILINEAR:
-        varying = sum(following is not None for following, _ in node.next_functions)
-        return varying < 2 and not (rules == "lrp" and kind in _MULTIPLIED_BY_WEIGHTS)
+        return len(behind(node)) < 2 and not (rules == "lrp" and kind in MATRIX_PRODUCTS)
     return kind in _LINEAR or (kind in _SOFTMAX and rules != "lrp")
 
 

@@ -6,15 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipmapper.relevance.backward.rule import kind_of, tensors
+from clipmapper.relevance.backward.rule import MATRIX_PRODUCTS, behind, kind_of, tensors, walk
 from clipmapper.relevance.backward.unknown import has_rule
 from clipmapper.relevance.backward.weights import note_of_weights, of_weights
 
 _MARK = "clipmapper: of weights"  # in a node's metadata: False of an activation
-_MANY = 1000
-# (Nodes are Any here: to Python, those of torch.jit are no torch.autograd.graph.Node.)
 # What of weights and of something that does not vary makes an activation: that may be tokens, or name them.
-_READS_DATA = {"Mm", "Bmm", "Mv", "Addmm", "Addmv", "Addbmm", "Baddbmm", "Linear", "Convolution", "Index"}
+_READS_DATA = (MATRIX_PRODUCTS - {"Dot"}) | {"Convolution", "Index"}
 
 
 class Seen:
@@ -52,14 +50,7 @@ class Seen:
 
 def _unseen(made: Any) -> Iterator[Any]:
     """A node, and those behind it as far as nobody has seen them."""
-    waiting, met = [made], set()
-    while waiting and len(met) < _MANY:
-        node = waiting.pop()
-        if node in met or _MARK in node.metadata:
-            continue
-        met.add(node)
-        yield node
-        waiting += [following for following, _ in node.next_functions if following is not None]
+    return walk(made, lambda node: _MARK in node.metadata)
 
 
 def _is_of_weights(made: Any) -> bool:
@@ -70,11 +61,10 @@ def _is_of_weights(made: Any) -> bool:
             if not isinstance(node.variable, nn.Parameter):
                 return False
             continue
-        given = [following for following, _ in node.next_functions]
-        if kind.startswith("Embedding") or (kind in _READS_DATA and None in given[-3:]):
+        given = behind(node)
+        factors = [following for following, _ in node.next_functions[-3:]]
+        if kind.startswith("Embedding") or (kind in _READS_DATA and None in factors):
             return False
-        if any(following is not None and following.metadata.get(_MARK) is False for following in given):
-            return False
-        if not any(following is not None for following in given):
+        if not given or any(following.metadata.get(_MARK) is False for following in given):
             return False
     return True

@@ -4,8 +4,7 @@
 model multiplies its activations by them, and a map must not depend on whether the model may still be trained.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -25,26 +24,23 @@ def note_of_weights(x: Tensor) -> None:
     setattr(x, _NOTE, True)
 
 
-def note_weights(result: Any, name: str, given: Sequence[Tensor]) -> None:
-    """Note that the result of operator ``name`` is of weights, where all that it was ``given`` is.
+def note_weights(made: Iterable[Tensor], name: str, given: Sequence[Tensor]) -> None:
+    """Note that what operator ``name`` has ``made`` is of weights, where all that it was ``given`` is.
 
     Beside weights it may have been given what does not vary: vectors (those of ``spectral_norm``), and
-    whatever leaves the shape of a weight as it is (a mask, an identity), or is joined to
-    one. But the input of a linear map or a convolution that does not vary may be pixels, a row of tokens may
-    have positions added to it, and integers may name words: what is made of weights and of those is an
-    activation.
+    whatever leaves the shape of a weight as it is (a mask, an identity), or is joined to one. But the input
+    of a linear map or a convolution that does not vary may be pixels, a row of tokens may have positions
+    added to it, and integers may name words: what is made of weights and of those is an activation.
     """
     weights = [x for x in given if of_weights(x)]
     if not weights or name in _LOOKS_UP:
         return
     shapes = {x.shape for x in weights if x.ndim > 1}
-    for value in result if isinstance(result, list | tuple) else (result,):
-        if not isinstance(value, Tensor):
-            continue
+    for value in made:
         joined = name in _JOINS and value.ndim < 3
         as_they_are = joined or (name not in _MAPS and value.shape in shapes and not _is_one_row(value))
         if all(x is value or of_weights(x) or _is_constant(x, as_they_are) for x in given):
-            setattr(value, _NOTE, True)
+            note_of_weights(value)
 
 
 def note_activation(x: Tensor) -> None:

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from torch.autograd.graph import Node
 
 from clipmapper.relevance.backward.elementwise import divides
-from clipmapper.relevance.backward.rule import kind_of
+from clipmapper.relevance.backward.rule import behind, kind_of
 
 _SUMS = {"Sum", "Mean", "LinalgVectorNorm", "Norm", "Nansum", "Cumsum"}
-_MATRIX_PRODUCTS = {"Mm", "Mv", "Bmm", "Dot", "_Map", "_TokenwiseMap"}
+_SUMS_OF_PRODUCTS = {"Mm", "Mv", "Bmm", "Dot", "_Map", "_TokenwiseMap"}
 _CHOOSES = {"Slice", "Select", "Index", "Unbind", "Split", "Gather", "IndexSelect"}
 # What may stand between exponentials and their sum, or between the sum and what is divided by it.
 _BETWEEN = _CHOOSES | {
@@ -39,30 +39,26 @@ def writes_softmax(name: str, args: Sequence, kwargs: Mapping) -> bool:
     return made is not None and _sums_exponentials(made)
 
 
-def _behind(node: Node) -> list[Node]:
-    return [following for following, _ in node.next_functions if following is not None]
-
-
 def _less_a_logarithm(node: Node) -> bool:
     """Whether a node is something less the logarithm of a sum of exponentials."""
     if kind_of(node) not in ("Sub", "Add"):
         return False
-    for further in _behind(node)[1:]:
+    for further in behind(node)[1:]:
         for _ in range(_STEPS):
             if getattr(further, "operator", "") == "log":
-                return any(map(_sums_exponentials, _behind(further)))
-            if kind_of(further) not in _BETWEEN | {"Neg"} or len(_behind(further)) != 1:
+                return any(map(_sums_exponentials, behind(further)))
+            if kind_of(further) not in _BETWEEN | {"Neg"} or len(behind(further)) != 1:
                 break
-            (further,) = _behind(further)
+            (further,) = behind(further)
     return False
 
 
 def _sums_exponentials(node: Node, steps: int = _STEPS) -> bool:
     """Whether a node is a sum of exponentials, or little more."""
-    further, kind = _behind(node), kind_of(node)
+    further, kind = behind(node), kind_of(node)
     if not further or not steps:
         return False
-    if kind in _SUMS or (kind in _MATRIX_PRODUCTS and len(further) == 1):  # (with ones, or with a mask)
+    if kind in _SUMS or (kind in _SUMS_OF_PRODUCTS and len(further) == 1):  # (with ones, or with a mask)
         return _exponent(further[0]) is not None or _sums_exponentials(further[0], steps - 1)
     if kind == "Add" and len(further) > 1:
         exponents = [_exponent(_without_constants(each)) for each in further]
@@ -76,8 +72,8 @@ def _sums_exponentials(node: Node, steps: int = _STEPS) -> bool:
 
 def _without_constants(node: Node) -> Node:
     """What constants are added to there."""
-    while kind_of(node) == "Add" and len(_behind(node)) == 1:
-        (node,) = _behind(node)
+    while kind_of(node) == "Add" and len(behind(node)) == 1:
+        (node,) = behind(node)
     return node
 
 
@@ -86,7 +82,7 @@ def _exponent(node: Node) -> object | None:
     of what is no exponential."""
     chosen = None
     for _ in range(_STEPS):
-        further = _behind(node)
+        further = behind(node)
         if getattr(node, "operator", "") in ("exp", "exp2"):
             break
         if kind_of(node) in _CHOOSES:
@@ -99,10 +95,10 @@ def _exponent(node: Node) -> object | None:
     if chosen is not None:
         return chosen
     for _ in range(_STEPS):
-        further = _behind(node)
+        further = behind(node)
         if len(further) != 1:
             break
         (node,) = further
-        if kind_of(node) not in _TIMES_A_CONSTANT or len(_behind(node)) != 1:
+        if kind_of(node) not in _TIMES_A_CONSTANT or len(behind(node)) != 1:
             break
     return node

@@ -7,7 +7,6 @@ weights that are used twice in a forward give two records.
 
 import functools
 import inspect
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -160,9 +159,6 @@ class Capture:
             stack.enter_context(torch.inference_mode(False))  # in it no graph can be recorded
             stack.enter_context(torch.enable_grad())
             stack.enter_context(without_weights(self.modules))
-            if "torch._dynamo" in sys.modules:
-                # A compiled model runs as it was written: its hooks are not part of what was compiled.
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
             if not self._all_known:
                 stack.enter_context(softmax_noticed(self._refuse_softmax))
             original = F.scaled_dot_product_attention

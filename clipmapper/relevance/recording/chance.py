@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from clipmapper.errors import UserError
+from clipmapper.relevance.backward.in_training import BY_CHANCE
 
 # Modules of timm, torchvision, open_clip and transformers that leave out whole residual branches or patches.
 _LEAVES_OUT = re.compile(r"DropPath|StochasticDepth|PatchDropout|DropBlock")
@@ -20,7 +21,4 @@ def refuse_chance(root: nn.Module) -> None:
             continue
         shares = (getattr(module, share, None) for share in _SHARES)
         if any(isinstance(share, int | float) and share > 0 for share in shares):
-            raise UserError(
-                f"{name or 'the model'}: {kind} is on, and an explanation would be of chance; "
-                "call model.eval()"
-            )
+            raise UserError(f"{name or 'the model'}: {BY_CHANCE.format(kind)}")

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, LOG_PROBABILITY, SCORES, WORD_PROBABILITY
 from clipmapper.training.explained import Report
-from clipmapper.training.shown import Areas, areas_table, interval_name
+from clipmapper.training.shown import Areas, areas_table, interval_name, mean_in_percent
 from clipmapper.visual.explanation import plot_method_comparison
 
 
@@ -55,9 +55,7 @@ def word_localisation_table(results: Mapping) -> Table | None:
         cells = []
         for kind in found.values():
             value = kind["methods"][method]["mass"]
-            of_one = results["samples"] == 1
-            half = "" if of_one else f" ± {50 * (value['high'] - value['low']):.1f}"
-            cells.append(f"{100 * value['mean']:.1f}{half} ({100 * value['median']:.1f})")
+            cells.append(f"{mean_in_percent(value, results)} ({100 * value['median']:.1f})")
         table.add_row(method, *cells)
     baseline = (f"{100 * kind['area_baseline']:.1f}" for kind in found.values())
     table.add_section()

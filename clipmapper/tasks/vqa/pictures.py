@@ -10,7 +10,7 @@ from clipmapper.data.record import resized
 from clipmapper.evaluation.localisation import LOCALISATION_SCORES
 from clipmapper.evaluation.perturbation_scores import DIRECTIONS, MODALITIES, SCORES
 from clipmapper.training.explained import Report
-from clipmapper.training.shown import Areas, areas_table, interval_name
+from clipmapper.training.shown import Areas, areas_table, interval_name, mean_in_percent
 from clipmapper.visual.explanation import plot_explanation, plot_method_comparison
 
 
@@ -73,9 +73,7 @@ def localisation_table(results: Mapping) -> Table | None:
         cells = []
         for modality, score in columns:
             value = found[modality]["methods"][method][score]
-            of_one = results["samples"] == 1
-            half = "" if of_one else f" ± {50 * (value['high'] - value['low']):.1f}"
-            cells.append(f"{100 * value['mean']:.1f}{half}")
+            cells.append(mean_in_percent(value, results))
         table.add_row(method, *cells)
     baseline = ", ".join(f"{m} {100 * v['area_baseline']:.1f}" for m, v in found.items())
     table.caption = f"a uniform map reaches (mass): {baseline}"
